@@ -1,0 +1,59 @@
+"""lora_np: the executable specification of LoRA. A transformer in NumPy, forward and backward written by hand."""
+
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
+from .adapter import combine, count_parameters, init_adapter, merge, unmerge
+from .backend import asnumpy, backend_name
+from .decode import generate
+from .lora import Adapter, LoRAConfig, lora_linear, lora_linear_backward
+from .model import PRESETS, Config, Model, init_weights
+from .optim import adamw
+from .parallel import sharded_loss_and_grads
+from .transformer import forward, loss, loss_and_grads
+
+__version__ = "0.1.0"
+
+# What few programs use is imported on first use.
+_LAZY = {
+    "load_adapter": "formats.peft",
+    "save_adapter": "formats.peft",
+    "load_model": "formats.folder",
+    "save_model": "formats.folder",
+    "gradcheck": "gradcheck",
+}
+
+__all__ = [
+    "PRESETS",
+    "Adapter",
+    "Config",
+    "LoRAConfig",
+    "Model",
+    "adamw",
+    "asnumpy",
+    "backend_name",
+    "combine",
+    "count_parameters",
+    "forward",
+    "generate",
+    "init_adapter",
+    "init_weights",
+    "load_adapter",
+    "load_model",
+    "lora_linear",
+    "lora_linear_backward",
+    "loss",
+    "loss_and_grads",
+    "merge",
+    "save_adapter",
+    "save_model",
+    "sharded_loss_and_grads",
+    "unmerge",
+]
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _import_module(f".{_LAZY[name]}", __name__)
+    return module if name == _LAZY[name] else getattr(module, name)

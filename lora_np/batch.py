@@ -1,0 +1,118 @@
+"""A batch: tokens, mask, token types and targets, checked on the host before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .backend import Array, asnumpy
+from .model import Config
+
+IGNORED = -100  # a target that is not counted
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A checked batch, on the host: P places a row have a target, T of them, or 1 for a classifier."""
+
+    tokens: Array  # (N,T)
+    mask: Array | None  # (N,T) bool; None where every token counts
+    token_types: Array | None  # (N,T)
+    targets: Array | None = None  # (N,P)
+
+    @property
+    def counted(self) -> Array:
+        """The places, in N*P, of the targets that count."""
+        assert self.targets is not None
+        return np.flatnonzero(self.targets != IGNORED)
+
+    def rows(self, n: slice) -> Batch:
+        """Some rows of the batch."""
+        tokens, mask, types, targets = (
+            None if a is None else a[n] for a in (self.tokens, self.mask, self.token_types, self.targets)
+        )
+        assert tokens is not None
+        return Batch(tokens, mask, types, targets)
+
+
+def check_inputs(config: Config, tokens: Any, mask: Any, token_types: Any) -> Batch:
+    """The inputs of a forward as host arrays; a ValueError or TypeError says what is wrong, and where."""
+    tokens = asnumpy(tokens)
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise ValueError(f"tokens: expected shape (N, T) with N, T >= 1, got {tokens.shape}")
+    _check_ids("tokens", tokens, config.vocab_size)
+    if tokens.shape[1] > config.longest:
+        raise ValueError(f"tokens: expected at most {config.longest} tokens a text, got {tokens.shape[1]}")
+    mask = _check_mask(mask, tokens.shape)
+    if config.head == "classify" and mask is not None and not mask.any(axis=1).all():
+        raise ValueError(f"mask: row {int(np.argmin(mask.any(axis=1)))} has no true token for the classifier to read")
+    return Batch(tokens, mask, _check_types(config, token_types, tokens.shape))
+
+
+def check_batch(config: Config, tokens: Any, targets: Any, mask: Any, token_types: Any) -> Batch:
+    """The inputs of a loss as host arrays; a ValueError or TypeError says what is wrong, and where."""
+    batch = check_inputs(config, tokens, mask, token_types)
+    if config.head == "none":
+        raise ValueError("targets: expected a model with a head; this one's Config has head='none'")
+    targets = asnumpy(targets)
+    N, T = batch.tokens.shape
+    expected = (N,) if config.head == "classify" else (N, T)
+    if targets.shape != expected:
+        raise ValueError(f"targets: expected shape {expected} for head={config.head!r}, got {targets.shape}")
+    counted = targets != IGNORED
+    _check_ids("targets", targets, config.head_size, counted=counted)
+    if not counted.any():
+        raise ValueError("targets: expected at least one that counts, got -100 throughout")
+    if batch.mask is not None and config.head != "classify" and (counted & ~batch.mask).any():
+        raise ValueError(
+            f"targets: the one at {_first(counted & ~batch.mask)} counts, but the mask is false there; set it to -100"
+        )
+    return replace(batch, targets=targets.reshape(N, -1))
+
+
+def _first(wrong: Array) -> tuple[int, ...]:
+    """The place of the first true element."""
+    return tuple(int(i) for i in np.argwhere(wrong)[0])
+
+
+def _check_ids(what: str, ids: Array, n: int, *, counted: Array | None = None) -> None:
+    """A TypeError unless ids are integers, a ValueError unless those counted lie in 0..n-1."""
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{what}: expected integers, got {ids.dtype}")
+    wrong = (ids < 0) | (ids >= n)
+    if counted is not None:
+        wrong &= counted
+    if wrong.any():
+        place = _first(wrong)
+        raise ValueError(f"{what}: expected ids in 0..{n - 1}, got {int(ids[place])} at {place}")
+
+
+def _check_mask(mask: Any, shape: tuple[int, ...]) -> Array | None:
+    """mask as a host array (N,T) of bool, or None where every token counts."""
+    if mask is None:
+        return None
+    mask = asnumpy(mask)
+    if mask.shape != shape:
+        raise ValueError(f"mask: expected the shape of tokens, {shape}, got {mask.shape}")
+    if mask.dtype != bool:
+        if mask.dtype.kind not in "iuf" or not np.isin(mask, (0, 1)).all():
+            raise TypeError(f"mask: expected booleans, or 0 and 1, got {mask.dtype}")
+        mask = mask != 0
+    return None if mask.all() else mask
+
+
+def _check_types(config: Config, token_types: Any, shape: tuple[int, ...]) -> Array | None:
+    """token_types as a host array (N,T) of valid ids; zeros where none were given; None in a model without types."""
+    if config.n_types == 0:
+        if token_types is not None:
+            raise ValueError("token_types: this model has none")
+        return None
+    if token_types is None:
+        return np.zeros(shape, dtype=np.int64)
+    token_types = asnumpy(token_types)
+    if token_types.shape != shape:
+        raise ValueError(f"token_types: expected the shape of tokens, {shape}, got {token_types.shape}")
+    _check_ids("token_types", token_types, config.n_types)
+    return token_types

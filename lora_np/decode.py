@@ -1,0 +1,129 @@
+"""Generation with a key/value cache (T16)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .backend import Array, asnumpy, xp
+from .batch import Batch, check_inputs
+from .model import Config, Model
+from .run import AnyAdapter, Run, bind
+from .transformer import place, project, states
+
+
+@dataclass(eq=False)
+class Cache:
+    """The keys and values of the tokens so far, for each layer: (N,G,S,K) with room for `longest` places."""
+
+    keys: list[Array]
+    values: list[Array]
+    length: int = 0
+
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Puts k, v (N,G,T,K) behind those of the layer. -> all of them, two views (N,G,S,K)."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+def new_cache(config: Config, *, N: int, longest: int, dtype: Any) -> Cache:
+    """An empty cache for N texts of up to `longest` tokens."""
+    shape = (N, config.kv_heads, longest, config.head_width)
+    layers = range(config.n_layer)
+    return Cache([xp.empty(shape, dtype=dtype) for _ in layers], [xp.empty(shape, dtype=dtype) for _ in layers])
+
+
+def next_logits(run: Run, cache: Cache, tokens: Array, mask: Array | None = None) -> Array:
+    """T16: the logits after the last of `tokens` (N,T), which follow what the cache holds; they are added to it.
+
+    mask (N,S) is over all tokens, the cache's and these. -> (N,V).
+    """
+    T = tokens.shape[1]
+    x, _ = states(place(replace(run, cache=cache), T, mask, past=cache.length), Batch(tokens, None, None))
+    cache.length += T
+    logits, _ = project(run, "head", x[:, -1:])  # (N,1,D) -> (N,1,V)
+    return logits[:, 0]
+
+
+def choose(
+    logits: Array, rng: np.random.Generator | None, *, temperature: float, top_k: int | None, top_p: float | None
+) -> Array:
+    """T16: the next token of each text. logits (N,V), on the host -> (N,).
+
+    Greedy at temperature 0. Else drawn from softmax(logits / temperature), cut to the top_k likeliest, then to the
+    likeliest that together reach top_p.
+    """
+    if rng is None:
+        return logits.argmax(axis=-1)
+    logits = logits.astype(np.float64) / temperature
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    sorted_logits = np.take_along_axis(logits, order, axis=-1)
+    p = np.exp(sorted_logits - sorted_logits[:, :1])  # (N,V), falling
+    if top_k is not None:
+        p[:, top_k:] = 0
+    p /= p.sum(axis=-1, keepdims=True)
+    if top_p is not None:
+        p[np.cumsum(p, axis=-1) - p >= top_p] = 0  # kept: those before which top_p is not reached
+        p /= p.sum(axis=-1, keepdims=True)
+    drawn = (rng.random((len(p), 1)) > np.cumsum(p, axis=-1)).sum(axis=-1)  # (N,): the place where the sum passes it
+    last = (p > 0).sum(axis=-1) - 1
+    return np.take_along_axis(order, np.minimum(drawn, last)[:, None], axis=-1)[:, 0]
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> None:
+    if not temperature >= 0:
+        raise ValueError(f"generate: temperature: expected 0 or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k: expected at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p: expected 0 < top_p <= 1, got {top_p}")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ValueError("generate: top_k and top_p need a temperature above 0: at 0 the likeliest token is taken")
+    if temperature > 0 and seed is None:
+        raise ValueError("generate: a temperature above 0 needs a seed")
+
+
+def generate(
+    model: Model,
+    tokens: Any,
+    adapter: AnyAdapter = None,
+    *,
+    n: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    mask: Any = None,
+) -> Array:
+    """T16: n tokens after each text: greedy at temperature 0, else drawn, from seed.
+
+    tokens (N,T); shorter texts are padded on the left, with mask (N,T) false there. -> (N, T + n), on the host, the
+    given tokens first. A ValueError if the model is no language model or T + n passes its longest text.
+    """
+    config = model.config
+    if config.head != "lm" or not config.causal:
+        raise ValueError("generate: expected a causal language model (head='lm', causal=True)")
+    if n < 0:
+        raise ValueError(f"generate: n: expected 0 or more, got {n}")
+    _check_sampling(temperature, top_k, top_p, seed)
+    batch = check_inputs(config, tokens, mask, None)
+    (N, T), mask = batch.tokens.shape, batch.mask
+    if T + n > config.longest:
+        raise ValueError(f"generate: {T} + {n} tokens pass the model's longest text, {config.longest}")
+    if mask is not None and not mask[:, -1].all():
+        raise ValueError("generate: mask: pad on the left: the last token of each text must count")
+    rng = np.random.default_rng(seed) if temperature > 0 else None
+    run = bind(model, adapter, rows=N)
+    cache = new_cache(config, N=N, longest=T + n, dtype=model.dtype)
+    result = batch.tokens
+    new = result
+    for _ in range(n):
+        logits = asnumpy(next_logits(run, cache, new, mask))
+        new = choose(logits, rng, temperature=temperature, top_k=top_k, top_p=top_p)[:, None].astype(result.dtype)
+        result = np.concatenate([result, new], axis=1)  # (N,S) -> (N,S+1)
+        mask = None if mask is None else np.concatenate([mask, np.ones((N, 1), dtype=bool)], axis=1)
+    return result

@@ -1,0 +1,1 @@
+"""Other people's files. Only here are their names known."""

@@ -1,0 +1,276 @@
+"""What a model is: its configuration, and the names, shapes and first values of its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from .backend import Array, read_only
+
+if TYPE_CHECKING:
+    from .lora import Adapter
+
+
+@dataclass(frozen=True)
+class Config:
+    """The architecture. GPT-2, BERT, RoBERTa and Llama are settings of these fields (PRESETS has them by name).
+
+    vocab_size, n_positions         rows of the token table; longest text, and rows of the position table
+    n_layer, n_head, d_model, d_ff  layers, heads, width D, feed-forward width F
+    n_kv_head                       key/value heads (T10); None: as many as heads
+    norm                            "layer" (T3) or "rms" (T4)
+    norm_first                      pre-norm (GPT-2, Llama) or post-norm (BERT, RoBERTa) (T13)
+    positions                       "learned" (T1) or "rotary" (T11)
+    activation                      "gelu" (T5), "gelu_tanh" (T6) or "silu_gated" (T7)
+    causal                          whether a token sees only what stands before it (T9)
+    tie_head                        whether the language model's head is the token table (T14)
+    head                            "lm": next token; "classify": one label a text; "tag": one a token; "none": states
+    n_labels                        labels of a classifier or tagger
+    eps, rope_theta                 the norms' epsilon; rotary's base
+    n_types                         rows of the token-type table; 0: there is none
+    position_offset                 the first token's row in the position table (RoBERTa: 2)
+    bias                            whether projections have biases (Llama: not)
+    pooler_in_head                  whether train_head trains the pooler too (RoBERTa: it belongs to the classifier)
+    disentangled                    DeBERTa's attention: such a model is counted, not run
+    """
+
+    vocab_size: int
+    n_positions: int
+    n_layer: int
+    n_head: int
+    d_model: int
+    d_ff: int
+    n_kv_head: int | None = None
+    norm: Literal["layer", "rms"] = "layer"
+    norm_first: bool = True
+    positions: Literal["learned", "rotary"] = "learned"
+    activation: Literal["gelu", "gelu_tanh", "silu_gated"] = "gelu_tanh"
+    causal: bool = True
+    tie_head: bool = True
+    head: Literal["lm", "classify", "tag", "none"] = "lm"
+    n_labels: int | None = None
+    eps: float = 1e-5
+    rope_theta: float = 10000.0
+    n_types: int = 0
+    position_offset: int = 0
+    bias: bool = True
+    pooler_in_head: bool = False
+    disentangled: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "d_model", "d_ff"):
+            self._check_count(name, at_least=1)
+        for name in ("n_types", "position_offset"):
+            self._check_count(name, at_least=0)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Config.{name}: expected one of {' '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.d_model % self.n_head:
+            raise ValueError(f"Config: d_model = {self.d_model} is not a multiple of n_head = {self.n_head}")
+        if self.n_kv_head is not None:
+            self._check_count("n_kv_head", at_least=1)
+            if self.n_head % self.n_kv_head:
+                raise ValueError(f"Config: n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"Config: rotary positions turn pairs, but a head's width is odd: {self.head_width}")
+        if self.head in ("classify", "tag"):
+            if self.n_labels is None:
+                raise ValueError(f"Config: head={self.head!r} needs n_labels")
+            self._check_count("n_labels", at_least=1)
+        if self.longest < 1:
+            raise ValueError(f"Config: n_positions = {self.n_positions} leaves no place after position_offset")
+        if not (self.eps > 0 and self.rope_theta > 0):
+            raise ValueError(f"Config: expected eps and rope_theta above 0, got {self.eps!r} and {self.rope_theta!r}")
+
+    def _check_count(self, name: str, *, at_least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
+            raise ValueError(f"Config.{name}: expected an integer of at least {at_least}, got {value!r}")
+
+    @property
+    def head_width(self) -> int:
+        """K = D / H."""
+        return self.d_model // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a text may have."""
+        return self.n_positions - self.position_offset
+
+    @property
+    def has_pooler(self) -> bool:
+        """BERT's and RoBERTa's classifier reads its token through a linear and tanh (T14)."""
+        return self.head == "classify" and not self.causal
+
+    @property
+    def head_size(self) -> int:
+        """Logits a token, or a text; 0 without a head."""
+        return {"lm": self.vocab_size, "none": 0}.get(self.head, self.n_labels or 0)
+
+    @property
+    def head_weight(self) -> str:
+        """The name of the head's weight: the token table's when they are tied (T14)."""
+        return "embed.tokens" if self.head == "lm" and self.tie_head else "head.weight"
+
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix that can be adapted, by name; the look-up embed.tokens counts as (D, V)."""
+        D, F, kv = self.d_model, self.d_ff, self.kv_heads * self.head_width
+        shapes = {"embed.tokens": (D, self.vocab_size)}
+        for i in range(self.n_layer):
+            attn, mlp = f"layers.{i}.attn", f"layers.{i}.mlp"
+            shapes |= {f"{attn}.q": (D, D), f"{attn}.k": (kv, D), f"{attn}.v": (kv, D), f"{attn}.o": (D, D)}
+            shapes |= {f"{mlp}.gate": (F, D)} if self.activation == "silu_gated" else {}
+            shapes |= {f"{mlp}.up": (F, D), f"{mlp}.down": (D, F)}
+        if self.head != "none":
+            shapes["head"] = (self.head_size, D)
+        return shapes
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight, by name, from the bottom of the model to its top."""
+        D = self.d_model
+
+        def norm(name: str) -> dict[str, tuple[int, ...]]:
+            parts = ("weight", "bias") if self.norm == "layer" else ("weight",)
+            return {f"{name}.{part}": (D,) for part in parts}
+
+        def matrix(name: str, bias: bool) -> dict[str, tuple[int, ...]]:
+            n_out, n_in = matrices[name]
+            return {f"{name}.weight": (n_out, n_in)} | ({f"{name}.bias": (n_out,)} if bias else {})
+
+        matrices = self.matrix_shapes()
+        shapes: dict[str, tuple[int, ...]] = {"embed.tokens": (self.vocab_size, D)}
+        if self.positions == "learned":
+            shapes["embed.positions"] = (self.n_positions, D)
+        if self.n_types:
+            shapes["embed.types"] = (self.n_types, D)
+        if not self.norm_first:
+            shapes |= norm("embed.norm")
+        for i in range(self.n_layer):
+            layer = f"layers.{i}."
+            names = [name for name in matrices if name.startswith(layer)]
+            shapes |= norm(f"{layer}norm1")
+            for name in names:
+                if ".mlp." in name and f"{layer}norm2.weight" not in shapes:
+                    shapes |= norm(f"{layer}norm2")
+                shapes |= matrix(name, self.bias)
+        if self.norm_first:
+            shapes |= norm("norm")
+        if self.has_pooler:
+            shapes |= {"pooler.weight": (D, D), "pooler.bias": (D,)}
+        if self.head_weight == "head.weight" and self.head != "none":
+            # GPT-2's and Llama's classifiers have no bias; taggers, and BERT's classifiers, have one.
+            shapes |= matrix("head", bias=self.head == "tag" or self.has_pooler)
+        return shapes
+
+
+_CHOICES = {
+    "norm": ("layer", "rms"),
+    "positions": ("learned", "rotary"),
+    "activation": ("gelu", "gelu_tanh", "silu_gated"),
+    "head": ("lm", "classify", "tag", "none"),
+}
+
+
+def _gpt2(n_layer: int, n_head: int, d_model: int, n_positions: int = 1024) -> Config:
+    return Config(50257, n_positions, n_layer, n_head, d_model, 4 * d_model)
+
+
+def _bert(vocab_size: int, n_layer: int, n_head: int, d_model: int, **fields: Any) -> Config:
+    encoder: dict[str, Any] = {
+        "n_positions": 512, "norm_first": False, "activation": "gelu", "causal": False, "head": "none",
+        "tie_head": False, "n_types": 2, "eps": 1e-12,
+    }  # fmt: skip
+    return Config(vocab_size, n_layer=n_layer, n_head=n_head, d_model=d_model, d_ff=4 * d_model, **encoder | fields)
+
+
+_ROBERTA: dict[str, Any] = {
+    "n_positions": 514, "n_types": 1, "position_offset": 2, "eps": 1e-5, "pooler_in_head": True,
+}  # fmt: skip
+
+PRESETS: Mapping[str, Config] = MappingProxyType(
+    {
+        "gpt2": _gpt2(12, 12, 768),
+        "gpt2-medium": _gpt2(24, 16, 1024),
+        "gpt2-large": _gpt2(36, 20, 1280),
+        "gpt2-xl": _gpt2(48, 25, 1600),
+        "gpt3-175b": _gpt2(96, 96, 12288, n_positions=2048),
+        "bert-base": _bert(30522, 12, 12, 768),
+        "roberta-base": _bert(50265, 12, 12, 768, **_ROBERTA),
+        "roberta-large": _bert(50265, 24, 16, 1024, **_ROBERTA),
+        "deberta-v2-xxlarge": _bert(128100, 48, 24, 1536, n_types=0, eps=1e-7, disentangled=True),
+        "smollm2-135m": Config(
+            49152, 8192, 30, 9, 576, 1536, n_kv_head=3, norm="rms", positions="rotary", activation="silu_gated",
+            rope_theta=100000.0, bias=False,
+        ),
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A configuration and its weights, frozen: under NumPy the arrays are read-only views of the caller's own.
+
+    weights: a flat dict with exactly the names and shapes of config.weight_shapes(), all of one dtype, float32 or
+    float64 (or complex, for derivatives by complex step). A ValueError or TypeError says which weight does not fit.
+    merged_from, merged_adapter: what `merge` made this model of (L5, L6); None for any other model.
+    """
+
+    config: Config
+    weights: Mapping[str, Array]
+    merged_from: Model | None = field(default=None, init=False, repr=False)
+    merged_adapter: Adapter | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shapes = self.config.weight_shapes()
+        missing, unknown = sorted(shapes.keys() - self.weights.keys()), sorted(self.weights.keys() - shapes.keys())
+        if missing or unknown:
+            raise ValueError(f"Model: weights missing: {missing or 'none'}; not known: {unknown or 'none'}")
+        weights = {name: read_only(self.weights[name]) for name in shapes}
+        for name, shape in shapes.items():
+            if weights[name].shape != shape:
+                raise ValueError(f"Model: {name}: expected shape {shape}, got {weights[name].shape}")
+            if weights[name].dtype != weights["embed.tokens"].dtype:
+                raise TypeError(
+                    f"Model: {name}: expected {weights['embed.tokens'].dtype}, as embed.tokens has, "
+                    f"got {weights[name].dtype}"
+                )
+        if weights["embed.tokens"].dtype.name not in ("float32", "float64", "complex64", "complex128"):
+            raise TypeError(f"Model: expected float32 or float64 weights, got {weights['embed.tokens'].dtype}")
+        object.__setattr__(self, "weights", MappingProxyType(weights))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The one dtype of all weights."""
+        return self.weights["embed.tokens"].dtype
+
+
+def init_weights(config: Config, *, seed: int, dtype: str = "float32") -> dict[str, Array]:
+    """Weights to start from, as GPT-2 does: N(0, 0.02), norms 1, biases 0; same seed, same bits.
+
+    What writes into the residual stream, attn.o and mlp.down, is N(0, 0.02 / sqrt(2 n_layer)) when norm_first, so that
+    the sum of 2 n_layer of them keeps its size. dtype: float32 or float64. -> {name: array} of config.weight_shapes().
+    """
+    if str(np.dtype(dtype)) not in ("float32", "float64"):
+        raise ValueError(f"init_weights: dtype: expected float32 or float64, got {dtype!r}")
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in config.weight_shapes().items():
+        if len(shape) == 1:
+            first = np.full(shape, 1.0 if "norm" in name and name.endswith(".weight") else 0.0)
+        else:
+            first = rng.standard_normal(shape)
+            first *= 0.02
+            if config.norm_first and name.endswith(("attn.o.weight", "mlp.down.weight")):
+                first /= math.sqrt(2 * config.n_layer)
+        weights[name] = first.astype(dtype)
+    return weights

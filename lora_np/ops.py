@@ -1,0 +1,423 @@
+"""Every differentiable primitive of a transformer, its backward directly beneath it.
+
+    y, saved = op(x, ...)            the forward gives its result and what its backward needs
+    dx = op_backward(dy, saved)      the backward takes exactly that; dy has y's shape, dx has x's
+
+dy is the gradient of the loss by y. Nothing is kept anywhere else, so one operation may run in many threads at once.
+A product is linear in each factor: its "saved" is the factors themselves, which the caller has. A weight's gradient
+has a function of its own, so that the gradient of a frozen weight is never formed.
+
+Arrays are float32 or float64. Complex ones work too: every forward is analytic, which is what the complex-step
+derivative of `gradcheck` needs; hence `.real` before a comparison. `...` in a shape is any number of leading axes.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from .backend import Array, DType, blocks, xp
+
+Saved: TypeAlias = tuple[Array, ...]
+
+
+def _rows(x: Array) -> Array:
+    """x as a matrix of its last axis: (..., D) -> (M,D)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _by_blocks(f: Callable[..., Saved], *arrays: Array) -> Saved:
+    """f over the rows of arrays (..., D), a block that stays in cache at a time.
+
+    f takes blocks (m, D) and gives blocks of m rows; the results come back with the leading axes of the arrays.
+    """
+    lead = arrays[0].shape[:-1]
+    matrices = [_rows(a) for a in arrays]
+    parts = list(blocks(*matrices[0].shape))
+    first = f(*(a[parts[0]] for a in matrices))
+    if len(parts) == 1:
+        results = first
+    else:
+        results = tuple(xp.empty((len(matrices[0]), *y.shape[1:]), dtype=y.dtype) for y in first)
+        for y, block in zip(results, first, strict=True):
+            y[parts[0]] = block
+        for part in parts[1:]:
+            for y, block in zip(results, f(*(a[part] for a in matrices)), strict=True):
+                y[part] = block
+    return tuple(y.reshape(*lead, *y.shape[1:]) for y in results)
+
+
+# --- T2: linear --------------------------------------------------------------------------------------------------
+
+
+def linear(x: Array, W: Array, b: Array | None = None) -> Array:
+    """T2: y = x W^T + b. x (..., in), W (out, in), b (out,) or None -> y (..., out).
+
+    W (N, out, in), with b (N, 1, out), holds a matrix for each row of the batch: x (N,T,in) -> y (N,T,out).
+    """
+    if W.ndim == 3:
+        y = x @ W.swapaxes(-1, -2)  # (N,T,in) -> (N,T,out)
+    else:
+        # One product for all rows: a batched one would go through memory once for each.
+        y = (_rows(x) @ W.T).reshape(*x.shape[:-1], W.shape[0])  # (..., in) -> (M,in) -> (M,out) -> (..., out)
+    if b is not None:
+        y += b
+    return y
+
+
+def linear_backward(dy: Array, W: Array) -> Array:
+    """T2: dx = dy W. dy (..., out), W (out, in) -> dx (..., in)."""
+    return (_rows(dy) @ W).reshape(*dy.shape[:-1], W.shape[1])
+
+
+def linear_weight_backward(dy: Array, x: Array) -> Array:
+    """T2: dW = dy^T x, summed over all rows. dy (..., out), x (..., in) -> dW (out, in)."""
+    return _rows(dy).T @ _rows(x)
+
+
+def bias_backward(dy: Array) -> Array:
+    """T2, T3: db is dy summed over all rows. dy (..., D) -> db (D,)."""
+    return _rows(dy).sum(axis=0)
+
+
+# --- T1: embedding -----------------------------------------------------------------------------------------------
+
+
+def embedding(tokens: Array, E: Array) -> Array:
+    """T1: row tokens[...] of the table. tokens (...) integers, E (V,D) -> (..., D).
+
+    E (N,V,D) holds a table for each row of the batch: tokens (N,T) -> (N,T,D).
+    """
+    if E.ndim == 2:
+        return E[tokens]
+    return xp.take_along_axis(E, tokens[..., None], axis=1)  # (N,V,D) -> (N,T,D)
+
+
+def embedding_backward(dy: Array, tokens: Array, n: int) -> Array:
+    """T1: dE sums dy over the places where each token stands. dy (..., D), tokens (...), n = V -> dE (V,D)."""
+    dE = xp.zeros((n, dy.shape[-1]), dtype=dy.dtype)
+    xp.add.at(dE, tokens.ravel(), _rows(dy))
+    return dE
+
+
+# --- Rows picked from a batch: the targets that count, or the token that a classifier reads -------------------------
+
+
+def pick(x: Array, index: Array) -> Array:
+    """T14, T15: rows of x, the first axes taken as one. x (N,T,D), index (M,) in 0..N*T-1 -> (M,D)."""
+    return _rows(x)[index]
+
+
+def pick_backward(dy: Array, index: Array, shape: tuple[int, ...]) -> Array:
+    """T14, T15: zero but at the rows picked, each picked once. dy (M,D), index (M,), shape of x -> dx of that shape."""
+    dx = xp.zeros(shape, dtype=dy.dtype)
+    _rows(dx)[index] = dy
+    return dx
+
+
+# --- T3, T4: norms -----------------------------------------------------------------------------------------------
+
+
+def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Saved]:
+    """T3: y = w * xhat + b, xhat = (x - mean) / sqrt(var + eps), over the last axis.
+
+    x (..., D), w, b (D,) -> (..., D).
+    """
+
+    def normalise(x: Array) -> Saved:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        rstd = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)  # (m,1)
+        return centred * rstd, rstd
+
+    xhat, rstd = _by_blocks(normalise, x)
+    y = xhat * w
+    y += b
+    return y, (xhat, rstd, w)
+
+
+def layer_norm_backward(dy: Array, saved: Saved) -> Array:
+    """T3: with g = w * dy, dx = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(var + eps)."""
+    w = saved[2]
+
+    def backward(dy: Array, xhat: Array, rstd: Array) -> Saved:
+        g = dy * w
+        along = (g * xhat).mean(axis=-1, keepdims=True)
+        return ((g - g.mean(axis=-1, keepdims=True) - xhat * along) * rstd,)
+
+    return _by_blocks(backward, dy, *saved[:2])[0]
+
+
+def rms_norm(x: Array, w: Array, eps: float) -> tuple[Array, Saved]:
+    """T4: y = w * xhat, xhat = x / sqrt(mean(x^2) + eps), over the last axis. x (..., D), w (D,) -> (..., D)."""
+
+    def normalise(x: Array) -> Saved:
+        rstd = 1 / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)  # (m,1)
+        return x * rstd, rstd
+
+    xhat, rstd = _by_blocks(normalise, x)
+    return xhat * w, (xhat, rstd, w)
+
+
+def rms_norm_backward(dy: Array, saved: Saved) -> Array:
+    """T4: with g = w * dy, dx = (g - xhat * mean(g * xhat)) / sqrt(mean(x^2) + eps)."""
+    w = saved[2]
+
+    def backward(dy: Array, xhat: Array, rstd: Array) -> Saved:
+        g = dy * w
+        return ((g - xhat * (g * xhat).mean(axis=-1, keepdims=True)) * rstd,)
+
+    return _by_blocks(backward, dy, *saved[:2])[0]
+
+
+def norm_weight_backward(dy: Array, saved: Saved) -> Array:
+    """T3, T4: dw = sum over all rows of dy * xhat. dy (..., D) -> dw (D,)."""
+    return bias_backward(dy * saved[0])
+
+
+# --- T5, T6, T7: activations; each saves dy/dx, so its backward is one product ------------------------------------
+
+
+def erf(x: Array) -> Array:
+    """T5: the error function, 2/sqrt(pi) times the integral of exp(-t^2) from 0 to x, elementwise."""
+    import numpy as np
+
+    if x.dtype.kind == "c":
+        return erf(x.real) + 1j * x.imag * (2 / math.sqrt(math.pi)) * xp.exp(-(x.real**2))
+    return np.vectorize(math.erf)(x).astype(x.dtype)
+
+
+def gelu(x: Array) -> tuple[Array, Array]:
+    """T5: y = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2, elementwise. Saves dy/dx = Phi(x) + x phi(x)."""
+
+    def forward(x: Array) -> Saved:
+        Phi = 0.5 * (1 + erf(x * math.sqrt(0.5)))
+        phi = xp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+        return x * Phi, Phi + x * phi
+
+    y, dydx = _by_blocks(forward, x)
+    return y, dydx
+
+
+def gelu_tanh(x: Array) -> tuple[Array, Array]:
+    """T6: y = x P, P = (1 + tanh u) / 2, u = sqrt(2/pi) (x + 0.044715 x^3), elementwise. Saves dy/dx = P + x P'."""
+    c = math.sqrt(2 / math.pi)
+
+    def forward(x: Array) -> Saved:
+        x2 = x * x
+        P = 0.5 * (1 + xp.tanh(x * (c + (c * 0.044715) * x2)))
+        dP = 2 * P * (1 - P) * (c + (3 * c * 0.044715) * x2)  # tanh' = 1 - tanh^2 = 4 P (1 - P)
+        return x * P, P + x * dP
+
+    y, dydx = _by_blocks(forward, x)
+    return y, dydx
+
+
+def silu(x: Array) -> tuple[Array, Array]:
+    """T7: y = x S, S = 1 / (1 + exp(-x)) = (1 + tanh(x/2)) / 2, elementwise. Saves dy/dx = S + x S (1 - S)."""
+
+    def forward(x: Array) -> Saved:
+        S = 0.5 * (1 + xp.tanh(0.5 * x))  # tanh overflows for no x
+        y = x * S
+        return y, S + y * (1 - S)
+
+    y, dydx = _by_blocks(forward, x)
+    return y, dydx
+
+
+def tanh(x: Array) -> tuple[Array, Array]:
+    """T14: y = tanh x, the pooler's, elementwise. Saves dy/dx = 1 - y^2."""
+    y = xp.tanh(x)
+    return y, 1 - y * y
+
+
+def activation_backward(dy: Array, dydx: Array) -> Array:
+    """T5, T6, T7: dx = dy * dy/dx."""
+    return dy * dydx
+
+
+# --- T8, T9, T10: softmax, attention ------------------------------------------------------------------------------
+
+
+def softmax(x: Array) -> tuple[Array, Array]:
+    """T8: p = exp(x) / sum exp(x), over the last axis. x (..., S) -> p (..., S). A row of -inf alone gives zeros."""
+    largest = x.real.max(axis=-1, keepdims=True)
+    p = xp.exp(x - xp.maximum(largest, xp.finfo(largest.dtype).min))  # so that -inf is never taken from -inf
+    total = p.sum(axis=-1, keepdims=True)
+    p /= xp.where(total == 0, 1, total)
+    return p, p
+
+
+def softmax_backward(dp: Array, p: Array) -> Array:
+    """T8: dx = p * (dp - sum(p * dp)), over the last axis."""
+    dx = dp - (dp * p).sum(axis=-1, keepdims=True)
+    dx *= p
+    return dx
+
+
+def _head_tiles(shape: tuple[int, int, int, int, int]) -> list[tuple[slice, slice]]:
+    """Cuts scores (N,G,R,T,S) along N and G into tiles that stay in cache; on a GPU there is one."""
+    N, G, R, T, S = shape
+    return [(n, g) for n in blocks(N, G * R * T * S) for g in blocks(G, R * T * S)]
+
+
+def _attention_bias(T: int, S: int, causal: bool, mask: Array | None, dtype: DType) -> Array | None:
+    """What is added to scores (n,G,R,T,S): 0 where the query sees the key, else -inf. None where all see all."""
+    visible = None
+    if causal and T > 1:
+        visible = xp.arange(S) <= xp.arange(S - T, S)[:, None]  # (T,S): query t stands at place S - T + t
+    if mask is not None:
+        keys = mask[:, None, None, None, :]  # (N,1,1,1,S)
+        visible = keys if visible is None else visible & keys
+    return None if visible is None else xp.where(visible, 0.0, -math.inf).astype(dtype)
+
+
+class AttentionSaved(NamedTuple):
+    """What attention's backward needs: its inputs, and the softmax of each tile."""
+
+    q: Array  # (N,G,R,T,K)
+    k: Array  # (N,G,1,S,K)
+    v: Array  # (N,G,1,S,K)
+    tiles: list[tuple[slice, slice, Array]]  # places n and g, p (n,g,R,T,S)
+
+
+def attention(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None = None) -> tuple[Array, AttentionSaved]:
+    """T9, T10: softmax(q k^T / sqrt(K)) v for each head; H query heads share G key/value heads, H/G to one.
+
+    q (N,H,T,K); k, v (N,G,S,K); mask (N,S) bool, true where a key counts -> (N,H,T,K).
+    Causal: the queries are the last T of the S places, and each sees the keys up to its own.
+    A query that sees no key gives zeros, and its gradient is zero.
+    """
+    (N, H, T, K), (G, S) = q.shape, k.shape[1:3]
+    R = H // G
+    q, k, v = q.reshape(N, G, R, T, K), k[:, :, None], v[:, :, None]  # (N,H,T,K) -> (N,G,R,T,K); (N,G,1,S,K)
+    bias = _attention_bias(T, S, causal, mask, q.real.dtype)
+    out = xp.empty((N, T, H, K), dtype=q.dtype)
+    heads = out.reshape(N, T, G, R, K).transpose(0, 2, 3, 1, 4)  # a view (N,G,R,T,K)
+    tiles = []
+    for n, g in _head_tiles((N, G, R, T, S)):
+        scores = q[n, g] @ k[n, g].swapaxes(-1, -2)  # (n,g,R,T,K) (n,g,1,K,S) -> (n,g,R,T,S)
+        scores *= 1 / math.sqrt(K)
+        if bias is not None:
+            scores += bias if bias.ndim == 2 else bias[n]
+        p, _ = softmax(scores)
+        heads[n, g] = p @ v[n, g]  # (n,g,R,T,S) (n,g,1,S,K) -> (n,g,R,T,K)
+        tiles.append((n, g, p))
+    return out.transpose(0, 2, 1, 3), AttentionSaved(q, k, v, tiles)
+
+
+def attention_backward(dy: Array, saved: AttentionSaved) -> tuple[Array, Array, Array]:
+    """T9, T10: dy (N,H,T,K) -> dq (N,H,T,K), dk and dv (N,G,S,K), which sum over the heads that share them."""
+    q, k, v, tiles = saved
+    N, G, R, T, K = q.shape
+    S = k.shape[3]
+    dy = dy.reshape(N, G, R, T, K)
+    dq = xp.empty((N, T, G, R, K), dtype=dy.dtype).transpose(0, 2, 3, 1, 4)  # laid out as the projections want them
+    dk = xp.empty((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
+    dv = xp.empty_like(dk)
+    for n, g, p in tiles:
+        pT = p.swapaxes(-1, -2)
+        dv[n, g] = (pT @ dy[n, g]).sum(axis=2)  # (n,g,R,S,T) (n,g,R,T,K) -> (n,g,R,S,K) -> (n,g,S,K)
+        dscores = softmax_backward(dy[n, g] @ v[n, g].swapaxes(-1, -2), p)
+        dscores *= 1 / math.sqrt(K)
+        dq[n, g] = dscores @ k[n, g]
+        dk[n, g] = (dscores.swapaxes(-1, -2) @ q[n, g]).sum(axis=2)
+    return dq.reshape(N, G * R, T, K), dk, dv
+
+
+# --- T11: rotary positions -----------------------------------------------------------------------------------------
+
+
+def rotary_angles(positions: Array, K: int, theta: float, dtype: DType) -> tuple[Array, Array]:
+    """T11: cos and sin of position / theta^(2i/K), i < K/2. positions (...,T) -> two (...,T,K/2), rounded once."""
+    angles = positions[..., None] * theta ** (xp.arange(K // 2) * (-2.0 / K))  # float64
+    return xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)
+
+
+def rotary(x: Array, cos: Array, sin: Array) -> tuple[Array, Saved]:
+    """T11: turns the pair (x_i, x_{i + K/2}) by its angle.
+
+    x (N,H,T,K); cos, sin (T,K/2) or (N,1,T,K/2) -> (N,H,T,K).
+    """
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]
+    return xp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1), (cos, sin)
+
+
+def rotary_backward(dy: Array, saved: Saved) -> Array:
+    """T11: a turn's transpose is the turn back."""
+    cos, sin = saved
+    return rotary(dy, cos, -sin)[0]
+
+
+# --- T12: dropout --------------------------------------------------------------------------------------------------
+
+
+def _mix(h: Array) -> Array:
+    """A bijection of the 32-bit integers in which each bit of h sways every bit of the result (xor-shift, multiply)."""
+    h = h ^ (h >> 16)
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h *= 0x846CA68B
+    h ^= h >> 16
+    return h
+
+
+def dropout_mask(
+    shape: tuple[int, int, int], p: float, *, seed: int, stream: str, first_row: int, dtype: DType
+) -> Array:
+    """T12: m (N,T,D): 0 with probability p, else 1 / (1 - p).
+
+    An element depends on seed, on stream (the name of what it is for), on its row's index in the whole batch
+    (first_row + n) and on its place in the row: never on how a batch is cut into shards. It is a hash, not a
+    generator with a state, so it is made where it is used, on any device.
+    """
+    N, T, D = shape
+    key = zlib.crc32(f"{seed} {stream}".encode())
+    rows = _mix(xp.arange(first_row, first_row + N, dtype=xp.uint32) ^ key)  # (N,)
+    places = _mix(xp.arange(T * D, dtype=xp.uint32) ^ (key ^ 0x9E3779B9))  # (T*D,)
+    mask = xp.empty((N, T * D), dtype=dtype)
+    for n in blocks(N, T * D):
+        mask[n] = _mix(rows[n, None] ^ places) >= min(round(p * 2**32), 2**32 - 1)
+    mask *= 1 / (1 - p)
+    return mask.reshape(N, T, D)
+
+
+def dropout(x: Array, mask: Array) -> tuple[Array, Array]:
+    """T12: y = m * x."""
+    return x * mask, mask
+
+
+def dropout_backward(dy: Array, mask: Array) -> Array:
+    """T12: dx = m * dy."""
+    return dy * mask
+
+
+# --- T15: cross-entropy ----------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Array, targets: Array) -> tuple[Array, tuple[Array, Array]]:
+    """T15: -log softmax(logits)[target], a row at a time. logits (M,V), targets (M,) in 0..V-1 -> losses (M,).
+
+    Every target here counts. Those of -100 never come: `pick` leaves their rows out before logits are computed.
+    """
+    p = xp.empty_like(logits)
+    losses = xp.empty(len(logits), dtype=logits.dtype)
+    for m in blocks(*logits.shape):
+        x = logits[m]
+        x = x - x.real.max(axis=-1, keepdims=True)
+        at_target = x[xp.arange(len(x)), targets[m]]
+        x = xp.exp(x)
+        total = x.sum(axis=-1)  # (m,V) -> (m,)
+        losses[m] = xp.log(total) - at_target
+        p[m] = x / total[:, None]
+    return losses, (p, targets)
+
+
+def cross_entropy_backward(dlosses: Array, saved: tuple[Array, Array]) -> Array:
+    """T15: dlogits = (softmax(logits) - onehot(target)) * dloss. dlosses (M,) -> (M,V)."""
+    p, targets = saved
+    dlogits = p * dlosses[:, None]
+    dlogits[xp.arange(len(p)), targets] -= dlosses
+    return dlogits

@@ -1,0 +1,114 @@
+"""One step over many shards of a batch (O4).
+
+Each shard runs its whole forward and backward alone, in a thread of its own; NumPy lets go of the interpreter's lock in
+products and elementwise steps. Only the gradients of what is trained meet, summed along one fixed tree: the result
+depends on the shards, never on how many threads ran them or which was done first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from .backend import Array, backend_name
+from .batch import Batch, check_batch
+from .lora import Adapter
+from .model import Model
+from .run import Trainable
+from .transformer import Grads, batch_loss_and_grads, trained_grads, training_run
+
+SHARD_TOKENS = 256  # a shard has at least so many tokens: smaller products are slower
+
+
+def default_shards(N: int, T: int) -> int:
+    """The shards of a batch (N,T): from its shape alone, so that the same batch gives the same bits on any machine."""
+    return 1 if backend_name == "cupy" else max(1, min(N, N * T // SHARD_TOKENS))
+
+
+def shard_rows(N: int, shards: int) -> list[slice]:
+    """N rows in `shards` parts whose sizes differ by one at the most."""
+    edges = [N * i // shards for i in range(shards + 1)]
+    return [slice(start, end) for start, end in pairwise(edges)]
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """One BLAS thread for each product meanwhile, where threadpoolctl is installed: the shards are the parallelism."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        yield
+        return
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+def tree_sum(parts: list[tuple[Array, Grads]]) -> tuple[Array, Grads]:
+    """O4: neighbours are added, then the sums of neighbours, and so on: one fixed order for any number of threads."""
+    while len(parts) > 1:
+        pairs = [_add(parts[i], parts[i + 1]) for i in range(0, len(parts) - 1, 2)]
+        parts = pairs + parts[len(pairs) * 2 :]
+    return parts[0]
+
+
+def _add(one: tuple[Array, Grads], other: tuple[Array, Grads]) -> tuple[Array, Grads]:
+    return one[0] + other[0], {name: one[1][name] + other[1][name] for name in one[1]}
+
+
+def sharded_loss_and_grads(
+    model: Model,
+    adapter: Adapter | None,
+    tokens: Any,
+    targets: Any,
+    *,
+    mask: Any = None,
+    token_types: Any = None,
+    dropout_seed: int | None = None,
+    trainable: Trainable = "adapter",
+    shards: int | None = None,
+) -> tuple[float, Grads]:
+    """O4: `loss_and_grads`, the rows of the batch cut into shards that run in threads.
+
+    The loss is the mean over the counted targets of the whole batch, and a row's dropout mask is the same, however the
+    batch is cut. shards: at most N; None: from tokens.shape alone. -> as loss_and_grads.
+    """
+    batch = check_batch(model.config, tokens, targets, mask, token_types)
+    total, grads = sharded_sums(
+        model, adapter, batch, count=len(batch.counted), dropout_seed=dropout_seed, trainable=trainable, shards=shards
+    )
+    return total.item(), trained_grads(model, adapter, grads)
+
+
+def sharded_sums(
+    model: Model,
+    adapter: Adapter | None,
+    batch: Batch,
+    *,
+    count: int,
+    dropout_seed: int | None,
+    trainable: Trainable,
+    first_row: int = 0,
+    shards: int | None = None,
+) -> tuple[Array, Grads]:
+    """O4: the sums over a batch's rows, over `count`, which may count more than this batch: a micro-batch's share.
+
+    first_row: the batch's first row in the whole that its dropout masks are numbered by.
+    """
+    N, T = batch.tokens.shape
+    shards = default_shards(N, T) if shards is None else shards
+    if not 1 <= shards <= N:
+        raise ValueError(f"shards: expected 1 to {N}, the rows of the batch, got {shards}")
+    run = training_run(model, adapter, trainable=trainable, rows=N, dropout_seed=dropout_seed)
+
+    def one(n: slice) -> tuple[Array, Grads]:
+        return batch_loss_and_grads(replace(run, first_row=first_row + n.start), batch.rows(n), count=count)
+
+    if shards == 1:
+        return one(slice(0, N))
+    with one_blas_thread(), ThreadPoolExecutor(min(shards, os.cpu_count() or 1)) as pool:
+        return tree_sum(list(pool.map(one, shard_rows(N, shards))))

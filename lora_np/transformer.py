@@ -1,0 +1,485 @@
+"""The transformer: forward, loss and backward, as a composition of `ops` and `lora`.
+
+A forward gives its result and what its backward needs; each backward stands beneath its forward and takes the saved
+values apart as it goes, so memory falls as it runs. Letters: N batch, T tokens, D width, H heads, K = D/H, F
+feed-forward width, V vocabulary, r rank; P places that get logits: T, or 1 for a classifier.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from .backend import Array, xp
+from .batch import Batch, check_batch, check_inputs
+from .lora import Adapter, lora_embedding, lora_embedding_backward, lora_linear, lora_linear_backward
+from .model import Model
+from .ops import (
+    activation_backward,
+    attention,
+    attention_backward,
+    bias_backward,
+    cross_entropy,
+    cross_entropy_backward,
+    embedding,
+    embedding_backward,
+    gelu,
+    gelu_tanh,
+    layer_norm,
+    layer_norm_backward,
+    linear,
+    linear_backward,
+    linear_weight_backward,
+    norm_weight_backward,
+    pick,
+    pick_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotary,
+    rotary_angles,
+    rotary_backward,
+    silu,
+    tanh,
+)
+from .run import AnyAdapter, Run, Trainable, bind, fuse_grads
+
+Grads: TypeAlias = dict[str, Array]
+Saved: TypeAlias = dict[str, Any]  # by the name of the step that saved it
+
+HEAD_ROWS = 256  # rows of logits held at a time: (N*T, V) never is
+
+
+# --- Matrices and norms by name ------------------------------------------------------------------------------------
+
+
+def _add(grads: Grads, name: str, value: Array) -> None:
+    """Adds to a gradient: the head's comes in chunks of rows, a tied table's from both ends."""
+    if name in grads:
+        grads[name] += value
+    else:
+        grads[name] = value
+
+
+def project(run: Run, name: str, x: Array, mask: Array | None = None) -> tuple[Array, Any]:
+    """T2, L2: the matrix `name`, with its update if it has one. x (..., in) -> (..., out). mask: the dropout mask."""
+    W, b = run.weights[run.weight_name(name)], run.weights.get(f"{name}.bias")
+    update = run.updates.get(name)
+    if update is not None:
+        return lora_linear(x, W, b, update.A, update.B, update.s, dropout_mask=mask)
+    return linear(x, W, b), x if run.weight_name(name) in run.trained else None
+
+
+def project_backward(run: Run, name: str, dy: Array, saved: Any, grads: Grads, *, need_dx: bool = True) -> Array | None:
+    """T2, L4: the gradients of what is trained here, into grads, and dx where it is needed.
+
+    dy (..., out) -> dx (..., in), or None.
+    """
+    if f"{name}.bias" in run.trained:
+        _add(grads, f"{name}.bias", bias_backward(dy))
+    if name in run.updates:
+        dx, dA, dB = lora_linear_backward(dy, saved, need_dx=need_dx)
+        _add(grads, f"{name}.A", dA)
+        _add(grads, f"{name}.B", dB)
+        return dx
+    weight = run.weight_name(name)
+    if weight in run.trained:
+        _add(grads, weight, linear_weight_backward(dy, saved))
+    return linear_backward(dy, run.weights[weight]) if need_dx else None
+
+
+def norm(run: Run, name: str, x: Array) -> tuple[Array, Any]:
+    """T3 or T4, as the configuration says. x (N,T,D) -> (N,T,D)."""
+    w, eps = run.weights[f"{name}.weight"], run.config.eps
+    if run.config.norm == "rms":
+        return rms_norm(x, w, eps)
+    return layer_norm(x, w, run.weights[f"{name}.bias"], eps)
+
+
+def norm_backward(run: Run, name: str, dy: Array, saved: Any, grads: Grads) -> Array:
+    """T3 or T4: the gradients of what is trained here, into grads, and dx. dy (N,T,D) -> (N,T,D)."""
+    if f"{name}.weight" in run.trained:
+        grads[f"{name}.weight"] = norm_weight_backward(dy, saved)
+    if f"{name}.bias" in run.trained:
+        grads[f"{name}.bias"] = bias_backward(dy)
+    return rms_norm_backward(dy, saved) if run.config.norm == "rms" else layer_norm_backward(dy, saved)
+
+
+# --- T1: the embedding ---------------------------------------------------------------------------------------------
+
+
+def embed(run: Run, tokens: Array, token_types: Array | None) -> tuple[Array, Saved]:
+    """T1: token + position + type, and the norm over their sum in post-norm models. tokens (N,T) -> (N,T,D)."""
+    E, update = run.weights["embed.tokens"], run.updates.get("embed.tokens")
+    saved: Saved = {"tokens": tokens, "types": token_types}
+    if update is None:
+        x = embedding(tokens, E)
+    else:
+        x, saved["update"] = lora_embedding(tokens, E, update.A, update.B, update.s)
+    if run.config.positions == "learned":
+        x += embedding(run.positions, run.weights["embed.positions"])  # type: ignore[arg-type]
+    if token_types is not None:
+        x += embedding(token_types, run.weights["embed.types"])
+    if not run.config.norm_first:
+        x, saved["norm"] = norm(run, "embed.norm", x)
+    return x, saved
+
+
+def embed_backward(run: Run, dx: Array, saved: Saved, grads: Grads) -> None:
+    """T1: dx (N,T,D), into the gradients of the tables that are trained."""
+    tokens = saved["tokens"]
+    if not run.config.norm_first:
+        dx = norm_backward(run, "embed.norm", dx, saved.pop("norm"), grads)
+    if "update" in saved:
+        grads["embed.tokens.A"], grads["embed.tokens.B"] = lora_embedding_backward(dx, saved.pop("update"))
+    tables = {"embed.tokens": tokens, "embed.types": saved["types"]}
+    if run.positions is not None:
+        tables["embed.positions"] = xp.broadcast_to(run.positions, tokens.shape)
+    for name, index in tables.items():
+        if name in run.trained:
+            _add(grads, name, embedding_backward(dx, index, len(run.weights[name])))
+
+
+# --- T9 to T11: attention ------------------------------------------------------------------------------------------
+
+
+def _split_heads(x: Array, heads: int) -> Array:
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)  # (N,T,H*K) -> (N,H,T,K)
+
+
+def _merge_heads(x: Array) -> Array:
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)  # (N,H,T,K) -> (N,T,H*K)
+
+
+def attend(run: Run, i: int, x: Array) -> tuple[Array, Saved]:
+    """T9 to T11: attention of layer i with its four projections (paper 4.2: Wq, Wk, Wv, Wo). x (N,T,D) -> (N,T,D)."""
+    config, saved = run.config, {}
+    heads = {"q": config.n_head, "k": config.kv_heads, "v": config.kv_heads}
+    parts = {}
+    for part in heads:
+        name = f"layers.{i}.attn.{part}"
+        y, saved[part] = project(run, name, x, run.dropout_mask(name, x.shape))
+        parts[part] = _split_heads(y, heads[part])
+    q, k, v = parts.values()  # (N,H,T,K); k, v: (N,G,T,K)
+    if run.angles is not None:
+        q, _ = rotary(q, *run.angles)
+        k, saved["rotary"] = rotary(k, *run.angles)
+    if run.cache is not None:
+        k, v = run.cache.extend(i, k, v)  # (N,G,T,K) -> (N,G,S,K)
+    y, saved["attention"] = attention(q, k, v, causal=config.causal, mask=run.mask)
+    y = _merge_heads(y)
+    name = f"layers.{i}.attn.o"
+    y, saved["o"] = project(run, name, y, run.dropout_mask(name, y.shape))
+    return y, saved
+
+
+def attend_backward(run: Run, i: int, dy: Array, saved: Saved, grads: Grads, *, need_dx: bool) -> Array | None:
+    """T9 to T11: dy (N,T,D) -> dx (N,T,D), or None where it is not needed."""
+    name = f"layers.{i}.attn"
+    inputs_trained = any(n.startswith((f"{name}.q.", f"{name}.k.", f"{name}.v.")) for n in run.trained)
+    go_on = need_dx or inputs_trained
+    d_heads = project_backward(run, f"{name}.o", dy, saved.pop("o"), grads, need_dx=go_on)
+    if d_heads is None:
+        return None
+    dq, dk, dv = attention_backward(_split_heads(d_heads, run.config.n_head), saved.pop("attention"))
+    if "rotary" in saved:
+        angles = saved.pop("rotary")
+        dq, dk = rotary_backward(dq, angles), rotary_backward(dk, angles)
+    dx = None
+    for part, d in (("q", dq), ("k", dk), ("v", dv)):
+        d_part = project_backward(run, f"{name}.{part}", _merge_heads(d), saved.pop(part), grads, need_dx=need_dx)
+        if dx is None:
+            dx = d_part
+        else:
+            dx += d_part
+    return dx
+
+
+# --- T5 to T7: the feed-forward half -------------------------------------------------------------------------------
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu_gated": silu}
+
+
+def feed_forward(run: Run, i: int, x: Array) -> tuple[Array, Saved]:
+    """T5 to T7: down(act(up(x))), or down(silu(gate(x)) * up(x)). x (N,T,D) -> (N,T,F) -> (N,T,D)."""
+    name, saved = f"layers.{i}.mlp", {}
+    activation = ACTIVATIONS[run.config.activation]
+    up, saved["up"] = project(run, f"{name}.up", x, run.dropout_mask(f"{name}.up", x.shape))
+    if run.config.activation == "silu_gated":
+        gate, saved["gate"] = project(run, f"{name}.gate", x, run.dropout_mask(f"{name}.gate", x.shape))
+        act, saved["activation"] = activation(gate)
+        saved["product"] = act, up
+        h = act * up
+    else:
+        h, saved["activation"] = activation(up)
+    y, saved["down"] = project(run, f"{name}.down", h, run.dropout_mask(f"{name}.down", h.shape))
+    return y, saved
+
+
+def feed_forward_backward(run: Run, i: int, dy: Array, saved: Saved, grads: Grads, *, need_dx: bool) -> Array | None:
+    """T5 to T7: dy (N,T,D) -> dx (N,T,D), or None where it is not needed."""
+    name = f"layers.{i}.mlp"
+    go_on = need_dx or any(n.startswith((f"{name}.up.", f"{name}.gate.")) for n in run.trained)
+    dh = project_backward(run, f"{name}.down", dy, saved.pop("down"), grads, need_dx=go_on)
+    if dh is None:
+        return None
+    if run.config.activation != "silu_gated":
+        d_up = activation_backward(dh, saved.pop("activation"))
+        return project_backward(run, f"{name}.up", d_up, saved.pop("up"), grads, need_dx=need_dx)
+    act, up = saved.pop("product")
+    d_gate = activation_backward(dh * up, saved.pop("activation"))
+    dx = project_backward(run, f"{name}.gate", d_gate, saved.pop("gate"), grads, need_dx=need_dx)
+    dx_up = project_backward(run, f"{name}.up", dh * act, saved.pop("up"), grads, need_dx=need_dx)
+    return None if dx is None or dx_up is None else dx + dx_up
+
+
+# --- T13: the block, in two halves of one form ---------------------------------------------------------------------
+
+
+def half_block(run: Run, depth: int, x: Array) -> tuple[Array, Saved]:
+    """T13: x + f(norm(x)) in pre-norm models, norm(x + f(x)) in post-norm ones. x (N,T,D) -> (N,T,D).
+
+    Depth 2i is layer i's attention with norm1, depth 2i + 1 its feed-forward half with norm2.
+    """
+    i, second = divmod(depth, 2)
+    name, f = (f"layers.{i}.norm2", feed_forward) if second else (f"layers.{i}.norm1", attend)
+    saved: Saved = {}
+    if run.config.norm_first:
+        h, saved["norm"] = norm(run, name, x)
+        y, saved["f"] = f(run, i, h)
+        y += x
+    else:
+        h, saved["f"] = f(run, i, x)
+        h += x
+        y, saved["norm"] = norm(run, name, h)
+    return y, saved
+
+
+def half_block_backward(run: Run, depth: int, dy: Array, saved: Saved, grads: Grads) -> Array | None:
+    """T13: dy (N,T,D) -> dx (N,T,D), or None where nothing below is trained."""
+    i, second = divmod(depth, 2)
+    name, f_backward = (
+        (f"layers.{i}.norm2", feed_forward_backward) if second else (f"layers.{i}.norm1", attend_backward)
+    )
+    need_dx = run.lowest < depth
+    if run.config.norm_first:
+        norm_trained = not run.trained.isdisjoint((f"{name}.weight", f"{name}.bias"))
+        dh = f_backward(run, i, dy, saved.pop("f"), grads, need_dx=need_dx or norm_trained)
+        if dh is None:
+            return None
+        return dy + norm_backward(run, name, dh, saved.pop("norm"), grads)
+    dh = norm_backward(run, name, dy, saved.pop("norm"), grads)
+    dx = f_backward(run, i, dh, saved.pop("f"), grads, need_dx=need_dx)
+    return None if dx is None else dh + dx
+
+
+# --- The whole model -----------------------------------------------------------------------------------------------
+
+
+def place(run: Run, T: int, mask: Array | None, past: int = 0) -> Run:
+    """The run with what depends on the batch's shape: the mask (N, past + T), positions of the last T, rotary angles.
+
+    Positions count true tokens, so that padding on the left changes nothing.
+    """
+    config = run.config
+    if mask is None:
+        positions = xp.arange(past, past + T)  # (T,)
+    else:
+        mask = xp.asarray(mask)
+        positions = xp.maximum(xp.cumsum(mask, axis=1) - 1, 0)[:, past:]  # (N,T)
+    if config.positions == "learned":
+        return replace(run, mask=mask, positions=positions + config.position_offset)
+    dtype = run.weights["embed.tokens"].real.dtype
+    positions = positions if mask is None else positions[:, None]  # (T,) or (N,1,T)
+    return replace(run, mask=mask, angles=rotary_angles(positions, config.head_width, config.rope_theta, dtype))
+
+
+def states(run: Run, batch: Batch) -> tuple[Array, list[Saved]]:
+    """T13: the states after the last layer, and its norm in pre-norm models. tokens (N,T) -> (N,T,D).
+
+    Only what backward will need is saved: nothing below the lowest trained parameter.
+    """
+    depths = 2 * run.config.n_layer
+    stack: list[Saved] = []
+    types = None if batch.token_types is None else xp.asarray(batch.token_types)
+    x, saved = embed(run, xp.asarray(batch.tokens), types)
+    stack.append(saved if run.lowest < 0 else {})
+    for depth in range(depths):
+        x, saved = half_block(run, depth, x)
+        stack.append(saved if run.lowest <= depth else {})
+    if run.config.norm_first:
+        x, norm_saved = norm(run, "norm", x)
+        stack.append({"norm": norm_saved} if run.lowest <= depths else {})
+    return x, stack
+
+
+def states_backward(run: Run, dx: Array, stack: list[Saved], grads: Grads) -> None:
+    """T13: dx (N,T,D), down to the lowest trained parameter."""
+    depths = 2 * run.config.n_layer
+    if run.config.norm_first and run.lowest <= depths:
+        dx = norm_backward(run, "norm", dx, stack.pop()["norm"], grads)
+    d: Array | None = dx
+    for depth in reversed(range(max(run.lowest, 0), depths)):
+        assert d is not None
+        d = half_block_backward(run, depth, d, stack.pop(), grads)
+    if run.lowest < 0 and d is not None:
+        embed_backward(run, d, stack.pop(), grads)
+
+
+def _read_at(run: Run, N: int, T: int) -> Array:
+    """T14: the index in N*T of the token that a classifier reads: causal models the last true one, others the first."""
+    if run.mask is None:
+        place = xp.full(N, T - 1 if run.config.causal else 0)
+    else:
+        order = run.mask[:, ::-1] if run.config.causal else run.mask
+        place = xp.argmax(order, axis=1)
+        place = T - 1 - place if run.config.causal else place
+    return xp.arange(N) * T + place  # (N,)
+
+
+def features(run: Run, x: Array) -> tuple[Array, Saved]:
+    """T14: what the head reads: each state; or, for a classifier, one, through BERT's pooler. (N,T,D) -> (N,P,D)."""
+    if run.config.head != "classify":
+        return x, {}
+    N, T, D = x.shape
+    saved: Saved = {"index": _read_at(run, N, T), "shape": x.shape}
+    h = pick(x, saved["index"]).reshape(N, 1, D)  # (N,T,D) -> (N,D) -> (N,1,D)
+    if run.config.has_pooler:
+        h, saved["pooler"] = project(run, "pooler", h)
+        h, saved["tanh"] = tanh(h)
+    return h, saved
+
+
+def features_backward(run: Run, dh: Array, saved: Saved, grads: Grads) -> Array:
+    """T14: dh (N,P,D) -> dx (N,T,D)."""
+    if run.config.head != "classify":
+        return dh
+    if run.config.has_pooler:
+        dh = activation_backward(dh, saved.pop("tanh"))
+        dh = project_backward(run, "pooler", dh, saved.pop("pooler"), grads)  # type: ignore[assignment]
+    return pick_backward(dh[:, 0], saved["index"], saved["shape"])
+
+
+def head_loss(run: Run, h: Array, index: Array, targets: Array, count: int, grads: Grads) -> tuple[Array, Array | None]:
+    """T14, T15: the sum of the losses of the counted rows over `count`, and its gradient by h. h (N,P,D).
+
+    index (M,): the counted rows among N*P; targets (M,). Logits are made for HEAD_ROWS rows at a time and turned into
+    dh at once. -> loss (a 0-d array), dh (N,P,D) or None where nothing is trained.
+    """
+    rows = pick(h, index)  # (N,P,D) -> (M,D)
+    mask = run.dropout_mask("head", h.shape)
+    if mask is not None:
+        mask = pick(mask, index)
+    need_dh = run.lowest < 2 * run.config.n_layer + 2
+    d_rows = xp.empty_like(rows)
+    total = xp.zeros((), dtype=rows.dtype)
+    for start in range(0, max(len(rows), 1), HEAD_ROWS):  # one chunk at least, for a shard with no counted target
+        m = slice(start, start + HEAD_ROWS)
+        logits, saved = project(run, "head", rows[m], None if mask is None else mask[m])  # (m,D) -> (m,V)
+        losses, ce_saved = cross_entropy(logits, targets[m])
+        total = total + losses.sum() / count
+        if run.trained:
+            dlogits = cross_entropy_backward(xp.full_like(losses, 1 / count), ce_saved)
+            d_part = project_backward(run, "head", dlogits, saved, grads, need_dx=need_dh)
+            if d_part is not None:
+                d_rows[m] = d_part
+    return total, pick_backward(d_rows, index, h.shape) if need_dh else None
+
+
+def batch_loss_and_grads(run: Run, batch: Batch, *, count: int) -> tuple[Array, Grads]:
+    """The loss of some rows of a batch, and the gradients by run.trained: sums over these rows, over `count` (O4)."""
+    assert batch.targets is not None
+    run = place(run, batch.tokens.shape[1], batch.mask)
+    index = batch.counted
+    targets = xp.asarray(batch.targets.reshape(-1)[index])
+    x, stack = states(run, batch)
+    h, head_saved = features(run, x)
+    grads: Grads = {}
+    loss, dh = head_loss(run, h, xp.asarray(index), targets, count, grads)
+    if dh is not None:
+        states_backward(run, features_backward(run, dh, head_saved, grads), stack, grads)
+    return loss, grads
+
+
+# --- What others call ----------------------------------------------------------------------------------------------
+
+
+def forward(
+    model: Model, tokens: Any, adapter: AnyAdapter = None, *, mask: Any = None, token_types: Any = None
+) -> Array:
+    """T14, L2, L7: the logits of a batch, with an adapter, none, or a list of one or none for each row.
+
+    tokens (N,T) integers; mask (N,T), true where a token counts; token_types (N,T).
+    -> (N,T,V) for a language model, (N,labels) for a classifier, (N,T,labels) for a tagger, (N,T,D) without a head.
+    A ValueError or TypeError says what was expected, what came, and where.
+    """
+    config = model.config
+    batch = check_inputs(config, tokens, mask, token_types)
+    N, T = batch.tokens.shape
+    run = place(bind(model, adapter, rows=N), T, batch.mask)
+    x, _ = states(run, batch)
+    if config.head == "none":
+        return x
+    logits, _ = project(run, "head", features(run, x)[0])  # (N,P,D) -> (N,P,V)
+    return logits[:, 0] if config.head == "classify" else logits
+
+
+def loss(
+    model: Model,
+    tokens: Any,
+    targets: Any,
+    adapter: AnyAdapter = None,
+    *,
+    mask: Any = None,
+    token_types: Any = None,
+) -> float:
+    """T15: the mean cross-entropy, in nats, over all counted targets; no dropout.
+
+    targets (N,T) for a language model or tagger, (N,) for a classifier: targets[n,t] is what logits[n,t] is scored
+    against, -100 is left out. A ValueError or TypeError says what was expected, what came, and where.
+    """
+    batch = check_batch(model.config, tokens, targets, mask, token_types)
+    run = replace(bind(model, adapter, rows=len(batch.tokens)), trained=frozenset())
+    return batch_loss_and_grads(run, batch, count=len(batch.counted))[0].item()
+
+
+def loss_and_grads(
+    model: Model,
+    adapter: Adapter | None,
+    tokens: Any,
+    targets: Any,
+    *,
+    mask: Any = None,
+    token_types: Any = None,
+    dropout_seed: int | None = None,
+    trainable: Trainable = "adapter",
+) -> tuple[float, Grads]:
+    """L4, T15: the loss and its gradients by what is trained: the adapter's parameters, or with "all" every weight.
+
+    Arguments as for `loss`. dropout_seed: the seed of the dropout masks; None: no dropout.
+    -> (float, {name: array like the parameter}), with exactly the names of what is trained. No gradient of a frozen
+    weight is formed.
+    """
+    batch = check_batch(model.config, tokens, targets, mask, token_types)
+    run = training_run(model, adapter, trainable=trainable, rows=len(batch.tokens), dropout_seed=dropout_seed)
+    total, grads = batch_loss_and_grads(run, batch, count=len(batch.counted))
+    return total.item(), trained_grads(model, adapter, grads)
+
+
+def training_run(
+    model: Model, adapter: Adapter | None, *, trainable: Trainable, rows: int, dropout_seed: int | None
+) -> Run:
+    """The run of a training step; a ValueError unless it is either one adapter or all weights that are trained."""
+    if trainable not in ("adapter", "all"):
+        raise ValueError(f"trainable: expected adapter or all, got {trainable!r}")
+    if (adapter is None) != (trainable == "all"):
+        raise ValueError("expected an adapter to train, or None and trainable='all' to train every weight")
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter: one adapter is trained at a time, got {type(adapter).__name__}")
+    return replace(bind(model, adapter, rows=rows, trainable=trainable), dropout_seed=dropout_seed)
+
+
+def trained_grads(model: Model, adapter: Adapter | None, grads: Grads) -> Grads:
+    """The gradients with the names, and in the order, of what is trained."""
+    if adapter is not None:
+        return fuse_grads(model.config, adapter, grads)
+    return {name: grads[name] for name in model.weights}
