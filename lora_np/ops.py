@@ -179,13 +179,46 @@ def norm_weight_backward(dy: Array, saved: Saved) -> Array:
 # --- T5, T6, T7: activations; each saves dy/dx, so its backward is one product ------------------------------------
 
 
-def erf(x: Array) -> Array:
-    """T5: the error function, 2/sqrt(pi) times the integral of exp(-t^2) from 0 to x, elementwise."""
-    import numpy as np
+# erf in float32 is sin(x + x R(y)), y = x^2 / (x^2 + 9.6): arcsin(erf x) is odd, and the sine's flat top damps the error
+# of R where erf nears 1. In float64 it is -expm1(-t P(t) / Q(t)), t = |x|: -log(erfc t) / t is smooth and positive, and
+# the exponential damps likewise. R, P and Q are weighted minimax fits, highest power first; beyond the last place
+# erf rounds to 1. Largest error: 1.7 ulp over all float32 numbers, 6e-16 in float64.
+_ERF_R = (1.8857645, -2.91408044, 0.144045615, 0.825238128, 0.736327052, -0.336979454, -1.31209554, 0.128379166)
+_ERF_R_LAST = 3.9375
+_ERF_P = (
+    2.785965613756157e-05, 0.9986282545588538, 12.520627663591856, 71.22974912712225,
+    234.94018943988553, 475.88109469080615, 566.81481919426, 320.9105283294626,
+)  # fmt: skip
+_ERF_Q = (1.0, 12.468796764048381, 67.38862415836066, 202.95535056501296, 341.87129035085576, 284.39955086683983)
+_ERF_PQ_LAST = 5.9375
 
+
+def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+    """The polynomial at x, by Horner's rule; coefficients from the highest power down."""
+    p = coefficients[0] * x
+    p += coefficients[1]
+    for c in coefficients[2:]:
+        p *= x
+        p += c
+    return p
+
+
+def erf(x: Array) -> Array:
+    """T5: the error function, 2/sqrt(pi) times the integral of exp(-t^2) from 0 to x, elementwise, in x's dtype.
+
+    A complex x is taken for a real one with a small imaginary step: erf(a + i b) = erf(a) + i b erf'(a).
+    """
     if x.dtype.kind == "c":
-        return erf(x.real) + 1j * x.imag * (2 / math.sqrt(math.pi)) * xp.exp(-(x.real**2))
-    return np.vectorize(math.erf)(x).astype(x.dtype)
+        return erf(x.real) + (2j / math.sqrt(math.pi)) * x.imag * xp.exp(-x.real * x.real)
+    if x.dtype == xp.float32:
+        x = xp.clip(x, -_ERF_R_LAST, _ERF_R_LAST)
+        y = x * x
+        y /= y + 9.6
+        return xp.sin(x + x * _polynomial(_ERF_R, y))
+    t = xp.minimum(xp.abs(x), _ERF_PQ_LAST)
+    h = _polynomial(_ERF_P, t)
+    h /= _polynomial(_ERF_Q, t)
+    return xp.copysign(xp.expm1(-t * h), x)
 
 
 def gelu(x: Array) -> tuple[Array, Array]:
