@@ -19,7 +19,7 @@ from .backend import Array, backend_name
 from .batch import Batch, check_batch
 from .lora import Adapter
 from .model import Model
-from .run import Trainable
+from .run import Run, Trainable
 from .transformer import Grads, batch_loss_and_grads, trained_grads, training_run
 
 SHARD_TOKENS = 256  # a shard has at least so many tokens: smaller products are slower
@@ -78,32 +78,23 @@ def sharded_loss_and_grads(
     batch is cut. shards: at most N; None: from tokens.shape alone. -> as loss_and_grads.
     """
     batch = check_batch(model.config, tokens, targets, mask, token_types)
-    total, grads = sharded_sums(
-        model, adapter, batch, count=len(batch.counted), dropout_seed=dropout_seed, trainable=trainable, shards=shards
-    )
+    run = training_run(model, adapter, trainable=trainable, rows=len(batch.tokens), dropout_seed=dropout_seed)
+    total, grads = sharded_sums(run, batch, count=len(batch.counted), shards=shards)
     return total.item(), trained_grads(model, adapter, grads)
 
 
 def sharded_sums(
-    model: Model,
-    adapter: Adapter | None,
-    batch: Batch,
-    *,
-    count: int,
-    dropout_seed: int | None,
-    trainable: Trainable,
-    first_row: int = 0,
-    shards: int | None = None,
+    run: Run, batch: Batch, *, count: int, first_row: int = 0, shards: int | None = None
 ) -> tuple[Array, Grads]:
-    """O4: the sums over a batch's rows, over `count`, which may count more than this batch: a micro-batch's share.
+    """O4: the sums of loss and gradients over a batch's rows, over `count`.
 
-    first_row: the batch's first row in the whole that its dropout masks are numbered by.
+    The batch may be a part of the whole: then count is the whole's, and first_row is its first row there, by which
+    dropout masks are numbered. shards: at most N; None: from the batch's shape alone.
     """
     N, T = batch.tokens.shape
     shards = default_shards(N, T) if shards is None else shards
     if not 1 <= shards <= N:
         raise ValueError(f"shards: expected 1 to {N}, the rows of the batch, got {shards}")
-    run = training_run(model, adapter, trainable=trainable, rows=N, dropout_seed=dropout_seed)
 
     def one(n: slice) -> tuple[Array, Grads]:
         return batch_loss_and_grads(replace(run, first_row=first_row + n.start), batch.rows(n), count=count)

@@ -1,0 +1,236 @@
+"""The loop: batches in, an adapter out; evaluation, checkpoints. It reports to a callback and prints nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from .backend import Array, asnumpy, xp
+from .batch import check_batch
+from .lora import Adapter
+from .model import Model
+from .optim import AdamWState, adamw, clip, learning_rates, warmup_cosine
+from .parallel import shard_rows, sharded_sums
+from .run import bind
+from .transformer import Grads, trained_grads, training_run
+
+# A batch: the keyword arguments of `loss` (tokens, targets, and mask and token_types where there are any).
+BatchDict: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. The batch of a step is the caller's; what is left is here.
+
+    steps         of the optimizer
+    lr            the highest learning rate (O1); warmed up over `warmup` steps, then down a cosine (O2)
+    b_ratio       B's rate over A's (LoRA+); head_ratio: a trained head's
+    weight_decay  decoupled (O1)
+    clip          the joint norm that gradients are cut to (O3)
+    accumulate    micro-batches that a step's batch is cut into, one behind the other (O4)
+    seed          of the dropout masks
+    """
+
+    steps: int
+    lr: float
+    b_ratio: float = 1.0
+    head_ratio: float = 1.0
+    weight_decay: float = 0.0
+    warmup: int = 0
+    clip: float = 1.0
+    accumulate: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("warmup", 0), ("accumulate", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"Settings.{name}: expected an integer of at least {least}, got {value!r}")
+        for name in ("lr", "b_ratio", "head_ratio", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"Settings.{name}: expected a finite number above 0, got {getattr(self, name)!r}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"Settings.weight_decay: expected 0 or more, got {self.weight_decay!r}")
+        if self.warmup > self.steps:
+            raise ValueError(f"Settings.warmup: expected at most steps = {self.steps}, got {self.warmup}")
+
+
+class State(NamedTuple):
+    """Where training stands after `step` steps: all that is needed to go on as if nothing had happened."""
+
+    step: int
+    params: Mapping[str, Array]
+    optimizer: AdamWState | None
+
+
+class Report(NamedTuple):
+    """What a step did: its loss before the update, the gradients' norm before clipping, the learning rate."""
+
+    step: int
+    loss: float
+    norm: float
+    lr: float
+    state: State
+
+
+class TrainingError(ArithmeticError):
+    """Training met a loss or a gradient that is no finite number."""
+
+
+def start(model: Model, adapter: Adapter | None) -> State:
+    """The state before the first step: of the adapter, or without one of every weight of the model."""
+    return State(0, dict(model.weights) if adapter is None else adapter.params, None)
+
+
+def placed(model: Model, adapter: Adapter | None, state: State) -> tuple[Model, Adapter | None]:
+    """The model and adapter with the state's parameters in their place."""
+    if adapter is None:
+        return replace(model, weights=state.params), None
+    return model, replace(adapter, params=state.params)
+
+
+def train(
+    model: Model,
+    adapter: Adapter | None,
+    batches: Callable[[int], BatchDict],
+    settings: Settings,
+    *,
+    state: State | None = None,
+    report: Callable[[Report], None] = lambda _: None,
+) -> State:
+    """Trains the adapter, or without one every weight (O1 to O4). -> the state after the last step.
+
+    batches(step) gives the batch of a step, from 0: as it depends on the step alone, k steps, and then the rest from
+    the state after them, end in the same bits as all at once. report is called after each step.
+    A TrainingError says at which step the numbers ceased to be finite, and why that may be; ValueErrors as of `loss`.
+    """
+    state = start(model, adapter) if state is None else state
+    while state.step < settings.steps:
+        state, seen = _step(model, adapter, batches(state.step), settings, state)
+        report(seen)
+    return state
+
+
+def _step(
+    model: Model, adapter: Adapter | None, given: BatchDict, settings: Settings, state: State
+) -> tuple[State, Report]:
+    """One step: the gradients of the whole batch, clipped, and AdamW."""
+    model, adapter = placed(model, adapter, state)
+    batch = check_batch(model.config, given["tokens"], given["targets"], given.get("mask"), given.get("token_types"))
+    N, count = len(batch.tokens), len(batch.counted)
+    trainable = "all" if adapter is None else "adapter"
+    seed = (settings.seed << 32) + state.step
+    run = training_run(model, adapter, trainable=trainable, rows=N, dropout_seed=seed)  # type: ignore[arg-type]
+    total: Array | None = None
+    sums: Grads = {}
+    for rows in shard_rows(N, min(settings.accumulate, N)):
+        part, part_sums = sharded_sums(run, batch.rows(rows), count=count, first_row=rows.start)
+        total = part if total is None else total + part
+        sums = {name: g + sums[name] if sums else g for name, g in part_sums.items()}
+    assert total is not None
+    grads, norm_before = clip(trained_grads(model, adapter, sums), settings.clip)
+    loss, norm = float(total), float(norm_before)
+    factor = warmup_cosine(state.step, warmup=settings.warmup, total=settings.steps)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(_why(state, loss, norm, settings.lr * factor))
+    rates = learning_rates(state.params, settings.lr * factor, b_ratio=settings.b_ratio, head_ratio=settings.head_ratio)
+    params, optimizer = adamw(state.params, grads, state.optimizer, lr=rates, weight_decay=settings.weight_decay)
+    after = State(state.step + 1, params, optimizer)
+    return after, Report(after.step, loss, norm, settings.lr * factor, after)
+
+
+def _why(state: State, loss: float, norm: float, lr: float) -> str:
+    """The step at which training stopped, and the likely cause."""
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4g} but the gradient is {norm}"
+    if state.step == 0:
+        cause = "before any update, so the base's weights, or the adapter's, are not finite or overflow in this dtype"
+    else:
+        cause = (
+            f"the learning rate, {lr:.3g} here, is likely too high; the parameters after step {state.step} were finite"
+        )
+    return f"step {state.step + 1}: {what}: {cause}"
+
+
+def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]) -> float:
+    """T15: the mean loss, in nats, over all counted targets of all batches; no dropout."""
+    total, count = 0.0, 0
+    for given in batches:
+        batch = check_batch(
+            model.config, given["tokens"], given["targets"], given.get("mask"), given.get("token_types")
+        )
+        run = replace(bind(model, adapter, rows=len(batch.tokens)), trained=frozenset())
+        total += float(sharded_sums(run, batch, count=1)[0])
+        count += len(batch.counted)
+    if count == 0:
+        raise ValueError("evaluate: expected at least one batch")
+    return total / count
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | Path, state: State, about: Mapping[str, Any]) -> None:
+    """Writes the state to a file, whole or not at all: to a temporary file beside it, which then takes its name.
+
+    about: what the caller needs to know it by, kept as JSON: settings, the base's hash, the losses so far.
+    """
+    path = Path(path)
+    arrays = {f"param/{name}": asnumpy(value) for name, value in state.params.items()}
+    if state.optimizer is not None:
+        arrays |= {f"m/{name}": asnumpy(value) for name, value in state.optimizer.m.items()}
+        arrays |= {f"v/{name}": asnumpy(value) for name, value in state.optimizer.v.items()}
+    header = json.dumps({"format": 1, "step": state.step, "about": about})
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path, like: Mapping[str, Array]) -> tuple[State, dict[str, Any]]:
+    """Reads what save_checkpoint wrote: the state, and what the caller wrote about it.
+
+    like: the parameters that are trained; a file that holds others, or other shapes or dtypes, is a ValueError, and so
+    is one that is damaged. Nothing in the file is executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as members:  # savez does not compress: a file that says so might swell without end
+            if sum(member.file_size for member in members.infolist()) > path.stat().st_size:
+                raise ValueError("it says that it holds more than its own size")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(arrays.pop("header").tobytes())
+        step, about = int(header["step"]), dict(header["about"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a whole checkpoint: {error}") from error
+    groups: dict[str, dict[str, Array]] = {"param": {}, "m": {}, "v": {}}
+    for name, value in arrays.items():
+        group, _, stem = name.partition("/")
+        if group not in groups or stem not in like:
+            raise ValueError(f"{path}: {name}: this training has no such parameter")
+        if value.shape != like[stem].shape or value.dtype != like[stem].dtype:
+            raise ValueError(
+                f"{path}: {name}: expected {like[stem].dtype} {like[stem].shape}, got {value.dtype} {value.shape}"
+            )
+        groups[group][stem] = xp.asarray(value)
+    sizes = {len(group) for group in groups.values()}
+    if sizes != {len(like)} and not (step == 0 and len(groups["param"]) == len(like)):
+        raise ValueError(f"{path}: not a whole checkpoint: it lacks parameters of this training")
+    params = {name: groups["param"][name] for name in like}
+    optimizer = None if step == 0 else AdamWState(step, groups["m"], groups["v"])
+    return State(step, params, optimizer), about
