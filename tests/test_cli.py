@@ -1,0 +1,274 @@
+"""The command line, as its user meets it: results, exit status, one clear line for bad input, nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import lora_np as ln
+from lora_np import cli
+from lora_np.backend import asnumpy
+
+CONFIG = ln.Config(256, 32, n_layer=2, n_head=2, d_model=16, d_ff=32)
+TEXT = "the quick brown fox jumps over the lazy dog; " * 60
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a base, a text, and an adapter trained on it."""
+    folder = tmp_path_factory.mktemp("home")
+    ln.save_model(folder / "base", ln.Model(CONFIG, ln.init_weights(CONFIG, seed=0)))
+    other = ln.Model(CONFIG, ln.init_weights(CONFIG, seed=1))
+    ln.save_model(folder / "other", other)
+    words = ln.Config(300, 32, n_layer=1, n_head=1, d_model=4, d_ff=4)
+    ln.save_model(folder / "words", ln.Model(words, ln.init_weights(words, seed=0)))
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "short.txt").write_text("short")
+    (folder / "empty.txt").write_text("")
+    (folder / "latin.txt").write_bytes(b"caf\xe9 " * 500)
+    assert cli.main(finetune(folder, "adapter")) == 0
+    return folder
+
+
+def finetune(home, out, *more, data="text.txt", steps=20):
+    return [
+        "finetune", "--data", f"{home / data}", "--base", f"{home / 'base'}", "--out", f"{home / out}",
+        "--window", "16", "--batch", "4", "--every", "5", "--steps", f"{steps}", "--r", "2", *more,
+    ]  # fmt: skip
+
+
+def run(capsys, *argv):
+    capsys.readouterr()
+    status = cli.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_finetune_writes_an_adapter_that_lowers_the_held_out_loss(home, capsys):
+    status, out, err = run(capsys, *finetune(home, "fresh", "--json"))
+    result = json.loads(out)
+    assert status == 0
+    assert result["loss"]["adapter"] < result["loss"]["base"] - 0.1
+    assert result["curve"][0] == [0, result["loss"]["base"]]
+    assert [step for step, _ in result["curve"]] == [0, 5, 10, 15, 20]
+    assert result["parameters"] == 2 * 2 * 2 * (16 + 16)
+    assert sorted(os.listdir(home / "fresh")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert "fine-tuning: step 20 of 20" in err
+    model = ln.load_model(home / "base")
+    assert (
+        ln.load_adapter(home / "fresh", model).params.keys() == ln.load_adapter(home / "adapter", model).params.keys()
+    )
+
+
+def test_eval_gives_the_loss_without_and_with_the_adapter(home, capsys):
+    argv = [
+        "eval",
+        "--data",
+        home / "text.txt",
+        "--base",
+        home / "base",
+        "--adapter",
+        home / "adapter",
+        "--window",
+        "16",
+    ]
+    status, out, _ = run(capsys, *argv, "--json")
+    losses = json.loads(out)["losses"]
+    assert status == 0
+    assert losses["adapter"] < losses["base"] - 0.1
+    status, out, _ = run(capsys, *argv)
+    assert out.splitlines() == [f"{name}: {loss:.4f} nats a byte" for name, loss in losses.items()]
+
+
+def test_generate_goes_on_from_the_prompt_and_repeats_itself(home, capsys):
+    argv = ["generate", "--base", home / "base", "--adapter", home / "adapter", "--prompt", "the ", "-n", "12"]
+    status, out, _ = run(capsys, *argv, "--seed", "3")
+    assert status == 0
+    assert out.startswith("the ")
+    assert run(capsys, *argv, "--seed", "3")[1] == out
+    _, greedy, _ = run(capsys, *argv, "--temperature", "0", "--json")
+    assert len(json.loads(greedy)["text"]) <= 16
+
+
+def test_merge_writes_a_model_with_the_adapter_in_it(home, capsys):
+    out = home / "merged"
+    status, _, _ = run(capsys, "merge", "--base", home / "base", "--adapter", home / "adapter", "--out", out)
+    assert status == 0
+    base = ln.load_model(home / "base")
+    expected = ln.merge(base, ln.load_adapter(home / "adapter", base))
+    merged = ln.load_model(out)
+    assert all((asnumpy(merged.weights[n]) == asnumpy(w)).all() for n, w in expected.weights.items())
+    status, _, err = run(capsys, "merge", "--base", home / "base", "--adapter", home / "adapter", "--out", out)
+    assert status == 2
+    assert "exists" in err
+
+
+def test_inspect_tells_targets_ranks_norms_and_whether_b_is_zero(home, capsys):
+    status, out, _ = run(capsys, "inspect", home / "adapter", "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert result["B_is_zero"] is False
+    assert len(result["modules"]) == 2
+    model = ln.load_model(home / "base")
+    fresh = ln.init_adapter(model, ln.LoRAConfig(r=2, targets=("o",)), seed=0)
+    ln.save_adapter(home / "untrained", fresh, model)
+    module = json.loads(run(capsys, "inspect", home / "untrained", "--json")[1])["modules"][0]
+    A = asnumpy(fresh.params["layers.0.attn.o.A"]).astype(float)
+    assert module["norm_A"] == pytest.approx(np.linalg.norm(A))
+    assert module["norm_B"] == module["norm_update"] == 0
+    assert "not trained" in run(capsys, "inspect", home / "untrained")[1]
+    trained = ln.Adapter(fresh.config, {n: p + 0.5 for n, p in fresh.params.items()})
+    ln.save_adapter(home / "half", trained, model)
+    module = json.loads(run(capsys, "inspect", home / "half", "--json")[1])["modules"][1]
+    A, B = (asnumpy(trained.params[f"layers.1.attn.o.{f}"]).astype(float) for f in "AB")
+    assert module["norm_update"] == pytest.approx(np.linalg.norm(8 * B @ A), rel=1e-6)
+
+
+def test_demo_shows_losses_sizes_and_checks(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_NP_CACHE", str(tmp_path / "cache"))
+    status, out, _ = run(capsys, "demo", "--quick", "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert set(result["losses"]) == {"base", "LoRA", "full fine-tuning"}
+    assert len(result["checks"]) == 5
+    assert all(check["held"] for check in result["checks"])
+    assert "pretraining" in result["seconds"]
+    status, out, _ = run(capsys, "demo", "--quick")
+    assert status == 0
+    assert "base from the cache" in out
+    assert out.count("  ok  ") == 5
+
+
+def test_demo_draws_the_loss_curves(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    monkeypatch.setenv("LORA_NP_CACHE", str(tmp_path / "cache"))
+    assert run(capsys, "demo", "--quick", "--plot", tmp_path / "losses.png")[0] == 0
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_is_said_before_any_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = run(capsys, "demo", "--plot", tmp_path / "losses.png")
+    assert status == 2
+    assert "pip install 'lora-np[plot]'" in err
+
+
+def test_gradcheck_fails_when_a_bound_is_passed(capsys, monkeypatch):
+    from lora_np.gradcheck import Row
+
+    rows = [Row("L4", "good", "complex step", 1e-16, 1e-12), Row("T3", "bad", "complex step", 1e-3, 1e-12)]
+    monkeypatch.setattr("lora_np.gradcheck.table", lambda *, seed: iter(rows))
+    status, out, _ = run(capsys, "gradcheck")
+    assert status == 1
+    assert [line.split()[-1] for line in out.splitlines()] == ["ok", "FAIL"]
+    assert json.loads(run(capsys, "gradcheck", "--json")[1])[1]["what"] == "bad"
+    monkeypatch.setattr("lora_np.gradcheck.table", lambda *, seed: iter(rows[:1]))
+    assert run(capsys, "gradcheck")[0] == 0
+
+
+BAD = {
+    "no such file": (["--data", "none.txt"], r"none.txt: no such file"),
+    "an empty file": (["--data", "empty.txt"], "the file is empty"),
+    "not UTF-8": (["--data", "latin.txt"], "expected UTF-8 text; byte 3 is not"),
+    "shorter than one window": (["--data", "short.txt"], "expected more than one window of 16 tokens"),
+    "held-out part shorter than one window": (["--held-out", "0.001"], "expected more than one window of 16 tokens"),
+    "a window longer than the model's": (["--window", "33"], "expected at most 32 tokens"),
+    "r = 0": (["--r", "0"], "r: expected an integer of at least 1, got 0"),
+    "r above min(in, out)": (["--r", "17"], r"expected a rank of at most min(in, out) = 16, got r = 17"),
+    "an unknown target": (["--targets", "w"], "targets: expected names of q k v"),
+    "a target that the model lacks": (["--targets", "gate"], "this model has no 'gate'"),
+    "a learning rate of zero": (["--lr", "0"], "lr: expected a finite number above 0"),
+    "a folder that is not empty": (["--out", "adapter"], "the folder is not empty"),
+    "nothing to resume": (["--resume"], "no such checkpoint"),
+    "no base there": (["--base", "nowhere"], "nowhere"),
+    "a base with another vocabulary": (["--base", "words"], "expected a language model of bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_to_finetune_ends_in_one_clear_line(home, capsys, case):
+    change, message = BAD[case]
+    argv = finetune(home, "never")
+    for name, value in zip(change[::2], change[1::2], strict=False):
+        value = str(home / value) if name in ("--data", "--out", "--base") else value
+        argv = (
+            [*argv[: argv.index(name) + 1], value, *argv[argv.index(name) + 2 :]]
+            if name in argv
+            else [*argv, name, value]
+        )
+    if change == ["--resume"]:
+        argv.append("--resume")
+    status, out, err = run(capsys, *argv)
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert err.startswith("lora-np: ")
+    assert len(err.splitlines()) == 1
+    assert not (home / "never").exists()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_divergence_has_a_status_of_its_own_and_keeps_the_last_good_checkpoint(home, capsys):
+    status, _, err = run(capsys, *finetune(home, "diverged", "--lr", "1e30", "--every", "1", "--warmup", "0"))
+    assert status == 1
+    assert "learning rate" in err.splitlines()[-1]
+    assert os.listdir(home / "diverged") == ["checkpoint.npz"]
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "merge"])
+def test_an_adapter_of_another_base_is_refused(home, capsys, command):
+    more = {"eval": ["--data", home / "text.txt"], "generate": ["--prompt", "a"], "merge": ["--out", home / "never"]}
+    status, _, err = run(capsys, command, "--base", home / "other", "--adapter", home / "adapter", *more[command])
+    assert status == 2
+    assert "base" in err
+    assert len(err.splitlines()) == 1
+    assert not (home / "never").exists()
+
+
+def test_a_truncated_adapter_is_refused(home, capsys, tmp_path):
+    for name in os.listdir(home / "adapter"):
+        (tmp_path / name).write_bytes((home / "adapter" / name).read_bytes())
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    status, _, err = run(capsys, "eval", "--data", home / "text.txt", "--base", home / "base", "--adapter", tmp_path)
+    assert status == 2
+    assert "adapter_model.safetensors" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_wrong_command_line_has_status_2_and_help_shows_examples(capsys):
+    for argv in (["finetune"], ["nothing"], []):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(argv)
+        assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    assert "lora-np finetune --data notes.txt --out adapter" in capsys.readouterr().out
+
+
+def test_a_run_killed_and_resumed_ends_in_the_same_bits(home, tmp_path):
+    """k steps, kill -9, resume, n - k steps: the adapter of n steps at once, to the last bit."""
+    steps = 300
+    argv = [sys.executable, "-m", "lora_np", *finetune(home, "killed", steps=steps)]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = home / "killed" / "checkpoint.npz"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (home / "killed" / "adapter_model.safetensors").exists()
+    assert cli.main(finetune(home, "killed", "--resume", "--lr", "0.5", steps=steps)) == 2  # another job: refused
+    assert cli.main(finetune(home, "killed", "--resume", steps=steps)) == 0
+    assert cli.main(finetune(home, "straight", steps=steps)) == 0
+    model = ln.load_model(home / "base")
+    killed, straight = (ln.load_adapter(home / name, model).params for name in ("killed", "straight"))
+    assert killed.keys() == straight.keys()
+    assert all(asnumpy(killed[n]).tobytes() == asnumpy(p).tobytes() for n, p in straight.items())
