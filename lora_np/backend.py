@@ -78,7 +78,7 @@ def asnumpy(a: Any) -> Array:
 
 def read_only(a: Array) -> Array:
     """A view of `a` that refuses writing; `a` keeps its own flags. CuPy has no such flag: there, `a` on the device."""
-    view = xp.asarray(a).view()
+    view = xp.asarray(a)[...]
     if backend_name == "numpy":
         view.flags.writeable = False
     return view

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -187,10 +188,11 @@ def run_eval(args: argparse.Namespace) -> int:
     with Bar() as bar:
         model = _base(args, bar)
     finetune.check_bytes(model)
-    losses = {"base": finetune.held_out_loss(model, None, tokens, T=args.window, most=args.windows)}
-    adapter = _adapter(args, model)
-    if adapter is not None:
-        losses["adapter"] = finetune.held_out_loss(model, adapter, tokens, T=args.window, most=args.windows)
+    kinds = {"base": None} if args.adapter is None else {"base": None, "adapter": load_adapter(args.adapter, model)}
+    T = min(args.window, model.config.longest)
+    losses = {
+        name: finetune.held_out_loss(model, adapter, tokens, T=T, most=args.windows) for name, adapter in kinds.items()
+    }
     _emit(args, {"losses": losses}, "\n".join(f"{name}: {loss:.4f} nats a byte" for name, loss in losses.items()))
     return 0
 
@@ -352,7 +354,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. -> the exit status."""
     args = _parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        with warnings.catch_warnings():
+            # Numbers that overflow end in a TrainingError, which says more than NumPy's warnings on the way there.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return int(args.run(args))
     except TrainingError as error:
         print(f"lora-np: {error}", file=sys.stderr)
         return 1

@@ -303,28 +303,36 @@ def merge_matrix(W0: Array, update: Update) -> Array:
 def linear_rounding_bound(x: Array, W0: Array, b: Array | None, A: Array, B: Array, s: float, dtype: DType) -> Array:
     """L5: how far the merged and the unmerged output of one linear can lie apart in `dtype`, element by element.
 
-    Let u = eps / 2, g(n) = n u / (1 - n u), and let hats be computed values.
+    Let u = eps / 2, g(n) = n u / (1 - n u), eta the smallest subnormal, and let hats be computed values. A rounding
+    multiplies by 1 + d, |d| <= u; where a product underflows (a sum never does) it also adds e, |e| <= eta / 2. A sum
+    of n terms takes each through at most n - 1 roundings, in any order; a fused multiply-add saves one. Nothing
+    overflows, nor does the bound, and (in + r + 4) u <= 1/2.
 
-    Unmerged, h = x W0^T + b + (s x A^T) B^T. Each product of x and W0 passes one rounding of its own, at most in - 1 of
-    the sum, one for + b and one for the low-rank branch: in + 2 in all. A product of the low-rank branch passes in
-    roundings in x A^T, one of * s (and s itself is rounded once), r in (..) B^T, one in the last sum: in + r + 3.
-    b passes two. So |h^ - h| <= g(in + r + 3) (|x||W0|^T + |s||x||A|^T|B|^T + |b|).
+    Unmerged, h = x W0^T + b + (s x A^T) B^T. A product of x and W0 passes in roundings up to x W0^T, one in + b, one in
+    the sum with the low-rank branch: in + 2. A product of the low-rank branch passes in of them in x A^T, one as s
+    becomes of `dtype`, one as it multiplies, r in (..) B^T, and that last sum: in + r + 3. b passes two. So with
+    M = |x||W0|^T + |s||x||A|^T|B|^T + |b|, and P = |x||A|^T: |h^ - h| <= g(in + r + 3) M + underflow, which is
+    eta / 2 times in (from x W0^T), in |s| B1 (from x A^T; B1 is the sum of |B| over r), P |B|^T (from s), B1 (from s
+    times x A^T) and r (from its product with B).
 
-    Merged, W^ is within u |W| + 2^-53 (r + 3)(|W0| + |s||B||A|) of W0 + s B A: one rounding to the dtype, r + 2 or fewer
-    in float64 before it, which are u (r + 3) at the most when the dtype is float64 itself. Then x W^^T + b passes
-    in + 1 roundings. Together at most in + r + 4: |h'^ - h| <= g(in + r + 4) (the same magnitude).
+    Merged, W^ = round(W0 + s B A). In float64 W0 passes one rounding, a product of B and A r + 2; then each passes
+    one more to a narrower dtype, where all of float64's, 2^-53 = u 2^-29 each, come to less than one of u. In
+    x W^^T + b each product passes in + 1. Together in + r + 3 at most: |h'^ - h| <= g(in + r + 3) M + underflow, eta / 2
+    times (r |s| + 2) x1 (x1 is the sum of |x|; from B A, from s times it, from the narrower dtype) and in.
 
-    The sum of the two is at most 2 g(in + r + 4) (|x||W0|^T + |s||x||A|^T|B|^T + |b|). Where a product underflows, it
-    adds at most the smallest subnormal, eta: (in + 1)(r + 1) of them a side, weighted with what they are multiplied by.
-    The bound is evaluated in float64, with float64 copies of its arguments. -> (..., out).
+    So |h'^ - h^| <= 2 g(in + r + 3) M + the underflows. That these are themselves multiplied by later roundings, by
+    (1 + u)^(in + r + 3) < 2 at the most, makes eta / 2 an eta. The bound is evaluated in float64, with float64 copies
+    of its arguments, which takes it through in + r + 9 roundings at most; the step from in + r + 3 to in + r + 4 pays for
+    them as long as in + r < 10^7. -> (..., out).
     """
     info = np.finfo(dtype)
     n_in, r = W0.shape[1], A.shape[0]
     x, W0, A, B = (xp.abs(a.astype(xp.float64)) for a in (x, W0, A, B))
     n = (n_in + r + 4) * float(info.eps) / 2
-    size = x @ W0.T + abs(s) * ((x @ A.T) @ B.T)
+    P = x @ A.T  # (..., r)
+    size = x @ W0.T + (abs(s) * P) @ B.T  # in the order of the unmerged output, whose underflow is in the bound
     if b is not None:
         size += xp.abs(b.astype(xp.float64))
-    eta = float(info.smallest_subnormal)
-    weight = 1 + abs(s) + abs(s) * B.sum(axis=-1) + x.sum(axis=-1)[..., None]
-    return 2 * n / (1 - n) * size + 4 * (n_in + 1) * (r + 1) * eta * weight
+    underflow = P @ B.T + (1 + n_in * abs(s)) * B.sum(axis=-1) + (2 + r * abs(s)) * x.sum(axis=-1)[..., None]
+    underflow += 2 * n_in + r
+    return 2 * n / (1 - n) * size + float(info.smallest_subnormal) * underflow

@@ -1,0 +1,151 @@
+"""Where an adapter's parameters stand in a PEFT file: each of its tensors is one parameter, or a few as blocks.
+
+GPT-2 keeps q, k and v in one matrix, c_attn. An update of q and v alone is then, with A_q, A_v (r, D) and B_q, B_v
+(D, r), one of rank 2r of the whole: A stacked, and B in blocks, zero where q's rows meet v's factors, and in k's rows:
+
+    A = | A_q |      B = | B_q  0  |      B A = | B_q A_q |
+        | A_v |          |  0   0  |            |    0    |
+                         |  0  B_v |            | B_v A_v |
+
+Every product of the two is one of the separate updates or a sum with zeros, so nothing is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import numpy as np
+
+from ..adapter import _whole
+from ..backend import Array, asnumpy
+from ..lora import LoRAConfig, target_of
+from ..model import Config, Model
+from ..run import adapted_shapes, fused_parts
+from .names import family_of, module_names
+
+PREFIX = "base_model.model."  # PEFT's wrapper, and the tuner inside it
+
+Index: TypeAlias = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the file.
+
+    blocks: the parameters that it holds, and where; base: the base's weights that fill the rest. What neither fills
+    is zero.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    blocks: dict[str, Index]
+    base: dict[str, Index] = field(default_factory=dict)
+
+    def write(self, params: Mapping[str, Array], model: Model) -> Array:
+        """The tensor, on the host."""
+        tensor = np.zeros(self.shape, dtype=self.dtype)
+        for source, index in [
+            *((model.weights[name], index) for name, index in self.base.items()),
+            *((params[name], index) for name, index in self.blocks.items()),
+        ]:
+            tensor[index] = asnumpy(source)
+        return tensor
+
+    def read(self, tensor: Array, model: Model, where: str) -> dict[str, Array]:
+        """The parameters in a tensor; a ValueError if what lies between them is not zero, or not the base's."""
+        params = {name: np.ascontiguousarray(tensor[index]) for name, index in self.blocks.items()}
+        if not np.array_equal(self.write(params, model), tensor):
+            raise ValueError(f"{where}: expected {' and '.join(params)} and the base's own values between, got others")
+        return params
+
+
+def slots(model: Model, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:
+    """The tensors of the file that holds the parameters `names`, by their keys.
+
+    A ValueError names a parameter that has no place in the model or under the configuration, or one that is missing.
+    """
+    matrices = [name[:-2] for name in names if name.endswith(".A")]
+    groups = grouped(model.config, matrices)
+    whole = [name for name in names if name[-2:] not in (".A", ".B")]
+    expected = {f"{matrix}.{factor}" for matrix in matrices for factor in "AB"}
+    expected.update(trained_whole(model.config, lora_config, matrices))
+    for name in sorted(expected - set(names)):
+        raise ValueError(f"adapter: {name} is missing")
+    for name in sorted(set(names) - expected):
+        raise ValueError(f"adapter: {name}: the configuration does not say that it is trained")
+    result: dict[str, Slot] = {}
+    for module, parts in groups.items():
+        result |= _factor_slots(model, lora_config, module, parts)
+    return result | _whole_slots(model, whole, groups)
+
+
+def trained_whole(config: Config, lora_config: LoRAConfig, matrices: Collection[str]) -> list[str]:
+    """The names of what is trained whole beside the adapted matrices: biases, the head."""
+    if lora_config.bias != "lora_only":
+        return _whole(config, lora_config)
+    adapted = {f"{part}.bias" for matrix in matrices for part in fused_parts(config, matrix)}
+    biases = [name for name in config.weight_shapes() if name in adapted]
+    return list(dict.fromkeys([*biases, *_whole(config, replace(lora_config, bias="none"))]))
+
+
+def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:
+    """The modules of the file that hold the adapted matrices, in the model's order; q, k, v may share one."""
+    shapes, fused = adapted_shapes(config), family_of(config).fused
+    for name in matrices:
+        if name not in shapes:
+            raise ValueError(f"adapter: {name}: the model has no such matrix")
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        if name in matrices:
+            groups.setdefault(_module_of(name, fused), []).append(name)
+    for module, parts in groups.items():
+        if module in parts and len(parts) > 1:
+            raise ValueError(f"adapter: {module} and {parts[0]} adapt one matrix of the file")
+    return {name: groups[name] for name in shapes if name in groups}
+
+
+def _module_of(name: str, fused: bool) -> str:
+    """The module of the file that holds a matrix: itself, or the one that q, k and v share."""
+    return f"{name[:-1]}qkv" if fused and name.endswith((".q", ".k", ".v")) else name
+
+
+def _factor_slots(model: Model, lora_config: LoRAConfig, module: str, parts: list[str]) -> dict[str, Slot]:
+    """The tensors of one module's A and B."""
+    n_out, n_in = adapted_shapes(model.config)[module]
+    rank = sum(lora_config.rank(part) for part in parts)
+    A, B = Slot((rank, n_in), model.dtype, {}), Slot((n_out, rank), model.dtype, {})
+    rows = {module: slice(None)} if parts == [module] else fused_parts(model.config, module)
+    start = 0
+    for part in parts:
+        columns = slice(start, start + lora_config.rank(part))
+        A.blocks[f"{part}.A"] = (columns, slice(None))
+        B.blocks[f"{part}.B"] = (rows[part], columns)
+        start = columns.stop
+    key = PREFIX + module_names(model.config)[module]
+    if target_of(module) == "embed":
+        return {f"{key}.lora_embedding_A": A, f"{key}.lora_embedding_B": B}
+    return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+
+
+def _whole_slots(model: Model, whole: Collection[str], groups: Mapping[str, list[str]]) -> dict[str, Slot]:
+    """The tensors of what is trained whole: biases, the head's weight. PEFT hides an adapted module's own bias."""
+    config, fused = model.config, family_of(model.config).fused
+    shapes = {"head.weight": (config.head_size, config.d_model), **config.weight_shapes()}
+    result = {}
+    for name in whole:
+        stem, _, kind = name.rpartition(".")
+        module = _module_of(stem, fused)
+        key = PREFIX + module_names(config)[module] + (".base_layer" if module in groups else "") + f".{kind}"
+        if module == stem:
+            result[key] = Slot(shapes[name], model.dtype, {name: (slice(None),)})
+            continue
+        places: dict[str, Index] = {f"{part}.{kind}": (rows,) for part, rows in fused_parts(config, module).items()}
+        result[key] = Slot(
+            (adapted_shapes(config)[module][0],),
+            model.dtype,
+            {part: index for part, index in places.items() if part in whole},
+            {part: index for part, index in places.items() if part not in whole},
+        )
+    return result

@@ -1,0 +1,158 @@
+"""Adapters in PEFT's own format: adapter_config.json and adapter_model.safetensors.
+
+A GPT-2 gets transformers' names and loads into PEFT; every other model gets the package's own names in the same
+layout. What PEFT's configuration has no field for stands in the safetensors metadata, under one key: our own
+configuration, the names of the parameters, which say how a fused tensor is split, and the base's hash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from ..backend import Array, asnumpy
+from ..lora import Adapter, LoRAConfig
+from ..model import Model
+from ..run import check_adapter
+from .atomic import new_folder, replaced_files, write_tensors
+from .folder import model_hash
+from .layout import PREFIX, slots, trained_whole
+from .names import module_names
+from .peft_config import check_keys, check_same, read_config, write_config
+from .plain import from_fields, parse_json, read_json, to_fields, to_json
+from .safe import DTYPES, TensorFile, open_tensors, refuse_pickle
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+METADATA, FORMAT = "lora_np", 1
+
+
+def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -> None:
+    """Writes an adapter of `model` as a folder that PEFT reads; `load_adapter` gives it back, bit for bit.
+
+    GPT-2's separate q, k, v become one c_attn of their summed rank, use_rslora false (L1): the same update. In an
+    existing folder the two files are replaced, the configuration last; until both are on the disk, nothing is. A
+    ValueError or TypeError if the adapter does not fit the model, trains what PEFT has no place for, or gives q, k, v
+    of one c_attn different scales.
+    """
+    if model.dtype.name not in DTYPES.values():
+        raise TypeError(f"save_adapter: expected float32 or float64 weights, got {model.dtype}")
+    check_adapter(model, adapter)
+    config = write_config(model.config, adapter.config, adapter.matrices)
+    tensors = {
+        key: slot.write(adapter.params, model) for key, slot in slots(model, adapter.config, adapter.params).items()
+    }
+    for key, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"save_adapter: {key}: holds NaN or infinite numbers")
+    about = {
+        "format": FORMAT,
+        "config": to_fields(adapter.config),
+        "params": list(adapter.params),
+        "base_sha256": model_hash(model),
+    }
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target}: expected a folder, or nothing, got a file")
+    writing = replaced_files(target, last=CONFIG) if target.exists() else new_folder(target)
+    with writing as folder:
+        write_tensors(folder / WEIGHTS, tensors, {METADATA: to_json(about)})
+        (folder / CONFIG).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
+    """Reads an adapter of `model` from a folder that `save_adapter` or PEFT wrote.
+
+    A file of save_adapter's gives the same configuration and the same bits. In a file of PEFT's own, GPT-2's c_attn is
+    target qkv. float32 tensors are widened for a float64 model; the other way round is an error. A FileNotFoundError or
+    ValueError, in one line, names the file, and the key or tensor, that is missing, damaged, not supported, or made for
+    another base.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    refuse_pickle(folder, WEIGHTS)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected an adapter's folder, with {CONFIG} and {WEIGHTS}, got a file")
+    where = str(folder / CONFIG)
+    raw = read_json(folder / CONFIG)
+    check_keys(raw, where)
+    with open_tensors(folder / WEIGHTS) as file:
+        if METADATA not in file.metadata:
+            lora_config, matrices = read_config(raw, model.config, where)
+            names = [f"{matrix}.{factor}" for matrix in matrices for factor in "AB"]
+            names += trained_whole(model.config, lora_config, matrices)
+            return Adapter(lora_config, _read_params(file, model, lora_config, names, copies=_base_copies(model)))
+        lora_config, names = _read_about(file, model)
+        adapter = Adapter(lora_config, _read_params(file, model, lora_config, names))
+        check_same(raw, json.loads(to_json(write_config(model.config, lora_config, adapter.matrices))), where)
+        return adapter
+
+
+def _read_about(file: TensorFile, model: Model) -> tuple[LoRAConfig, list[str]]:
+    """What save_adapter recorded in the metadata: the configuration, and the names of the parameters in order."""
+    where = f"{file.path}: metadata"
+    about = parse_json(file.metadata[METADATA], where)
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{where}: format: expected {FORMAT}, got {about.get('format')!r:.60}")
+    recorded, own = about.get("base_sha256"), model_hash(model)
+    if recorded != own:
+        raise ValueError(
+            f"{file.path}: made for another base: the SHA-256 of its base's weights starts with "
+            f"{str(recorded)[:12]}, this model's with {own[:12]}"
+        )
+    names = about.get("params")
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+        raise ValueError(f"{where}: params: expected a list of names, each once, got {names!r:.60}")
+    return from_fields(LoRAConfig, about.get("config"), where), names
+
+
+def _read_params(
+    file: TensorFile,
+    model: Model,
+    lora_config: LoRAConfig,
+    names: Sequence[str],
+    copies: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Array]:
+    """The parameters `names`, from a file that holds exactly them, and perhaps copies of the base's weights."""
+    try:
+        places = slots(model, lora_config, names)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+    copies = {key: weight for key, weight in copies.items() if key in file.shapes and key not in places}
+    shapes = {key: model.weights[weight].shape for key, weight in copies.items()}
+    file.check_names(shapes | {key: slot.shape for key, slot in places.items()})
+    for key, weight in copies.items():
+        if not np.array_equal(_read_as(file, key, model), asnumpy(model.weights[weight])):
+            raise ValueError(f"{file.path}: {key}: expected the base's own values, got others: not supported")
+    params: dict[str, Array] = {}
+    for key, slot in places.items():
+        params |= slot.read(_read_as(file, key, model), model, f"{file.path}: {key}")
+    return {name: params[name] for name in names}
+
+
+def _read_as(file: TensorFile, key: str, model: Model) -> Array:
+    """A tensor in the model's dtype, widened if need be: nothing is rounded."""
+    dtype = np.dtype(DTYPES[file.dtypes[key]])
+    if not np.can_cast(dtype, model.dtype, "safe"):
+        raise ValueError(
+            f"{file.path}: {key}: {dtype} would be rounded to the model's {model.dtype}; load it as {dtype}"
+        )
+    return file.read_finite(key).astype(model.dtype, copy=False)
+
+
+def _base_copies(model: Model) -> dict[str, str]:
+    """The keys under which PEFT writes copies of the base's token table and head -> our names of these weights."""
+    full = module_names(model.config)
+    weights = {"embed.tokens": "embed.tokens", "head": model.config.head_weight}
+    return {
+        f"{PREFIX}{full[module]}{suffix}": weight
+        for module, weight in weights.items()
+        if weight in model.weights
+        for suffix in (".weight", ".base_layer.weight")
+        if module in full
+    }
