@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,24 +10,8 @@ import numpy as np
 from .backend import Array, asnumpy, xp
 from .batch import Batch, check_inputs
 from .model import Config, Model
-from .run import AnyAdapter, Run, bind
+from .run import AnyAdapter, Cache, Run, bind
 from .transformer import place, project, states
-
-
-@dataclass(eq=False)
-class Cache:
-    """The keys and values of the tokens so far, for each layer: (N,G,S,K) with room for `longest` places."""
-
-    keys: list[Array]
-    values: list[Array]
-    length: int = 0
-
-    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Puts k, v (N,G,T,K) behind those of the layer. -> all of them, two views (N,G,S,K)."""
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 def new_cache(config: Config, *, N: int, longest: int, dtype: Any) -> Cache:

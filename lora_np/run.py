@@ -1,22 +1,35 @@
-"""A run: a model with its adapter in place, and what all layers of one pass read of it."""
+"""A run: a model with its adapter in place, and what all layers of one pass read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from .backend import Array, xp
 from .lora import Adapter, Update, stack_updates, target_of
 from .model import Config, Model
 from .ops import dropout_mask
 
-if TYPE_CHECKING:
-    from .decode import Cache
-
 
 Trainable: TypeAlias = Literal["adapter", "all"]
 AnyAdapter: TypeAlias = Adapter | Sequence[Adapter | None] | None
+
+
+@dataclass(eq=False)
+class Cache:
+    """The keys and values of the tokens so far, for each layer: (N,G,S,K) with room for `longest` places."""
+
+    keys: list[Array]
+    values: list[Array]
+    length: int = 0
+
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Puts k, v (N,G,T,K) behind those of the layer. -> all of them, two views (N,G,S,K)."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 @dataclass(frozen=True, eq=False)

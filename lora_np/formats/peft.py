@@ -86,7 +86,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
             lora_config, matrices = read_config(raw, model.config, where)
             names = [f"{matrix}.{factor}" for matrix in matrices for factor in "AB"]
             names += trained_whole(model.config, lora_config, matrices)
-            return Adapter(lora_config, _read_params(file, model, lora_config, names, copies=_base_copies(model)))
+            return Adapter(lora_config, _read_params(file, model, lora_config, names, copies=_copies(model)))
         lora_config, names = _read_about(file, model)
         adapter = Adapter(lora_config, _read_params(file, model, lora_config, names))
         check_same(raw, json.loads(to_json(write_config(model.config, lora_config, adapter.matrices))), where)
@@ -118,20 +118,21 @@ def _read_params(
     names: Sequence[str],
     copies: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Array]:
-    """The parameters `names`, from a file that holds exactly them, and perhaps copies of the base's weights."""
+    """The parameters `names`, from a file that holds exactly them, and perhaps `copies` (key -> our name)."""
     try:
         places = slots(model, lora_config, names)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
-    copies = {key: weight for key, weight in copies.items() if key in file.shapes and key not in places}
-    shapes = {key: model.weights[weight].shape for key, weight in copies.items()}
+    copies = {key: name for key, name in copies.items() if key in file.shapes and key not in places}
+    shapes = {key: model.weights[name].shape for key, name in copies.items()}
     file.check_names(shapes | {key: slot.shape for key, slot in places.items()})
-    for key, weight in copies.items():
-        if not np.array_equal(_read_as(file, key, model), asnumpy(model.weights[weight])):
-            raise ValueError(f"{file.path}: {key}: expected the base's own values, got others: not supported")
     params: dict[str, Array] = {}
     for key, slot in places.items():
         params |= slot.read(_read_as(file, key, model), model, f"{file.path}: {key}")
+    for key, name in copies.items():
+        source = params.get(name) if ".modules_to_save." in key else asnumpy(model.weights[name])
+        if source is None or not np.array_equal(_read_as(file, key, model), source):
+            raise ValueError(f"{file.path}: {key}: expected a copy of {name}, got other values: not supported")
     return {name: params[name] for name in names}
 
 
@@ -145,14 +146,21 @@ def _read_as(file: TensorFile, key: str, model: Model) -> Array:
     return file.read_finite(key).astype(model.dtype, copy=False)
 
 
-def _base_copies(model: Model) -> dict[str, str]:
-    """The keys under which PEFT writes copies of the base's token table and head -> our names of these weights."""
-    full = module_names(model.config)
-    weights = {"embed.tokens": "embed.tokens", "head": model.config.head_weight}
-    return {
-        f"{PREFIX}{full[module]}{suffix}": weight
-        for module, weight in weights.items()
-        if weight in model.weights
-        for suffix in (".weight", ".base_layer.weight")
-        if module in full
+def _copies(model: Model) -> dict[str, str]:
+    """The keys under which PEFT writes what it has already, or what it left alone -> our names.
+
+    The base's token table and head, when either is adapted; and with bias="all" the bias of a head trained whole once
+    more, and the base's.
+    """
+    full, weights = module_names(model.config), model.weights
+    head = PREFIX + full.get("head", "")
+    table = PREFIX + full["embed.tokens"]
+    names = {
+        f"{table}.weight": "embed.tokens",
+        f"{table}.base_layer.weight": "embed.tokens",
+        f"{head}.weight": model.config.head_weight,
+        f"{head}.base_layer.weight": model.config.head_weight,
+        f"{head}.original_module.bias": "head.bias",
+        f"{head}.modules_to_save.bias": "head.bias",
     }
+    return {key: name for key, name in names.items() if name in weights}

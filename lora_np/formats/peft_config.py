@@ -5,6 +5,7 @@ Every key is in one of the tables below. A key that is not, or one that asks for
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -40,6 +41,9 @@ FREE = (
 STARTS = (True, False, "gaussian", "orthogonal")
 # PEFT adds these itself, for whichever of them the model has.
 AUTO_SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+
+
+SAME = 2**-50  # scales are equal that differ by no more than alpha / sqrt(r) may be off
 
 
 class Selection(NamedTuple):
@@ -115,10 +119,10 @@ def write_config(config: Config, lora_config: LoRAConfig, matrices: Collection[s
 def _alpha(lora_config: LoRAConfig, module: str, parts: list[str], *, as_it_is: bool) -> float:
     """PEFT's alpha of a module."""
     scales = {part: lora_config.scale(part) for part in parts}
-    if len(set(scales.values())) > 1:
+    if not all(math.isclose(s, scales[parts[0]], rel_tol=SAME) for s in scales.values()):
         raise ValueError(
             f"save_adapter: {module}: PEFT gives one scale to q, k and v of a fused matrix, but here they differ: "
-            + ", ".join(f"s = {s:g} for {part}" for part, s in scales.items())
+            + ", ".join(f"s = {s!r} for {part}" for part, s in scales.items())
         )
     if as_it_is and len(parts) == 1:
         patterns = lora_config.alpha_pattern
@@ -304,7 +308,7 @@ def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str],
     full = module_names(config)
     if config.head == "none":
         raise ValueError(f"{where}: modules_to_save: this model has no head, got {heads!r:.60}")
-    known = {full["head"], *([full["pooler"]] if config.pooler_in_head else [])}
+    known = {full["head"], *([full["pooler"]] if config.pooler_in_head and config.has_pooler else [])}
     task = raw.get("task_type")
     added = AUTO_SAVED.get(task, ()) if isinstance(task, str) else ()
     for name in heads:
