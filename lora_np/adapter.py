@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from .backend import Array, xp
 from .lora import Adapter, LoRAConfig, Update, init_factors, merge_matrix, target_of
 from .model import Config, Model
-from .run import adapted_shapes, check_adapter, matrix_updates
+from .run import adapted_shapes, check_adapter, fused_parts, matrix_updates
 
 
 def _adapted(config: Config, lora_config: LoRAConfig) -> dict[str, tuple[int, int]]:
@@ -32,15 +32,15 @@ def _adapted(config: Config, lora_config: LoRAConfig) -> dict[str, tuple[int, in
     return in_layers
 
 
-def _whole(config: Config, lora_config: LoRAConfig) -> list[str]:
-    """The names of the weights that lora_config trains whole: biases, the head."""
+def trained_whole(config: Config, lora_config: LoRAConfig, matrices: Iterable[str]) -> list[str]:
+    """The names of the weights that are trained whole beside the adapted matrices: biases, the head."""
     shapes = config.weight_shapes()
     biases = [name for name in shapes if name.endswith(".bias")]
     if lora_config.bias == "none":
         biases = []
     if lora_config.bias == "lora_only":
-        adapted = {matrix for name in _adapted(config, lora_config) for matrix in _matrices_of(name)}
-        biases = [name for name in biases if name.removesuffix(".bias") in adapted]
+        adapted = {f"{part}.bias" for name in matrices for part in fused_parts(config, name)}
+        biases = [name for name in biases if name in adapted]
     head = []
     if lora_config.train_head:
         if config.head == "none":
@@ -50,10 +50,6 @@ def _whole(config: Config, lora_config: LoRAConfig) -> list[str]:
     return list(dict.fromkeys([*biases, *head]))
 
 
-def _matrices_of(name: str) -> list[str]:
-    return [name.removesuffix("qkv") + part for part in "qkv"] if target_of(name) == "qkv" else [name]
-
-
 def init_adapter(model: Model, lora_config: LoRAConfig, *, seed: int) -> Adapter:
     """L3: A random from seed, B zero, and copies of what is trained whole: the adapted model starts as the base.
 
@@ -61,10 +57,11 @@ def init_adapter(model: Model, lora_config: LoRAConfig, *, seed: int) -> Adapter
     """
     rng = np.random.default_rng(seed)
     params: dict[str, Array] = {}
-    for name, (n_out, n_in) in _adapted(model.config, lora_config).items():
+    adapted = _adapted(model.config, lora_config)
+    for name, (n_out, n_in) in adapted.items():
         A, B = init_factors(rng, n_out, n_in, name, lora_config, model.dtype)
         params |= {f"{name}.A": A, f"{name}.B": B}
-    for name in _whole(model.config, lora_config):
+    for name in trained_whole(model.config, lora_config, adapted):
         source = name if name in model.weights else model.config.head_weight
         params[name] = model.weights[source].copy()
     return Adapter(lora_config, params)
@@ -75,9 +72,10 @@ def count_parameters(config: Config, lora_config: LoRAConfig) -> int:
 
     It needs no weights: the configuration of a model that fits no memory will do.
     """
-    pairs = sum(lora_config.rank(name) * sum(shape) for name, shape in _adapted(config, lora_config).items())
+    adapted = _adapted(config, lora_config)
+    pairs = sum(lora_config.rank(name) * sum(shape) for name, shape in adapted.items())
     shapes: dict[str, tuple[int, ...]] = {"head.weight": (config.head_size, config.d_model), **config.weight_shapes()}
-    return pairs + sum(int(np.prod(shapes[name])) for name in _whole(config, lora_config))
+    return pairs + sum(int(np.prod(shapes[name])) for name in trained_whole(config, lora_config, adapted))
 
 
 def merge(model: Model, adapter: Adapter) -> Model:

@@ -20,10 +20,11 @@ import numpy as np
 
 from . import __version__, data, demo, finetune, plot
 from . import adapter as adapters
-from .backend import asnumpy, backend_name
+from .backend import backend_name
 from .decode import generate
 from .formats.folder import load_model, save_model
 from .formats.peft import load_adapter
+from .formats.survey import survey
 from .lora import TARGETS, Adapter, LoRAConfig
 from .model import Model
 from .train import Settings, TrainingError
@@ -220,34 +221,20 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    with Bar() as bar:
-        model = _base(args, bar)
-    adapter = load_adapter(args.adapter, model)
-    lora, rows = adapter.config, [["matrix", "shape", "rank", "s", "|A|", "|B|", "|s B A|"]]
-    modules = []
-    for name in adapter.matrices:
-        A, B = (asnumpy(adapter.params[f"{name}.{factor}"]).astype(np.float64) for factor in "AB")
-        s = lora.scale(name)
-        # |B A|^2 = trace((A A^T)(B^T B)): no product of the matrix's own size
-        update = abs(s) * float(np.sqrt(max(0.0, ((A @ A.T) * (B.T @ B)).sum())))
-        sizes = float(np.linalg.norm(A)), float(np.linalg.norm(B)), update
-        modules.append(
-            {"name": name, "out": len(B), "in": A.shape[1], "rank": len(A), "scale": s}
-            | dict(zip(("norm_A", "norm_B", "norm_update"), sizes, strict=True))
-        )
-        rows.append([name, f"{len(B)} x {A.shape[1]}", str(len(A)), f"{s:g}", *(f"{size:.4g}" for size in sizes)])
-    untrained = all(module["norm_B"] == 0 for module in modules)
-    whole = list(adapter.whole)
-    _emit(
-        args,
-        {"targets": lora.targets, "r": lora.r, "alpha": lora.alpha, "B_is_zero": untrained, "whole": whole,
-         "modules": modules},
-        "\n".join(
-            [f"targets {' '.join(lora.targets)}, r = {lora.r}, alpha = {lora.alpha:g}, dropout {lora.dropout:g}",
-             "B is zero throughout: this adapter is not trained" if untrained else "B is not zero: trained",
-             *([f"trained whole: {', '.join(whole)}"] if whole else []), "", _table(rows)]
-        ),
-    )  # fmt: skip
+    found = survey(args.adapter)
+    untrained = all(module.norm_B == 0 for module in found.modules)
+    rows = [["module", "shape", "rank", "s", "|A|", "|B|", "|s B A|"]]
+    for m in found.modules:
+        norms = (f"{size:.4g}" for size in (m.norm_A, m.norm_B, m.norm_update))
+        rows.append([m.name, f"{m.n_out} x {m.n_in}", str(m.rank), f"{m.scale:g}", *norms])
+    config = {key: found.config.get(key) for key in ("target_modules", "r", "lora_alpha", "lora_dropout", "bias")}
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in config.items()),
+        "B is zero throughout: this adapter is not trained" if untrained else "B is not zero: this adapter is trained",
+        *([f"trained whole: {', '.join(found.whole)}"] if found.whole else []),
+    ]
+    result = {**config, "B_is_zero": untrained, "whole": found.whole, "modules": [m._asdict() for m in found.modules]}
+    _emit(args, result, "\n".join([*lines, "", _table(rows)]))
     return 0
 
 
@@ -343,7 +330,6 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("inspect", run_inspect, "what is in an adapter: targets, ranks, norms, is B still zero")
     p.add_argument("adapter", type=Path, metavar="DIR", help="the adapter's folder")
-    _add_base(p)
 
     p = command("gradcheck", run_gradcheck, "every derivative against complex steps: its worst error")
     p.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")

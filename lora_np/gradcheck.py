@@ -296,10 +296,11 @@ def check_model(
     floor = FLOOR * max(float(xp.abs(g).max()) for g in grads.values())
 
     def loss_with(name: str, value: Array) -> Any:
+        base = model if value.dtype == model.dtype else complex_model
         if adapter is None:
-            return loss(replace(complex_model, weights={**complex_model.weights, name: value}), **batch)
-        params = {other: p.astype(complex) for other, p in adapter.params.items()}
-        return loss(complex_model, adapter=replace(adapter, params={**params, name: value}), **batch)
+            return loss(replace(base, weights={**base.weights, name: value}), **batch)
+        params = {other: p.astype(value.dtype) for other, p in adapter.params.items()}
+        return loss(base, adapter=replace(adapter, params={**params, name: value}), **batch)
 
     trained = model.weights if adapter is None else adapter.params
     return max(

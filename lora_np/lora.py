@@ -71,6 +71,8 @@ class LoRAConfig:
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
+            if not all(_is_int(layer) and layer >= 0 for layer in self.layers):
+                raise ValueError(f"LoRAConfig.layers: expected layers' numbers, from 0, got {self.layers!r}")
         self._check_targets()
         for where, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if not _is_int(r) or r < 1:

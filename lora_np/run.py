@@ -11,7 +11,6 @@ from .lora import Adapter, Update, stack_updates, target_of
 from .model import Config, Model
 from .ops import dropout_mask
 
-
 Trainable: TypeAlias = Literal["adapter", "all"]
 AnyAdapter: TypeAlias = Adapter | Sequence[Adapter | None] | None
 
@@ -112,7 +111,7 @@ def _bind_rows(model: Model, adapters: Sequence[Adapter | None]) -> Run:
     }
     weights = dict(model.weights)
     for name in dict.fromkeys(name for adapter in adapters if adapter is not None for name in adapter.whole):
-        rows = [run.weights.get(name, model.weights[model.config.head_weight]) for run in runs]
+        rows = [run.weights[name if name in run.weights else model.config.head_weight] for run in runs]
         weights[name] = xp.stack([w if w.ndim > 1 else w[None] for w in rows])  # (N,out,in) or (N,1,D)
     return Run(model.config, weights, updates, frozenset())
 

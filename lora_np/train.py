@@ -143,6 +143,13 @@ def _step(
         raise TrainingError(_why(state, loss, norm, settings.lr * factor))
     rates = learning_rates(state.params, settings.lr * factor, b_ratio=settings.b_ratio, head_ratio=settings.head_ratio)
     params, optimizer = adamw(state.params, grads, state.optimizer, lr=rates, weight_decay=settings.weight_decay)
+    finite = xp.ones((), dtype=bool)
+    for p in params.values():
+        finite = finite & xp.isfinite(p).all()
+    if not bool(finite):  # or a state that cannot be gone on from would be kept as a good one
+        raise TrainingError(
+            f"step {state.step + 1}: the update overflows: the learning rate, {settings.lr * factor:.3g} here, is too high"
+        )
     after = State(state.step + 1, params, optimizer)
     return after, Report(after.step, loss, norm, settings.lr * factor, after)
 

@@ -87,11 +87,11 @@ def load_model(
     kept = _kept(saved, config, weights)
     del weights
     missing = config.weight_shapes().keys() - kept.keys()
-    if missing and seed is None:
-        raise ValueError(f"{folder}: expected a seed to make the weights that it lacks: {' '.join(sorted(missing))}")
     if missing:
-        file_dtype = str(kept["embed.tokens"].dtype)
-        kept |= {n: w for n, w in init_weights(config, seed=seed or 0, dtype=file_dtype).items() if n in missing}
+        if seed is None:
+            raise ValueError(f"{folder}: expected a seed to make what it lacks: {' '.join(sorted(missing))}")
+        made = init_weights(config, seed=seed, dtype=str(kept["embed.tokens"].dtype))
+        kept |= {name: made[name] for name in missing}
     if dtype is not None:
         for name in kept:  # one by one, so that both copies of one weight alone are held
             kept[name] = kept[name].astype(dtype, copy=False)

@@ -13,12 +13,12 @@ Every product of the two is one of the separate updates or a sum with zeros, so 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
-from ..adapter import _whole
+from ..adapter import trained_whole
 from ..backend import Array, asnumpy
 from ..lora import LoRAConfig, target_of
 from ..model import Config, Model
@@ -79,15 +79,6 @@ def slots(model: Model, lora_config: LoRAConfig, names: Collection[str]) -> dict
     for module, parts in groups.items():
         result |= _factor_slots(model, lora_config, module, parts)
     return result | _whole_slots(model, whole, groups)
-
-
-def trained_whole(config: Config, lora_config: LoRAConfig, matrices: Collection[str]) -> list[str]:
-    """The names of what is trained whole beside the adapted matrices: biases, the head."""
-    if lora_config.bias != "lora_only":
-        return _whole(config, lora_config)
-    adapted = {f"{part}.bias" for matrix in matrices for part in fused_parts(config, matrix)}
-    biases = [name for name in config.weight_shapes() if name in adapted]
-    return list(dict.fromkeys([*biases, *_whole(config, replace(lora_config, bias="none"))]))
 
 
 def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:

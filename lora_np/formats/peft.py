@@ -15,13 +15,14 @@ from types import MappingProxyType
 
 import numpy as np
 
+from ..adapter import trained_whole
 from ..backend import Array, asnumpy
 from ..lora import Adapter, LoRAConfig
 from ..model import Model
 from ..run import check_adapter
 from .atomic import new_folder, replaced_files, write_tensors
 from .folder import model_hash
-from .layout import PREFIX, slots, trained_whole
+from .layout import PREFIX, slots
 from .names import module_names
 from .peft_config import check_keys, check_same, read_config, write_config
 from .plain import from_fields, parse_json, read_json, to_fields, to_json

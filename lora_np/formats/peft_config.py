@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from ..adapter import trained_whole
 from ..lora import TARGETS, LoRAConfig, target_of
 from ..model import Config
 from ..run import adapted_shapes
-from .layout import grouped, trained_whole
+from .layout import grouped
 from .names import family_of, module_names, short_names
 from .plain import from_fields
 
@@ -41,8 +42,6 @@ FREE = (
 STARTS = (True, False, "gaussian", "orthogonal")
 # PEFT adds these itself, for whichever of them the model has.
 AUTO_SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
-
-
 SAME = 2**-50  # scales are equal that differ by no more than alpha / sqrt(r) may be off
 
 
@@ -231,8 +230,8 @@ def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoR
     if not names:
         raise ValueError(f"{where}: target_modules: {raw.get('target_modules')!r:.60}: no module of this model fits")
     r, alpha = raw.get("r", READ["r"]), raw.get("lora_alpha", READ["lora_alpha"])
-    ranks = _resolved(raw, "rank_pattern", names, r, where)
-    alphas = _resolved(raw, "alpha_pattern", names, alpha, where)
+    ranks = resolved(raw, "rank_pattern", names, r, where)
+    alphas = resolved(raw, "alpha_pattern", names, alpha, where)
     short = {name: target_of(name) for name in names}
     ours = {name: name for name in names}
     fields: dict[str, Any] = {
@@ -277,7 +276,7 @@ def _layers(raw: Mapping[str, Any], where: str) -> list[int] | None:
     return layers
 
 
-def _resolved(raw: Mapping[str, Any], key: str, names: Mapping[str, str], default: Any, where: str) -> dict[str, Any]:
+def resolved(raw: Mapping[str, Any], key: str, names: Mapping[str, str], default: Any, where: str) -> dict[str, Any]:
     """The value of each module under a pattern: the first that fits, as in PEFT. Every pattern must fit one."""
     patterns = raw.get(key) or {}
     if not isinstance(patterns, dict):

@@ -1,0 +1,642 @@
+"""Adapters in PEFT's format: nothing is lost on the way out and back, and nothing in a file is passed over."""
+
+import json
+import os
+from dataclasses import replace
+
+import hostile
+import numpy as np
+import pytest
+from hostile import GPT2, GPT2_FIELDS, LLAMA, contents, edit_json, edit_tensors, tensors_and_metadata
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from strategies import bits, configs, dtypes, lora_configs, random_model, same_bits, seeds, trained_adapter
+
+import lora_np as ln
+from lora_np.formats import atomic, peft
+from lora_np.formats.peft_config import OFF
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LAYER = "base_model.model.transformer.h.0."
+ATTN = f"{LAYER}attn.c_attn"
+
+
+@pytest.fixture
+def model():
+    return random_model(GPT2, seed=1)
+
+
+def adapter_of(model, *targets, seed=3, **fields):
+    fields = {"r": 2, "alpha": 3, "targets": targets or ("q", "v"), **fields}
+    return trained_adapter(model, ln.LoRAConfig(**fields), seed=seed)
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    ln.save_adapter(tmp_path / "adapter", adapter_of(model), model)
+    return tmp_path / "adapter"
+
+
+def saved(path, model, *targets, **fields):
+    """Saves an adapter. -> its adapter_config.json and its tensors."""
+    ln.save_adapter(path, adapter_of(model, *targets, **fields), model)
+    return json.loads((path / CONFIG).read_text()), tensors_and_metadata(path / WEIGHTS)[0]
+
+
+def as_peft_writes(folder, **values):
+    """Takes our metadata off a folder's tensors, and sets keys of its configuration."""
+    tensors, _ = tensors_and_metadata(folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    edit_json(folder / CONFIG, **values)
+
+
+def refusal(folder, model):
+    """The message of the ValueError: one line that names the file."""
+    with pytest.raises(ValueError, match="adapter") as caught:
+        ln.load_adapter(folder, model)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_same(loaded, adapter):
+    assert loaded.config == adapter.config
+    assert list(loaded.params) == list(adapter.params)
+    assert same_bits(dict(loaded.params), dict(adapter.params))
+
+
+def scales_differ(adapter):
+    """Whether q, k, v of one layer have different scales."""
+    layers = {}
+    for name in adapter.matrices:
+        if name[-1] in "qkv" and name[-2] == ".":
+            layers.setdefault(name[:-2], set()).add(adapter.config.scale(name))
+    return any(len(scales) > 1 for scales in layers.values())
+
+
+# --- Out and back ----------------------------------------------------------------------------------------------------
+
+
+def check_round_trip(tmp_path, model, adapter):
+    ln.save_adapter(tmp_path / "a", adapter, model)
+    loaded = ln.load_adapter(tmp_path / "a", model)
+    assert_same(loaded, adapter)
+    ln.save_adapter(tmp_path / "b", loaded, model)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@given(data=st.data(), config=configs(), dtype=dtypes, seed=seeds)
+def test_adapter_to_file_to_adapter_to_file_is_the_identity(tmp_path_factory, data, config, dtype, seed):
+    model = random_model(config, seed=seed, dtype=dtype)
+    adapter = trained_adapter(model, data.draw(lora_configs(config)), seed=seed)
+    assume(not scales_differ(adapter))
+    check_round_trip(tmp_path_factory.mktemp("adapter"), model, adapter)
+
+
+@given(data=st.data(), config=configs(**GPT2_FIELDS), dtype=dtypes, seed=seeds)
+def test_the_same_with_gpt2s_names(tmp_path_factory, data, config, dtype, seed):
+    path = tmp_path_factory.mktemp("adapter")
+    model = random_model(config, seed=seed, dtype=dtype)
+    adapter = trained_adapter(model, data.draw(lora_configs(config)), seed=seed)
+    if scales_differ(adapter):
+        with pytest.raises(ValueError, match="one scale"):
+            ln.save_adapter(path / "a", adapter, model)
+        assert os.listdir(path) == []
+        return
+    check_round_trip(path, model, adapter)
+    assert not any(".attn.q." in key for key in tensors_and_metadata(path / "a" / WEIGHTS)[0])
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, replace(GPT2, head="none")], ids=["gpt2", "own", "headless"])
+@pytest.mark.parametrize("targets", [("q", "v"), ("qkv",), ("q", "embed"), ("o", "down")], ids=str)
+def test_some_layers(tmp_path, config, targets):
+    model = random_model(config, seed=1)
+    adapter = adapter_of(model, *targets, layers=(1,))
+    check_round_trip(tmp_path, model, adapter)
+    as_peft_writes(tmp_path / "a")
+    loaded = ln.load_adapter(tmp_path / "a", model)
+    assert loaded.config.layers == (1,)
+    if "q" not in targets:
+        assert_same(loaded, adapter)
+
+
+def test_the_configurations_that_json_might_change(tmp_path, model):
+    config = ln.LoRAConfig(
+        r=np.int64(2), alpha=np.float64(0.1), targets=["v", "k", "head"], dropout=np.float32(0.1), sigma=1e-300,
+        layers=np.arange(2), init="normal", rank_pattern={"head": np.int32(3)}, rslora=True,
+    )  # fmt: skip
+    check_round_trip(tmp_path, model, trained_adapter(model, config, seed=0))
+
+
+def test_a_combination_whose_matrices_follow_no_pattern(tmp_path, model):
+    parts = [adapter_of(model, "q", "v", layers=(0,)), adapter_of(model, "v", "up", layers=(1,), seed=4)]
+    check_round_trip(tmp_path, model, ln.combine(parts, [1.0, 0.5]))
+
+
+# --- GPT-2's fused c_attn --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("L1")
+@given(
+    targets=st.lists(st.sampled_from("qkv"), min_size=1, unique=True),
+    ranks=st.lists(st.integers(1, 3), min_size=3, max_size=3),
+    rslora=st.booleans(),
+    seed=seeds,
+)
+def test_the_fused_update_is_the_separate_ones(tmp_path_factory, targets, ranks, rslora, seed):
+    """s B A of c_attn is that of q, k and v, one below the other: the products to the bit, s within a rounding."""
+    path = tmp_path_factory.mktemp("adapter")
+    model = random_model(GPT2, seed=1)
+    ranks = dict(zip("qkv", ranks, strict=True))
+    alphas = {t: 3.0 * (np.sqrt(ranks[t]) if rslora else ranks[t]) for t in targets}  # so that s is 3
+    config, tensors = saved(
+        path / "a", model, *targets, seed=seed, rslora=rslora, alpha_pattern=alphas,
+        rank_pattern={t: ranks[t] for t in targets},
+    )  # fmt: skip
+    adapter = ln.load_adapter(path / "a", model)
+    A, B = tensors[f"{ATTN}.lora_A.weight"], tensors[f"{ATTN}.lora_B.weight"]
+    assert A.shape[0] == B.shape[1] == config["r"] == sum(ranks[t] for t in targets)
+    assert config["target_modules"] == ["attn.c_attn"]
+    assert not config["use_rslora"]
+    assert config["lora_alpha"] / config["r"] == pytest.approx(3, rel=1e-15)
+    for block, target in zip(np.split(B, 3), "qkv", strict=True):
+        if target not in targets:
+            assert not block.any()
+            continue
+        own_A, own_B = (ln.asnumpy(adapter.params[f"layers.0.attn.{target}.{factor}"]) for factor in "AB")
+        columns = block.any(axis=0)
+        assert bits(A[columns]) == bits(own_A)
+        assert bits(np.ascontiguousarray(block[:, columns])) == bits(own_B)
+
+
+def test_the_defaults_on_gpt2(tmp_path, model):
+    config, tensors = saved(tmp_path / "a", model, r=8, alpha=16)
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["task_type"]) == (16, 32, {}, "CAUSAL_LM")
+    assert config["fan_in_fan_out"] is True
+    assert {key: t.shape for key, t in tensors.items() if key.startswith(LAYER)} == {
+        f"{ATTN}.lora_A.weight": (16, 8),
+        f"{ATTN}.lora_B.weight": (24, 16),
+    }
+
+
+def test_gpt2s_names(tmp_path, model):
+    _, tensors = saved(tmp_path / "a", model, "qkv", "o", "up", "down", "embed", "head")
+    in_layer = {key.removeprefix(LAYER) for key in tensors if key.startswith(LAYER)}
+    assert in_layer == {
+        f"{module}.lora_{factor}.weight"
+        for module in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        for factor in "AB"
+    }
+    assert {key.removeprefix("base_model.model.") for key in tensors if ".h." not in key} == {
+        "transformer.wte.lora_embedding_A",
+        "transformer.wte.lora_embedding_B",
+        "lm_head.lora_A.weight",
+        "lm_head.lora_B.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "task"),
+    [("lm", "lm_head", "CAUSAL_LM"), ("classify", "score", "SEQ_CLS"), ("tag", "classifier", "TOKEN_CLS")],
+)
+def test_a_head_that_is_trained_whole(tmp_path, head, name, task):
+    model = random_model(replace(GPT2, head=head, n_labels=None if head == "lm" else 3), seed=1)
+    config, tensors = saved(tmp_path / "a", model, train_head=True)
+    assert (config["modules_to_save"], config["task_type"]) == ([name], task)
+    adapter = ln.load_adapter(tmp_path / "a", model)
+    assert bits(tensors[f"base_model.model.{name}.weight"]) == bits(adapter.params["head.weight"])
+    as_peft_writes(tmp_path / "a", modules_to_save=["score", "classifier"] if head != "lm" else [name])
+    loaded = ln.load_adapter(tmp_path / "a", model)
+    assert loaded.config.train_head
+    assert same_bits(loaded.whole, adapter.whole)
+
+
+def test_own_names(tmp_path):
+    model = random_model(LLAMA, seed=1)
+    config, tensors = saved(tmp_path / "a", model, "q", "gate", "embed", "head", rslora=True)
+    assert config["target_modules"] == ["embed.tokens", "attn.q", "mlp.gate", "head"]
+    assert config["use_rslora"] is True
+    assert config["fan_in_fan_out"] is False
+    assert "base_model.model.layers.0.attn.q.lora_A.weight" in tensors
+    assert "base_model.model.embed.tokens.lora_embedding_A" in tensors
+    assert "base_model.model.head.lora_B.weight" in tensors
+
+
+def test_biases_of_q_and_v_take_the_bases_k_along(tmp_path, model):
+    _, tensors = saved(tmp_path / "a", model, bias="lora_only")
+    bias = tensors[f"{ATTN}.base_layer.bias"]
+    adapter = ln.load_adapter(tmp_path / "a", model)
+    for part, target in zip(np.split(bias, 3), "qkv", strict=True):
+        name = f"layers.0.attn.{target}.bias"
+        assert bits(part) == bits(model.weights[name] if target == "k" else adapter.params[name])
+    assert "layers.0.attn.k.bias" not in adapter.params
+
+
+def test_all_biases(tmp_path, model):
+    _, tensors = saved(tmp_path / "a", model, bias="all")
+    biases = {key.removeprefix("base_model.model.transformer.") for key in tensors if key.endswith("bias")}
+    assert biases == {
+        "ln_f.bias",
+        *(f"h.{i}.{n}.bias" for i in (0, 1) for n in ("ln_1", "attn.c_attn.base_layer", "attn.c_proj")),
+        *(f"h.{i}.{n}.bias" for i in (0, 1) for n in ("ln_2", "mlp.c_fc", "mlp.c_proj")),
+    }
+
+
+# --- Files of PEFT's own ---------------------------------------------------------------------------------------------
+
+
+def test_without_our_metadata_c_attn_is_qkv(folder, model):
+    separate = ln.load_adapter(folder, model)
+    as_peft_writes(folder)
+    fused = ln.load_adapter(folder, model)
+    assert fused.config == ln.LoRAConfig(r=4, alpha=6, targets=("qkv",))
+    tokens = np.arange(6).reshape(2, 3)
+    ours, theirs = (ln.asnumpy(ln.forward(model, tokens, adapter)) for adapter in (separate, fused))
+    assert np.abs(ours - theirs).max() < 1e-14
+
+
+@given(data=st.data(), config=configs(**GPT2_FIELDS), dtype=dtypes, seed=seeds)
+def test_peft_file_to_adapter_to_file_keeps_every_tensor(tmp_path_factory, data, config, dtype, seed):
+    path = tmp_path_factory.mktemp("adapter")
+    model = random_model(config, seed=seed, dtype=dtype)
+    adapter = trained_adapter(model, data.draw(lora_configs(config)), seed=seed)
+    assume(not scales_differ(adapter))
+    ln.save_adapter(path / "a", adapter, model)
+    as_peft_writes(path / "a")
+    loaded = ln.load_adapter(path / "a", model)
+    for name in loaded.matrices:
+        if name in adapter.matrices:
+            assert loaded.config.scale(name) == pytest.approx(adapter.config.scale(name), rel=1e-15)
+    ln.save_adapter(path / "b", loaded, model)
+    before, after = (tensors_and_metadata(path / name / WEIGHTS)[0] for name in "ab")
+    assert same_bits(before, after)
+    before, after = (json.loads((path / name / CONFIG).read_text()) for name in "ab")
+    assert {k: v for k, v in before.items() if k != "init_lora_weights"} == {
+        k: v for k, v in after.items() if k != "init_lora_weights"
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"target_modules": ["c_attn"]}, {}),
+        ({"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["c_proj", "lm_head"]}, {}),
+        ({"target_modules": ["transformer.h.0.attn.c_attn", "h.1.attn.c_attn"]}, {}),
+        ({"layers_to_transform": [0, 1], "layers_pattern": "h"}, {}),
+        ({"r": 9, "rank_pattern": {"h.0.attn.c_attn": 4, "c_attn": 4}}, {"r": 9, "rank_pattern": {"qkv": 4}}),
+        (
+            {"alpha_pattern": {"^transformer.h.1.attn.c_attn": 2.5, "c_attn": 7}},
+            {"alpha_pattern": {"layers.0.attn.qkv": 7, "layers.1.attn.qkv": 2.5}},
+        ),
+        ({"init_lora_weights": "gaussian"}, {"init": "normal", "sigma": 0.25}),
+        ({"use_rslora": True, "lora_dropout": 0.5}, {"rslora": True, "dropout": 0.5}),
+        ({"base_model_name_or_path": "gpt2", "peft_version": "9", "auto_mapping": {"a": 1}, "loftq_config": {}}, {}),
+    ],
+    ids=str,
+)
+def test_what_pefts_configuration_may_say(folder, model, values, expected):
+    as_peft_writes(folder, **values)
+    assert ln.load_adapter(folder, model).config == replace(ln.LoRAConfig(r=4, alpha=6, targets=("qkv",)), **expected)
+
+
+def test_a_float32_file_is_widened_and_a_float64_file_not_rounded(tmp_path, model):
+    narrow = ln.Model(GPT2, {name: w.astype("float32") for name, w in model.weights.items()})
+    adapter = adapter_of(narrow, "qkv")
+    ln.save_adapter(tmp_path / "a", adapter, narrow)
+    as_peft_writes(tmp_path / "a")
+    loaded = ln.load_adapter(tmp_path / "a", model)
+    assert same_bits(dict(loaded.params), {name: p.astype("float64") for name, p in adapter.params.items()})
+    ln.save_adapter(tmp_path / "b", loaded, model)
+    as_peft_writes(tmp_path / "b")
+    assert "rounded" in refusal(tmp_path / "b", narrow)
+
+
+def test_copies_of_the_bases_table_must_be_copies(tmp_path, model):
+    """PEFT writes the table and the head that it adapted, unchanged, beside the adapter."""
+    adapter = adapter_of(model, "embed", "head")
+    ln.save_adapter(tmp_path / "a", adapter, model)
+    as_peft_writes(tmp_path / "a")
+    table = ln.asnumpy(model.weights["embed.tokens"])
+    for key in ("transformer.wte.base_layer.weight", "lm_head.base_layer.weight", "transformer.wte.weight"):
+        edit_tensors(tmp_path / "a" / WEIGHTS, lambda t, key=key: t.update({f"base_model.model.{key}": table}))
+        assert same_bits(dict(ln.load_adapter(tmp_path / "a", model).params), dict(adapter.params))
+    edit_tensors(tmp_path / "a" / WEIGHTS, lambda t: t.update({f"base_model.model.{key}": table + 1}))
+    assert f"{key}: expected a copy of" in refusal(tmp_path / "a", model)
+
+
+def test_a_bias_that_peft_writes_three_times(tmp_path):
+    """With bias="all" and a head trained whole: its own, the same once more, and the base's."""
+    model = random_model(replace(GPT2, head="tag", n_labels=3), seed=1)
+    adapter = adapter_of(model, "qkv", bias="all", train_head=True)
+    head = "base_model.model.classifier"
+    copies = {
+        f"{head}.modules_to_save.bias": ln.asnumpy(adapter.params["head.bias"]),
+        f"{head}.original_module.bias": ln.asnumpy(model.weights["head.bias"]),
+    }
+    ln.save_adapter(tmp_path / "a", adapter, model)
+    as_peft_writes(tmp_path / "a")
+    edit_tensors(tmp_path / "a" / WEIGHTS, lambda t: t.update(copies))
+    assert same_bits(dict(ln.load_adapter(tmp_path / "a", model).params), dict(adapter.params))
+    for key, value in copies.items():
+        edit_tensors(tmp_path / "a" / WEIGHTS, lambda t, c={**copies, key: value + 1}: t.update(c))
+        assert f"{key}: expected a copy of head.bias" in refusal(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type: expected 'LORA', got 'IA3'"),
+        ({"use_dora": True}, "use_dora: not supported"),
+        ({"use_dora": None}, "use_dora: not supported"),
+        ({"brand_new": False}, "brand_new: not known"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
+        ({"init_lora_weights": 1}, "init_lora_weights: 1"),
+        ({"target_modules": ".*c_attn"}, "target_modules: expected a list of names; a regular expression"),
+        ({"target_modules": None}, "no module of this model fits"),
+        ({"target_modules": ["(c_attn|x)"]}, "target_modules: expected a list of names"),
+        ({"target_modules": ["c_attn", "wpe"]}, "target_modules: 'wpe': this model has no such module"),
+        ({"target_modules": ["c_attn", "c_fc"]}, "h.0.mlp.c_fc.lora_A.weight is missing"),
+        ({"target_modules": ["c_fc"]}, "h.0.mlp.c_fc.lora_A.weight is missing"),
+        ({"target_modules": {"c_attn": 1}}, "target_modules: expected a list"),
+        ({"exclude_modules": "c_.*"}, "exclude_modules: expected a list"),
+        ({"layers_to_transform": [1]}, "h.0.attn.c_attn.lora_A.weight has no place"),
+        ({"layers_to_transform": [7]}, "no module of this model fits"),
+        ({"layers_to_transform": "1"}, "layers_to_transform: expected"),
+        ({"layers_to_transform": [True]}, "layers_to_transform: expected"),
+        ({"layers_to_transform": [1], "layers_pattern": "layers"}, "no module of this model fits"),
+        ({"rank_pattern": {"c_attn|x": 4}}, "rank_pattern: a regular expression"),
+        ({"rank_pattern": {"c_fc": 4}}, "rank_pattern: 'c_fc': no adapted module"),
+        ({"rank_pattern": {"c_attn": [4]}}, "rank_pattern: c_attn: expected a number"),
+        ({"rank_pattern": {"c_attn": 2}}, "expected shape (2, 8), got (4, 8)"),
+        ({"rank_pattern": 3}, "rank_pattern: expected an object"),
+        ({"alpha_pattern": {"c_attn": "x"}}, "alpha_pattern: c_attn: expected a number"),
+        ({"r": 3}, "expected shape (3, 8), got (4, 8)"),
+        ({"r": 0}, "r: expected an integer of at least 1"),
+        ({"r": 10**12}, "expected shape"),
+        ({"r": 4.0}, "LoRAConfig.r: a value of the wrong type"),
+        ({"r": [4]}, "rank_pattern: rank_default: expected a number"),
+        ({"r": True}, "expected a number"),
+        ({"lora_alpha": None}, "expected a number"),
+        ({"lora_alpha": 10**400}, "too large"),
+        ({"lora_dropout": 1}, "dropout: expected 0 <= p < 1"),
+        ({"lora_dropout": "0"}, "dropout: a value of the wrong type"),
+        ({"use_rslora": 1}, "rslora: a value of the wrong type"),
+        ({"bias": "some"}, "bias: expected none, all or lora_only"),
+        ({"bias": "lora_only"}, "h.0.attn.c_attn.base_layer.bias is missing"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is missing"),
+        ({"modules_to_save": ["ln_f"]}, "modules_to_save: 'ln_f': only the head, lm_head"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list"),
+    ],
+    ids=str,
+)
+def test_what_pefts_configuration_may_not_say(folder, model, values, message):
+    as_peft_writes(folder, **values)
+    assert message in refusal(folder, model)
+
+
+@pytest.mark.parametrize("key", sorted(OFF))
+def test_no_switch_is_passed_over(folder, model, key):
+    edit_json(folder / CONFIG, **{key: OFF[key][0]})
+    ln.load_adapter(folder, model)
+    edit_json(folder / CONFIG, **{key: {"on": [1]}})
+    assert f"{key}: not supported" in refusal(folder, model)
+
+
+# --- What we refuse to write -----------------------------------------------------------------------------------------
+
+
+def test_differing_scales_are_refused(tmp_path, model):
+    adapter = adapter_of(model, alpha_pattern={"v": 5})
+    with pytest.raises(ValueError, match=r"layers\.0\.attn\.qkv: PEFT gives one scale.*s = 1\.5 for .*q, s = 2\.5 for"):
+        ln.save_adapter(tmp_path / "a", adapter, model)
+    with pytest.raises(ValueError, match="one scale"):
+        ln.save_adapter(tmp_path / "a", adapter_of(model, rank_pattern={"layers.1.attn.q": 1}), model)
+    own = random_model(LLAMA, seed=1)
+    check_round_trip(tmp_path, own, adapter_of(own, alpha_pattern={"v": 5}))
+
+
+def test_an_adapter_that_does_not_fit(tmp_path, model):
+    adapter = adapter_of(model)
+    for changed, message in [
+        ({"norm.weight": model.weights["norm.weight"]}, "norm.weight: the configuration does not say"),
+        ({"norm.bias": model.weights["norm.bias"]}, "norm.bias: the configuration does not say"),
+        ({"layers.0.attn.q.B": adapter.params["layers.0.attn.q.B"] * np.nan}, "NaN or infinite"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ln.save_adapter(tmp_path / "a", replace(adapter, params={**adapter.params, **changed}), model)
+    with pytest.raises(ValueError, match=r"layers\.0\.attn\.q\.bias is missing"):
+        ln.save_adapter(tmp_path / "a", replace(adapter, config=replace(adapter.config, bias="lora_only")), model)
+    with pytest.raises(ValueError, match="no such matrix"):
+        ln.save_adapter(tmp_path / "a", adapter_of(random_model(LLAMA, seed=0), "gate"), model)
+    both = {**adapter.params, **adapter_of(model, "qkv").params}
+    with pytest.raises(ValueError, match="one matrix of the file"):
+        ln.save_adapter(tmp_path / "a", replace(adapter, params=both), model)
+    assert os.listdir(tmp_path) == []
+
+
+def test_complex_parameters_are_not_saved(tmp_path, model):
+    weights = {name: w.astype("complex128") for name, w in model.weights.items()}
+    complex_model = ln.Model(GPT2, weights)
+    adapter = adapter_of(model)
+    adapter = replace(adapter, params={name: p.astype("complex128") for name, p in adapter.params.items()})
+    with pytest.raises(TypeError, match="complex128"):
+        ln.save_adapter(tmp_path / "a", adapter, complex_model)
+
+
+# --- Whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def test_an_existing_adapter_is_replaced_and_its_neighbours_stay(folder, model):
+    (folder / "README.md").write_text("mine")
+    adapter = adapter_of(model, "k", "o", seed=9)
+    ln.save_adapter(folder, adapter, model)
+    assert_same(ln.load_adapter(str(folder), model), adapter)
+    assert sorted(os.listdir(folder)) == sorted(["README.md", CONFIG, WEIGHTS])
+    with pytest.raises(FileExistsError, match="got a file"):
+        ln.save_adapter(folder / "README.md", adapter, model)
+
+
+class Stop(Exception):
+    """The power goes."""
+
+
+def failing(monkeypatch, at):
+    """Makes the at-th step of a write fail: a file written, a wait for the disk, or a rename. -> the steps so far."""
+    steps = []
+
+    def guard(module, name):
+        real = getattr(module, name)
+
+        def step(*args, **kwargs):
+            steps.append(name)
+            if len(steps) > at:
+                raise Stop
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, step)
+
+    guard(peft, "write_tensors")
+    guard(atomic, "_sync")
+    guard(atomic.os, "rename")
+    guard(atomic.os, "replace")
+    return steps
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_a_new_adapter_is_there_or_not(tmp_path, model, monkeypatch, at):
+    adapter = adapter_of(model)
+    steps = failing(monkeypatch, at)
+    try:
+        ln.save_adapter(tmp_path / "a", adapter, model)
+    except Stop:
+        if "rename" not in steps[:-1]:
+            assert os.listdir(tmp_path) == []
+            return
+    assert os.listdir(tmp_path) == ["a"]
+    assert_same(ln.load_adapter(tmp_path / "a", model), adapter)
+
+
+@pytest.mark.parametrize("at", range(12))
+@pytest.mark.parametrize("targets", [("q", "v"), ("k", "up")], ids=str)
+def test_an_adapter_in_place_is_the_old_one_or_the_new_one(folder, model, monkeypatch, at, targets):
+    """Only between the two renames do old and new meet, and then the file says so."""
+    before, old, new = contents(folder), ln.load_adapter(folder, model), adapter_of(model, *targets, seed=8)
+    steps = failing(monkeypatch, at)
+    try:
+        ln.save_adapter(folder, new, model)
+    except Stop:
+        moved = steps[:-1].count("replace")
+        if moved == 0:
+            assert contents(folder) == before
+            assert_same(ln.load_adapter(folder, model), old)
+            return
+        if moved == 1 and old.config != new.config:
+            assert "the tensors beside it were saved with" in refusal(folder, model)
+            return
+    assert sorted(os.listdir(folder)) == sorted([CONFIG, WEIGHTS])
+    assert_same(ln.load_adapter(folder, model), new)
+
+
+# --- Damaged and hostile files ---------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_base(folder, model):
+    other = random_model(GPT2, seed=2)
+    message = refusal(folder, other)
+    assert "another base" in message
+    for base in (model, other):
+        assert peft.model_hash(base)[:12] in message
+
+
+def test_files_that_are_missing(tmp_path, folder, model):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        ln.load_adapter(tmp_path / "none", model)
+    assert "got a file" in refusal(folder / CONFIG, model)
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    assert "any code" in refusal(folder, model)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=WEIGHTS):
+        ln.load_adapter(folder, model)
+    (folder / CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match=CONFIG):
+        ln.load_adapter(folder, model)
+
+
+def test_a_truncated_file(folder, model):
+    whole = (folder / WEIGHTS).read_bytes()
+    for size in (0, 7, 8, 100, len(whole) - 1):
+        (folder / WEIGHTS).write_bytes(whole[:size])
+        assert "truncated" in refusal(folder, model)
+
+
+def set_one(key, index, value):
+    def change(tensors):
+        tensors[key][index] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{ATTN}.lora_A.weight"), f"{ATTN}.lora_A.weight is missing"),
+        (lambda t: t.update(x=np.ones(2)), "the tensor x has no place"),
+        (lambda t: t.update({f"{LAYER}attn.c_proj.lora_A.weight": np.ones((2, 8))}), "c_proj.lora_A.weight has no"),
+        (set_one(f"{ATTN}.lora_B.weight", (0, 0), np.nan), f"{ATTN}.lora_B.weight: holds NaN"),
+        (set_one(f"{ATTN}.lora_B.weight", (0, 0), np.inf), f"{ATTN}.lora_B.weight: holds NaN"),
+        (set_one(f"{ATTN}.lora_B.weight", (9, 0), 1), "the base's own values between"),  # a row of k's
+        (set_one(f"{ATTN}.lora_B.weight", (0, 3), 1), "the base's own values between"),  # q's rows, v's columns
+        (lambda t: t.update({f"{ATTN}.lora_A.weight": np.ones((4, 9))}), "expected shape (4, 8), got (4, 9)"),
+        (lambda t: t.update({f"{ATTN}.lora_A.weight": np.ones((4, 8), "float16")}), "float32 or float64, got F16"),
+        (lambda t: t.update({f"{ATTN}.lora_A.weight": np.ones((4, 8), "int64")}), "float32 or float64, got I64"),
+    ],
+)  # fmt: skip
+def test_tensors_that_were_changed(folder, model, change, message):
+    edit_tensors(folder / WEIGHTS, change)
+    assert message in refusal(folder, model)
+
+
+def test_a_bias_of_the_bases_that_was_changed(tmp_path, model):
+    saved(tmp_path / "adapter", model, bias="lora_only")
+    edit_tensors(tmp_path / "adapter" / WEIGHTS, set_one(f"{ATTN}.base_layer.bias", 8, 1))
+    assert "the base's own values between" in refusal(tmp_path / "adapter", model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2}, {"params": None}, {"params": []}, {"params": ["x"]}, {"params": [1]}, {"config": None},
+        {"params": ["layers.0.attn.q.A"]}, {"params": ["layers.0.attn.q.A", "layers.0.attn.q.A"]},
+        {"params": ["layers.9.attn.q.A", "layers.9.attn.q.B"]}, {"config": {"r": 10**12}}, {"config": {"r": "2"}},
+        {"config": {"targets": ["q", "z"]}}, {"config": {"surplus": 1}}, {"config": {"bias": "all"}},
+        {"config": {"alpha": 10**400}}, {"config": {"layers": [1.5]}}, {"config": {"alpha": 7}}, {"base_sha256": 1},
+    ],
+    ids=lambda change: str(change)[:50],
+)  # fmt: skip
+def test_metadata_that_was_changed(folder, model, change):
+    tensors, metadata = tensors_and_metadata(folder / WEIGHTS)
+    about = json.loads(metadata["lora_np"])
+    for key, value in change.items():
+        about[key] = {**about[key], **value} if isinstance(value, dict) else value
+    save_file(tensors, folder / WEIGHTS, {"lora_np": json.dumps(about)})
+    refusal(folder, model)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 10**5, '{"format": NaN}', "x" * (5 * 2**20)], ids=range(6))
+def test_metadata_that_is_no_object(folder, model, text):
+    tensors, _ = tensors_and_metadata(folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS, {"lora_np": text})
+    refusal(folder, model)
+
+
+def test_a_configuration_that_the_tensors_were_not_saved_with(folder, model):
+    for key, value in {"r": 2, "lora_alpha": 7, "target_modules": ["c_attn"], "use_rslora": True}.items():
+        before = (folder / CONFIG).read_bytes()
+        edit_json(folder / CONFIG, **{key: value})
+        assert f"{key}: the tensors beside it were saved with" in refusal(folder, model)
+        (folder / CONFIG).write_bytes(before)
+
+
+def test_a_header_of_2_to_the_60(folder, model):
+    hostile.raw_safetensors(folder / WEIGHTS, {}, length=2**60)
+    assert str(2**60) in refusal(folder, model)
+
+
+@given(data=st.data())
+def test_any_byte_changed_gives_an_adapter_or_one_line(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "adapter"
+    model = random_model(GPT2, seed=1)
+    ln.save_adapter(path, adapter_of(model, bias=data.draw(st.sampled_from(["none", "lora_only"]))), model)
+    if data.draw(st.booleans()):
+        as_peft_writes(path)
+    file = path / data.draw(st.sampled_from([CONFIG, WEIGHTS]))
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, min(len(content), 3000) - 1))
+        content[place] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    try:
+        ln.load_adapter(path, model)
+    except ValueError as error:
+        assert "\n" not in str(error)  # noqa: PT017 (most changes are refused, some are not)
+        assert str(path) in str(error)  # noqa: PT017

@@ -1,0 +1,177 @@
+"""Safetensors and JSON files that are damaged, or made to do damage: one clear line, and nothing read by them."""
+
+import builtins
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hostile import raw_safetensors
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from lora_np.formats.plain import MAX_JSON_BYTES, parse_json, read_json
+from lora_np.formats.safe import open_tensors, refuse_pickle
+
+GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "x.safetensors"
+
+
+def read_all(path, expected=None):
+    with open_tensors(path) as file:
+        file.check_names(file.shapes if expected is None else expected)
+        return {name: file.read_finite(name) for name in file.shapes}
+
+
+def refusal(path, expected=None):
+    """The message of the ValueError, which is one line and names the file."""
+    with pytest.raises(ValueError, match=r"x\.safetensors") as caught:
+        read_all(path, expected)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_good_file_is_read(path):
+    raw_safetensors(path, GOOD, np.array([1, 2], "<f4").tobytes())
+    assert read_all(path)["a"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("length", [9, 2**31, 2**60, 2**64 - 1])
+def test_a_header_longer_than_the_file(path, length):
+    raw_safetensors(path, b"{}", length=length)
+    assert str(length) in refusal(path)
+
+
+def test_a_header_that_is_too_long_for_anyone(path):
+    with open(path, "wb") as file:
+        file.write((10**9).to_bytes(8, "little"))
+        file.truncate(2 * 10**9)  # sparse: no such space is used
+    assert "at most" in refusal(path)
+
+
+@pytest.mark.parametrize("size", range(12))
+def test_a_file_that_ends_early(path, size):
+    raw_safetensors(path, GOOD, bytes(8))
+    path.write_bytes(path.read_bytes()[:size])
+    assert "truncated" in refusal(path)
+
+
+@given(cut=st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_anywhere(tmp_path_factory, cut):
+    path = tmp_path_factory.mktemp("cut") / "x.safetensors"
+    save_file({"a": np.ones((3, 4), "float32"), "b": np.ones(5, "float64")}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(cut * len(whole))])
+    refusal(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": GOOD["a"]},  # overlapping
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}},  # beyond the end
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
+        {"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [2]}},
+        {"a": [1, 2]},
+        [],
+        b"\x80\x04not json",
+        b"[" * 100_000,
+    ],
+    ids=lambda header: str(header)[:70],
+)
+def test_a_header_that_makes_no_sense(path, header):
+    raw_safetensors(path, header, bytes(8))
+    refusal(path)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F16", 2), ("BF16", 2), ("I64", 8), ("U8", 1), ("BOOL", 1)])
+def test_a_dtype_that_is_not_supported(path, dtype, size):
+    raw_safetensors(path, {"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * size]}}, bytes(2 * size))
+    message = refusal(path)
+    assert "a: expected float32 or float64" in message
+    assert dtype in message
+
+
+def test_a_missing_tensor_one_too_many_and_one_of_another_shape(path):
+    save_file({"a": np.ones(2, "float32")}, path)
+    assert "b is missing" in refusal(path, {"a": (2,), "b": (2,)})
+    assert "a has no place" in refusal(path, {})
+    assert "a: expected shape (3,), got (2,)" in refusal(path, {"a": (3,)})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_none(path, value):
+    save_file({"a": np.ones(2), "b": np.array([1, value])}, path)
+    assert "b: holds NaN or infinite" in refusal(path)
+
+
+class Bomb:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return builtins.open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["w.bin", "w.pt", "w.pth", "w.pkl", "w.ckpt"])
+def test_a_pickle_is_refused_and_not_run(tmp_path, name):
+    sign, folder = tmp_path / "run", tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_bytes(pickle.dumps(Bomb(sign)))
+    for path in (folder, folder / name):
+        with pytest.raises(ValueError, match="any code"):
+            refuse_pickle(path, "w.safetensors")
+    (folder / "w.safetensors").touch()
+    refuse_pickle(folder, "w.safetensors")  # what lies beside the file that is read is nobody's business
+    raw_safetensors(tmp_path / "x.safetensors", pickle.dumps(Bomb(sign)))
+    (tmp_path / "x.safetensors").write_bytes(pickle.dumps(Bomb(sign)))
+    refusal(tmp_path / "x.safetensors")
+    assert not sign.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[1]", b"null", b'"x"', b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": "\xff"}', b"[" * 10**6],
+    ids=lambda text: repr(text[:20]),
+)
+def test_json_that_is_no_object(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=r"x\.json") as caught:
+        read_json(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_numbers_too_long_and_files_too_large(tmp_path):
+    with pytest.raises(ValueError, match="x: not valid JSON"):
+        parse_json('{"a": ' + "9" * 10**5 + "}", "x")
+    path = tmp_path / "x.json"
+    path.write_bytes(json.dumps({"a": "x" * MAX_JSON_BYTES}).encode())
+    with pytest.raises(ValueError, match="at most"):
+        read_json(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_json(tmp_path / "y.json")
+
+
+def test_without_safetensors_the_error_says_what_to_install(path, monkeypatch):
+    raw_safetensors(path, {})
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("safetensors"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'lora-np\[cli\]'"):
+        read_all(path)
