@@ -27,7 +27,8 @@ def next_logits(run: Run, cache: Cache, tokens: Array, mask: Array | None = None
     mask (N,S) is over all tokens, the cache's and these. -> (N,V).
     """
     T = tokens.shape[1]
-    x, _ = states(place(replace(run, cache=cache), T, mask, past=cache.length), Batch(tokens, None, None))
+    types = np.zeros_like(tokens) if run.config.n_types else None  # as forward has them where none are given
+    x, _ = states(place(replace(run, cache=cache), T, mask, past=cache.length), Batch(tokens, None, types))
     cache.length += T
     logits, _ = project(run, "head", x[:, -1:])  # (N,1,D) -> (N,1,V)
     return logits[:, 0]
