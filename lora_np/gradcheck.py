@@ -336,8 +336,9 @@ def table(*, seed: int = 0) -> Iterator[Row]:
         yield Row(p.id, p.name, "complex step", max(errors.values()), 1e-12)
     yield Row("T5", "erf, its derivative", "central difference", _erf_derivative_error(), 1e-8)
     yield Row("T5", "erf, against math.erf", "libm", _erf_error(), 1e-15)
-    everything = LoRAConfig(r=2, targets=("q", "k", "v", "o", "up", "down", "embed"))
     for name, config in architectures().items():
+        gate = ("gate",) if config.activation == "silu_gated" else ()
+        everything = LoRAConfig(r=2, targets=("q", "k", "v", "o", "up", "down", "embed", "head", *gate))
         yield Row("L4", f"{name}: LoRA on q, v", "complex step", check_model(config, LoRAConfig(r=2), seed=seed), 1e-11)
         yield Row("L4", f"{name}: LoRA on all", "complex step", check_model(config, everything, seed=seed), 1e-11)
         yield Row("T13", f"{name}: every weight", "complex step", check_model(config, None, seed=seed), 1e-11)

@@ -319,13 +319,13 @@ def linear_rounding_bound(x: Array, W0: Array, b: Array | None, A: Array, B: Arr
 
     Merged, W^ = round(W0 + s B A). In float64 W0 passes one rounding, a product of B and A r + 2; then each passes
     one more to a narrower dtype, where all of float64's, 2^-53 = u 2^-29 each, come to less than one of u. In
-    x W^^T + b each product passes in + 1. Together in + r + 3 at most: |h'^ - h| <= g(in + r + 3) M + underflow, eta / 2
-    times (r |s| + 2) x1 (x1 is the sum of |x|; from B A, from s times it, from the narrower dtype) and in.
+    x W^^T + b each product passes in + 1. Together in + r + 3 at most: |h'^ - h| <= g(in + r + 3) M + underflow,
+    eta / 2 times (r |s| + 2) x1 (x1 is the sum of |x|; from B A, from s times it, from the narrower dtype) and in.
 
     So |h'^ - h^| <= 2 g(in + r + 3) M + the underflows. That these are themselves multiplied by later roundings, by
     (1 + u)^(in + r + 3) < 2 at the most, makes eta / 2 an eta. The bound is evaluated in float64, with float64 copies
-    of its arguments, which takes it through in + r + 9 roundings at most; the step from in + r + 3 to in + r + 4 pays for
-    them as long as in + r < 10^7. -> (..., out).
+    of its arguments, which takes it through in + r + 9 roundings at most; the step from in + r + 3 to in + r + 4 pays
+    for them as long as in + r < 10^7. -> (..., out).
     """
     info = np.finfo(dtype)
     n_in, r = W0.shape[1], A.shape[0]

@@ -93,13 +93,18 @@ def bind(model: Model, adapter: AnyAdapter, *, rows: int, trainable: Trainable =
     if not isinstance(adapter, Adapter):
         if not isinstance(adapter, (list, tuple)):
             raise TypeError(f"adapter: expected an Adapter, None, or a list of them, got {type(adapter).__name__}")
-        if len(adapter) != rows:
-            raise ValueError(f"adapter: expected one, or None, for each of {rows} rows, got a list of {len(adapter)}")
+        check_rows(adapter, rows)
         return _bind_rows(model, adapter)
     check_adapter(model, adapter)
     updates = matrix_updates(config, adapter)
     trained = {f"{name}.{factor}" for name in updates for factor in "AB"} | adapter.whole.keys()
     return Run(config, {**model.weights, **adapter.whole}, updates, frozenset(trained))
+
+
+def check_rows(adapters: Sequence[Adapter | None], rows: int) -> None:
+    """A ValueError unless there is an adapter, or None, for each row."""
+    if len(adapters) != rows:
+        raise ValueError(f"adapter: expected one, or None, for each of {rows} rows, got a list of {len(adapters)}")
 
 
 def _bind_rows(model: Model, adapters: Sequence[Adapter | None]) -> Run:

@@ -147,9 +147,8 @@ def _step(
     for p in params.values():
         finite = finite & xp.isfinite(p).all()
     if not bool(finite):  # or a state that cannot be gone on from would be kept as a good one
-        raise TrainingError(
-            f"step {state.step + 1}: the update overflows: the learning rate, {settings.lr * factor:.3g} here, is too high"
-        )
+        lr = settings.lr * factor
+        raise TrainingError(f"step {state.step + 1}: the update overflows: the learning rate, {lr:.3g} here, is too high")
     after = State(state.step + 1, params, optimizer)
     return after, Report(after.step, loss, norm, settings.lr * factor, after)
 

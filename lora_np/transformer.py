@@ -41,7 +41,7 @@ from .ops import (
     silu,
     tanh,
 )
-from .run import AnyAdapter, Run, Trainable, bind, fuse_grads
+from .run import AnyAdapter, Run, Trainable, bind, check_rows, fuse_grads
 
 Grads: TypeAlias = dict[str, Array]
 Saved: TypeAlias = dict[str, Any]  # by the name of the step that saved it
@@ -438,8 +438,16 @@ def loss(
     against, -100 is left out. A ValueError or TypeError says what was expected, what came, and where.
     """
     batch = check_batch(model.config, tokens, targets, mask, token_types)
-    run = replace(bind(model, adapter, rows=len(batch.tokens)), trained=frozenset())
-    return batch_loss_and_grads(run, batch, count=len(batch.counted))[0].item()
+    count, parts = len(batch.counted), [(adapter, batch)]
+    if isinstance(adapter, (list, tuple)):
+        # Counted rows are picked from all texts together, which a head for each text could not read: a text at a time.
+        check_rows(adapter, len(batch.tokens))
+        parts = [(one, batch.rows(slice(n, n + 1))) for n, one in enumerate(adapter)]
+    total = 0.0
+    for one, part in parts:
+        run = replace(bind(model, one, rows=len(part.tokens)), trained=frozenset())
+        total += batch_loss_and_grads(run, part, count=count)[0].item()
+    return total
 
 
 def loss_and_grads(
