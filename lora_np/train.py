@@ -138,19 +138,18 @@ def _step(
     assert total is not None
     grads, norm_before = clip(trained_grads(model, adapter, sums), settings.clip)
     loss, norm = float(total), float(norm_before)
-    factor = warmup_cosine(state.step, warmup=settings.warmup, total=settings.steps)
+    lr = settings.lr * warmup_cosine(state.step, warmup=settings.warmup, total=settings.steps)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingError(_why(state, loss, norm, settings.lr * factor))
-    rates = learning_rates(state.params, settings.lr * factor, b_ratio=settings.b_ratio, head_ratio=settings.head_ratio)
+        raise TrainingError(_why(state, loss, norm, lr))
+    rates = learning_rates(state.params, lr, b_ratio=settings.b_ratio, head_ratio=settings.head_ratio)
     params, optimizer = adamw(state.params, grads, state.optimizer, lr=rates, weight_decay=settings.weight_decay)
     finite = xp.ones((), dtype=bool)
     for p in params.values():
         finite = finite & xp.isfinite(p).all()
     if not bool(finite):  # or a state that cannot be gone on from would be kept as a good one
-        lr = settings.lr * factor
-        raise TrainingError(f"step {state.step + 1}: the update overflows: the learning rate, {lr:.3g} here, is too high")
+        raise TrainingError(f"step {state.step + 1}: the update overflows: the learning rate, {lr:.3g}, is too high")
     after = State(state.step + 1, params, optimizer)
-    return after, Report(after.step, loss, norm, settings.lr * factor, after)
+    return after, Report(after.step, loss, norm, lr, after)
 
 
 def _why(state: State, loss: float, norm: float, lr: float) -> str:

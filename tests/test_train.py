@@ -160,7 +160,7 @@ def test_divergence_stops_with_its_step_and_cause_and_the_last_good_state_is_kep
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_an_update_that_overflows_is_never_reported_as_a_state():
     model, adapter = make()
-    with pytest.raises(TrainingError, match=r"step 1: the update overflows: the learning rate, 1e\+38 here"):
+    with pytest.raises(TrainingError, match=r"step 1: the update overflows: the learning rate, 1e\+38, is too high"):
         train(model, adapter, batches, Settings(steps=50, lr=1e38), report=lambda r: pytest.fail(str(r)))
 
 

@@ -1,0 +1,278 @@
+"""Random architectures, adapters and batches, all small, for hypothesis; and the helpers that several files share.
+
+Hypothesis draws what shapes a case: sizes, switches, seeds. The numbers in the arrays come from the seeds.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+
+import lora_np as ln
+from lora_np.backend import asnumpy, xp
+from lora_np.batch import IGNORED
+from lora_np.gradcheck import perturbed
+from lora_np.lora import target_of
+from lora_np.run import adapted_shapes
+
+ATTENTION = ("q", "k", "v", "o")
+seeds = st.integers(0, 2**32 - 1)
+dtypes = st.sampled_from(["float32", "float64"])
+FLOAT64 = {"dtype": "float64"}
+
+
+def device(a, dtype=None):
+    """A host array on the device."""
+    return xp.asarray(np.asarray(a, dtype=dtype))
+
+
+def bits(a):
+    """The bytes of an array, to compare to the last bit."""
+    return asnumpy(a).tobytes()
+
+
+def same_bits(one, other):
+    """Whether two arrays, or two dicts of arrays, are equal in names, shapes, dtypes and every bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
+    return one.shape == other.shape and one.dtype == other.dtype and bits(one) == bits(other)
+
+
+def deviation(got, expected):
+    """The largest deviation, relative to the largest element expected."""
+    got, expected = asnumpy(got), asnumpy(expected)
+    assert got.shape == expected.shape
+    return np.abs(got - expected).max(initial=0.0) / max(np.abs(expected).max(initial=0.0), 1e-300)
+
+
+def largest(grads):
+    """The largest element of a dict of gradients."""
+    return max(np.abs(asnumpy(g)).max() for g in grads.values())
+
+
+def gradient_scale(model, batch):
+    """The largest gradient of any weight: what the roundings inside a backward are relative to."""
+    return largest(ln.loss_and_grads(model, None, **batch, trainable="all")[1])
+
+
+def farthest(grads, others):
+    """The largest deviation between two dicts of gradients."""
+    return max(np.abs(asnumpy(grads[name]) - asnumpy(others[name])).max() for name in grads)
+
+
+def gamma(n, dtype="float64"):
+    """n u / (1 - n u): the relative error of n roundings."""
+    u = np.finfo(dtype).eps / 2
+    return n * u / (1 - n * u)
+
+
+def whole_numbers(rng, *shape, dtype="float64", limit=4):
+    """Small whole numbers: sums of their products are exact in any order, so nothing is left to a tolerance."""
+    return device(rng.integers(-limit, limit + 1, shape), dtype)
+
+
+@st.composite
+def configs(draw, *, heads=("lm", "classify", "tag", "none"), **fields):
+    """Any architecture, some with settings that no preset has. `fields` fixes some of them.
+
+    A width of at least 4: the layer norm of two numbers is 1 and -1, or nearly, and its gradient nothing but rounding.
+    """
+    n_head = draw(st.sampled_from([1, 2, 4]))
+    head = draw(st.sampled_from(heads))
+    offset = draw(st.sampled_from([0, 2]))
+    choices = {
+        "vocab_size": st.integers(3, 9),
+        "n_layer": st.integers(1, 2),
+        "d_ff": st.integers(2, 7),
+        "norm": st.sampled_from(["layer", "rms"]),
+        "norm_first": st.booleans(),
+        "positions": st.sampled_from(["learned", "rotary"]),
+        "activation": st.sampled_from(["gelu", "gelu_tanh", "silu_gated"]),
+        "causal": st.booleans(),
+        "tie_head": st.booleans(),
+        "n_kv_head": st.sampled_from([None, *(n for n in (1, 2, 4) if n_head % n == 0)]),
+        "n_types": st.sampled_from([0, 2]),
+        "bias": st.booleans(),
+        "pooler_in_head": st.booleans(),
+    }
+    settings = {name: draw(choice) for name, choice in choices.items() if name not in fields}
+    return ln.Config(
+        **{
+            "n_positions": 10 + offset,
+            "position_offset": offset,
+            "n_head": n_head,
+            "d_model": n_head * draw(st.sampled_from([2, 4] if n_head > 1 else [4, 6])),
+            "head": head,
+            "n_labels": draw(st.integers(2, 4)) if head in ("classify", "tag") else None,
+            "eps": 1e-5,
+            **settings,
+            **fields,
+        }
+    )
+
+
+@st.composite
+def lora_configs(draw, config, *, dropout=True, whole=True, targets=None):
+    """Any LoRAConfig that fits `config`. dropout, whole: whether it may have dropout, or train anything whole."""
+    names = [t for t in (*ATTENTION, "up", "down", "embed") if targets is None or t in targets]
+    names += ["gate"] if config.activation == "silu_gated" else []
+    names += ["head"] if config.head != "none" else []
+    chosen = tuple(draw(st.lists(st.sampled_from(names), min_size=1, unique=True))) if targets is None else targets
+    if targets is None and draw(st.booleans()) and not {"q", "k", "v"} & set(chosen):
+        chosen = (*chosen, "qkv")
+    adapted = {name: shape for name, shape in adapted_shapes(config).items() if target_of(name) in chosen}
+    limit = {name: min(shape) for name, shape in adapted.items()}
+    matrix = draw(st.sampled_from(sorted(limit)))
+    target = target_of(draw(st.sampled_from(sorted(limit))))
+    by_target = min(n for name, n in limit.items() if target_of(name) == target)
+    ranks = {matrix: draw(st.integers(1, limit[matrix])), target: draw(st.integers(1, by_target))}
+    head = "head" not in chosen and config.head != "none"
+    return ln.LoRAConfig(
+        r=draw(st.integers(1, min(limit.values()))),
+        alpha=draw(st.sampled_from([0.5, 1, 3, 16])),
+        targets=chosen,
+        dropout=draw(st.sampled_from([0.0, 0.3])) if dropout else 0.0,
+        bias=draw(st.sampled_from(["none", "all", "lora_only"])) if whole else "none",
+        train_head=whole and head and draw(st.booleans()),
+        rslora=draw(st.booleans()),
+        rank_pattern=ranks if draw(st.booleans()) else {},
+        alpha_pattern={target: 7.0} if draw(st.booleans()) else {},
+        init=draw(st.sampled_from(["uniform", "normal"])),
+    )
+
+
+@st.composite
+def masks(draw, N, T, kinds=("none", "left", "right", "holes")):
+    """A mask (N,T), with at least one true token a row, or None."""
+    kind = draw(st.sampled_from(kinds))
+    if kind == "none":
+        return None
+    mask = np.ones((N, T), dtype=bool)
+    for row in mask:
+        padding = draw(st.integers(0, T - 1))
+        if kind == "left":
+            row[:padding] = False
+        elif kind == "right":
+            row[T - padding :] = False
+        else:
+            row[:] = np.random.default_rng(draw(seeds)).random(T) < 0.6
+            row[draw(st.integers(0, T - 1))] = True
+    return mask
+
+
+@st.composite
+def batches(draw, config, *, min_rows=1, padding=("none", "left", "right", "holes")):
+    """The keyword arguments of `loss`: tokens, targets (some left out), mask and token_types."""
+    N, T = draw(st.integers(min_rows, 4)), draw(st.integers(1, 6))
+    rng = np.random.default_rng(draw(seeds))
+    mask = draw(masks(N, T, padding))
+    batch = {"tokens": rng.integers(0, config.vocab_size, (N, T)), "mask": mask}
+    if config.n_types and draw(st.booleans()):
+        batch["token_types"] = rng.integers(0, config.n_types, (N, T))
+    if config.head != "none":
+        batch["targets"] = _targets(rng, config, N, T, mask)
+    return batch
+
+
+def _targets(rng, config, N, T, mask):
+    """Targets of which a fifth is left out, and all where the mask is false, but at least one counts."""
+    places = (N,) if config.head == "classify" else (N, T)
+    targets = rng.integers(0, config.head_size, places)
+    may_count = np.ones(places, dtype=bool) if mask is None or config.head == "classify" else mask
+    left_out = rng.random(places) < 0.2
+    left_out[tuple(np.argwhere(may_count)[0])] = False
+    return np.where(left_out | ~may_count, IGNORED, targets)
+
+
+def inputs(batch):
+    """A batch without its targets: the arguments of `forward`."""
+    return {name: value for name, value in batch.items() if name != "targets"}
+
+
+def random_model(config, *, seed, dtype="float64", scale=0.3):
+    """A model whose weights are all random: larger than at the start, so that attention attends and biases count."""
+    rng = np.random.default_rng(seed)
+    weights = ln.init_weights(config, seed=seed, dtype="float64")
+    for name, w in weights.items():
+        weights[name] = (w if w.ndim == 1 else 0) + scale * rng.standard_normal(w.shape)
+    return ln.Model(config, {name: w.astype(dtype) for name, w in weights.items()})
+
+
+def trained_adapter(model, lora_config, *, seed, scale=0.3):
+    """An adapter as after training: B is not zero, and what is trained whole is not the base's."""
+    adapter = perturbed(ln.init_adapter(model, lora_config, seed=seed), seed=seed)
+    rng = np.random.default_rng(seed)
+    larger = {name: p * (scale / 0.02) for name, p in adapter.params.items() if name.endswith(".B")}
+    moved = {name: p + device(scale * rng.standard_normal(p.shape), p.dtype) for name, p in adapter.whole.items()}
+    return replace(adapter, params={**adapter.params, **larger, **moved})
+
+
+class Case(NamedTuple):
+    """A model, an adapter as after training, a batch, and the seed that they came from."""
+
+    model: ln.Model
+    adapter: ln.Adapter
+    batch: dict
+    seed: int
+
+
+@st.composite
+def cases(
+    draw,
+    *,
+    dtype=dtypes,
+    heads=("lm", "classify", "tag"),
+    padding=("none", "left", "right", "holes"),
+    min_rows=1,
+    dropout=False,
+    whole=True,
+    targets=None,
+    **fields,
+):
+    """A Case of any architecture, adapter and batch. The arguments narrow it down."""
+    config = draw(configs(heads=heads, **fields))
+    lora_config = draw(lora_configs(config, dropout=dropout, whole=whole, targets=targets))
+    batch = draw(batches(config, min_rows=min_rows, padding=padding))
+    seed = draw(seeds)
+    model = random_model(config, seed=seed, dtype=draw(dtype) if isinstance(dtype, st.SearchStrategy) else dtype)
+    return Case(model, trained_adapter(model, lora_config, seed=seed), batch, seed)
+
+
+# --- What an adapter means, written out in full on the host --------------------------------------------------------
+
+
+def dense_updates(model, adapter):
+    """s B A of each adapted matrix, in float64: what an adapter stands for. A fused qkv gives three."""
+    updates = {}
+    kv = model.config.kv_heads * model.config.head_width
+    for name in adapter.matrices:
+        A, B = (asnumpy(adapter.params[f"{name}.{factor}"]).astype("float64") for factor in "AB")
+        dW = adapter.config.scale(name) * (B @ A)
+        if name.endswith(".qkv"):
+            stem, D = name.removesuffix("qkv"), model.config.d_model
+            updates |= {f"{stem}q": dW[:D], f"{stem}k": dW[D : D + kv], f"{stem}v": dW[D + kv :]}
+        else:
+            updates[name] = dW
+    return updates
+
+
+def host_weights(model):
+    """The weights as NumPy arrays that may be written."""
+    return {name: asnumpy(w).copy() for name, w in model.weights.items()}
+
+
+def with_updates(model, updates, whole=()):
+    """The model of weights W0 + dW, and of what is trained whole, its head untied where that matters."""
+    config, weights = model.config, host_weights(model)
+    whole = {name: asnumpy(value) for name, value in dict(whole).items()}
+    if config.head_weight == "embed.tokens" and ({"embed.tokens", "head"} & set(updates) or "head.weight" in whole):
+        config = replace(config, tie_head=False)
+        weights["head.weight"] = weights["embed.tokens"].copy()
+    weights |= whole
+    for name, dW in updates.items():
+        if name == "embed.tokens":
+            weights[name] = weights[name] + dW.T.astype(model.dtype)
+        else:
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + dW.astype(model.dtype)
+    return ln.Model(config, weights)

@@ -1,0 +1,106 @@
+"""A batch is checked before anything is computed: each message says what was expected, what came, and where."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import lora_np as ln
+from lora_np.backend import asnumpy, xp
+from lora_np.batch import check_batch, check_inputs
+
+LM = ln.Config(7, 6, 1, 1, 4, 4)
+CLASSIFIER = replace(LM, head="classify", n_labels=2)
+TYPES = replace(LM, n_types=2)
+TOKENS = [[1, 2, 3], [4, 5, 6]]
+MASK = [[True, True, False], [True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "error", "message"),
+    [
+        (LM, {"tokens": [1, 2]}, ValueError, r"tokens: expected shape \(N, T\) with N, T >= 1, got \(2,\)"),
+        (LM, {"tokens": np.zeros((0, 3), int)}, ValueError, r"got \(0, 3\)"),
+        (LM, {"tokens": [[1.0, 2.0]]}, TypeError, "tokens: expected integers, got float64"),
+        (LM, {"tokens": [[True, False]]}, TypeError, "tokens: expected integers, got bool"),
+        (LM, {"tokens": [[1, 7]]}, ValueError, r"tokens: expected ids in 0\.\.6, got 7 at \(0, 1\)"),
+        (LM, {"tokens": [[1], [-1]]}, ValueError, r"tokens: expected ids in 0\.\.6, got -1 at \(1, 0\)"),
+        (LM, {"tokens": [[0] * 7]}, ValueError, "tokens: expected at most 6 tokens a text, got 7"),
+        (replace(LM, position_offset=2), {"tokens": [[0] * 5]}, ValueError, "at most 4 tokens a text, got 5"),
+        (LM, {"mask": [[True, True]]}, ValueError, r"mask: expected the shape of tokens, \(2, 3\), got \(1, 2\)"),
+        (LM, {"mask": [[1, 2, 0], [1, 1, 1]]}, TypeError, "mask: expected booleans, or 0 and 1, got int64"),
+        (LM, {"mask": [["a"] * 3] * 2}, TypeError, "mask: expected booleans"),
+        (CLASSIFIER, {"mask": [[True] * 3, [False] * 3]}, ValueError, "mask: row 1 has no true token"),
+        (LM, {"token_types": [[0] * 3] * 2}, ValueError, "token_types: this model has none"),
+        (TYPES, {"token_types": [[0] * 2] * 2}, ValueError, r"token_types: expected the shape of tokens, \(2, 3\)"),
+        (
+            TYPES,
+            {"token_types": [[0, 1, 2], [0, 0, 0]]},
+            ValueError,
+            r"token_types: expected ids in 0\.\.1, got 2 at \(0, 2\)",
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_input_is_refused(config, arguments, error, message):
+    arguments = {"tokens": TOKENS, "mask": None, "token_types": None, **arguments}
+    with pytest.raises(error, match=message):
+        check_inputs(config, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "error", "message"),
+    [
+        (LM, {"targets": [1, 2]}, ValueError, r"targets: expected shape \(2, 3\) for head='lm', got \(2,\)"),
+        (
+            CLASSIFIER,
+            {"targets": TOKENS},
+            ValueError,
+            r"targets: expected shape \(2,\) for head='classify', got \(2, 3\)",
+        ),
+        (LM, {"targets": [[1.0] * 3] * 2}, TypeError, "targets: expected integers, got float64"),
+        (LM, {"targets": [[0, 1, 7], [0] * 3]}, ValueError, r"targets: expected ids in 0\.\.6, got 7 at \(0, 2\)"),
+        (LM, {"targets": [[0, 1, -1], [0] * 3]}, ValueError, r"got -1 at \(0, 2\)"),
+        (CLASSIFIER, {"targets": [0, 2]}, ValueError, r"targets: expected ids in 0\.\.1, got 2 at \(1,\)"),
+        (LM, {"targets": [[-100] * 3] * 2}, ValueError, "at least one that counts, got -100 throughout"),
+        (LM, {"mask": MASK}, ValueError, r"the one at \(0, 2\) counts, but the mask is false there"),
+        (replace(LM, head="none"), {}, ValueError, "expected a model with a head"),
+    ],
+    ids=str,
+)
+def test_a_wrong_target_is_refused(config, arguments, error, message):
+    arguments = {"tokens": TOKENS, "targets": TOKENS, "mask": None, "token_types": None, **arguments}
+    with pytest.raises(error, match=message):
+        check_batch(config, **arguments)
+
+
+@pytest.mark.parametrize("kind", [bool, int, float])
+def test_a_mask_of_0_and_1_is_one_of_booleans(kind):
+    batch = check_inputs(LM, TOKENS, np.array(MASK).astype(kind), None)
+    assert batch.mask.dtype == bool
+    assert batch.mask.tolist() == MASK
+
+
+def test_a_mask_of_true_alone_is_none():
+    assert check_inputs(LM, TOKENS, [[True] * 3] * 2, None).mask is None
+
+
+def test_types_that_are_not_given_are_zero():
+    assert check_inputs(TYPES, TOKENS, None, None).token_types.tolist() == [[0] * 3] * 2
+    assert check_inputs(LM, TOKENS, None, None).token_types is None
+
+
+def test_arrays_of_the_device_are_taken_too():
+    device = [xp.asarray(np.array(a)) for a in (TOKENS, MASK)]
+    batch = check_inputs(LM, *device, None)
+    assert all(type(a) is np.ndarray for a in (batch.tokens, batch.mask))
+    assert np.array_equal(batch.tokens, asnumpy(device[0]))
+
+
+def test_counted_places_and_rows():
+    batch = check_batch(TYPES, TOKENS, [[-100, 1, -100], [2, -100, 3]], MASK, None)
+    assert batch.counted.tolist() == [1, 3, 5]
+    second = batch.rows(slice(1, 2))
+    assert (second.tokens.tolist(), second.counted.tolist()) == ([[4, 5, 6]], [0, 2])
+    assert second.mask.shape == second.token_types.shape == (1, 3)
+    assert check_batch(CLASSIFIER, TOKENS, [0, -100], MASK, None).targets.shape == (2, 1)

@@ -1,0 +1,200 @@
+"""What a model is: its configuration, the names and shapes of its weights, and that they are frozen."""
+
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from strategies import configs, dtypes, host_weights, random_model, same_bits, seeds
+
+import lora_np as ln
+from lora_np.backend import asnumpy, backend_name
+
+SMALL = ln.Config(7, 8, 2, 2, 8, 6)
+no_flag = pytest.mark.skipif(backend_name == "cupy", reason="CuPy's arrays have no writeable flag")
+
+# ---- configurations ----
+
+# Parameters of the published models (BERT and RoBERTa without their poolers, which come with a classifier).
+SIZES = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "bert-base": 109_482_240 - 768 * 769,
+    "roberta-base": 124_645_632 - 768 * 769,
+    "roberta-large": 355_359_744 - 1024 * 1025,
+    "smollm2-135m": 134_515_008,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_presets_have_the_sizes_of_the_published_models(name):
+    assert sum(int(np.prod(shape)) for shape in ln.PRESETS[name].weight_shapes().values()) == SIZES[name]
+
+
+def test_gpt3_has_175_billion_parameters():
+    assert sum(int(np.prod(s)) for s in ln.PRESETS["gpt3-175b"].weight_shapes().values()) == pytest.approx(
+        175e9, rel=0.01
+    )
+
+
+def test_presets_cannot_be_changed():
+    with pytest.raises(TypeError):
+        ln.PRESETS["gpt2"] = SMALL
+    with pytest.raises(FrozenInstanceError):
+        ln.PRESETS["gpt2"].n_layer = 1
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "has", "lacks"),
+    [
+        ("gpt2", {}, {"embed.positions", "norm.bias", "layers.0.attn.q.bias"}, {"head.weight", "embed.norm.weight"}),
+        ("gpt2", {"tie_head": False}, {"head.weight"}, {"head.bias"}),
+        ("gpt2", {"head": "classify", "n_labels": 2}, {"head.weight"}, {"head.bias", "pooler.weight"}),
+        ("gpt2", {"head": "tag", "n_labels": 2}, {"head.weight", "head.bias"}, {"pooler.weight"}),
+        ("bert-base", {}, {"embed.types", "embed.norm.bias"}, {"norm.weight", "head.weight", "pooler.weight"}),
+        (
+            "bert-base",
+            {"head": "classify", "n_labels": 2},
+            {"pooler.weight", "pooler.bias", "head.bias"},
+            {"norm.bias"},
+        ),
+        ("smollm2-135m", {}, {"layers.0.mlp.gate.weight"}, {"embed.positions", "norm.bias", "layers.0.attn.q.bias"}),
+    ],
+)
+def test_each_architecture_has_its_weights(preset, fields, has, lacks):
+    shapes = replace(ln.PRESETS[preset], **fields).weight_shapes()
+    assert has <= shapes.keys()
+    assert not lacks & shapes.keys()
+
+
+def test_derived_sizes():
+    config = replace(SMALL, n_kv_head=1, position_offset=2)
+    assert (config.head_width, config.kv_heads, SMALL.kv_heads, config.longest) == (4, 1, 2, 6)
+    assert config.matrix_shapes()["layers.1.attn.k"] == (4, 8)
+    assert [replace(SMALL, head=h, n_labels=3).head_size for h in ("lm", "classify", "tag", "none")] == [7, 3, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_layer": 0}, "Config.n_layer: expected an integer of at least 1, got 0"),
+        ({"d_ff": 1.5}, "Config.d_ff: expected an integer"),
+        ({"vocab_size": True}, "Config.vocab_size: expected an integer"),
+        ({"n_types": -1}, "Config.n_types: expected an integer of at least 0"),
+        ({"norm": "batch"}, "Config.norm: expected one of layer rms, got 'batch'"),
+        ({"head": None}, "Config.head: expected one of"),
+        ({"n_head": 3}, "d_model = 8 is not a multiple of n_head = 3"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_head = 4 is not a multiple of n_kv_head = 3"),
+        ({"n_kv_head": 0}, "Config.n_kv_head: expected an integer of at least 1"),
+        ({"n_head": 8, "positions": "rotary"}, "a head's width is odd: 1"),
+        ({"head": "tag"}, "head='tag' needs n_labels"),
+        ({"head": "classify", "n_labels": 0}, "Config.n_labels: expected an integer of at least 1"),
+        ({"position_offset": 8}, "leaves no place"),
+        ({"eps": 0.0}, "expected eps and rope_theta above 0"),
+        ({"rope_theta": -1.0}, "expected eps and rope_theta above 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_configuration_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **fields)
+
+
+# ---- weights ----
+
+
+@given(configs(), seeds, dtypes)
+def test_first_weights(config, seed, dtype):
+    weights = ln.init_weights(config, seed=seed, dtype=dtype)
+    assert {name: w.shape for name, w in weights.items()} == config.weight_shapes()
+    assert {w.dtype.name for w in weights.values()} == {dtype}
+    assert same_bits(weights, ln.init_weights(config, seed=seed, dtype=dtype))
+    for name, w in weights.items():
+        if name.endswith(".bias"):
+            assert not w.any()
+        elif "norm" in name:
+            assert np.all(w == 1)
+        else:
+            assert len(np.unique(w)) == w.size
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_first_weights_have_their_deviation(norm_first):
+    """0.02, and 0.02 / sqrt(2 n_layer) into the residual stream of pre-norm models: within five of the sample's own."""
+    config = ln.Config(300, 20, 2, 2, 64, 100, norm_first=norm_first)
+    for name, w in ln.init_weights(config, seed=0, dtype="float64").items():
+        if w.ndim == 2 and w.size > 4000:
+            sigma = 0.02 / (2 if norm_first and name.endswith(("o.weight", "down.weight")) else 1)
+            assert abs(w.std() / sigma - 1) <= 5 / np.sqrt(2 * w.size)
+            assert abs(w.mean()) <= 5 * sigma / np.sqrt(w.size)
+
+
+def test_first_weights_of_another_dtype_are_refused():
+    with pytest.raises(ValueError, match="expected float32 or float64, got 'float16'"):
+        ln.init_weights(SMALL, seed=0, dtype="float16")
+
+
+# ---- models ----
+
+
+@no_flag
+def test_writing_to_a_frozen_weight_raises():
+    model = random_model(SMALL, seed=0)
+    adapter = ln.init_adapter(model, ln.LoRAConfig(r=2, targets=("q", "embed")), seed=0)
+    for frozen in (model, ln.merge(model, adapter), ln.unmerge(ln.merge(model, adapter), adapter)):
+        for w in frozen.weights.values():
+            with pytest.raises(ValueError, match="read-only"):
+                w[...] = 0
+            with pytest.raises(ValueError, match="read-only"):
+                w += 1
+
+
+def test_weights_cannot_be_replaced():
+    model = random_model(SMALL, seed=0)
+    with pytest.raises(TypeError):
+        model.weights["norm.bias"] = 0
+    with pytest.raises(FrozenInstanceError):
+        model.weights = {}
+
+
+@no_flag
+def test_the_callers_arrays_stay_writeable_and_are_not_copied():
+    weights = host_weights(random_model(SMALL, seed=0))
+    model = ln.Model(SMALL, weights)
+    assert all(w.flags.writeable for w in weights.values())
+    assert all(np.shares_memory(w, model.weights[name]) for name, w in weights.items())
+
+
+def test_a_model_has_the_weights_in_the_order_of_its_configuration():
+    weights = host_weights(random_model(SMALL, seed=0))
+    model = ln.Model(SMALL, dict(reversed(weights.items())))
+    assert list(model.weights) == list(SMALL.weight_shapes())
+    assert all(same_bits(asnumpy(model.weights[name]), w) for name, w in weights.items())
+    assert model.dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"norm.bias": None}, ValueError, r"weights missing: \['norm.bias'\]; not known: none"),
+        ({"head.weight": np.zeros(3)}, ValueError, r"weights missing: none; not known: \['head.weight'\]"),
+        ({"norm.bias": np.zeros(3)}, ValueError, r"norm.bias: expected shape \(8,\), got \(3,\)"),
+        (
+            {"norm.bias": np.zeros(8, "float32")},
+            TypeError,
+            "norm.bias: expected float64, as embed.tokens has, got float32",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change, error, message):
+    weights = {**host_weights(random_model(SMALL, seed=0)), **change}
+    with pytest.raises(error, match=message):
+        ln.Model(SMALL, {name: w for name, w in weights.items() if w is not None})
+
+
+def test_weights_of_another_dtype_are_refused():
+    weights = {name: w.astype("float16") for name, w in host_weights(random_model(SMALL, seed=0)).items()}
+    with pytest.raises(TypeError, match="expected float32 or float64 weights, got float16"):
+        ln.Model(SMALL, weights)

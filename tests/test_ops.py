@@ -1,0 +1,837 @@
+"""The primitives: each against its formula on the host, in exact arithmetic where the numbers allow it."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import bits, deviation, device, dtypes, gamma, same_bits, seeds, whole_numbers
+
+from lora_np import ops
+from lora_np.backend import asnumpy, xp
+
+proves = pytest.mark.proves
+small = st.integers(1, 5)
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch):
+    """Blocks of a few rows, so that what is computed a block at a time needs many of them."""
+    monkeypatch.setattr("lora_np.backend.CACHE_ELEMENTS", 16)
+
+
+def ones(*shape):
+    return device(np.ones(shape))
+
+
+# --- T2: linear ----------------------------------------------------------------------------------------------------
+
+
+@proves("T2")
+@given(seeds, small, small, small, small, dtypes, st.booleans())
+def test_linear_is_the_sum_of_products(seed, N, T, n_in, n_out, dtype, bias):
+    rng = np.random.default_rng(seed)
+    x, W = whole_numbers(rng, N, T, n_in, dtype=dtype), whole_numbers(rng, n_out, n_in, dtype=dtype)
+    b = whole_numbers(rng, n_out, dtype=dtype) if bias else None
+    y = ops.linear(x, W, b)
+    expected = np.einsum("nti,oi->nto", asnumpy(x), asnumpy(W)) + (asnumpy(b) if bias else 0)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(asnumpy(y), expected)
+
+
+@proves("T2", "L7")
+@given(seeds, small, small, small, small, st.booleans())
+def test_linear_with_a_matrix_for_each_row(seed, N, T, n_in, n_out, bias):
+    rng = np.random.default_rng(seed)
+    x, W = whole_numbers(rng, N, T, n_in), whole_numbers(rng, N, n_out, n_in)
+    b = whole_numbers(rng, N, 1, n_out) if bias else None
+    y = ops.linear(x, W, b)
+    for n in range(N):
+        assert same_bits(y[n], ops.linear(x[n], W[n], None if b is None else b[n, 0]))
+
+
+@proves("T2")
+@given(seeds, small, small, small, small)
+def test_linear_backward_is_the_transpose(seed, N, T, n_in, n_out):
+    rng = np.random.default_rng(seed)
+    x, W, dy = whole_numbers(rng, N, T, n_in), whole_numbers(rng, n_out, n_in), whole_numbers(rng, N, T, n_out)
+    hx, hW, hdy = asnumpy(x), asnumpy(W), asnumpy(dy)
+    np.testing.assert_array_equal(asnumpy(ops.linear_backward(dy, W)), np.einsum("nto,oi->nti", hdy, hW))
+    np.testing.assert_array_equal(asnumpy(ops.linear_weight_backward(dy, x)), np.einsum("nto,nti->oi", hdy, hx))
+    np.testing.assert_array_equal(asnumpy(ops.bias_backward(dy)), hdy.sum(axis=(0, 1)))
+
+
+@proves("T2")
+@given(seeds, small, st.integers(1, 40), small, dtypes)
+def test_linear_errs_within_its_rounding_bound(seed, T, n_in, n_out, dtype):
+    rng = np.random.default_rng(seed)
+    x, W, b = (rng.standard_normal(shape).astype(dtype) for shape in ((T, n_in), (n_out, n_in), (n_out,)))
+    got = asnumpy(ops.linear(device(x), device(W), device(b)))
+    for t, o in itertools.product(range(T), range(n_out)):
+        terms = [Fraction(float(p)) * Fraction(float(q)) for p, q in zip(x[t], W[o], strict=True)]
+        terms.append(Fraction(float(b[o])))
+        size = float(sum(map(abs, terms)))
+        assert abs(float(Fraction(float(got[t, o])) - sum(terms))) <= gamma(n_in + 1, dtype) * size
+
+
+# --- T1, T14: rows picked ------------------------------------------------------------------------------------------
+
+
+@proves("T1")
+@given(seeds, small, small, small, dtypes)
+def test_embedding_looks_rows_up(seed, N, T, D, dtype):
+    rng = np.random.default_rng(seed)
+    E, tokens = rng.standard_normal((7, D)).astype(dtype), rng.integers(0, 7, (N, T))
+    assert same_bits(ops.embedding(device(tokens), device(E)), E[tokens])
+
+
+@proves("T1", "L7")
+@given(seeds, small, small, small)
+def test_embedding_with_a_table_for_each_row(seed, N, T, D):
+    rng = np.random.default_rng(seed)
+    E, tokens = rng.standard_normal((N, 7, D)), rng.integers(0, 7, (N, T))
+    expected = np.stack([E[n][tokens[n]] for n in range(N)])
+    assert same_bits(ops.embedding(device(tokens), device(E)), expected)
+
+
+@proves("T1")
+@given(seeds, small, st.integers(1, 12), small, dtypes)
+def test_embedding_backward_sums_where_a_token_stands(seed, N, T, D, dtype):
+    """Few tokens, so that some stand in many places and some in none."""
+    rng = np.random.default_rng(seed)
+    tokens, dy = rng.integers(0, 4, (N, T)), whole_numbers(rng, N, T, D, dtype=dtype)
+    dE = ops.embedding_backward(dy, device(tokens), 6)
+    onehot = tokens[..., None] == np.arange(6)
+    assert dE.dtype == dtype
+    np.testing.assert_array_equal(asnumpy(dE), np.einsum("ntv,ntd->vd", onehot, asnumpy(dy)))
+
+
+@proves("T14", "T15")
+@given(seeds, small, small, small, st.data())
+def test_pick_takes_rows_and_its_backward_puts_them_back(seed, N, T, D, data):
+    rng = np.random.default_rng(seed)
+    index = rng.permutation(N * T)[: data.draw(st.integers(0, N * T))]
+    x, dy = rng.standard_normal((N, T, D)), rng.standard_normal((len(index), D))
+    picked = ops.pick(device(x), device(index))
+    dx = np.zeros((N * T, D))
+    dx[index] = dy
+    assert same_bits(picked, x.reshape(-1, D)[index])
+    assert same_bits(ops.pick_backward(device(dy), device(index), (N, T, D)), dx.reshape(N, T, D))
+
+
+# --- T3, T4: norms -------------------------------------------------------------------------------------------------
+
+
+def norm_cases(f):
+    return given(seeds, small, small, st.integers(1, 9), st.sampled_from([1e-12, 1e-5, 1.0]), dtypes)(f)
+
+
+def drawn_norm(seed, N, T, D, dtype):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(dtype) for shape in ((N, T, D), (D,), (D,))]
+
+
+@proves("T3")
+@norm_cases
+def test_layer_norm_has_mean_zero_and_variance_one(seed, N, T, D, eps, dtype):
+    """xhat (saved first): its mean is 0, and its variance is var / (var + eps).
+
+    A mean of D numbers errs by g(D) of the largest, the square root and quotient by three roundings more.
+    """
+    x, w, b = drawn_norm(seed, N, T, D, dtype)
+    y, (xhat, rstd, _) = ops.layer_norm(device(x), device(w), device(b), eps)
+    exact = x.astype("float64")
+    var = exact.var(axis=-1, keepdims=True)
+    slack = 4 * gamma(D + 6, dtype) * np.abs(exact).max() / np.sqrt(var + eps)
+    assert np.all(np.abs(asnumpy(xhat).mean(axis=-1, keepdims=True, dtype="float64")) <= slack)
+    got = (asnumpy(xhat).astype("float64") ** 2).mean(axis=-1, keepdims=True)
+    assert np.all(np.abs(got - var / (var + eps)) <= 2 * slack * (1 + slack))
+    assert np.all(np.abs(asnumpy(rstd) * np.sqrt(var + eps) - 1) <= 2 * slack * (1 + slack))
+    assert same_bits(y, asnumpy(xhat) * w + b)
+    assert y.dtype == dtype
+
+
+@proves("T3")
+@norm_cases
+def test_layer_norm_forgets_shift_and_scale(seed, N, T, D, eps, dtype):
+    """LN(a x + c; a^2 eps) = LN(x; eps), to the bit for whole x and c, a power of two as D and as a."""
+    rng = np.random.default_rng(seed)
+    D, a, c = 2 ** (D % 4), 2.0 ** (T - 3), float(N)
+    x, w, b = (whole_numbers(rng, *shape, dtype=dtype) for shape in ((N, T, D), (D,), (D,)))
+    y, _ = ops.layer_norm(x, w, b, eps)
+    moved, _ = ops.layer_norm((x + c) * a, w, b, eps * a**2)
+    assert same_bits(moved, y)
+
+
+@proves("T4")
+@norm_cases
+def test_rms_norm_has_mean_square_one(seed, N, T, D, eps, dtype):
+    x, w, _ = drawn_norm(seed, N, T, D, dtype)
+    y, (xhat, _, _) = ops.rms_norm(device(x), device(w), eps)
+    square = (x.astype("float64") ** 2).mean(axis=-1, keepdims=True)
+    expected = x / np.sqrt(square + eps)
+    assert np.all(np.abs(asnumpy(xhat) - expected) <= gamma(D + 6, dtype) * np.abs(expected))
+    assert same_bits(y, asnumpy(xhat) * w)
+    assert y.dtype == dtype
+
+
+@proves("T4")
+@norm_cases
+def test_rms_norm_forgets_scale_but_not_shift(seed, N, T, D, eps, dtype):
+    x, w, _ = map(device, drawn_norm(seed, N, T, D, dtype))
+    a = 2.0 ** (T - 3)
+    y, _ = ops.rms_norm(x, w, eps)
+    assert same_bits(ops.rms_norm(x * -a, w, eps * a**2)[0], -y)
+    constant, _ = ops.rms_norm(ones(1, D) * 3.0, w * 0 + 1, eps)
+    assert deviation(constant, np.full((1, D), 3 / math.sqrt(9 + eps))) <= gamma(D + 6, dtype)
+
+
+@proves("T3", "T4")
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("size", [0.0, 1e4])
+def test_norms_of_constant_rows(norm, size):
+    """A row of equal numbers has no variance; eps keeps its norm finite."""
+    x, w, b = size * ones(2, 3, 4), ones(4), ones(4)
+    y, saved = ops.layer_norm(x, w, b, 1e-5) if norm == "layer" else ops.rms_norm(x, w, 1e-5)
+    backward = ops.layer_norm_backward if norm == "layer" else ops.rms_norm_backward
+    expected = 1.0 if norm == "layer" else size / math.sqrt(size**2 + 1e-5)
+    np.testing.assert_allclose(asnumpy(y), expected, rtol=1e-15)
+    assert np.isfinite(asnumpy(backward(ones(2, 3, 4), saved))).all()
+
+
+@proves("T3")
+@norm_cases
+def test_layer_norm_gradient_is_orthogonal_to_what_it_forgets(seed, N, T, D, eps, dtype):
+    """A shift changes nothing: dx sums to 0. A scale changes nothing but for eps: dx . xhat = eps rstd^3 (g . xhat)."""
+    x, w, b = drawn_norm(seed, N, T, D, "float64")
+    dy = drawn_norm(seed + 1, N, T, D, "float64")[0]
+    _, saved = ops.layer_norm(device(x), device(w), device(b), eps)
+    dx, xhat, rstd = (asnumpy(a) for a in (ops.layer_norm_backward(device(dy), saved), *saved[:2]))
+    size = rstd * np.abs(dy * w).max()
+    assert np.all(np.abs(dx.sum(axis=-1, keepdims=True)) <= 1e-12 * D * size * (1 + np.abs(xhat).max()) ** 2)
+    radial = eps * rstd**3 * (dy * w * xhat).sum(axis=-1, keepdims=True)
+    error = np.abs((dx * xhat).sum(axis=-1, keepdims=True) - radial)
+    # One row of one number has xhat = 0 but for rounding; elsewhere eps is small beside the variance, or not.
+    assert np.all(error <= 1e-11 * D * size * (1 + np.abs(xhat).max()) ** 3)
+
+
+# --- T5, T6, T7, T14: activations ----------------------------------------------------------------------------------
+
+POINTS = np.concatenate([np.linspace(-40, 40, 1601), np.linspace(-3, 3, 1201), [0.0, 1e-300, -1e-300]])
+
+
+def standard_normal_cdf(v):
+    return math.erfc(-v / math.sqrt(2)) / 2
+
+
+def tanh_slope(v):
+    return 1 / math.cosh(v) ** 2
+
+
+def gelu_tanh_parts(v):
+    """y and dy/dx of T6, by 1 + tanh u = 2 / (1 + exp(-2u)), and 1 - tanh^2 u = 1 / cosh^2 u."""
+    c = math.sqrt(2 / math.pi)
+    u = c * (v + 0.044715 * v**3)
+    half = 1 / (1 + math.exp(-2 * u)) if u > -300 else 0.0
+    slope = 0.5 / math.cosh(u) ** 2 * c * (1 + 3 * 0.044715 * v**2) if abs(u) < 300 else 0.0
+    return v * half, half + v * slope
+
+
+def sigmoid(v):
+    return 1 / (1 + math.exp(-v))
+
+
+def phi(v):
+    return math.exp(-v * v / 2) / math.sqrt(2 * math.pi)
+
+
+ACTIVATIONS = {
+    "gelu": (ops.gelu, lambda v: (v * standard_normal_cdf(v), standard_normal_cdf(v) + v * phi(v))),
+    "gelu_tanh": (ops.gelu_tanh, gelu_tanh_parts),
+    "silu": (ops.silu, lambda v: (v * sigmoid(v), sigmoid(v) * (1 + v * (1 - sigmoid(v))))),
+    "tanh": (ops.tanh, lambda v: (math.tanh(v), tanh_slope(v))),
+}
+
+
+@proves("T5", "T6", "T7", "T14")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_and_its_derivative(name, dtype):
+    """Against math's own functions: a few roundings of a number of the size of x."""
+    op, reference = ACTIVATIONS[name]
+    x = POINTS.astype(dtype)
+    y, dydx = map(asnumpy, op(device(x)))
+    expected = np.array([reference(float(v)) for v in x])
+    slack = 16 * np.finfo(dtype).eps * np.maximum(1, np.abs(x.astype("float64")))
+    assert y.dtype == dydx.dtype == dtype
+    assert np.all(np.abs(y - expected[:, 0]) <= slack)
+    # x P (1 - P) loses up to x^2 eps where P is near 1 and x^2 is in its derivative's inner factor.
+    assert np.all(np.abs(dydx - expected[:, 1]) <= slack * np.maximum(1, np.abs(x)))
+
+
+@proves("T5", "T6", "T7", "T14")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_far_out(name, dtype):
+    """At 1e4 nothing overflows, and the limits are exact: x or 0, 1 or -1."""
+    y, dydx = map(asnumpy, ACTIVATIONS[name][0](device([-1e4, 0.0, 1e4], dtype)))
+    limits = ([-1, 0, 1], [0, 1, 0]) if name == "tanh" else ([0, 0, 1e4], [0, 0.5, 1])
+    np.testing.assert_array_equal(y, np.array(limits[0], dtype))
+    np.testing.assert_array_equal(dydx, np.array(limits[1], dtype))
+
+
+@proves("T5", "T6", "T7")
+@given(seeds, small)
+def test_activation_backward_is_a_product(seed, T):
+    dy, dydx = np.random.default_rng(seed).standard_normal((2, T, 3))
+    assert same_bits(ops.activation_backward(device(dy), device(dydx)), dy * dydx)
+
+
+def erf_points(dtype):
+    """Where erf bends, every binade down to the subnormals, and both ends."""
+    info = np.finfo(dtype)
+    binades = np.exp2(np.arange(math.log2(float(info.smallest_subnormal)), math.log2(float(info.max)), dtype="float64"))
+    dense = np.concatenate([np.linspace(0, 7, 20001), np.random.default_rng(0).uniform(0, 7, 20000)])
+    x = np.concatenate([dense, binades, 1.37 * binades[:-1]])
+    return np.concatenate([x, -x]).astype(dtype)
+
+
+@proves("T5")
+def test_erf_in_float64():
+    x = erf_points("float64")
+    expected = np.array([math.erf(v) for v in x])
+    got = asnumpy(ops.erf(device(x)))
+    assert got.dtype == "float64"
+    assert np.abs(got - expected).max() <= 1e-15
+
+
+@proves("T5")
+def test_erf_in_float32():
+    x = erf_points("float32")
+    expected = np.array([math.erf(v) for v in x.astype("float64")])
+    ulp = np.spacing(np.abs(expected).astype("float32")).astype("float64")
+    got = asnumpy(ops.erf(device(x)))
+    assert got.dtype == "float32"
+    assert (np.abs(got.astype("float64") - expected) / ulp).max() <= 2
+
+
+@proves("T5")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_erf_at_its_ends(dtype):
+    got = asnumpy(ops.erf(device([math.nan, math.inf, -math.inf, 0.0, -0.0], dtype)))
+    np.testing.assert_array_equal(got, np.array([math.nan, 1, -1, 0, 0], dtype))
+    assert list(np.signbit(got[1:])) == [False, True, False, True]
+
+
+@proves("T5")
+def test_erf_is_odd():
+    x = erf_points("float64")
+    assert same_bits(ops.erf(device(-x)), -asnumpy(ops.erf(device(x))))
+
+
+@proves("T5")
+@given(st.floats(-6, 6), st.floats(-1e-20, 1e-20))
+def test_erf_of_a_complex_number(a, b):
+    """erf(a + i b) = erf(a) + i b erf'(a), to first order in b, with erf'(a) = 2 / sqrt(pi) exp(-a^2)."""
+    z = device([complex(a, b)])
+    got = asnumpy(ops.erf(z))[0]
+    slope = 2 / math.sqrt(math.pi) * math.exp(-a * a)
+    assert abs(got.real - math.erf(a)) <= 1e-15
+    assert abs(got.imag - b * slope) <= 100 * 2.0**-53 * abs(b) * slope + 1e-320
+
+
+# --- T8: softmax ---------------------------------------------------------------------------------------------------
+
+
+def exact_softmax(row):
+    """exp(x) / sum exp(x) of a row of finite or -inf numbers, not all -inf, by math's own sums."""
+    top = max(row)
+    powers = [math.exp(v - top) for v in row]
+    return [p / math.fsum(powers) for p in powers]
+
+
+@proves("T8")
+@given(seeds, small, st.integers(1, 8), dtypes, st.sampled_from([1.0, 30.0, 1e4]))
+def test_softmax_is_exp_over_its_sum(seed, T, S, dtype, size):
+    """x - max errs by u times the larger of the two, exp by that and a rounding or two, the sum by g(S)."""
+    x = (size * np.random.default_rng(seed).standard_normal((T, S))).astype(dtype)
+    p, saved = ops.softmax(device(x))
+    expected = np.array([exact_softmax(map_row) for map_row in x.astype("float64").tolist()])
+    spread = x.max(axis=-1, keepdims=True).astype("float64") - x
+    error = np.abs(asnumpy(p) - expected)
+    slack = 4 * gamma(S + 4, dtype) + 2 * gamma(1, dtype) * spread + 4 * gamma(1) * spread
+    assert np.all(error <= slack * expected + (S + 2) * float(np.finfo(dtype).tiny))
+    assert p.dtype == dtype
+    assert saved is p
+
+
+@proves("T8")
+@given(seeds, small, small, st.integers(-50, 50))
+def test_softmax_forgets_a_shift(seed, T, S, c):
+    x = whole_numbers(np.random.default_rng(seed), T, S)
+    assert same_bits(ops.softmax(x + float(c))[0], ops.softmax(x)[0])
+
+
+@proves("T8")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_softmax_of_extremes(dtype):
+    """Logits of 1e4, -inf among others, and a row of -inf alone, which gives zeros and a zero gradient."""
+    inf = math.inf
+    x = device([[1e4, 1e4, -1e4], [-inf, 0.0, -inf], [-inf, -inf, -inf], [-1e4, -1e4, -inf]], dtype)
+    p, saved = ops.softmax(x)
+    expected = np.array([[0.5, 0.5, 0], [0, 1, 0], [0, 0, 0], [0.5, 0.5, 0]], dtype)
+    np.testing.assert_array_equal(asnumpy(p), expected)
+    dx = asnumpy(ops.softmax_backward(device(np.full((4, 3), 7.0), dtype), saved))
+    np.testing.assert_array_equal(dx, np.zeros((4, 3)))
+
+
+@proves("T8")
+@given(seeds, small, st.integers(1, 6))
+def test_softmax_backward_is_its_jacobian(seed, T, S):
+    """dx = J dp, J = diag(p) - p p^T. A row of it errs by a few roundings of p (|dp| + p . |dp|)."""
+    rng = np.random.default_rng(seed)
+    p = asnumpy(ops.softmax(device(rng.standard_normal((T, S))))[0])
+    dp = rng.standard_normal((T, S))
+    dx = asnumpy(ops.softmax_backward(device(dp), device(p)))
+    for t in range(T):
+        jacobian = np.diag(p[t]) - np.outer(p[t], p[t])
+        size = p[t] * (np.abs(dp[t]) + p[t] @ np.abs(dp[t]))
+        assert np.all(np.abs(dx[t] - jacobian @ dp[t]) <= 2 * gamma(S + 4) * size)
+
+
+# --- T9, T10: attention --------------------------------------------------------------------------------------------
+
+
+@st.composite
+def attentions(draw, causal=None, masked=None):
+    """q (N,H,T,K), k, v (N,G,S,K), causal, mask (N,S) or None: T <= S, some queries may see no key."""
+    N, T, K = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    S = T + draw(st.sampled_from([0, 0, 2]))
+    G, R = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3]))
+    rng = np.random.default_rng(draw(seeds))
+    mask = rng.random((N, S)) < 0.6 if (draw(st.booleans()) if masked is None else masked) else None
+    q, k, v = (2 * rng.standard_normal(shape) for shape in ((N, G * R, T, K), (N, G, S, K), (N, G, S, K)))
+    return q, k, v, draw(st.booleans()) if causal is None else causal, mask
+
+
+def visible(n, t, T, S, causal, mask):
+    """The keys that query t of text n sees."""
+    return [s for s in range(S) if (mask is None or mask[n, s]) and (not causal or s <= S - T + t)]
+
+
+def attention_by_hand(q, k, v, causal, mask):
+    """T9, T10, one query at a time, and a rounding bound of each output.
+
+    A score errs by g(K + 2) |q| . |k| / sqrt(K), e; a probability by a factor exp(2 e) and S + 4 roundings; the
+    output, a mean of values, by that and S + 1 more.
+    """
+    N, H, T, K = q.shape
+    S = k.shape[2]
+    y, bound = np.zeros_like(q), np.zeros_like(q)
+    for n, h, t in itertools.product(range(N), range(H), range(T)):
+        g = h // (H // k.shape[1])
+        seen = visible(n, t, T, S, causal, mask)
+        if not seen:
+            continue
+        scores = [math.fsum(q[n, h, t] * k[n, g, s]) / math.sqrt(K) for s in seen]
+        y[n, h, t] = np.array(exact_softmax(scores)) @ v[n, g, seen]
+        e = gamma(K + 3) * max(float(np.abs(q[n, h, t]) @ np.abs(k[n, g, s])) for s in seen) / math.sqrt(K)
+        spread = max(scores) - min(scores)
+        bound[n, h, t] = (4 * e + 2 * gamma(2 * S + 8) + 4 * gamma(1) * spread) * np.abs(v[n, g, seen]).max()
+    return y, bound
+
+
+def run_attention(q, k, v, causal, mask):
+    return ops.attention(*map(device, (q, k, v)), causal=causal, mask=None if mask is None else device(mask))
+
+
+@proves("T9", "T10")
+@given(attentions())
+def test_attention_is_a_mean_of_values(case):
+    expected, bound = attention_by_hand(*case)
+    y = asnumpy(run_attention(*case)[0])
+    assert np.all(np.abs(y - expected) <= bound)
+
+
+@proves("T9", "T10")
+@given(attentions(masked=True))
+def test_a_query_that_sees_no_key_gives_zeros_and_a_zero_gradient(case):
+    q, k, v, causal, mask = case
+    mask[0] = False  # the first text's queries see nothing
+    y, saved = run_attention(q, k, v, causal, mask)
+    gradients = [asnumpy(d) for d in ops.attention_backward(device(np.ones(q.shape)), saved)]
+    assert not asnumpy(y)[0].any()
+    assert not any(d[0].any() for d in gradients)
+    (N, _, T, _), S = q.shape, k.shape[2]
+    for n, t in itertools.product(range(N), range(T)):
+        if not visible(n, t, T, S, causal, mask):
+            assert not asnumpy(y)[n, :, t].any()
+            assert not gradients[0][n, :, t].any()
+
+
+@proves("T9")
+@given(attentions())
+def test_a_key_that_nobody_sees_has_no_gradient(case):
+    q, k, _, causal, mask = case
+    _, saved = run_attention(*case)
+    _, dk, dv = (asnumpy(d) for d in ops.attention_backward(device(np.ones(q.shape)), saved))
+    (N, _, T, _), S = q.shape, k.shape[2]
+    for n in range(N):
+        seen = {s for t in range(T) for s in visible(n, t, T, S, causal, mask)}
+        for s in set(range(S)) - seen:
+            assert not dk[n, :, s].any()
+            assert not dv[n, :, s].any()
+
+
+@proves("T9")
+@given(attentions(causal=True))
+def test_causal_attention_never_looks_ahead(case):
+    """Other keys and values after a query's own place change nothing, to the bit."""
+    q, k, v, causal, mask = case
+    y = asnumpy(run_attention(*case)[0])
+    T, S = q.shape[2], k.shape[2]
+    for t in range(T):
+        k2, v2 = k.copy(), v.copy()
+        k2[:, :, S - T + t + 1 :] = 9.0
+        v2[:, :, S - T + t + 1 :] = -9.0
+        assert same_bits(asnumpy(run_attention(q, k2, v2, causal, mask)[0])[:, :, : t + 1], y[:, :, : t + 1])
+
+
+@proves("T10")
+@given(attentions())
+def test_grouped_heads_share_their_keys_and_values(case):
+    """As if k and v were repeated for each of the H / G heads; dk and dv sum over them."""
+    q, k, v, causal, mask = case
+    G = k.shape[1]
+    R = q.shape[1] // G
+    y, saved = run_attention(*case)
+    repeated, repeated_saved = run_attention(q, k.repeat(R, axis=1), v.repeat(R, axis=1), causal, mask)
+    assert deviation(y, repeated) <= 1e-14
+    dy = np.random.default_rng(0).standard_normal(q.shape)
+    dq, dk, dv = ops.attention_backward(device(dy), saved)
+    dq2, dk2, dv2 = (asnumpy(d) for d in ops.attention_backward(device(dy), repeated_saved))
+    scale = np.abs(dk2).max() + np.abs(dv2).max() + np.abs(dq2).max() + 1e-300
+    for one, other in (
+        (dq, dq2),
+        (dk, dk2.reshape(k.shape[0], G, R, *k.shape[2:]).sum(axis=2)),
+        (dv, dv2.reshape(v.shape[0], G, R, *v.shape[2:]).sum(axis=2)),
+    ):
+        assert np.abs(asnumpy(one) - other).max() <= 1e-13 * scale
+
+
+@proves("T9")
+def test_attention_to_one_token():
+    """T = 1: the only key gets all the weight; a key's score does not matter, so dq = dk = 0."""
+    q, k, v, dy = np.random.default_rng(0).standard_normal((4, 2, 3, 1, 4))
+    y, saved = run_attention(q, k, v, True, None)
+    dq, dk, dv = (asnumpy(d) for d in ops.attention_backward(device(dy), saved))
+    assert same_bits(y, v)
+    assert same_bits(dv, dy)
+    assert not dq.any()
+    assert not dk.any()
+
+
+@proves("T8", "T9")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_attention_with_scores_of_1e4(dtype):
+    q = device([[[[1e4]]]], dtype)
+    k, v = device([[[[1.0], [0.5]]]], dtype), device([[[[3.0], [5.0]]]], dtype)
+    y, saved = ops.attention(q, k, v, causal=False)
+    assert asnumpy(y).item() == 3.0
+    assert all(np.isfinite(asnumpy(d)).all() for d in ops.attention_backward(y, saved))
+
+
+# --- T11: rotary ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def rotaries(draw):
+    """x (N,H,T,K) and the positions (T,) of its tokens."""
+    shape = (*(draw(st.integers(1, n)) for n in (2, 2, 5)), 2 * draw(st.integers(1, 4)))
+    rng = np.random.default_rng(draw(seeds))
+    return rng.standard_normal(shape), rng.integers(0, 2000, shape[2])
+
+
+@proves("T11")
+@given(rotaries(), st.sampled_from([100.0, 10000.0]))
+def test_rotary_turns_pairs(case, theta):
+    """(x_i + i x_{i+K/2}) exp(i angle), angle = position / theta^(2i/K); the turn itself errs by three roundings.
+
+    An angle errs by its own size times that of a power and a product: four roundings or so of up to 2000 radians.
+    """
+    x, positions = case
+    half = x.shape[-1] // 2
+    cos, sin = ops.rotary_angles(device(positions), 2 * half, theta, "float64")
+    y = asnumpy(ops.rotary(device(x), cos, sin)[0])
+    angles = np.array([[float(p) / math.pow(theta, 2 * i / (2 * half)) for i in range(half)] for p in positions])
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    bound = np.abs(x).max() * (8 * gamma(1) * np.abs(angles).max() + 8 * gamma(1))
+    assert np.abs(y - np.concatenate([turned.real, turned.imag], axis=-1)).max() <= 4 * bound
+
+
+@proves("T11")
+@given(rotaries(), st.integers(0, 500))
+def test_rotary_scores_depend_on_the_distance_only(case, shift):
+    """q . k, turned by their positions, is the same when both stand `shift` places further."""
+    x, positions = case
+    K = x.shape[-1]
+
+    def scores(offset):
+        angles = ops.rotary_angles(device(positions + offset), K, 10000.0, "float64")
+        turned = asnumpy(ops.rotary(device(x), *angles)[0])
+        return turned @ turned.swapaxes(-1, -2)
+
+    bound = 32 * gamma(1) * (2500 + K) * K * np.abs(x).max() ** 2
+    assert np.abs(scores(0) - scores(shift)).max() <= bound
+
+
+@proves("T11")
+@given(rotaries())
+def test_rotary_keeps_lengths_and_its_backward_turns_back(case):
+    x, positions = case
+    angles = ops.rotary_angles(device(positions), x.shape[-1], 10000.0, "float64")
+    y, saved = ops.rotary(device(x), *angles)
+    back = asnumpy(ops.rotary_backward(y, saved))
+    y = asnumpy(y)
+    half = x.shape[-1] // 2
+    for part in (y, back):
+        lengths = np.hypot(part[..., :half], part[..., half:])
+        np.testing.assert_allclose(lengths, np.hypot(x[..., :half], x[..., half:]), rtol=16 * gamma(1))
+    assert np.abs(back - x).max() <= 16 * gamma(1) * np.abs(x).max()
+
+
+@proves("T11")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rotary_at_position_zero_is_the_identity(dtype):
+    x = device(np.random.default_rng(0).standard_normal((2, 2, 1, 6)), dtype)
+    angles = ops.rotary_angles(device([0]), 6, 10000.0, dtype)
+    assert same_bits(ops.rotary(x, *angles)[0], x)
+    assert angles[0].dtype == angles[1].dtype == dtype
+
+
+@proves("T11")
+def test_rotary_angles_are_rounded_once():
+    """In float32 too the angle is a float64: at position 4095 a float32 angle would be 1e-4 off."""
+    positions = device(np.arange(4096))
+    for wide, narrow in zip(*(ops.rotary_angles(positions, 64, 1e5, t) for t in ("float64", "float32")), strict=True):
+        assert same_bits(narrow, asnumpy(wide).astype("float32"))
+
+
+# --- T12: dropout --------------------------------------------------------------------------------------------------
+
+
+def mask_of(shape=(4, 3, 5), p=0.3, seed=1, stream="layers.0.attn.q", first_row=0, dtype="float64"):
+    return ops.dropout_mask(shape, p, seed=seed, stream=stream, first_row=first_row, dtype=dtype)
+
+
+def hash32(h):
+    """A 32-bit mixing function (shifts 16, 15, 16), in Python's whole numbers."""
+    h ^= h >> 16
+    h = h * 0x7FEB352D % 2**32
+    h ^= h >> 15
+    h = h * 0x846CA68B % 2**32
+    return h ^ h >> 16
+
+
+def crc32(text):
+    """The checksum of ISO 3309, a bit at a time."""
+    crc = 0xFFFFFFFF
+    for byte in text.encode():
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0xEDB88320 * (crc & 1)
+    return crc ^ 0xFFFFFFFF
+
+
+@proves("T12")
+@given(seeds, st.sampled_from(["head", "layers.11.mlp.down"]), st.integers(0, 2**20), st.sampled_from([0.1, 0.5]))
+def test_dropout_mask_is_the_hash_that_it_says(seed, stream, first_row, p):
+    """The masks of a seed are part of what "same seed, same bits" promises: here they are computed anew."""
+    N, T, D = 2, 3, 4
+    key = crc32(f"{seed} {stream}")
+    rows = [hash32(first_row + n ^ key) for n in range(N)]
+    places = [hash32(i ^ key ^ 0x9E3779B9) for i in range(T * D)]
+    kept = [[hash32(row ^ place) >= round(p * 2**32) for place in places] for row in rows]
+    expected = np.where(kept, 1 / (1 - p), 0.0).reshape(N, T, D)
+    assert same_bits(mask_of((N, T, D), p, seed, stream, first_row), expected)
+
+
+@proves("T12")
+@given(seeds, small, small, small, st.floats(0, 0.99), dtypes)
+def test_dropout_mask_is_zero_or_the_scale(seed, N, T, D, p, dtype):
+    mask = asnumpy(mask_of((N, T, D), p, seed, dtype=dtype))
+    assert mask.shape == (N, T, D)
+    assert mask.dtype == dtype
+    assert set(mask.ravel()) <= {0, np.dtype(dtype).type(1 / (1 - p))}
+
+
+@proves("T12")
+def test_no_dropout_is_ones():
+    assert same_bits(mask_of(p=0.0), np.ones((4, 3, 5)))
+
+
+@proves("T12", "O4")
+@given(seeds, st.integers(1, 6), st.data())
+def test_dropout_of_a_row_does_not_depend_on_its_shard(seed, N, data):
+    """Any run of rows, cut out of the batch, has the masks that it has in the whole."""
+    start = data.draw(st.integers(0, N - 1))
+    end = data.draw(st.integers(start + 1, N))
+    whole = mask_of((N, 3, 4), seed=seed)
+    assert same_bits(mask_of((end - start, 3, 4), seed=seed, first_row=start), whole[start:end])
+
+
+@proves("T12")
+def test_dropout_in_blocks(tiny_blocks):
+    assert same_bits(mask_of((5, 4, 8)), xp.concatenate([mask_of((1, 4, 8), first_row=n) for n in range(5)]))
+
+
+@proves("T12")
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+def test_dropout_rate(p):
+    """Of n independent elements, n p are dropped, within five deviations: sqrt(n p (1 - p))."""
+    n = 100 * 1000
+    dropped = int((asnumpy(mask_of((100, 10, 100), p)) == 0).sum())
+    assert abs(dropped - n * p) <= 5 * math.sqrt(n * p * (1 - p))
+
+
+OTHER_MASKS = {
+    "seed": {"seed": 2},
+    "layer": {"stream": "layers.1.attn.q"},
+    "target": {"stream": "layers.0.attn.v"},
+    "rows": {"first_row": 100},
+}
+
+
+@proves("T12")
+@pytest.mark.parametrize("other", OTHER_MASKS.values(), ids=OTHER_MASKS)
+def test_dropout_masks_are_independent(other):
+    """Both dropped in n p^2 places of n, within five deviations, for masks that differ in one thing."""
+    shape, p = (100, 10, 100), 0.3
+    n, q = 100 * 1000, p * p
+    both = (asnumpy(mask_of(shape, p)) == 0) & (asnumpy(mask_of(shape, p, **other)) == 0)
+    assert abs(both.sum() - n * q) <= 5 * math.sqrt(n * q * (1 - q))
+
+
+@proves("T12")
+def test_dropout_rows_and_places_are_independent():
+    """Pairs of rows, and pairs of neighbouring places, share n p^2 dropped elements, within five deviations."""
+    dropped, p = asnumpy(mask_of((64, 16, 128), 0.3)).reshape(64, -1) == 0, 0.3
+    q = p * p
+    for one, other in ((dropped[:-1], dropped[1:]), (dropped[:, :-1], dropped[:, 1:]), (dropped[:32], dropped[32:])):
+        assert abs((one & other).sum() - one.size * q) <= 5 * math.sqrt(one.size * q * (1 - q))
+
+
+@proves("T12")
+@given(seeds, small)
+def test_dropout_multiplies_forward_and_backward(seed, T):
+    x, mask, dy = np.random.default_rng(seed).standard_normal((3, 2, T, 4))
+    y, saved = ops.dropout(device(x), device(mask))
+    assert same_bits(y, x * mask)
+    assert same_bits(ops.dropout_backward(device(dy), saved), dy * mask)
+
+
+# --- T15: cross-entropy --------------------------------------------------------------------------------------------
+
+
+def exact_cross_entropy(row, target):
+    """-log softmax by math's own exp, log and exact sum."""
+    top = max(row)
+    return math.log(math.fsum(math.exp(v - top) for v in row)) + top - row[target]
+
+
+@proves("T15")
+@given(seeds, small, st.integers(1, 9), dtypes, st.sampled_from([1.0, 30.0, 1e4]))
+def test_cross_entropy_is_minus_log_softmax(seed, M, V, dtype, size):
+    """A logit errs by u |x| as max is taken from it, the sum by g(V), log and the difference by a rounding each."""
+    rng = np.random.default_rng(seed)
+    logits, targets = (size * rng.standard_normal((M, V))).astype(dtype), rng.integers(0, V, M)
+    losses, (p, _) = ops.cross_entropy(device(logits), device(targets))
+    expected = [exact_cross_entropy(row, t) for row, t in zip(logits.astype("float64").tolist(), targets, strict=True)]
+    spread = float(np.ptp(logits.astype("float64")))
+    slack = 4 * gamma(V + 4, dtype) * (1 + math.log(V)) + 4 * gamma(1, dtype) * spread + 8 * gamma(1) * size * 6
+    assert losses.dtype == dtype
+    assert np.abs(asnumpy(losses) - expected).max() <= slack
+    rows = logits.astype("float64").tolist()
+    tiny = (V + 2) * float(np.finfo(dtype).tiny)
+    for got, row in zip(asnumpy(p), rows, strict=True):
+        exact = np.array(exact_softmax(row))
+        assert np.all(np.abs(got - exact) <= slack * exact + tiny)
+
+
+@proves("T15")
+@given(seeds, small, st.integers(1, 6), dtypes)
+def test_cross_entropy_backward_is_softmax_minus_onehot(seed, M, V, dtype):
+    rng = np.random.default_rng(seed)
+    targets, dlosses = rng.integers(0, V, M), rng.standard_normal(M).astype(dtype)
+    _, saved = ops.cross_entropy(device(rng.standard_normal((M, V)), dtype), device(targets))
+    p = asnumpy(saved[0])
+    expected = p * dlosses[:, None]
+    expected[np.arange(M), targets] -= dlosses
+    got = asnumpy(ops.cross_entropy_backward(device(dlosses), saved))
+    assert same_bits(got, expected)
+    # A shift of all logits of a row changes nothing: the gradient sums to 0.
+    assert np.abs(got.sum(axis=-1)).max() <= 2 * gamma(2 * V + 4, dtype) * np.abs(dlosses).max()
+
+
+@proves("T15")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_cross_entropy_of_extremes(dtype):
+    logits = device([[1e4, -1e4], [1e4, -1e4], [1e4, 1e4]], dtype)
+    losses, _ = ops.cross_entropy(logits, device([0, 1, 0]))
+    np.testing.assert_array_equal(asnumpy(losses), np.array([0, 2e4, math.log(2)], dtype))
+
+
+@proves("T15")
+def test_cross_entropy_of_no_row():
+    """A shard may have no counted target."""
+    losses, saved = ops.cross_entropy(xp.zeros((0, 5)), device([], int))
+    assert losses.shape == (0,)
+    assert ops.cross_entropy_backward(losses, saved).shape == (0, 5)
+
+
+# --- What is computed a block at a time ----------------------------------------------------------------------------
+
+BLOCKWISE = {
+    "layer_norm": lambda x, w, b: ops.layer_norm(x, w, b, 1e-5)[0],
+    "layer_norm_backward": lambda x, w, b: ops.layer_norm_backward(x * b, ops.layer_norm(x, w, b, 1e-5)[1]),
+    "rms_norm": lambda x, w, b: ops.rms_norm(x, w, 1e-5)[0],
+    "rms_norm_backward": lambda x, w, b: ops.rms_norm_backward(x * b, ops.rms_norm(x, w, 1e-5)[1]),
+    "gelu": lambda x, w, b: ops.gelu(x)[0],
+    "gelu, derivative": lambda x, w, b: ops.gelu(x)[1],
+    "gelu_tanh": lambda x, w, b: ops.gelu_tanh(x)[0],
+    "silu": lambda x, w, b: ops.silu(x)[0],
+    "cross_entropy": lambda x, w, b: ops.cross_entropy(x.reshape(-1, 5), xp.arange(21) % 5)[0],
+    "cross_entropy, softmax": lambda x, w, b: ops.cross_entropy(x.reshape(-1, 5), xp.arange(21) % 5)[1][0],
+}
+
+
+@proves("T3", "T4", "T5", "T6", "T7", "T15")
+@pytest.mark.parametrize("name", BLOCKWISE)
+def test_blocks_change_no_bit(name, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, w, b = device(rng.standard_normal((3, 7, 5))), device(rng.standard_normal(5)), device(rng.standard_normal(5))
+    whole = bits(BLOCKWISE[name](x, w, b))
+    monkeypatch.setattr("lora_np.backend.CACHE_ELEMENTS", 16)
+    assert bits(BLOCKWISE[name](x, w, b)) == whole
+
+
+@proves("T9", "T10")
+@given(attentions())
+def test_tiles_of_attention_change_nothing_beyond_rounding(case):
+    q = case[0]
+    dy = np.random.default_rng(1).standard_normal(q.shape)
+
+    def everything():
+        y, saved = run_attention(*case)
+        return [asnumpy(a) for a in (y, *ops.attention_backward(device(dy), saved))], len(saved.tiles)
+
+    whole, _ = everything()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_np.backend.CACHE_ELEMENTS", 1)
+        cut, tiles = everything()
+    assert tiles == (case[1].shape[0] * case[1].shape[1] if xp is np else 1)
+    scale = max(np.abs(a).max() for a in whole)
+    assert all(np.abs(one - other).max() <= 1e-13 * scale for one, other in zip(whole, cut, strict=True))

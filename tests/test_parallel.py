@@ -1,0 +1,165 @@
+"""One step over many shards: the same bits for any number of threads, the same result as without shards."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import FLOAT64, cases, device, farthest, gradient_scale, random_model, same_bits, seeds, trained_adapter
+
+import lora_np as ln
+from lora_np import parallel
+from lora_np.backend import asnumpy, backend_name
+from lora_np.batch import check_batch
+from lora_np.transformer import training_run
+
+proves = pytest.mark.proves
+
+
+def sharded(case, *, threads=None, **options):
+    """sharded_loss_and_grads of a Case, on a machine of so many cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        if threads is not None:
+            patch.setattr("lora_np.parallel.os.cpu_count", lambda: threads)
+        return ln.sharded_loss_and_grads(case.model, case.adapter, **case.batch, **options)
+
+
+@proves("O4", "T12")
+@given(cases(min_rows=2, dropout=True), seeds, st.data())
+def test_the_number_of_threads_changes_no_bit(case, dropout_seed, data):
+    shards = data.draw(st.integers(2, len(case.batch["tokens"])))
+    one, two, many = (sharded(case, threads=n, shards=shards, dropout_seed=dropout_seed) for n in (1, 2, 5))
+    assert one[0] == two[0] == many[0]
+    assert same_bits(one[1], two[1])
+    assert same_bits(one[1], many[1])
+
+
+@proves("O4", "T12")
+@given(cases(min_rows=2, dropout=True, **FLOAT64), seeds, st.data())
+def test_shards_change_nothing_beyond_rounding(case, dropout_seed, data):
+    """A row's dropout mask is the same in any shard, and the mean is over the whole batch's counted targets."""
+    model, adapter, batch, _ = case
+    shards = data.draw(st.integers(1, len(batch["tokens"])))
+    loss, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=dropout_seed)
+    sharded_loss, sharded_grads = sharded(case, shards=shards, dropout_seed=dropout_seed)
+    assert abs(loss - sharded_loss) <= 1e-13 * (1 + abs(loss))
+    assert list(sharded_grads) == list(adapter.params)
+    assert farthest(grads, sharded_grads) <= 1e-12 * gradient_scale(model, batch)
+
+
+@proves("O4")
+@given(cases(min_rows=2, **FLOAT64))
+def test_shards_of_full_fine_tuning(case):
+    model, _, batch, _ = case
+    loss, grads = ln.loss_and_grads(model, None, **batch, trainable="all")
+    sharded_loss, sharded_grads = sharded(case._replace(adapter=None), shards=2, trainable="all")
+    assert abs(loss - sharded_loss) <= 1e-13 * (1 + abs(loss))
+    assert farthest(grads, sharded_grads) <= 1e-12 * gradient_scale(model, batch)
+
+
+@proves("O4", "T15")
+def test_a_shard_without_a_counted_target():
+    config = ln.Config(7, 8, 1, 1, 4, 4)
+    model = random_model(config, seed=0)
+    adapter = trained_adapter(model, ln.LoRAConfig(r=2, targets=("q", "v", "head")), seed=0)
+    tokens = np.arange(6).reshape(2, 3)
+    targets = np.array([[-100] * 3, [1, 2, 3]])
+    loss, grads = ln.sharded_loss_and_grads(model, adapter, tokens, targets, shards=2)
+    alone, alone_grads = ln.loss_and_grads(model, adapter, tokens[1:], targets[1:])
+    assert loss == pytest.approx(alone, rel=1e-14)
+    assert farthest(grads, alone_grads) <= 1e-15
+
+
+@proves("O4", "T12")
+@given(cases(min_rows=2, dropout=True, **FLOAT64), seeds, st.data())
+def test_micro_batches_sum_to_the_whole(case, dropout_seed, data):
+    """Parts of a batch, each over the whole's count and from its own first row."""
+    model, adapter, batch, _ = case
+    N = len(batch["tokens"])
+    whole = check_batch(model.config, batch["tokens"], batch["targets"], batch["mask"], batch.get("token_types"))
+    run = training_run(model, adapter, trainable="adapter", rows=N, dropout_seed=dropout_seed)
+    cut, count = data.draw(st.integers(1, N - 1)), len(whole.counted)
+    loss, grads = parallel.sharded_sums(run, whole, count=count, shards=1)
+    parts = [
+        parallel.sharded_sums(run, whole.rows(rows), count=count, first_row=rows.start, shards=1)
+        for rows in (slice(0, cut), slice(cut, N))
+    ]
+    total = {name: parts[0][1][name] + parts[1][1][name] for name in grads}
+    assert abs(float(loss - parts[0][0] - parts[1][0])) <= 1e-13 * (1 + abs(float(loss)))
+    assert farthest(grads, total) <= 1e-12 * gradient_scale(model, batch)
+
+
+@proves("O4")
+@given(st.integers(1, 40), st.data())
+def test_shards_are_all_rows_in_order(N, data):
+    shards = data.draw(st.integers(1, N))
+    parts = parallel.shard_rows(N, shards)
+    assert [n for part in parts for n in range(N)[part]] == list(range(N))
+    assert len(parts) == shards
+    sizes = {part.stop - part.start for part in parts}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@proves("O4")
+@pytest.mark.parametrize(
+    ("N", "T", "shards"), [(1, 1024, 1), (4, 256, 4), (4, 255, 3), (8, 64, 2), (3, 10, 1), (64, 1024, 64)]
+)
+def test_the_default_number_of_shards_comes_from_the_shape(N, T, shards, monkeypatch):
+    """One for each 256 tokens, a row at least, whatever the machine; on a GPU the batch stays whole."""
+    for cores in (1, 96):
+        monkeypatch.setattr("lora_np.parallel.os.cpu_count", lambda cores=cores: cores)
+        assert parallel.default_shards(N, T) == (1 if backend_name == "cupy" else shards)
+
+
+@proves("O4")
+def test_the_default_is_used():
+    config = ln.Config(7, 300, 1, 1, 4, 4)
+    model = random_model(config, seed=0)
+    adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
+    tokens = np.random.default_rng(0).integers(0, 7, (2, 300))
+    loss, grads = ln.sharded_loss_and_grads(model, adapter, tokens, tokens)
+    expected = ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=parallel.default_shards(2, 300))
+    assert loss == expected[0]
+    assert same_bits(grads, expected[1])
+
+
+@proves("O4")
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7])
+def test_the_tree_adds_neighbours(n):
+    """Numbers whose sum depends on the order: ((a + b) + (c + d)) + ..., to the bit."""
+    values = [10.0 ** (3 * i) / 3 * (-1) ** i for i in range(n)]
+
+    def tree(part):
+        """Pairs first: a run of 2^k is the sum of its halves, and what is left over joins last."""
+        if len(part) == 1:
+            return part[0]
+        half = 1 << (len(part) - 1).bit_length() - 1
+        return tree(part[:half]) + tree(part[half:])
+
+    total, grads = parallel.tree_sum([(device(v), {"a": device([v, 2 * v])}) for v in values])
+    assert float(total) == tree(values)
+    assert asnumpy(grads["a"]).tolist() == [tree(values), tree([2 * v for v in values])]
+
+
+@proves("O4")
+def test_shards_need_no_threadpoolctl(monkeypatch):
+    """Without it BLAS keeps its own threads; the sums differ by rounding at the most."""
+    config = ln.Config(7, 8, 1, 1, 4, 4)
+    model = random_model(config, seed=0)
+    adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
+    tokens = np.random.default_rng(0).integers(0, 7, (4, 5))
+    _, grads = ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=2)
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    _, others = ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=2)
+    assert farthest(grads, others) <= 1e-14
+
+
+@pytest.mark.parametrize("shards", [0, 3, -1])
+def test_a_wrong_number_of_shards_is_refused(shards):
+    config = replace(ln.PRESETS["gpt2"], vocab_size=7, n_layer=1, n_head=1, d_model=4, d_ff=4)
+    model = random_model(config, seed=0)
+    adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
+    with pytest.raises(ValueError, match=f"shards: expected 1 to 2, the rows of the batch, got {shards}"):
+        ln.sharded_loss_and_grads(model, adapter, [[1, 2], [3, 4]], [[1, 2], [3, 4]], shards=shards)

@@ -1,0 +1,166 @@
+"""A run: which weights are in force, which updates beside them, what is trained, and how deep."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from strategies import device, random_model, same_bits, trained_adapter
+
+import lora_np as ln
+from lora_np.backend import asnumpy, xp
+from lora_np.run import bind, fuse_grads, fused_parts, matrix_updates
+
+proves = pytest.mark.proves
+GROUPED = ln.Config(7, 8, 2, 4, 8, 6, n_kv_head=2)
+MODEL = random_model(GROUPED, seed=0)
+
+
+def bound(model=MODEL, **fields):
+    """A run of a model with an adapter as after training, and the adapter."""
+    adapter = trained_adapter(model, ln.LoRAConfig(**{"r": 2, **fields}), seed=0)
+    return bind(model, adapter, rows=3), adapter
+
+
+@proves("L1")
+def test_a_fused_pair_stands_for_q_k_and_v():
+    """The rows of B in that order, k and v of the grouped heads' width; A, s and the mask's stream are shared."""
+    assert fused_parts(GROUPED, "layers.1.attn.qkv") == {
+        "layers.1.attn.q": slice(0, 8),
+        "layers.1.attn.k": slice(8, 12),
+        "layers.1.attn.v": slice(12, 16),
+    }
+    assert fused_parts(GROUPED, "layers.1.attn.q") == {"layers.1.attn.q": slice(None)}
+    _, adapter = bound(targets=("qkv",), dropout=0.1)
+    updates = matrix_updates(GROUPED, adapter)
+    B = adapter.params["layers.0.attn.qkv.B"]
+    assert same_bits(xp.concatenate([updates[f"layers.0.attn.{part}"].B for part in "qkv"]), B)
+    for part in "qkv":
+        update = updates[f"layers.0.attn.{part}"]
+        assert update.A is adapter.params["layers.0.attn.qkv.A"]
+        assert update[2:] == (8.0, 0.1, "layers.0.attn.qkv")
+
+
+@proves("L4")
+def test_gradients_of_a_fused_pair():
+    """A's is the sum of the three, B's are joined; the names are the adapter's, in its order."""
+    _, adapter = bound(targets=("up", "qkv"), layers=(0,), bias="lora_only")
+    rng = np.random.default_rng(0)
+    grads = {}
+    for name, n_out in (("attn.q", 8), ("attn.k", 4), ("attn.v", 4), ("mlp.up", 6)):
+        shapes = {f"layers.0.{name}.A": (2, 8), f"layers.0.{name}.B": (n_out, 2), f"layers.0.{name}.bias": (n_out,)}
+        grads |= {key: device(rng.integers(-9, 9, shape).astype(float)) for key, shape in shapes.items()}
+    fused = fuse_grads(GROUPED, adapter, grads)
+    assert list(fused) == list(adapter.params)
+    parts = [asnumpy(grads[f"layers.0.attn.{part}.A"]) for part in "qkv"]
+    np.testing.assert_array_equal(asnumpy(fused["layers.0.attn.qkv.A"]), sum(parts))
+    joined = np.concatenate([asnumpy(grads[f"layers.0.attn.{part}.B"]) for part in "qkv"])
+    np.testing.assert_array_equal(asnumpy(fused["layers.0.attn.qkv.B"]), joined)
+    for name in ("layers.0.mlp.up.A", "layers.0.mlp.up.B", "layers.0.attn.k.bias"):
+        assert fused[name] is grads[name]
+
+
+@proves("L4")
+@pytest.mark.parametrize(
+    ("fields", "lowest"),
+    [
+        ({"targets": ("embed", "head")}, -1),
+        ({"targets": ("q",)}, 0),
+        ({"targets": ("up",)}, 1),
+        ({"targets": ("o", "down"), "layers": (1,)}, 2),
+        ({"targets": ("down",), "layers": (1,)}, 3),
+        ({"targets": ("down",), "layers": (1,), "bias": "all"}, 0),
+        ({"targets": ("head",)}, 6),
+    ],
+    ids=str,
+)
+def test_the_lowest_trained_parameter(fields, lowest):
+    """Depths: -1 the embedding, then two to a layer, the last norm, the pooler, the head."""
+    assert bound(**fields)[0].lowest == lowest
+
+
+@proves("L4", "T14")
+def test_the_lowest_of_a_classifiers_parts():
+    model = random_model(replace(GROUPED, head="classify", n_labels=2, causal=False, pooler_in_head=True), seed=0)
+    run, _ = bound(model, targets=("down",), layers=(1,), train_head=True)
+    top = [replace(run, trained=frozenset({name})).lowest for name in ("norm.weight", "pooler.bias", "head.weight")]
+    assert top == [4, 5, 6]
+    assert replace(run, trained=frozenset()).lowest == 7
+
+
+@proves("T14")
+def test_the_weight_of_a_tied_head():
+    assert bound()[0].weight_name("head") == "embed.tokens"
+    assert bound(train_head=True)[0].weight_name("head") == "head.weight"
+    assert (
+        bind(random_model(replace(GROUPED, tie_head=False), seed=0), None, rows=1).weight_name("head") == "head.weight"
+    )
+    assert bound()[0].weight_name("layers.0.attn.q") == "layers.0.attn.q.weight"
+
+
+@proves("T12", "L2")
+def test_a_dropout_mask_for_each_adapted_matrix():
+    """Each matrix has its own, a fused pair shares one; none without a seed, a probability or an update."""
+    run, _ = bound(targets=("q", "v", "up"), dropout=0.5)
+    shape = (3, 4, 8)
+    assert run.dropout_mask("layers.0.attn.q", shape) is None
+    run = replace(run, dropout_seed=1)
+    names = [f"layers.{i}.{name}" for i in (0, 1) for name in ("attn.q", "attn.v", "mlp.up")]
+    masks = [asnumpy(run.dropout_mask(name, shape)) for name in names]
+    assert len({mask.tobytes() for mask in masks}) == len(names)
+    assert all(set(mask.ravel()) == {0.0, 2.0} for mask in masks)
+    assert run.dropout_mask("layers.0.attn.k", shape) is None
+    assert same_bits(replace(run, first_row=1).dropout_mask(names[0], (2, 4, 8)), masks[0][1:])
+    assert not same_bits(replace(run, dropout_seed=2).dropout_mask(names[0], shape), masks[0])
+    fused = replace(bound(targets=("qkv",), dropout=0.5)[0], dropout_seed=1)
+    assert len({asnumpy(fused.dropout_mask(f"layers.0.attn.{part}", shape)).tobytes() for part in "qkv"}) == 1
+    assert replace(bound()[0], dropout_seed=1).dropout_mask("layers.0.attn.q", shape) is None
+
+
+@proves("L7")
+def test_rows_with_what_is_trained_whole():
+    """Each row its own copy, or the base's; a bias gets a place for the tokens."""
+    _, adapter = bound(bias="lora_only", train_head=True)
+    run = bind(MODEL, [adapter, None], rows=2)
+    for name, value in adapter.whole.items():
+        base = MODEL.weights.get(name, MODEL.weights["embed.tokens"])
+        stacked = run.weights[name]
+        assert stacked.shape == (2, *(value.shape if value.ndim > 1 else (1, *value.shape)))
+        assert np.array_equal(asnumpy(stacked[0]).reshape(value.shape), asnumpy(value))
+        assert np.array_equal(asnumpy(stacked[1]).reshape(value.shape), asnumpy(base))
+    assert run.trained == frozenset()
+
+
+def renamed(adapter, **params):
+    return ln.Adapter(adapter.config, {**adapter.params, **{name.replace("__", "."): p for name, p in params.items()}})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "message"),
+    [
+        (3, TypeError, "expected an Adapter, None, or a list of them, got int"),
+        ([None, 3, None], TypeError, "expected an Adapter, None"),
+        ([None], ValueError, "for each of 3 rows, got a list of 1"),
+        (
+            {"layers__2__attn__q__A": (2, 8), "layers__2__attn__q__B": (8, 2)},
+            ValueError,
+            "layers.2.attn.q: the model has no",
+        ),
+        ({"layers__0__attn__q__A": (2, 9)}, ValueError, r"\(out, in\) = \(8, 8\), but A is \(2, 9\)"),
+        ({"layers__0__attn__v__B": (8, 2)}, ValueError, r"\(out, in\) = \(4, 8\), but A is \(2, 8\), B \(8, 2\)"),
+        ({"norm__bias": (9,)}, ValueError, r"norm.bias: expected shape \(8,\), got \(9,\)"),
+        ({"no__weight": (9,)}, ValueError, "no.weight: expected shape of a weight"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_the_model_is_refused(adapter, error, message):
+    if isinstance(adapter, dict):
+        adapter = renamed(bound()[1], **{name: xp.zeros(shape) for name, shape in adapter.items()})
+    with pytest.raises(error, match=message):
+        bind(MODEL, adapter, rows=3)
+
+
+def test_an_adapter_of_another_dtype_is_refused():
+    _, adapter = bound()
+    narrow = replace(adapter, params={name: p.astype("float32") for name, p in adapter.params.items()})
+    with pytest.raises(TypeError, match="expected the model's dtype float64, got float32"):
+        bind(MODEL, narrow, rows=1)

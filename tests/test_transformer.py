@@ -1,0 +1,686 @@
+"""The whole model: against a plain one written a text at a time, and the properties that LoRA promises of it."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    FLOAT64,
+    Case,
+    bits,
+    cases,
+    configs,
+    dense_updates,
+    deviation,
+    device,
+    farthest,
+    gradient_scale,
+    inputs,
+    largest,
+    lora_configs,
+    random_model,
+    same_bits,
+    seeds,
+    trained_adapter,
+    with_updates,
+)
+
+import lora_np as ln
+from lora_np.backend import asnumpy
+from lora_np.gradcheck import FLOOR, complex_step, relative_error
+from lora_np.run import adapted_shapes
+
+proves = pytest.mark.proves
+GPT2 = ln.Config(7, 8, 2, 2, 8, 6)
+EVERY_HEAD = ("lm", "classify", "tag", "none")
+
+
+def case_of(config, *, N=3, T=5, seed=0, dtype="float64", **lora_fields):
+    """A Case without padding, of a given architecture."""
+    rng = np.random.default_rng(seed)
+    model = random_model(config, seed=seed, dtype=dtype)
+    places = (N,) if config.head == "classify" else (N, T)
+    batch = {"tokens": rng.integers(0, config.vocab_size, (N, T)), "targets": rng.integers(0, config.head_size, places)}
+    return Case(model, trained_adapter(model, ln.LoRAConfig(**{"r": 2, **lora_fields}), seed=seed), batch, seed)
+
+
+# --- T1 to T14: against a transformer that knows one text, no padding and no LoRA -----------------------------------
+
+
+def norm_by_hand(config, w, name, x):
+    if config.norm == "rms":
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.eps) * w[f"{name}.weight"]
+    standard = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + config.eps)
+    return standard * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def linear_by_hand(w, name, x):
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+
+def turned_by_hand(config, x):
+    """Rotary: the pairs of x (T,K) as complex numbers, times exp(i t / theta^(2i/K))."""
+    T, K = x.shape
+    angles = np.outer(np.arange(T), config.rope_theta ** (-2 * np.arange(K // 2) / K))
+    z = (x[:, : K // 2] + 1j * x[:, K // 2 :]) * np.exp(1j * angles)
+    return np.hstack([z.real, z.imag])
+
+
+def attention_by_hand(config, w, name, x):
+    T, K = len(x), config.head_width
+    q, k, v = (linear_by_hand(w, f"{name}.{part}", x) for part in "qkv")
+    heads = []
+    for h in range(config.n_head):
+        g = h * config.kv_heads // config.n_head
+        q_h, k_h, v_h = q[:, h * K : (h + 1) * K], k[:, g * K : (g + 1) * K], v[:, g * K : (g + 1) * K]
+        if config.positions == "rotary":
+            q_h, k_h = turned_by_hand(config, q_h), turned_by_hand(config, k_h)
+        scores = q_h @ k_h.T / math.sqrt(K)
+        if config.causal:
+            scores[np.triu_indices(T, 1)] = -math.inf
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        heads.append(p / p.sum(axis=-1, keepdims=True) @ v_h)
+    return linear_by_hand(w, f"{name}.o", np.hstack(heads))
+
+
+ACTIVATION = {
+    "gelu": np.vectorize(lambda v: v * math.erfc(-v / math.sqrt(2)) / 2),
+    "gelu_tanh": np.vectorize(lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))),
+    "silu_gated": np.vectorize(lambda v: v / (1 + math.exp(-v))),
+}
+
+
+def feed_forward_by_hand(config, w, name, x):
+    act, up = ACTIVATION[config.activation], linear_by_hand(w, f"{name}.up", x)
+    h = act(linear_by_hand(w, f"{name}.gate", x)) * up if config.activation == "silu_gated" else act(up)
+    return linear_by_hand(w, f"{name}.down", h)
+
+
+def logits_by_hand(model, tokens, types):
+    """The logits of one text: tokens (T,) -> (T,V), (labels,), (T,labels) or (T,D)."""
+    config, w = model.config, {name: asnumpy(value) for name, value in model.weights.items()}
+    x = w["embed.tokens"][tokens]
+    if config.positions == "learned":
+        x = x + w["embed.positions"][config.position_offset + np.arange(len(tokens))]
+    if config.n_types:
+        x = x + w["embed.types"][types]
+    if not config.norm_first:
+        x = norm_by_hand(config, w, "embed.norm", x)
+    for i in range(config.n_layer):
+        for half, name, f in (("norm1", "attn", attention_by_hand), ("norm2", "mlp", feed_forward_by_hand)):
+            norm, name = f"layers.{i}.{half}", f"layers.{i}.{name}"
+            if config.norm_first:
+                x = x + f(config, w, name, norm_by_hand(config, w, norm, x))
+            else:
+                x = norm_by_hand(config, w, norm, x + f(config, w, name, x))
+    if config.norm_first:
+        x = norm_by_hand(config, w, "norm", x)
+    if config.head == "none":
+        return x
+    if config.head == "classify":
+        x = x[-1] if config.causal else np.tanh(linear_by_hand(w, "pooler", x[0]))
+    if config.head == "lm" and config.tie_head:
+        return x @ w["embed.tokens"].T
+    return linear_by_hand(w, "head", x)
+
+
+def real_logits(config, logits, mask):
+    """The logits of a batch, a text at a time, without those of padding."""
+    logits = asnumpy(logits)
+    if config.head == "classify" or mask is None:
+        return list(logits)
+    return [row[real] for row, real in zip(logits, mask, strict=True)]
+
+
+@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T9", "T10", "T11", "T13", "T14", "L2")
+@given(cases(heads=EVERY_HEAD, **FLOAT64))
+def test_forward_is_the_plain_transformer(case):
+    """Each text alone, what the mask leaves out left out, every s B A added to its W0: within 1e-12."""
+    model, adapter, batch, _ = case
+    tokens, mask = batch["tokens"], batch["mask"]
+    real = np.ones(tokens.shape, dtype=bool) if mask is None else mask
+    types = batch.get("token_types", np.zeros_like(tokens))
+    plain = with_updates(model, dense_updates(model, adapter), adapter.whole)
+    logits = ln.forward(model, adapter=adapter, **inputs(batch))
+    for n, got in enumerate(real_logits(model.config, logits, mask)):
+        assert deviation(got, logits_by_hand(plain, tokens[n][real[n]], types[n][real[n]])) <= 1e-12
+
+
+@proves("T14")
+@given(cases(heads=EVERY_HEAD))
+def test_logits_have_the_shape_of_the_head_and_the_dtype_of_the_model(case):
+    model, adapter, batch, _ = case
+    (N, T), config = batch["tokens"].shape, model.config
+    shapes = {
+        "lm": (N, T, config.vocab_size),
+        "classify": (N, config.n_labels),
+        "tag": (N, T, config.n_labels),
+        "none": (N, T, config.d_model),
+    }
+    logits = ln.forward(model, adapter=adapter, **inputs(batch))
+    assert logits.shape == shapes[config.head]
+    assert logits.dtype == model.dtype
+
+
+@proves("T15")
+@given(cases(**FLOAT64))
+def test_loss_is_the_mean_over_counted_targets(case):
+    model, adapter, batch, _ = case
+    logits = asnumpy(ln.forward(model, adapter=adapter, **inputs(batch)))
+    counted = batch["targets"] != -100
+    rows, targets = logits[counted], batch["targets"][counted]
+    losses = [math.log(math.fsum(np.exp(row))) - row[t] for row, t in zip(rows, targets, strict=True)]
+    expected = math.fsum(losses) / len(losses)
+    got = ln.loss(model, adapter=adapter, **batch)
+    assert isinstance(got, float)
+    assert abs(got - expected) <= 1e-13 * (1 + np.abs(rows).max())
+    assert abs(ln.loss_and_grads(model, adapter, **batch)[0] - got) <= 1e-15 * (1 + np.abs(rows).max())
+
+
+@proves("T15", "L4")
+@given(cases(**FLOAT64))
+def test_the_heads_chunks_change_nothing_beyond_rounding(case):
+    model, adapter, batch, _ = case
+    loss, grads = ln.loss_and_grads(model, adapter, **batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_np.transformer.HEAD_ROWS", 2)
+        cut_loss, cut = ln.loss_and_grads(model, adapter, **batch)
+    assert abs(loss - cut_loss) <= 1e-13 * (1 + abs(loss))
+    assert farthest(grads, cut) <= 1e-12 * gradient_scale(model, batch)
+
+
+# --- L4: which gradients there are -----------------------------------------------------------------------------------
+
+
+def described(arrays):
+    return {name: (a.shape, a.dtype) for name, a in arrays.items()}
+
+
+@proves("L4")
+@given(cases(dropout=True), seeds)
+def test_gradients_are_the_adapters_and_the_base_never_changes(case, dropout_seed):
+    model, adapter, batch, _ = case
+    before = [{name: bits(a) for name, a in arrays.items()} for arrays in (model.weights, adapter.params)]
+    _, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=dropout_seed)
+    assert list(grads) == list(adapter.params)
+    assert described(grads) == described(adapter.params)
+    assert before == [{name: bits(a) for name, a in arrays.items()} for arrays in (model.weights, adapter.params)]
+
+
+@proves("L4")
+@given(cases())
+def test_full_gradients_are_every_weights(case):
+    model, _, batch, _ = case
+    before = {name: bits(a) for name, a in model.weights.items()}
+    _, grads = ln.loss_and_grads(model, None, **batch, trainable="all")
+    assert list(grads) == list(model.weights)
+    assert described(grads) == described(model.weights)
+    assert before == {name: bits(a) for name, a in model.weights.items()}
+
+
+@proves("L4")
+@given(cases(whole=False))
+def test_no_gradient_of_a_frozen_weight_is_formed(case):
+    """Not formed and thrown away: the functions that would form one are never called."""
+
+    def forbidden(*_):
+        raise AssertionError("a frozen weight's gradient was formed")
+
+    weight_gradients = ("linear_weight_backward", "bias_backward", "norm_weight_backward", "embedding_backward")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in weight_gradients:
+            patch.setattr(f"lora_np.transformer.{name}", forbidden)
+        _, grads = ln.loss_and_grads(case.model, case.adapter, **case.batch)
+    assert grads.keys() == case.adapter.params.keys()
+
+
+@proves("L4")
+@given(cases(n_layer=2, whole=False, targets=("q", "o", "up")))
+def test_a_gradient_does_not_depend_on_what_else_is_trained(case):
+    """The upper layer's adapter alone has the gradients, to the bit, that it has when the lower layer's is trained too.
+
+    The lower layer's B is zero here, so that the forward is the same without it.
+    """
+    model, adapter, batch, _ = case
+    params = {
+        name: p * 0 if name.startswith("layers.0.") and name.endswith(".B") else p for name, p in adapter.params.items()
+    }
+    upper = {name: p for name, p in params.items() if name.startswith("layers.1.")}
+    _, grads = ln.loss_and_grads(model, replace(adapter, params=params), **batch)
+    _, upper_grads = ln.loss_and_grads(model, replace(adapter, params=upper), **batch)
+    assert same_bits(upper_grads, {name: grads[name] for name in upper})
+
+
+# --- L3: the start -------------------------------------------------------------------------------------------------
+
+
+@proves("L3")
+@given(cases(heads=EVERY_HEAD), seeds)
+def test_the_adapted_model_starts_as_the_base(case, seed):
+    """With no tolerance: every bit of every logit."""
+    model, adapter, batch, _ = case
+    started = ln.init_adapter(model, adapter.config, seed=seed)
+    base = ln.forward(model, **inputs(batch))
+    assert same_bits(ln.forward(model, adapter=started, **inputs(batch)), base)
+    assert same_bits(ln.forward(ln.merge(model, started), **inputs(batch)), base)
+
+
+@proves("L3", "L4")
+@given(st.data(), seeds)
+def test_at_the_start_only_b_has_a_gradient(data, seed):
+    """dA = 0 exactly, dB is not 0. Three tokens that differ, all counted: q and k need someone to attend to two."""
+    config = data.draw(configs(heads=("lm", "classify", "tag")))
+    model = random_model(config, seed=seed)
+    adapter = ln.init_adapter(model, data.draw(lora_configs(config)), seed=seed)
+    rng = np.random.default_rng(seed)
+    tokens = np.stack([rng.permutation(config.vocab_size)[:3] for _ in range(2)])
+    targets = rng.integers(0, config.head_size, (2,) if config.head == "classify" else (2, 3))
+    _, grads = ln.loss_and_grads(model, adapter, tokens, targets)
+    for name, g in grads.items():
+        if name.endswith(".A"):
+            assert not asnumpy(g).any()
+        elif name.endswith(".B"):
+            assert asnumpy(g).any()
+
+
+@proves("L4")
+@pytest.mark.parametrize("target", ["q", "k"])
+def test_who_attends_to_one_token_alone_has_no_gradient_in_q_and_k(target):
+    """The exception: with a single token, softmax is 1 whatever q and k say."""
+    model, adapter, batch, _ = case_of(GPT2, T=1, targets=(target,))
+    _, grads = ln.loss_and_grads(model, adapter, **batch)
+    assert not any(asnumpy(g).any() for g in grads.values())
+
+
+# --- L1: what an update can be ---------------------------------------------------------------------------------------
+
+
+def rescaled(adapter, c):
+    """The adapter with every alpha c times as large."""
+    config = adapter.config
+    patterns = {name: c * alpha for name, alpha in config.alpha_pattern.items()}
+    return replace(adapter, config=replace(config, alpha=c * config.alpha, alpha_pattern=patterns))
+
+
+@proves("L1")
+@given(cases(heads=EVERY_HEAD), st.sampled_from([-2.0, 0.25, 8.0]))
+def test_scaling_alpha_scales_the_update(case, c):
+    """c a power of two: s B A scales to the bit, and so do all logits as if B had been scaled."""
+    model, adapter, batch, _ = case
+    updates, scaled = dense_updates(model, adapter), dense_updates(model, rescaled(adapter, c))
+    assert all(np.array_equal(scaled[name], c * updates[name]) for name in updates)
+    params = {name: p * c if name.endswith(".B") else p for name, p in adapter.params.items()}
+    by_alpha = ln.forward(model, adapter=rescaled(adapter, c), **inputs(batch))
+    assert same_bits(by_alpha, ln.forward(model, adapter=replace(adapter, params=params), **inputs(batch)))
+
+
+def full_rank_factors(dW, s):
+    """B and A with s B A = dW: by QR where dW is tall, else B the identity."""
+    n_out, n_in = dW.shape
+    if n_out > n_in:
+        Q, R = np.linalg.qr(dW)
+        return Q, R / s
+    return np.eye(n_out), dW / s
+
+
+@proves("L1")
+@given(cases(heads=EVERY_HEAD, whole=False, **FLOAT64), seeds)
+def test_full_rank_represents_any_update(case, seed):
+    model, adapter, batch, _ = case
+    rng = np.random.default_rng(seed)
+    shapes = {name: adapted_shapes(model.config)[name] for name in adapter.matrices}
+    ranks = {name: min(shape) for name, shape in shapes.items()}
+    config = replace(adapter.config, rank_pattern=ranks, alpha_pattern={name: 2 * r for name, r in ranks.items()})
+    params, wanted = {}, {}
+    for name, shape in shapes.items():
+        wanted[name] = 0.3 * rng.standard_normal(shape)
+        B, A = full_rank_factors(wanted[name], config.scale(name))
+        params |= {f"{name}.A": device(A), f"{name}.B": device(B)}
+    full = ln.Adapter(config, params)
+    for name, dW in dense_updates(model, full).items():
+        if name in wanted:
+            assert np.abs(dW - wanted[name]).max() <= 1e-14
+    split = dense_updates(model, ln.Adapter(config, params))
+    updates = {name: wanted.get(name, dW) for name, dW in split.items()}
+    expected = ln.forward(with_updates(model, updates), **inputs(batch))
+    assert deviation(ln.forward(model, adapter=full, **inputs(batch)), expected) <= 1e-12
+
+
+# --- L4: against full fine-tuning -----------------------------------------------------------------------------------
+
+
+def full_gradients(merged, batch, config):
+    """The gradient of each matrix's W at the merged point, as full fine-tuning has it, by the matrix's name."""
+    _, grads = ln.loss_and_grads(merged, None, **batch, trainable="all")
+    host = {name: asnumpy(g) for name, g in grads.items()}
+    full = {name.removesuffix(".weight"): g for name, g in host.items()}
+    full["embed.tokens"] = host["embed.tokens"].T
+    full["head"] = host.get("head.weight", host["embed.tokens"])
+    for i in range(config.n_layer):
+        full[f"layers.{i}.attn.qkv"] = np.concatenate([full[f"layers.{i}.attn.{part}"] for part in "qkv"])
+    return host, full
+
+
+@proves("L4", "L5")
+@given(cases(**FLOAT64))
+def test_gradients_are_the_chain_rule_of_full_fine_tuning(case):
+    """dA = s B^T dW and dB = s dW A^T at the merged weights; what is trained whole has its weight's own gradient.
+
+    test_gradcheck holds every gradient of a model to 1e-11 of its own largest element; one that should be 0, as a key's
+    bias has, to a rounding of the largest of all. Both sides may err by that, and dW's error comes through s B^T or
+    s A^T.
+    """
+    model, adapter, batch, _ = case
+    _, grads = ln.loss_and_grads(model, adapter, **batch)
+    host, full = full_gradients(ln.merge(model, adapter), batch, model.config)
+
+    def slack(g, everything):
+        return 1e-11 * np.abs(g).max() + 2.0**-50 * largest(everything)
+
+    for name in adapter.matrices:
+        A, B, dA, dB = (asnumpy(d[f"{name}.{f}"]) for d in (adapter.params, grads) for f in "AB")
+        s, dW = adapter.config.scale(name), full[name]
+        e = slack(dW, host) * abs(s)
+        assert np.abs(dA - s * B.T @ dW).max() <= slack(dA, grads) + e * np.abs(B).sum(axis=0).max()
+        assert np.abs(dB - s * dW @ A.T).max() <= slack(dB, grads) + e * np.abs(A).sum(axis=1).max()
+    for name in adapter.whole:
+        g = asnumpy(grads[name])
+        assert np.abs(g - host[name]).max() <= slack(g, grads) + slack(host[name], host)
+
+
+# --- L7: an adapter for each row ------------------------------------------------------------------------------------
+
+
+@st.composite
+def rows_of_adapters(draw, whole=True, targets=None, **fields):
+    """A Case whose adapter is a list: for each row an adapter of its own targets, ranks and scale, or none."""
+    case = draw(cases(**fields))
+    lora = lora_configs(case.model.config, dropout=False, whole=whole, targets=targets)
+    chosen = [draw(st.one_of(st.none(), lora, lora)) for _ in case.batch["tokens"]]
+    adapters = [
+        None if lora_config is None else trained_adapter(case.model, lora_config, seed=(case.seed + n) % 2**32)
+        for n, lora_config in enumerate(chosen)
+    ]
+    return case._replace(adapter=adapters)
+
+
+def row_of(batch, n):
+    return {name: None if a is None else a[n : n + 1] for name, a in batch.items()}
+
+
+@proves("L7")
+@given(rows_of_adapters(heads=EVERY_HEAD, **FLOAT64))
+def test_adapters_per_row_act_as_each_row_alone(case):
+    model, adapters, batch, _ = case
+    logits = real_logits(model.config, ln.forward(model, adapter=adapters, **inputs(batch)), batch["mask"])
+    for n, adapter in enumerate(adapters):
+        row = row_of(batch, n)
+        alone = ln.forward(model, adapter=adapter, **inputs(row))
+        assert deviation(logits[n], real_logits(model.config, alone, row["mask"])[0]) <= 1e-12
+
+
+@proves("L7")
+@given(cases(heads=EVERY_HEAD, min_rows=2))
+def test_the_rows_of_one_adapter_are_that_adapter(case):
+    """Where s is a power of two, or not: s goes into B, one rounding more; the same adapter for each row otherwise."""
+    model, adapter, batch, _ = case
+    N = len(batch["tokens"])
+    together = ln.forward(model, adapter=adapter, **inputs(batch))
+    by_row = ln.forward(model, adapter=[adapter] * N, **inputs(batch))
+    nobody = ln.forward(model, adapter=[None] * N, **inputs(batch))
+    assert deviation(by_row, together) <= (1e-12 if model.dtype == "float64" else 1e-3)
+    assert same_bits(nobody, ln.forward(model, **inputs(batch)))
+
+
+def check_loss_per_row(model, adapters, batch):
+    """The loss of a batch with a list of adapters is the mean of its rows', by their counted targets."""
+    total, count = 0.0, 0
+    for n, adapter in enumerate(adapters):
+        row = row_of(batch, n)
+        counted = int((row["targets"] != -100).sum())
+        if counted:
+            total += counted * ln.loss(model, adapter=adapter, **row)
+            count += counted
+    assert abs(ln.loss(model, adapter=adapters, **batch) - total / count) <= 1e-12 * (1 + total / count)
+
+
+@proves("L7", "T15")
+@given(rows_of_adapters(whole=False, targets=("q", "v", "embed"), **FLOAT64))
+def test_the_loss_of_adapters_per_row_is_the_mean_over_rows(case):
+    check_loss_per_row(*case[:3])
+
+
+@proves("L7", "T15")
+@pytest.mark.parametrize("fields", [{"targets": ("head",)}, {"train_head": True}, {"bias": "all"}], ids=str)
+def test_the_loss_of_heads_per_row_is_the_mean_over_rows(fields):
+    model, adapter, batch, _ = case_of(replace(GPT2, head="tag", n_labels=3), **fields)
+    check_loss_per_row(model, [adapter, None, rescaled(adapter, 2.0)], batch)
+
+
+@proves("L7")
+@given(cases(**FLOAT64))
+def test_switching_adapters_leaves_the_model_alone(case):
+    """Forward with one adapter, then another, then none: each as if it were the first."""
+    model, adapter, batch, _ = case
+    other = trained_adapter(model, adapter.config, seed=case.seed // 2 + 1)
+    first = [bits(ln.forward(model, adapter=a, **inputs(batch))) for a in (adapter, other, None)]
+    again = [bits(ln.forward(model, adapter=a, **inputs(batch))) for a in (None, other, adapter)]
+    assert first == again[::-1]
+
+
+# --- T9: what a token cannot see -------------------------------------------------------------------------------------
+
+
+@proves("T9")
+@given(cases(heads=("lm", "tag", "none"), causal=True), seeds)
+def test_a_later_token_never_changes_an_earlier_logit(case, seed):
+    """Not by a bit: a row of a product does not depend on the other rows."""
+    model, adapter, batch, _ = case
+    before = asnumpy(ln.forward(model, adapter=adapter, **inputs(batch)))
+    rng = np.random.default_rng(seed)
+    for t in range(1, batch["tokens"].shape[1]):
+        changed = inputs(batch) | {"tokens": batch["tokens"].copy()}
+        changed["tokens"][:, t:] = rng.integers(0, model.config.vocab_size, changed["tokens"][:, t:].shape)
+        assert same_bits(asnumpy(ln.forward(model, adapter=adapter, **changed))[:, :t], before[:, :t])
+
+
+@proves("T9")
+@given(cases(heads=("lm", "tag", "none"), causal=True, padding=("none", "right"), **FLOAT64))
+def test_a_text_begins_the_same_however_long_it_is(case):
+    """Cut off after t tokens, its logits are the first t of the whole: within rounding, as products differ in size."""
+    model, adapter, batch, _ = case
+    whole = real_logits(model.config, ln.forward(model, adapter=adapter, **inputs(batch)), batch["mask"])
+    for t in range(1, batch["tokens"].shape[1]):
+        start = {name: None if a is None else a[:, :t] for name, a in inputs(batch).items()}
+        cut = real_logits(model.config, ln.forward(model, adapter=adapter, **start), start["mask"])
+        for one, other in zip(whole, cut, strict=True):
+            assert deviation(one[: len(other)], other) <= 1e-12
+
+
+@proves("T9")
+@given(cases(heads=EVERY_HEAD, padding=("left", "right", "holes")), seeds)
+def test_what_stands_in_padding_never_changes_a_real_token(case, seed):
+    """Other tokens and types where the mask is false: every bit of the real logits, and of every gradient, stays."""
+    model, adapter, batch, _ = case
+    rng = np.random.default_rng(seed)
+    changed = dict(batch)
+    for name, n in (("tokens", model.config.vocab_size), ("token_types", model.config.n_types)):
+        if name in batch:
+            changed[name] = np.where(batch["mask"], batch[name], rng.integers(0, n, batch[name].shape))
+    one, other = (
+        real_logits(model.config, ln.forward(model, adapter=adapter, **inputs(b)), batch["mask"])
+        for b in (batch, changed)
+    )
+    assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
+    if "embed" not in adapter.config.targets and model.config.head != "none":
+        grads = [ln.loss_and_grads(model, adapter, **b)[1] for b in (batch, changed)]
+        slack = (1e-12 if model.dtype == "float64" else 1e-3) * gradient_scale(model, batch)
+        assert farthest(*grads) <= slack
+
+
+def padded(batch, left, right):
+    """The batch with so many places of padding on either side."""
+    N, T = batch["tokens"].shape
+    mask = np.ones((N, T), dtype=bool) if batch["mask"] is None else batch["mask"]
+    fill = {"targets": -100, "mask": False}
+    return {
+        name: np.pad(a, ((0, 0), (left, right)), constant_values=fill.get(name, 0)) if a.ndim == 2 else a
+        for name, a in {**batch, "mask": mask}.items()
+    }
+
+
+@proves("T9", "T11", "T14")
+@given(cases(**FLOAT64), st.integers(0, 2), st.integers(0, 2))
+def test_padding_on_either_side_changes_nothing(case, left, right):
+    """Real logits, loss and gradients of the wider batch are the narrow one's, within rounding."""
+    model, adapter, batch, _ = case
+    wide = padded(batch, left, right)
+    one = real_logits(model.config, ln.forward(model, adapter=adapter, **inputs(batch)), batch["mask"])
+    other = real_logits(model.config, ln.forward(model, adapter=adapter, **inputs(wide)), wide["mask"])
+    assert all(deviation(b, a) <= 1e-12 for a, b in zip(one, other, strict=True))
+    loss, grads = ln.loss_and_grads(model, adapter, **batch)
+    wide_loss, wide_grads = ln.loss_and_grads(model, adapter, **wide)
+    assert abs(loss - wide_loss) <= 1e-12 * (1 + abs(loss))
+    assert farthest(grads, wide_grads) <= 1e-12 * gradient_scale(model, batch)
+
+
+# --- O4: order and splitting -----------------------------------------------------------------------------------------
+
+
+@proves("O4")
+@given(cases(min_rows=2, **FLOAT64), seeds)
+def test_the_order_of_a_batch_changes_nothing_beyond_rounding(case, seed):
+    model, adapter, batch, _ = case
+    order = np.random.default_rng(seed).permutation(len(batch["tokens"]))
+    shuffled = {name: None if a is None else a[order] for name, a in batch.items()}
+    logits = asnumpy(ln.forward(model, adapter=adapter, **inputs(batch)))
+    assert deviation(ln.forward(model, adapter=adapter, **inputs(shuffled)), logits[order]) <= 1e-12
+    loss, grads = ln.loss_and_grads(model, adapter, **batch)
+    other_loss, others = ln.loss_and_grads(model, adapter, **shuffled)
+    assert abs(loss - other_loss) <= 1e-12 * (1 + abs(loss))
+    assert farthest(grads, others) <= 1e-12 * gradient_scale(model, batch)
+
+
+@proves("O4")
+@given(cases(min_rows=2, **FLOAT64))
+def test_splitting_a_batch_changes_nothing_beyond_rounding(case):
+    """Each row alone gives its logits; loss and gradients are the means of the rows', by their counted targets."""
+    model, adapter, batch, _ = case
+    logits = asnumpy(ln.forward(model, adapter=adapter, **inputs(batch)))
+    loss, grads = ln.loss_and_grads(model, adapter, **batch)
+    total, sums, count = 0.0, dict.fromkeys(grads, 0.0), int((batch["targets"] != -100).sum())
+    for n in range(len(logits)):
+        row = row_of(batch, n)
+        alone = asnumpy(ln.forward(model, adapter=adapter, **inputs(row)))
+        assert np.abs(alone[0] - logits[n]).max() <= 1e-12 * np.abs(logits).max()
+        counted = int((row["targets"] != -100).sum())
+        if counted:
+            row_loss, row_grads = ln.loss_and_grads(model, adapter, **row)
+            total += row_loss * counted / count
+            sums = {name: sums[name] + asnumpy(row_grads[name]) * counted / count for name in sums}
+    assert abs(loss - total) <= 1e-12 * (1 + abs(loss))
+    assert farthest(grads, {name: device(total) for name, total in sums.items()}) <= 1e-12 * gradient_scale(
+        model, batch
+    )
+
+
+# --- T12: dropout ----------------------------------------------------------------------------------------------------
+
+DROPOUT = {"dropout": 0.4, "targets": ("q", "v", "o", "up", "down", "head")}
+
+
+@proves("T12", "L2")
+def test_dropout_depends_on_its_seed_alone():
+    model, adapter, batch, _ = case_of(replace(GPT2, tie_head=False), **DROPOUT)
+    results = [ln.loss_and_grads(model, adapter, **batch, dropout_seed=seed) for seed in (1, 1, 2, None)]
+    assert results[0][0] == results[1][0]
+    assert same_bits(results[0][1], results[1][1])
+    assert len({loss for loss, _ in results}) == 3
+    assert results[3][0] == ln.loss(model, adapter=adapter, **batch)
+
+
+@proves("T12", "L3")
+@given(cases(), seeds)
+def test_no_dropout_without_a_probability(case, seed):
+    model, adapter, batch, _ = case
+    loss, grads = ln.loss_and_grads(model, adapter, **batch)
+    with_seed = ln.loss_and_grads(model, adapter, **batch, dropout_seed=seed)
+    assert with_seed[0] == loss
+    assert same_bits(with_seed[1], grads)
+
+
+@proves("T12", "L4")
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2,
+        replace(GPT2, head="classify", n_labels=3, causal=False),
+        replace(GPT2, activation="silu_gated", n_kv_head=1, positions="rotary", tie_head=False),
+    ],
+    ids=["language model", "classifier", "gated, grouped, rotary"],
+)
+def test_gradients_under_dropout(config):
+    """Of the loss with the same masks, by complex step, for every target that has dropout."""
+    gate = ("gate",) if config.activation == "silu_gated" else ()
+    model, adapter, batch, _ = case_of(config, N=2, T=3, **{**DROPOUT, "targets": (*DROPOUT["targets"], "k", *gate)})
+    wide = ln.Model(config, {name: w.astype(complex) for name, w in model.weights.items()})
+    params = {name: p.astype(complex) for name, p in adapter.params.items()}
+    _, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=5)
+    floor = FLOOR * largest(grads)
+    for name, value in adapter.params.items():
+
+        def loss(x, name=name):
+            there = replace(adapter, params={**params, name: x})
+            return ln.loss_and_grads(wide, there, **batch, dropout_seed=5)[0]
+
+        assert relative_error(grads[name], complex_step(loss, value), floor=floor) <= 1e-11
+
+
+@proves("T12", "L4")
+def test_a_fused_pair_shares_its_dropout_mask():
+    """Three separate updates with the fused one's A have other masks; with the mask shared, one A sees one input."""
+    model, adapter, batch, _ = case_of(GPT2, targets=("qkv",), dropout=0.4)
+    D = GPT2.d_model
+    params = {}
+    for i in range(GPT2.n_layer):
+        A, B = (adapter.params[f"layers.{i}.attn.qkv.{f}"] for f in "AB")
+        for j, part in enumerate("qkv"):
+            params |= {f"layers.{i}.attn.{part}.A": A, f"layers.{i}.attn.{part}.B": B[j * D : (j + 1) * D]}
+    split = ln.Adapter(replace(adapter.config, targets=("q", "k", "v")), params)
+    without = [ln.loss_and_grads(model, a, **batch) for a in (adapter, split)]
+    assert without[0][0] == without[1][0]
+    for i in range(GPT2.n_layer):
+        parts = [asnumpy(without[1][1][f"layers.{i}.attn.{part}.A"]) for part in "qkv"]
+        assert deviation(without[0][1][f"layers.{i}.attn.qkv.A"], sum(parts)) <= 1e-14
+        joined = np.concatenate([asnumpy(without[1][1][f"layers.{i}.attn.{part}.B"]) for part in "qkv"])
+        assert same_bits(without[0][1][f"layers.{i}.attn.qkv.B"], joined)
+    fused, separate = (ln.loss_and_grads(model, a, **batch, dropout_seed=1)[0] for a in (adapter, split))
+    assert fused != separate
+
+
+# --- What does not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("adapter", "trainable", "error", "message"),
+    [
+        (None, "adapter", ValueError, "expected an adapter to train"),
+        ("one", "all", ValueError, "expected an adapter to train"),
+        ("one", "some", ValueError, "trainable: expected adapter or all, got 'some'"),
+        ("list", "adapter", TypeError, "one adapter is trained at a time, got list"),
+    ],
+)
+def test_training_the_wrong_thing_is_refused(adapter, trainable, error, message):
+    model, one, batch, _ = case_of(GPT2)
+    adapter = {"one": one, "list": [one] * 3}.get(adapter)
+    with pytest.raises(error, match=message):
+        ln.loss_and_grads(model, adapter, **batch, trainable=trainable)
+
+
+def test_a_list_of_adapters_of_the_wrong_length_is_refused():
+    model, one, batch, _ = case_of(GPT2)
+    with pytest.raises(ValueError, match="for each of 3 rows, got a list of 2"):
+        ln.forward(model, batch["tokens"], [one, None])
