@@ -1,6 +1,7 @@
 """LoRA of one matrix: each statement in exact arithmetic, or within a bound that is derived."""
 
 import math
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,19 @@ def test_patterns_set_rank_and_scale_by_matrix_then_by_target():
 
 
 @proves("L1")
+def test_the_defaults_are_the_papers_and_everything_is_frozen():
+    """Wq and Wv, as in the paper; alpha = 2 r, so s = 2; nothing else is trained."""
+    config = LoRAConfig()
+    assert config == LoRAConfig(8, 16, ("q", "v"), 0.0, "none", False, False, {}, {}, None, "uniform", 0.02)
+    assert config.scale("layers.0.attn.q") == 2
+    adapter = ln.Adapter(config, {})
+    assert adapter != replace(adapter)  # arrays have no one truth: an adapter is itself alone
+    for frozen, name in ((config, "r"), (adapter, "params")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(frozen, name, None)
+
+
+@proves("L1")
 @pytest.mark.parametrize(
     ("name", "target"),
     [("layers.3.attn.q", "q"), ("layers.12.mlp.gate", "gate"), ("embed.tokens", "embed"), ("head", "head")],
@@ -134,7 +148,7 @@ def test_an_update_for_each_row(case, seed, missing):
         rows[0] = None
     stacked = lora.stack_updates(rows)
     h, _ = ln.lora_linear(x, W0, b, *stacked[:3])
-    assert stacked.s == 1.0
+    assert (stacked.s, stacked.dropout) == (1.0, 0.0)
     assert stacked.A.shape == (len(x), max(len(row.A) for row in rows if row), n_in)
     for n, row in enumerate(rows):
         alone = ops.linear(x[n], W0, b) if row is None else ln.lora_linear(x[n], W0, b, *row[:3])[0]
@@ -346,6 +360,11 @@ def cancelling(size):
     return x, -3 * (B @ A), np.zeros(7), A, B, 3.0
 
 
+def hidden(eps):
+    """Beside b = 1 both x W0 and the update are less than half an ulp, and lost; their sum is more, and is not."""
+    return [[1.0]], [[0.3 * eps]], [1.0], [[1.0]], [[0.3 * eps]], 1.0
+
+
 # x, W0, b, A, B and s, from the smallest number above 0 and its square root.
 HARD = {
     "cancellation": lambda tiny, root: cancelling(1.0),
@@ -364,6 +383,7 @@ HARD = {
     ),
     "x W0 underflows": lambda tiny, root: ([[root] * 9], [[0.7 * root] * 9], None, [[1e-9] * 9], [[1e-9]], 1.0),
     "W0 is subnormal": lambda tiny, root: ([[1e9]], [[tiny]], None, [[1e-9]], [[0.3 * tiny * 1e9]], 1.0),
+    "b hides each half": lambda tiny, root: hidden(2.0**-23 if tiny > 1e-50 else 2.0**-52),
     "the update is lost": lambda tiny, root: ([[1.0] * 300], [[1.0] * 300], None, [[1e-9] * 300], [[1e-3]], 1.0),
     "many that cancel": lambda tiny, root: ([[1.0, -1.0] * 500], [[1.1] * 1000], [0.1], [[0.7] * 1000], [[0.3]], 7.0),
 }
@@ -377,6 +397,22 @@ def test_merged_and_unmerged_agree_where_it_is_hard(name, dtype):
     x, W0, b, A, B, s = HARD[name](tiny, tiny**0.5)
     apart, bound = merged_against_unmerged(*(None if a is None else np.array(a, dtype) for a in (x, W0, b, A, B)), s)
     assert np.all(apart <= bound)
+
+
+@proves("L5")
+@given(linears(masked=False), st.sampled_from([-3.0, 1e-6]))
+def test_the_bound_is_the_one_that_is_derived(case, s):
+    """2 g(in + r + 4) (|x||W0|^T + |s||x||A|^T|B|^T + |b|) and eta for each product that may underflow."""
+    dtype, (r, n_in) = case["x"].dtype, case["A"].shape
+    x, W0, b, A, B, _, _ = (np.abs(a) for a in on_host(case))
+    M = x @ W0.T + abs(s) * (x @ A.T @ B.T) + b
+    B1, x1 = B.sum(axis=1), x.sum(axis=2, keepdims=True)
+    unmerged = n_in + n_in * abs(s) * B1 + x @ A.T @ B.T + B1 + r
+    merged = (r * abs(s) + 2) * x1 + n_in
+    eta = float(np.finfo(dtype).smallest_subnormal)
+    got = lora.linear_rounding_bound(case["x"], case["W0"], case["b"], case["A"], case["B"], s, dtype)
+    expected = 2 * gamma(n_in + r + 4, dtype) * M + eta * (unmerged + merged)
+    assert np.all(np.abs(asnumpy(got) - expected) <= 1e-13 * expected)
 
 
 @proves("L5")
