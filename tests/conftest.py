@@ -7,7 +7,7 @@ import lora_np
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 # The stand-in wraps every operation in Python: fewer examples keep its run about as long.
-few = 8 if lora_np.backend_name == "cupy" else 25
+few = 15 if lora_np.backend_name == "cupy" else 50
 settings.register_profile("quick", deadline=None, max_examples=few, suppress_health_check=SLOW)
 settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, print_blob=True)
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)

@@ -63,7 +63,7 @@ def farthest(grads, others):
 
 def gamma(n, dtype="float64"):
     """n u / (1 - n u): the relative error of n roundings."""
-    u = np.finfo(dtype).eps / 2
+    u = float(np.finfo(dtype).eps) / 2
     return n * u / (1 - n * u)
 
 

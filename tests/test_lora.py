@@ -458,6 +458,7 @@ BAD_CONFIGS = [
     ({"r": True}, ValueError, "r: expected an integer"),
     ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\]"),
     ({"alpha": math.inf}, ValueError, "alpha: expected a finite number"),
+    ({"alpha": "8"}, ValueError, "alpha: expected a finite number"),
     ({"alpha_pattern": {"v": math.nan}}, ValueError, r"alpha_pattern\['v'\]"),
     ({"targets": "q"}, TypeError, "targets: expected a sequence"),
     ({"targets": 3}, TypeError, "targets: expected a sequence"),
@@ -471,6 +472,7 @@ BAD_CONFIGS = [
     ({"bias": "some"}, ValueError, "bias"),
     ({"init": "zeros"}, ValueError, "init"),
     ({"sigma": 0.0}, ValueError, "sigma"),
+    ({"sigma": math.inf}, ValueError, "sigma"),
     ({"layers": (-1,)}, ValueError, "layers"),
 ]
 

@@ -660,6 +660,17 @@ def test_dropout_mask_is_the_hash_that_it_says(seed, stream, first_row, p):
 
 
 @proves("T12")
+@given(seeds)
+def test_dropout_drops_hashes_below_p(seed):
+    """Below p 2^32, and not at it: so of the 2^32 hashes exactly that many are dropped."""
+    key = crc32(f"{seed} q")
+    h = hash32(hash32(key) ^ hash32(key ^ 0x9E3779B9))
+    kept, dropped = (asnumpy(mask_of((1, 1, 1), p, seed, "q")).item() for p in (h / 2**32, (h + 1) / 2**32))
+    assert kept == 1 / (1 - h / 2**32)
+    assert dropped == 0
+
+
+@proves("T12")
 @given(seeds, small, small, small, st.floats(0, 0.99), dtypes)
 def test_dropout_mask_is_zero_or_the_scale(seed, N, T, D, p, dtype):
     mask = asnumpy(mask_of((N, T, D), p, seed, dtype=dtype))
