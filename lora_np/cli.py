@@ -299,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--warmup", type=int, default=20, help="steps of warm-up (default: %(default)s)")
     p.add_argument("--batch", type=int, default=16, help="windows a step (default: %(default)s)")
     p.add_argument("--accumulate", type=int, default=1, help="parts that a batch is run in (default: %(default)s)")
-    p.add_argument("--window", type=int, default=128, help="tokens a window (default: %(default)s)")
+    p.add_argument("--window", type=int, default=64, help="tokens a window (default: %(default)s)")
     p.add_argument("--held-out", type=float, default=0.1, help="part of the text (default: %(default)s)")
     p.add_argument("--every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
@@ -310,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, required=True, metavar="FILE.txt", help="UTF-8 text")
     _add_base(p)
     p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter's folder")
-    p.add_argument("--window", type=int, default=128, help="tokens a window (default: %(default)s)")
+    p.add_argument("--window", type=int, default=64, help="tokens a window (default: %(default)s)")
     p.add_argument("--windows", type=int, default=64, help="at most so many, spread evenly (default: %(default)s)")
 
     p = command("generate", run_generate, "text after a prompt")

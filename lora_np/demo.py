@@ -47,14 +47,14 @@ class Plan:
 
 
 STANDARD = Plan(
-    config=Config(BYTES, 128, n_layer=4, n_head=4, d_model=128, d_ff=512),
+    config=Config(BYTES, 64, n_layer=4, n_head=4, d_model=128, d_ff=512),
     lora=LoRAConfig(r=8, alpha=16, targets=("q", "v")),
     rows=16,
-    pretrain=Settings(steps=300, lr=4e-3, warmup=20, weight_decay=0.01),
-    adapt=Settings(steps=100, lr=1e-2, b_ratio=4, warmup=10),
-    full=Settings(steps=100, lr=1e-3, warmup=10),
+    pretrain=Settings(steps=500, lr=4e-3, warmup=20, weight_decay=0.01),
+    adapt=Settings(steps=150, lr=1e-2, b_ratio=4, warmup=10),
+    full=Settings(steps=150, lr=1e-3, warmup=10),
     evaluations=5,
-    windows=64,
+    windows=128,
 )
 QUICK = replace(
     STANDARD,

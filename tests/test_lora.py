@@ -400,9 +400,14 @@ def test_merged_and_unmerged_agree_where_it_is_hard(name, dtype):
 
 
 @proves("L5")
-@given(linears(masked=False), st.sampled_from([-3.0, 1e-6]))
-def test_the_bound_is_the_one_that_is_derived(case, s):
-    """2 g(in + r + 4) (|x||W0|^T + |s||x||A|^T|B|^T + |b|) and eta for each product that may underflow."""
+@pytest.mark.parametrize(("s", "zeros"), [(-3.0, ()), (0.0, ("W0", "b")), (-3.0, ("W0", "b", "A"))])
+@given(case=linears(masked=False))
+def test_the_bound_is_the_one_that_is_derived(case, s, zeros):
+    """2 g(in + r + 4) (|x||W0|^T + |s||x||A|^T|B|^T + |b|) and eta for each product that may underflow.
+
+    Where the first is zero, for want of W0, b and s or A, the second shows.
+    """
+    case |= {name: case[name] * 0 for name in zeros if case[name] is not None}
     dtype, (r, n_in) = case["x"].dtype, case["A"].shape
     x, W0, b, A, B, _, _ = (np.abs(a) for a in on_host(case))
     M = x @ W0.T + abs(s) * (x @ A.T @ B.T) + b
@@ -474,6 +479,7 @@ BAD_CONFIGS = [
     ({"sigma": 0.0}, ValueError, "sigma"),
     ({"sigma": math.inf}, ValueError, "sigma"),
     ({"layers": (-1,)}, ValueError, "layers"),
+    ({"layers": (0.5,)}, ValueError, "layers"),
 ]
 
 
