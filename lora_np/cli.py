@@ -21,7 +21,7 @@ import numpy as np
 from . import __version__, data, demo, finetune, plot
 from . import adapter as adapters
 from .backend import backend_name
-from .decode import generate
+from .decode import generate_on
 from .formats.folder import load_model, save_model
 from .formats.peft import load_adapter
 from .formats.survey import survey
@@ -202,8 +202,10 @@ def run_generate(args: argparse.Namespace) -> int:
     with Bar() as bar:
         model = _base(args, bar)
     finetune.check_bytes(model)
+    if not args.prompt:
+        raise ValueError("--prompt: expected some text to go on from, got none")
     prompt = data.encode(args.prompt).astype(np.int64)[None]
-    tokens = generate(
+    tokens = generate_on(
         model, prompt, _adapter(args, model), n=args.n, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, seed=args.seed if args.temperature > 0 else None,
     )  # fmt: skip
@@ -317,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_base(p)
     p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter's folder")
     p.add_argument("--prompt", required=True, help="the text to go on from")
-    p.add_argument("-n", type=int, default=80, help="tokens (default: %(default)s)")
+    p.add_argument("-n", type=int, default=200, help="tokens (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: %(default)s)")
     p.add_argument("--top-k", type=int, help="draw from the k likeliest")
     p.add_argument("--top-p", type=float, help="draw from the likeliest that together reach p")

@@ -112,3 +112,24 @@ def generate(
         result = np.concatenate([result, new], axis=1)  # (N,S) -> (N,S+1)
         mask = None if mask is None else np.concatenate([mask, np.ones((N, 1), dtype=bool)], axis=1)
     return result
+
+
+def generate_on(
+    model: Model, tokens: Any, adapter: AnyAdapter = None, *, n: int, seed: int | None = None, **sampling: Any
+) -> Array:
+    """T16, past the longest text: when that is full, its last half is the prompt for what follows.
+
+    Arguments, result and errors as of `generate`, which this calls; each time with another seed, drawn from the first.
+    """
+    tokens = asnumpy(tokens)
+    room = model.config.longest
+    seeds = np.random.SeedSequence(0 if seed is None else seed)
+    while True:
+        prompt = tokens if tokens.shape[-1] < room else tokens[:, -max(1, room // 2) :]
+        step = min(n, max(1, room - prompt.shape[-1]))
+        part_seed = None if seed is None else int(seeds.spawn(1)[0].generate_state(1)[0])
+        new = generate(model, prompt, adapter, n=step, seed=part_seed, **sampling)[:, prompt.shape[-1] :]
+        tokens = np.concatenate([tokens, new], axis=1)  # (N,S) -> (N,S+step)
+        n -= step
+        if n <= 0:
+            return tokens

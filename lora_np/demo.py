@@ -22,7 +22,7 @@ import numpy as np
 from .adapter import count_parameters, init_adapter, merge, unmerge
 from .backend import Array, asnumpy, xp
 from .data import BYTES, all_windows, decode, encode, language_reference, random_windows, split, standard_library
-from .decode import generate
+from .decode import generate_on
 from .finetune import Curve, held_out_loss
 from .formats.folder import load_model, model_hash, save_model
 from .formats.peft import load_adapter, save_adapter
@@ -185,9 +185,9 @@ def run(report: Callable[[Progress], None], plan: Plan) -> Outcome:
         "base": sum(w.size for w in base.weights.values()),
         "LoRA": count_parameters(base.config, plan.lora),
     }
-    sample = held_out[: plan.config.n_positions // 4].astype(np.int64)[None]
+    sample = held_out[: plan.config.n_positions // 2].astype(np.int64)[None]
     for name, with_adapter in [("base", None), ("LoRA", lora)]:
-        new = generate(base, sample, with_adapter, n=plan.config.n_positions // 2, temperature=0.7, seed=0)
+        new = generate_on(base, sample, with_adapter, n=100, temperature=0.7, seed=0)
         out.samples[name] = decode(new[0, sample.shape[1] :])
     out.samples["prompt"] = decode(sample[0])
     window = next(all_windows(held_out, N=2, T=plan.config.n_positions, most=2))

@@ -94,6 +94,19 @@ def test_generate_goes_on_from_the_prompt_and_repeats_itself(home, capsys):
     assert run(capsys, *argv, "--seed", "3")[1] == out
     _, greedy, _ = run(capsys, *argv, "--temperature", "0", "--json")
     assert len(json.loads(greedy)["text"]) <= 16
+    status, out, _ = run(capsys, *argv[:-1], "100", "--json")  # past the base's longest text, 32 tokens
+    assert status == 0
+    assert len(json.loads(out)["text"].encode("utf-8", "replace")) >= 100
+
+
+def test_generate_says_what_is_wrong_with_a_request(home, capsys):
+    for more, message in (
+        (["--prompt", ""], "--prompt: expected some text"),
+        (["--prompt", "a", "-n", "-1"], "n: expected 0"),
+    ):
+        status, out, err = run(capsys, "generate", "--base", home / "base", *more)
+        assert (status, out) == (2, "")
+        assert message in err
 
 
 def test_merge_writes_a_model_with_the_adapter_in_it(home, capsys):

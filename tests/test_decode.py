@@ -267,3 +267,36 @@ def test_a_wrong_request_is_refused(options, message):
 def test_what_is_no_causal_language_model_is_refused(fields):
     with pytest.raises(ValueError, match="expected a causal language model"):
         ln.generate(random_model(replace(GPT2, **fields), seed=0), [[1, 2]], n=1)
+
+
+# --- Past the longest text -----------------------------------------------------------------------------------------
+
+
+@proves("T16")
+@given(cases(**MODELS), st.integers(0, 25))
+def test_past_the_longest_text_its_last_half_is_the_prompt(case, n):
+    """Each new token is the likeliest after a window that is filled up, and then cut to its last half."""
+    model, adapter, _, _ = case
+    window = tokens = case.batch["tokens"]
+    for _ in range(n):
+        if window.shape[1] == model.config.longest:
+            window = window[:, -(model.config.longest // 2) :]
+        new = ln.generate(model, window, adapter, n=1)[:, -1:]
+        window, tokens = np.concatenate([window, new], axis=1), np.concatenate([tokens, new], axis=1)
+    assert np.array_equal(decode.generate_on(model, case.batch["tokens"], adapter, n=n), tokens)
+
+
+@proves("T16")
+def test_past_the_longest_text_too_the_draws_depend_on_the_seed_alone():
+    model, tokens = random_model(GPT2, seed=0), np.zeros((4, 2), dtype=int)
+    one, two, other = (decode.generate_on(model, tokens, n=40, temperature=2.0, seed=s) for s in (1, 1, 2))
+    assert one.shape == (4, 42)
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, other)
+    assert not np.array_equal(one[:, 10:15], one[:, 15:20])  # each part is drawn anew
+
+
+@pytest.mark.parametrize("wrong", [{"n": -1}, {"n": 3, "temperature": 1.0}, {"n": 3, "top_k": 2}], ids=str)
+def test_a_wrong_request_past_the_longest_text_is_refused(wrong):
+    with pytest.raises(ValueError, match="generate: "):
+        decode.generate_on(random_model(GPT2, seed=0), np.zeros((1, 9), dtype=int), **wrong)
