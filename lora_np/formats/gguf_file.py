@@ -21,7 +21,7 @@ from ..backend import Array, DType
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 MAX_HEADER_BYTES = 100 * 10**6
 MAX_ENTRIES = 2**16  # keys, and tensors
-MAX_STRINGS = 2**22  # in all arrays together
+MAX_STRINGS = 2**21  # in all arrays together
 MAX_DIMS = 4  # the format's own limit
 BLOCK_ELEMENTS = 2**18  # that are decoded at once
 
@@ -50,7 +50,7 @@ TENSOR_TYPES = {
 }
 
 
-class Values(NamedTuple):
+class ValueList(NamedTuple):
     """An array among the metadata, left in the file: so many values of one type, from the byte `start` on."""
 
     kind: int
@@ -89,7 +89,7 @@ def import_gguf() -> Any:
 class GGUFFile:
     """An open GGUF file: its metadata, what tensors it has, and their values.
 
-    metadata: numbers, booleans and strings by key; arrays are `Values`, which `array` reads.
+    metadata: numbers, booleans and strings by key; arrays are `ValueList`, which `array` reads.
     """
 
     def __init__(self, path: Path, file: BinaryIO, data: mmap.mmap) -> None:
@@ -104,7 +104,7 @@ class GGUFFile:
 
     def array(self, key: str, kind: type, most: int) -> list[Any]:
         """The values of an array; a ValueError if there is none, one of another type, or a longer one."""
-        values = self.get(key, Values)
+        values = self.get(key, ValueList)
         if values.length > most:
             raise ValueError(f"{self.path}: {key}: expected at most {most} values, got {values.length}")
         if (values.kind == STRING) != (kind is str) or SCALARS.get(values.kind) in ("f", "d", "?"):
@@ -243,21 +243,24 @@ class GGUFFile:
             raise ValueError(f"{self.path}: {what}: type {kind} is not known")
         return self._number(SCALARS[kind], what)
 
-    def _array(self, key: str, what: str) -> Values:
+    def _array(self, key: str, what: str) -> ValueList:
         """An array's place; its values are passed over."""
         kind = self._number("I", f"the type of {_shown(key)}'s values")
         count = self._number("Q", f"the length of {_shown(key)}")
         if kind in SCALARS:
-            return Values(kind, count, self._take(count * struct.calcsize(f"<{SCALARS[kind]}"), what))
+            return ValueList(kind, count, self._take(count * struct.calcsize(f"<{SCALARS[kind]}"), what))
         if kind != STRING:
             raise ValueError(f"{self.path}: {what}: an array of type {kind} is not supported")
         self._strings += count
         if self._strings > min(MAX_STRINGS, self._size):
             raise ValueError(f"{self.path}: {what}: more strings than {min(MAX_STRINGS, self._size)}: {self._strings}")
-        start = self._at
-        for _ in range(count):
-            self._take(self._number("Q", what), what)
-        return Values(kind, count, start)
+        start, read, last = self._at, struct.Struct("<Q").unpack_from, min(self._size, MAX_HEADER_BYTES) - 8
+        for _ in range(count):  # the one long loop
+            if self._at > last:
+                self._take(8, what)  # says that there is no room for another
+            self._at += 8 + read(self._data, self._at)[0]
+        self._take(0, what)
+        return ValueList(kind, count, start)
 
     def _tensor(self) -> Tensor:
         name = self._text("a tensor's name")
