@@ -31,6 +31,14 @@ def import_safetensors() -> Any:
     return safetensors
 
 
+def import_bfloat16() -> None:
+    """Makes bfloat16 known to NumPy; an ImportError says how."""
+    try:
+        import ml_dtypes  # noqa: F401 (its import is all that is needed)
+    except ImportError as error:
+        raise ImportError("reading bfloat16 needs ml_dtypes: pip install 'lora-np[models]'") from error
+
+
 class TensorFile:
     """An open safetensors file: the names, dtypes and shapes of its tensors, its metadata, and their values."""
 
