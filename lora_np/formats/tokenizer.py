@@ -22,7 +22,7 @@ PRE_TOKENIZERS = {"gpt-2": False, "default": False, "smollm": True, "starcoder":
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A tokenizer: its number of tokens, and the ids of special ones; None: there is none.
+    """A tokenizer: its number of ids, used or not, and those of special tokens; None: there is none.
 
     bos, eos   the first and the last token of a text
     pad        what fills short texts up
@@ -50,7 +50,12 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"encode: character {error.start} is half a surrogate pair") from None
-        ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        except Exception as error:  # the package's errors have no type of their own
+            raise ValueError(f"encode: the tokenizer has no id for a part of the text: {_line(error)}") from None
+        if max(ids, default=0) >= self.vocab_size:
+            raise ValueError(f"encode: the tokenizer puts an id around the text that it does not have: {max(ids)}")
         return ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
@@ -104,7 +109,10 @@ def _from_folder(folder: Path) -> Tokenizer:
     for where in (folder / SPECIAL_MAP, folder / TOKENIZER_CONFIG):
         names |= read_json(where) if where.is_file() else {}
     special = {kind: _special_id(backend, names.get(f"{kind}_token")) for kind in ("bos", "eos", "pad", "cls", "sep")}
-    return Tokenizer(backend.get_vocab_size(), **special, backend=backend)
+    largest = max(backend.get_vocab().values(), default=-1)
+    if largest >= MAX_TOKENS:
+        raise ValueError(f"{path}: expected ids below {MAX_TOKENS}, got {largest}")
+    return Tokenizer(largest + 1, **special, backend=backend)
 
 
 def _special_id(backend: Any, name: Any) -> int | None:
@@ -185,4 +193,9 @@ def _built(where: str, build: Any) -> Any:
     try:
         return build(tokenizers)
     except Exception as error:
-        raise ValueError(f"{where}: not a tokenizer: {json.dumps(str(error)[:200])}") from None
+        raise ValueError(f"{where}: not a tokenizer: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    """An error's message in one line."""
+    return json.dumps(str(error)[:200], ensure_ascii=False)

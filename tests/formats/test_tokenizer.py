@@ -266,11 +266,41 @@ def test_a_changed_tokenizer(tmp_path_factory, at, change):
     (folder / "tokenizer.json").write_bytes(data[:at] + change + data[at + 2 :])
     message = "tokenizer.json"
     try:
-        load_tokenizer(folder).encode("a b c")
+        ours = load_tokenizer(folder)
+        ours.decode(ours.encode("a b c"))
     except ValueError as error:
         message = str(error)
-    assert "tokenizer.json" in message
+    assert "tokenizer.json" in message or message.startswith("encode: the tokenizer ")
     assert "\n" not in message
+
+
+def with_model(**fields):
+    return json.dumps(WORDS | {"model": WORDS["model"] | fields})
+
+
+def test_a_text_that_the_tokenizer_has_no_id_for(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(with_model(unk_token="gone"))
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("a b") == [0, 1]
+    with pytest.raises(ValueError, match="no id for a part of the text"):
+        ours.encode("a x")
+
+
+def test_an_id_around_the_text_that_is_none(tmp_path):
+    around = {"type": "BertProcessing", "sep": ["a", 0], "cls": ["b", 77]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(WORDS | {"post_processor": around}))
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("a", special=False) == [0]
+    with pytest.raises(ValueError, match="that it does not have: 77"):
+        ours.encode("a")
+
+
+def test_ids_with_gaps_and_beyond_all_measure(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(with_model(vocab={"a": 0, "?": 9}))
+    assert load_tokenizer(tmp_path).vocab_size == 10
+    (tmp_path / "tokenizer.json").write_text(with_model(vocab={"a": 0, "?": 2**32 - 1}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected ids below 1048576, got 4294967295"):
+        load_tokenizer(tmp_path)
 
 
 def test_files_that_are_not_there_or_too_large(tmp_path):
