@@ -14,11 +14,14 @@ import peers  # skips this file where torch, transformers or peft is missing
 import pytest
 import weights
 from hostile import edit_json, edit_tensors
+from hypothesis import given
+from hypothesis import strategies as st
 from peers import torch, transformers
 from safetensors.numpy import load_file, save_file
-from strategies import bits, deviation
+from strategies import bits, deviation, random_model
 
 import lora_np as ln
+from lora_np.formats.huggingface import places
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
 
@@ -464,6 +467,39 @@ def test_pickles_and_nothing(shards):
         ln.load_model(shards)
     (shards / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     assert "any code" in refusal(shards)
+
+
+SMALL_BERT = {
+    "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 5, "max_position_embeddings": 4,
+    "num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 2, "intermediate_size": 2,
+}  # fmt: skip
+
+
+def split_back(place, model):
+    """The tensor of a file that holds one weight of ours."""
+    (name,) = place.parts
+    return ln.asnumpy(model.weights[name])
+
+
+@given(data=st.data())
+def test_any_byte_changed_gives_a_model_or_one_line(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "m"
+    small = replace(peers.BERT, vocab_size=5, n_positions=4, n_layer=1, n_head=1, d_model=2, d_ff=2)
+    model = random_model(small, seed=1, dtype="float32")
+    tensors = {key: split_back(place, model) for key, place in places(small, in_trunk=False).items()}
+    path.mkdir()
+    save_file(tensors, path / WEIGHTS)
+    (path / CONFIG).write_text(json.dumps(SMALL_BERT))
+    file = path / data.draw(st.sampled_from([CONFIG, WEIGHTS]))
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    try:
+        ln.load_model(path)
+    except ValueError as error:
+        assert "\n" not in str(error)  # noqa: PT017 (most changes are refused, some are not)
+        assert str(path) in str(error)  # noqa: PT017
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
