@@ -19,7 +19,8 @@ import numpy as np
 from ..backend import Array, DType
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-MAX_HEADER_BYTES = 100 * 10**6
+MAX_HEADER_BYTES = 64 * 2**20
+MAX_TEXT_BYTES = 2**20
 MAX_ENTRIES = 2**16  # keys, and tensors
 MAX_STRINGS = 2**21  # in all arrays together
 MAX_DIMS = 4  # the format's own limit
@@ -224,6 +225,8 @@ class GGUFFile:
     def _bytes(self, what: str) -> bytes:
         length = self._number("Q", f"the length of {what}")
         start = self._take(length, what)
+        if length > MAX_TEXT_BYTES:
+            raise ValueError(f"{self.path}: expected at most {MAX_TEXT_BYTES} bytes as {what}, got {length}")
         return self._data[start : start + length]
 
     def _text(self, what: str) -> str:

@@ -368,6 +368,8 @@ def test_a_hostile_file_costs_little(path):
     started = time.perf_counter()
     assert "general.architecture is missing" in refusal(path)
     assert time.perf_counter() - started < 10
+    raw(path, entry("a", 8, text(bytes(gguf_file.MAX_TEXT_BYTES + 1))), n_keys=1)
+    assert "expected at most 1048576 bytes as the value of 'a'" in refusal(path)
     raw(path, entry("a", 9, struct.pack("<IQ", 8, 10**5) + bytes(8 * 10**5)), n_keys=1)
     tracemalloc.start()
     refusal(path)
