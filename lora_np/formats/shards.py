@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,10 @@ import numpy as np
 
 from ..backend import Array
 from .plain import read_json
-from .safe import DTYPES, import_bfloat16, open_tensors, refuse_pickle
+from .safe import DTYPES, import_bfloat16, open_tensors, refuse_pickle, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PLAIN = r"[\w-][\w.-]{0,200}\.safetensors"  # a name that leads nowhere else
 WIDENED = {**DTYPES, "F16": "float32", "BF16": "float32"}  # what we compute in
 
 
@@ -25,7 +27,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.name}"
+        return f"{self.path}: {shown(self.name)}"
 
     def read(self, dtype: str) -> Array:
         """The tensor as float32 or float64, in host memory; a ValueError if a number is NaN, infinite or too large.
@@ -64,7 +66,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 raise ValueError(f"{stored}: {INDEX} does not say that it is there")
             tensors[name] = stored
     for name in sorted(places.keys() - tensors.keys()):
-        raise ValueError(f"{folder / places[name]}: the tensor {name} is missing, which {INDEX} says is there")
+        raise ValueError(f"{folder / places[name]}: the tensor {shown(name)} is missing, which {INDEX} says is there")
     return tensors
 
 
@@ -79,6 +81,8 @@ def _index(path: Path) -> Mapping[str, str]:
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{path}: weight_map: expected an object of files by their tensors' names")
     for name, file_name in places.items():
-        if not isinstance(file_name, str) or not file_name.endswith(".safetensors") or set(file_name) & set("/\\:\0"):
-            raise ValueError(f"{path}: {name:.80}: expected a .safetensors file in this folder, got {file_name!r:.80}")
+        if not isinstance(file_name, str) or not re.fullmatch(PLAIN, file_name):
+            raise ValueError(
+                f"{path}: {shown(name)}: expected a .safetensors file in this folder, got {file_name!r:.80}"
+            )
     return places

@@ -371,6 +371,7 @@ Q, NORM = "transformer.h.1.attn.c_attn.weight", "transformer.ln_f.bias"
         (replaced(**{NORM: np.array([np.nan] + [0.0] * 23)}), NORM, "NaN"),
         (replaced(**{NORM: np.array([np.inf] + [0.0] * 23, "float16")}), NORM, "infinite"),
         (replaced(extra=np.ones(2)), "extra", "no place"),
+        (replaced(**{"two\nlines": np.ones(2)}), "two", "no place"),
         (replaced(**{"wte.weight": np.ones((31, 24))}), "wte.weight", "no place"),
         (replaced(**{"score.weight": np.ones((4, 24))}), "score.weight", "no place"),
         (replaced(**{"transformer.h.2.ln_1.weight": np.ones(24)}), "transformer.h.2.ln_1.weight", "no place"),
@@ -407,7 +408,8 @@ def edit_index(folder, change):
 @pytest.mark.parametrize(
     "name",
     ["../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "..", "a\\x.safetensors", "C:x.safetensors",
-     "x\0.safetensors", "pytorch_model.bin", "", 3, None, ["x.safetensors"]],
+     "x\0.safetensors", "pytorch_model.bin", "", "x" * 10**4 + ".safetensors", "a\nb.safetensors",
+     3, None, ["x.safetensors"]],
     ids=repr,
 )  # fmt: skip
 def test_an_index_that_names_what_it_may_not(shards, name):
