@@ -14,7 +14,7 @@ from .plain import read_json
 
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 MAX_TOKENIZER_BYTES = 64 * 2**20
-MAX_TOKENS, MAX_MERGES = 2**20, 2**21
+MAX_TOKENS, MAX_MERGES, MAX_WHOLE = 2**19, 2**20, 2**14
 CONTROL, USER_DEFINED = 3, 4  # GGUF's types of tokens that are found in a text as they stand
 # How a text is cut into words, by GGUF's name: whether each digit is a word of its own. The rest is GPT-2's rule.
 PRE_TOKENIZERS = {"gpt-2": False, "default": False, "smollm": True, "starcoder": True}
@@ -141,6 +141,9 @@ def _from_gguf(file: GGUFFile, pre: str | None) -> Tokenizer:
         raise ValueError(f"{file.path}: tokenizer.ggml.token_type: expected {len(tokens)} values, got {len(types)}")
     if len(vocab) != len(tokens):
         raise ValueError(f"{file.path}: tokenizer.ggml.tokens: {len(tokens)} tokens, {len(vocab)} of them different")
+    whole = sum(kind in (CONTROL, USER_DEFINED) for kind in types)
+    if whole > MAX_WHOLE:
+        raise ValueError(f"{file.path}: tokenizer.ggml.token_type: expected at most {MAX_WHOLE} special, got {whole}")
     for merge in merges:
         if len(merge) != 2:
             raise ValueError(f"{file.path}: tokenizer.ggml.merges: expected two parts, got {merge!r:.100}")
