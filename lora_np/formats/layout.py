@@ -91,10 +91,7 @@ def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:
     for name in shapes:
         if name in matrices:
             groups.setdefault(module_of(name, family), []).append(name)
-    known = module_names(config)
     for module, parts in groups.items():
-        if module not in known:
-            raise ValueError(f"adapter: {module}: models of this family keep q, k and v apart in PEFT: adapt q, k, v")
         if module in parts and len(parts) > 1:
             raise ValueError(f"adapter: {module} and {parts[0]} adapt one matrix of the file")
     return {name: groups[name] for name in shapes if name in groups}
