@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -254,21 +255,28 @@ class Model:
         return self.weights["embed.tokens"].dtype
 
 
-def init_weights(config: Config, *, seed: int, dtype: str = "float32") -> dict[str, Array]:
+def init_weights(
+    config: Config, *, seed: int, dtype: str = "float32", names: Collection[str] | None = None
+) -> dict[str, Array]:
     """Weights to start from, as GPT-2 does: N(0, 0.02), norms 1, biases 0; same seed, same bits.
 
     What writes into the residual stream, attn.o and mlp.down, is N(0, 0.02 / sqrt(2 n_layer)) when norm_first, so that
-    the sum of 2 n_layer of them keeps its size. dtype: float32 or float64. -> {name: array} of config.weight_shapes().
+    the sum of 2 n_layer of them keeps its size. dtype: float32 or float64. names: only these, the same bits as among
+    all: each weight is drawn from the seed and its own name. -> {name: array} of config.weight_shapes().
     """
     if str(np.dtype(dtype)) not in ("float32", "float64"):
         raise ValueError(f"init_weights: dtype: expected float32 or float64, got {dtype!r}")
-    rng = np.random.default_rng(seed)
+    shapes = config.weight_shapes()
+    if names is not None and not set(names) <= shapes.keys():
+        raise ValueError(f"init_weights: names: the model has no {sorted(set(names) - shapes.keys())}")
     weights = {}
-    for name, shape in config.weight_shapes().items():
+    for name, shape in shapes.items():
+        if names is not None and name not in names:
+            continue
         if len(shape) == 1:
             first = np.full(shape, 1.0 if "norm" in name and name.endswith(".weight") else 0.0)
         else:
-            first = rng.standard_normal(shape)
+            first = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
             first *= 0.02
             if config.norm_first and name.endswith(("attn.o.weight", "mlp.down.weight")):
                 first /= math.sqrt(2 * config.n_layer)

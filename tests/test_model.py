@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import configs, dtypes, host_weights, random_model, same_bits, seeds
 
 import lora_np as ln
@@ -118,6 +119,15 @@ def test_first_weights(config, seed, dtype):
             assert np.all(w == 1)
         else:
             assert len(np.unique(w)) == w.size
+
+
+@given(configs(), seeds, st.data())
+def test_some_first_weights_have_the_same_bits_as_among_all(config, seed, data):
+    names = data.draw(st.lists(st.sampled_from(list(config.weight_shapes())), unique=True))
+    everything = ln.init_weights(config, seed=seed)
+    assert same_bits(ln.init_weights(config, seed=seed, names=names), {name: everything[name] for name in names})
+    with pytest.raises(ValueError, match=r"no \['head.x'\]"):
+        ln.init_weights(config, seed=seed, names=["head.x"])
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

@@ -1,24 +1,27 @@
-"""The package's own model folder: config.json, and model.safetensors with the weights under our own names."""
+"""A model's folder: config.json and model.safetensors. The package's own, with our names, and the way to others'."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..backend import Array, asnumpy
-from ..model import Config, Model, init_weights
+from ..model import Config, Model
 from .atomic import new_folder, write_tensors
+from .gguf import load_gguf
+from .heads import completed, taken, with_head
+from .huggingface import MODEL_TYPES, load_huggingface
 from .plain import from_fields, read_json, to_fields, to_json
 from .safe import TensorFile, open_tensors, refuse_pickle
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE, FORMAT = "lora_np", 1
+SUPPORTED = (MODEL_TYPE, *MODEL_TYPES)
 
 
 def model_hash(model: Model) -> str:
@@ -67,54 +70,63 @@ def load_model(
     n_labels: int | None = None,
     seed: int | None = None,
 ) -> Model:
-    """Reads a folder that `save_model` wrote; the weights are checked against the hash that it recorded.
+    """Reads a folder that `save_model` wrote, one of Hugging Face's (GPT-2, BERT, RoBERTa, Llama), or a .gguf file.
 
-    dtype: float32 or float64; None keeps the file's.
+    Weights of our own are checked against the hash that was recorded; those of others must be finite, and all have a
+    place in the model.
+    dtype: float32 or float64; None keeps the file's, float16 and bfloat16 widened to float32.
     head, n_labels: another head than the file's (lm, classify, tag, none; labels). Weights of the file that it has no
     use for are left out; those that the file lacks are init_weights' for `seed`, which must then be given.
-    A FileNotFoundError or ValueError, in one line, says which file is missing, of another model type, or damaged.
+    A FileNotFoundError or ValueError, in one line, says which file is missing, of another model type, or damaged, and
+    which key or tensor is at fault.
     """
+    if Path(path).suffix.lower() == ".gguf":
+        return load_gguf(path, dtype=dtype, head=head, n_labels=n_labels, seed=seed)
     folder = Path(path)
     if dtype is not None and dtype not in ("float32", "float64"):
         raise ValueError(f"load_model: dtype: expected float32 or float64, got {dtype!r}")
-    saved, expected_hash = _read_header(folder)
+    header = _read_header(folder)
+    if header["model_type"] in MODEL_TYPES:
+        return load_huggingface(folder, header, dtype=dtype, head=head, n_labels=n_labels, seed=seed)
+    saved, expected_hash = _read_own(header, str(folder / CONFIG))
     refuse_pickle(folder, WEIGHTS)
     with open_tensors(folder / WEIGHTS) as file:
         weights = _read_weights(file, saved)
     if weights_hash(weights) != expected_hash:
         raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
-    config = _with_head(saved, head, n_labels)
-    kept = _kept(saved, config, weights)
+    config = with_head(saved, head, n_labels)
+    kept = {name: weights[name] for name in taken(saved, config) if name in weights}
     del weights
-    missing = config.weight_shapes().keys() - kept.keys()
-    if missing:
-        if seed is None:
-            raise ValueError(f"{folder}: expected a seed to make what it lacks: {' '.join(sorted(missing))}")
-        made = init_weights(config, seed=seed, dtype=str(kept["embed.tokens"].dtype))
-        kept |= {name: made[name] for name in missing}
+    kept = completed(config, kept, seed, str(folder))
     if dtype is not None:
         for name in kept:  # one by one, so that both copies of one weight alone are held
             kept[name] = kept[name].astype(dtype, copy=False)
     return Model(config, kept)
 
 
-def _read_header(folder: Path) -> tuple[Config, str]:
-    """The Config of a folder, and its weights' hash."""
-    if folder.suffix.lower() == ".gguf":
-        raise ValueError(f"{folder}: model type gguf is not supported; supported: {MODEL_TYPE}")
+def _read_header(folder: Path) -> dict[str, Any]:
+    """config.json, of a model type that is supported."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
+    refuse_pickle(folder, WEIGHTS)
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, got a file")
-    where = folder / CONFIG
-    header = read_json(where)
-    if header.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{where}: model type {header.get('model_type')!r} is not supported; supported: {MODEL_TYPE}")
+    header = read_json(folder / CONFIG)
+    found = header.get("model_type")
+    if found not in SUPPORTED:
+        raise ValueError(
+            f"{folder / CONFIG}: model type {found!r:.60} is not supported; supported: {' '.join(SUPPORTED)}"
+        )
+    return header
+
+
+def _read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:
+    """The Config in a header of our own, and its weights' hash."""
     if header.get("format") != FORMAT:
         raise ValueError(f"{where}: format: expected {FORMAT}, got {header.get('format')!r}")
     if not isinstance(header.get("base_sha256"), str):
         raise ValueError(f"{where}: base_sha256: expected the weights' hash, got {header.get('base_sha256')!r}")
-    return from_fields(Config, header.get("config"), str(where)), header["base_sha256"]
+    return from_fields(Config, header.get("config"), where), header["base_sha256"]
 
 
 def _read_weights(file: TensorFile, config: Config) -> dict[str, Array]:
@@ -126,28 +138,3 @@ def _read_weights(file: TensorFile, config: Config) -> dict[str, Array]:
     if len(set(file.dtypes.values())) > 1:
         raise ValueError(f"{file.path}: expected one dtype, got {' and '.join(sorted(set(file.dtypes.values())))}")
     return {name: file.read(name) for name in shapes}
-
-
-def _with_head(saved: Config, head: str | None, n_labels: int | None) -> Config:
-    """The configuration with another head; None keeps what the file has."""
-    if head is None and n_labels is None:
-        return saved
-    fields: dict[str, Any] = {
-        "head": saved.head if head is None else head,
-        "n_labels": saved.n_labels if n_labels is None else n_labels,
-    }
-    if fields["head"] not in ("classify", "tag"):
-        if n_labels is not None:
-            raise ValueError(f"load_model: n_labels is for head classify or tag, but the head is {fields['head']!r}")
-        fields["n_labels"] = None
-    return replace(saved, **fields)
-
-
-def _kept(saved: Config, config: Config, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """What of the file's weights the configuration uses. A head of another kind or size is no use to it."""
-    same_head = (saved.head, saved.n_labels) == (config.head, config.n_labels)
-    return {
-        name: weights[name]
-        for name in config.weight_shapes()
-        if name in weights and (same_head or not name.startswith("head."))
-    }

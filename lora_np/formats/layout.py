@@ -23,7 +23,7 @@ from ..backend import Array, asnumpy
 from ..lora import LoRAConfig, target_of
 from ..model import Config, Model
 from ..run import adapted_shapes, fused_parts
-from .names import family_of, module_names
+from .names import family_of, module_names, module_of
 
 PREFIX = "base_model.model."  # PEFT's wrapper, and the tuner inside it
 
@@ -83,23 +83,18 @@ def slots(model: Model, lora_config: LoRAConfig, names: Collection[str]) -> dict
 
 def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:
     """The modules of the file that hold the adapted matrices, in the model's order; q, k, v may share one."""
-    shapes, fused = adapted_shapes(config), family_of(config).fused
+    shapes, family = adapted_shapes(config), family_of(config)
     for name in matrices:
         if name not in shapes:
             raise ValueError(f"adapter: {name}: the model has no such matrix")
     groups: dict[str, list[str]] = {}
     for name in shapes:
         if name in matrices:
-            groups.setdefault(_module_of(name, fused), []).append(name)
+            groups.setdefault(module_of(name, family), []).append(name)
     for module, parts in groups.items():
         if module in parts and len(parts) > 1:
             raise ValueError(f"adapter: {module} and {parts[0]} adapt one matrix of the file")
     return {name: groups[name] for name in shapes if name in groups}
-
-
-def _module_of(name: str, fused: bool) -> str:
-    """The module of the file that holds a matrix: itself, or the one that q, k and v share."""
-    return f"{name[:-1]}qkv" if fused and name.endswith((".q", ".k", ".v")) else name
 
 
 def _factor_slots(model: Model, lora_config: LoRAConfig, module: str, parts: list[str]) -> dict[str, Slot]:
@@ -122,12 +117,12 @@ def _factor_slots(model: Model, lora_config: LoRAConfig, module: str, parts: lis
 
 def _whole_slots(model: Model, whole: Collection[str], groups: Mapping[str, list[str]]) -> dict[str, Slot]:
     """The tensors of what is trained whole: biases, the head's weight. PEFT hides an adapted module's own bias."""
-    config, fused = model.config, family_of(model.config).fused
+    config, family = model.config, family_of(model.config)
     shapes = {"head.weight": (config.head_size, config.d_model), **config.weight_shapes()}
     result = {}
     for name in whole:
         stem, _, kind = name.rpartition(".")
-        module = _module_of(stem, fused)
+        module = module_of(stem, family)
         key = PREFIX + module_names(config)[module] + (".base_layer" if module in groups else "") + f".{kind}"
         if module == stem:
             result[key] = Slot(shapes[name], model.dtype, {name: (slice(None),)})

@@ -1,8 +1,8 @@
 """Adapters in PEFT's own format: adapter_config.json and adapter_model.safetensors.
 
-A GPT-2 gets transformers' names and loads into PEFT; every other model gets the package's own names in the same
-layout. What PEFT's configuration has no field for stands in the safetensors metadata, under one key: our own
-configuration, the names of the parameters, which say how a fused tensor is split, and the base's hash.
+A GPT-2, BERT, RoBERTa or Llama gets transformers' names and loads into PEFT; every other model gets the package's own
+names in the same layout. What PEFT's configuration has no field for stands in the safetensors metadata, under one key:
+our own configuration, the names of the parameters, which say how a fused tensor is split, and the base's hash.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..backend import Array, asnumpy
 from ..lora import Adapter, LoRAConfig
 from ..model import Model
 from ..run import check_adapter
+from .apart import config_apart, is_apart, names_apart, put_together, take_apart
 from .atomic import new_folder, replaced_files, write_tensors
 from .folder import model_hash
 from .layout import PREFIX, slots
@@ -38,15 +39,14 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
     GPT-2's separate q, k, v become one c_attn of their summed rank, use_rslora false (L1): the same update. In an
     existing folder the two files are replaced, the configuration last; until both are on the disk, nothing is. A
     ValueError or TypeError if the adapter does not fit the model, trains what PEFT has no place for, or gives q, k, v
-    of one c_attn different scales.
+    of one c_attn different scales. Where q, k and v are three modules, qkv becomes three updates with the same A.
     """
     if model.dtype.name not in DTYPES.values():
         raise TypeError(f"save_adapter: expected float32 or float64 weights, got {model.dtype}")
     check_adapter(model, adapter)
-    config = write_config(model.config, adapter.config, adapter.matrices)
-    tensors = {
-        key: slot.write(adapter.params, model) for key, slot in slots(model, adapter.config, adapter.params).items()
-    }
+    apart = take_apart(model.config, adapter)
+    config = write_config(model.config, apart.config, apart.matrices)
+    tensors = {key: slot.write(apart.params, model) for key, slot in slots(model, apart.config, apart.params).items()}
     for key, value in tensors.items():
         if not np.isfinite(value).all():
             raise ValueError(f"save_adapter: {key}: holds NaN or infinite numbers")
@@ -89,9 +89,15 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
             names += trained_whole(model.config, lora_config, matrices)
             return Adapter(lora_config, _read_params(file, model, lora_config, names, copies=_copies(model)))
         lora_config, names = _read_about(file, model)
-        adapter = Adapter(lora_config, _read_params(file, model, lora_config, names))
-        check_same(raw, json.loads(to_json(write_config(model.config, lora_config, adapter.matrices))), where)
-        return adapter
+        stored_config, stored = lora_config, names
+        if is_apart(model.config):
+            stored_config, stored = config_apart(lora_config), names_apart(names)
+            if len(set(stored)) < len(stored):
+                raise ValueError(f"{file.path}: metadata: params: q, k or v both alone and in qkv")
+        params = _read_params(file, model, stored_config, stored)
+        matrices = Adapter(stored_config, params).matrices
+        check_same(raw, json.loads(to_json(write_config(model.config, stored_config, matrices))), where)
+        return Adapter(lora_config, put_together(model.config, params, names, str(file.path)))
 
 
 def _read_about(file: TensorFile, model: Model) -> tuple[LoRAConfig, list[str]]:
@@ -150,8 +156,8 @@ def _read_as(file: TensorFile, key: str, model: Model) -> Array:
 def _copies(model: Model) -> dict[str, str]:
     """The keys under which PEFT writes what it has already, or what it left alone -> our names.
 
-    The base's token table and head, when either is adapted; and with bias="all" the bias of a head trained whole once
-    more, and the base's.
+    The base's token table and head, when either is adapted; and with bias="all" the biases of a head trained whole
+    once more, and the base's.
     """
     full, weights = module_names(model.config), model.weights
     head = PREFIX + full.get("head", "")
@@ -161,7 +167,12 @@ def _copies(model: Model) -> dict[str, str]:
         f"{table}.base_layer.weight": "embed.tokens",
         f"{head}.weight": model.config.head_weight,
         f"{head}.base_layer.weight": model.config.head_weight,
-        f"{head}.original_module.bias": "head.bias",
-        f"{head}.modules_to_save.bias": "head.bias",
     }
+    for stem in ("pooler", "head") if model.config.pooler_in_head else ("head",):
+        if stem in full:
+            whole, _, inner = full[stem].partition(".")
+            end = f"{inner}.bias" if inner else "bias"
+            names[f"{PREFIX}{whole}.original_module.{end}"] = f"{stem}.bias"
+            # PEFT takes its name of the adapter out of a key only where it stands last but one.
+            names[f"{PREFIX}{whole}.modules_to_save.{'default.' if inner else ''}{end}"] = f"{stem}.bias"
     return {key: name for key, name in names.items() if name in weights}

@@ -15,7 +15,7 @@ from ..lora import TARGETS, LoRAConfig, target_of
 from ..model import Config
 from ..run import adapted_shapes
 from .layout import grouped
-from .names import family_of, module_names, short_names
+from .names import family_of, module_names, saved_whole, short_names
 from .plain import from_fields
 
 # What says how the adapter is built: read, and written. The values that stand for a key that is absent.
@@ -94,7 +94,7 @@ def write_config(config: Config, lora_config: LoRAConfig, matrices: Collection[s
         alphas[module] = _alpha(lora_config, module, parts, as_it_is=rslora == lora_config.rslora)
     r, alpha = _most_common(ranks.values(), lora_config.r), _most_common(alphas.values(), lora_config.alpha)
     saved = trained_whole(config, lora_config, matrices) if lora_config.train_head else []
-    heads = [full[stem] for stem in ("pooler", "head") if f"{stem}.weight" in saved]
+    heads = [saved_whole(config, stem) for stem in ("pooler", "head") if f"{stem}.weight" in saved]
     return {
         "peft_type": "LORA",
         "task_type": _task(config, lora_config),
@@ -108,7 +108,7 @@ def write_config(config: Config, lora_config: LoRAConfig, matrices: Collection[s
         "rank_pattern": _patterns(ranks, r, full, short),
         "alpha_pattern": _patterns(alphas, alpha, full, short),
         **{key: value or None for key, value in _select(config, groups)._asdict().items()},
-        "modules_to_save": heads or None,
+        "modules_to_save": list(dict.fromkeys(heads)) or None,
         "init_lora_weights": True if lora_config.init == "uniform" else "gaussian",
         "fan_in_fan_out": family_of(config).fan_in_fan_out,
         "use_dora": False,
@@ -140,11 +140,12 @@ def _most_common(values: Iterable[Any], otherwise: Any) -> Any:
 
 
 def _patterns(values: Mapping[str, Any], default: Any, full: Mapping[str, str], short: Mapping[str, str]) -> Any:
-    """What differs from the default: by a short name where all of that name agree, else by full names."""
+    """What differs from the default: by a short name where all that end in it agree, else by full names."""
     result: dict[str, Any] = {}
     for ending in dict.fromkeys(short[name] for name in values):
         group = {name: value for name, value in values.items() if short[name] == ending}
-        if len(set(group.values())) == 1:
+        others = {value for name, value in values.items() if name not in group and _ends_in(full[name], [ending])}
+        if len({*group.values(), *others}) == 1:
             value = next(iter(group.values()))
             result |= {ending: value} if value != default else {}
         else:
@@ -225,7 +226,7 @@ def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoR
     names = {
         ours: theirs
         for ours, theirs in adaptable.items()
-        if selection.takes(theirs) and not (ours == "head" and theirs in heads)
+        if selection.takes(theirs) and not (ours == "head" and saved_whole(config) in heads)
     }
     if not names:
         raise ValueError(f"{where}: target_modules: {raw.get('target_modules')!r:.60}: no module of this model fits")
@@ -304,16 +305,16 @@ def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str],
     """Whether modules_to_save names the head. No other module can be trained whole."""
     if not heads:
         return False
-    full = module_names(config)
     if config.head == "none":
         raise ValueError(f"{where}: modules_to_save: this model has no head, got {heads!r:.60}")
-    known = {full["head"], *([full["pooler"]] if config.pooler_in_head and config.has_pooler else [])}
+    head = saved_whole(config)
+    known = {head, *([saved_whole(config, "pooler")] if config.pooler_in_head and config.has_pooler else [])}
     task = raw.get("task_type")
     added = AUTO_SAVED.get(task, ()) if isinstance(task, str) else ()
     for name in heads:
         if name not in known and name not in added:
-            raise ValueError(f"{where}: modules_to_save: {name!r}: only the head, {full['head']}, can be trained whole")
-    return full["head"] in heads
+            raise ValueError(f"{where}: modules_to_save: {name!r}: only the head, {head}, can be trained whole")
+    return head in heads
 
 
 def _common_layers(config: Config, names: Iterable[str]) -> list[int] | None:

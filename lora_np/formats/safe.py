@@ -31,6 +31,19 @@ def import_safetensors() -> Any:
     return safetensors
 
 
+def shown(name: str) -> str:
+    """A name from a file, fit for one line of a message."""
+    return name[:200] if name[:200].isprintable() else ascii(name[:200])
+
+
+def import_bfloat16() -> None:
+    """Makes bfloat16 known to NumPy; an ImportError says how."""
+    try:
+        import ml_dtypes  # noqa: F401 (its import is all that is needed)
+    except ImportError as error:
+        raise ImportError("reading bfloat16 needs ml_dtypes: pip install 'lora-np[models]'") from error
+
+
 class TensorFile:
     """An open safetensors file: the names, dtypes and shapes of its tensors, its metadata, and their values."""
 
@@ -45,9 +58,9 @@ class TensorFile:
     def check_names(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """A ValueError that names a tensor: one that is missing, belongs nowhere, or has another shape or dtype."""
         for name in sorted(expected.keys() - self.shapes.keys()):
-            raise ValueError(f"{self.path}: the tensor {name} is missing")
+            raise ValueError(f"{self.path}: the tensor {shown(name)} is missing")
         for name in sorted(self.shapes.keys() - expected.keys()):
-            raise ValueError(f"{self.path}: the tensor {name} has no place in this model")
+            raise ValueError(f"{self.path}: the tensor {shown(name)} has no place in this model")
         for name, shape in expected.items():
             if self.shapes[name] != shape:
                 raise ValueError(f"{self.path}: {name}: expected shape {shape}, got {self.shapes[name]}")

@@ -12,6 +12,7 @@ GPT2 = replace(ln.PRESETS["gpt2"], vocab_size=11, n_positions=10, n_layer=2, n_h
 LLAMA = replace(
     ln.PRESETS["smollm2-135m"], vocab_size=11, n_positions=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12
 )
+OWN = replace(LLAMA, bias=True)  # nobody else's architecture
 # The fields that make a random Config GPT-2's architecture.
 GPT2_FIELDS = {
     "norm": "layer", "norm_first": True, "positions": "learned", "position_offset": 0, "activation": "gelu_tanh",

@@ -178,12 +178,11 @@ def test_what_is_no_folder_of_ours(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         ln.load_model(tmp_path / "empty")
-    (tmp_path / "m.gguf").touch()
-    assert "gguf is not supported; supported: lora_np" in refusal(tmp_path / "m.gguf")
     (tmp_path / "m.txt").touch()
     assert "got a file" in refusal(tmp_path / "m.txt")
-    edit_json(folder / "config.json", model_type="gpt2")
-    assert "'gpt2' is not supported; supported: lora_np" in refusal(folder)
+    for value in ("t5", None, ["gpt2"], {}):
+        edit_json(folder / "config.json", model_type=value)
+        assert "is not supported; supported: lora_np gpt2 bert roberta llama" in refusal(folder)
 
 
 def test_a_pickle_in_the_place_of_the_weights(folder):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import hostile
 import numpy as np
 import pytest
-from hostile import GPT2, GPT2_FIELDS, LLAMA, contents, edit_json, edit_tensors, tensors_and_metadata
+from hostile import GPT2, GPT2_FIELDS, LLAMA, OWN, contents, edit_json, edit_tensors, tensors_and_metadata
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -15,6 +15,8 @@ from strategies import bits, configs, dtypes, lora_configs, random_model, same_b
 
 import lora_np as ln
 from lora_np.formats import atomic, peft
+from lora_np.formats.names import GPT2 as GPT2_FAMILY
+from lora_np.formats.names import family_of
 from lora_np.formats.peft_config import OFF
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -89,8 +91,10 @@ def check_round_trip(tmp_path, model, adapter):
 def test_adapter_to_file_to_adapter_to_file_is_the_identity(tmp_path_factory, data, config, dtype, seed):
     model = random_model(config, seed=seed, dtype=dtype)
     adapter = trained_adapter(model, data.draw(lora_configs(config)), seed=seed)
-    assume(not scales_differ(adapter))
-    check_round_trip(tmp_path_factory.mktemp("adapter"), model, adapter)
+    path = tmp_path_factory.mktemp("adapter")
+    if scales_differ(adapter) and family_of(config) is GPT2_FAMILY:
+        return
+    check_round_trip(path, model, adapter)
 
 
 @given(data=st.data(), config=configs(**GPT2_FIELDS), dtype=dtypes, seed=seeds)
@@ -107,7 +111,9 @@ def test_the_same_with_gpt2s_names(tmp_path_factory, data, config, dtype, seed):
     assert not any(".attn.q." in key for key in tensors_and_metadata(path / "a" / WEIGHTS)[0])
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA, replace(GPT2, head="none")], ids=["gpt2", "own", "headless"])
+@pytest.mark.parametrize(
+    "config", [GPT2, OWN, LLAMA, replace(GPT2, head="none")], ids=["gpt2", "own", "llama", "headless"]
+)
 @pytest.mark.parametrize("targets", [("q", "v"), ("qkv",), ("q", "embed"), ("o", "down")], ids=str)
 def test_some_layers(tmp_path, config, targets):
     model = random_model(config, seed=1)
@@ -116,7 +122,7 @@ def test_some_layers(tmp_path, config, targets):
     as_peft_writes(tmp_path / "a")
     loaded = ln.load_adapter(tmp_path / "a", model)
     assert loaded.config.layers == (1,)
-    if "q" not in targets:
+    if "q" not in targets and (config is not LLAMA or "qkv" not in targets):
         assert_same(loaded, adapter)
 
 
@@ -212,7 +218,7 @@ def test_a_head_that_is_trained_whole(tmp_path, head, name, task):
 
 
 def test_own_names(tmp_path):
-    model = random_model(LLAMA, seed=1)
+    model = random_model(OWN, seed=1)
     config, tensors = saved(tmp_path / "a", model, "q", "gate", "embed", "head", rslora=True)
     assert config["target_modules"] == ["embed.tokens", "attn.q", "mlp.gate", "head"]
     assert config["use_rslora"] is True
