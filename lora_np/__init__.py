@@ -19,6 +19,7 @@ _LAZY = {
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
     "load_model": "formats.folder",
+    "load_tokenizer": "formats.tokenizer",
     "save_model": "formats.folder",
     "gradcheck": "gradcheck",
 }
@@ -40,6 +41,7 @@ __all__ = [
     "init_weights",
     "load_adapter",
     "load_model",
+    "load_tokenizer",
     "lora_linear",
     "lora_linear_backward",
     "loss",

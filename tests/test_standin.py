@@ -322,7 +322,10 @@ def test_positional_parameters_are_cupys():
 def test_ufuncs_give_the_dtypes_of_cupy():
     """Whatever the stand-in computes has a loop in CuPy, whose result has the same dtype."""
     ufuncs = {name: value for name, value in public(xp).items() if isinstance(value, xp.ufunc)}
-    loops = {name: [loop.split("->") for loop in said["loops"]] for name, said in cupy_names.ask_cupy(ufuncs).items()}
+    said = {name: [loop.split("->") for loop in about["loops"]] for name, about in cupy_names.ask_cupy(ufuncs).items()}
+    # Beside ml_dtypes, CuPy has loops for bfloat16 too, which is no dtype of NumPy's.
+    known = set(np.typecodes["All"])
+    loops = {name: [(ins, out) for ins, out in pairs if known.issuperset(ins + out)] for name, pairs in said.items()}
     for name, ufunc in ufuncs.items():
         for chars in itertools.product("?bBhHiIlLefdFD", repeat=ufunc._function.nin):
             try:
