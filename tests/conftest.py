@@ -1,5 +1,7 @@
 """How many examples a property is tried on. `pytest --hypothesis-profile=thorough` tries many more."""
 
+import os
+
 from hypothesis import HealthCheck, settings
 
 import lora_np
@@ -11,4 +13,4 @@ few = 15 if lora_np.backend_name == "cupy" else 50
 settings.register_profile("quick", deadline=None, max_examples=few, suppress_health_check=SLOW)
 settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, print_blob=True)
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)
-settings.load_profile("quick")
+settings.load_profile("ci" if os.environ.get("CI") else "quick")  # the same examples in every run of CI
