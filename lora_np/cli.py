@@ -189,11 +189,10 @@ def run_eval(args: argparse.Namespace) -> int:
     with Bar() as bar:
         model = _base(args, bar)
     finetune.check_bytes(model)
-    kinds = {"base": None} if args.adapter is None else {"base": None, "adapter": load_adapter(args.adapter, model)}
+    adapter = _adapter(args, model)
+    kinds = {"base": None} if adapter is None else {"base": None, "adapter": adapter}
     T = min(args.window, model.config.longest)
-    losses = {
-        name: finetune.held_out_loss(model, adapter, tokens, T=T, most=args.windows) for name, adapter in kinds.items()
-    }
+    losses = {name: finetune.held_out_loss(model, kind, tokens, T=T, most=args.windows) for name, kind in kinds.items()}
     _emit(args, {"losses": losses}, "\n".join(f"{name}: {loss:.4f} nats a byte" for name, loss in losses.items()))
     return 0
 

@@ -159,27 +159,23 @@ def run(report: Callable[[Progress], None], plan: Plan) -> Outcome:
 
     out.losses["base"] = loss_of(base, None)
     before = model_hash(base)
-    trained: dict[str, tuple[Model, Adapter | None]] = {}
-    for name, adapter, settings in [
-        ("LoRA", init_adapter(base, plan.lora, seed=plan.adapt.seed), plan.adapt),
-        ("full fine-tuning", None, plan.full),
-    ]:
+
+    def adapt(name: str, adapter: Adapter | None, settings: Settings) -> Adapter | None:
+        """Trains the adapter, or without one every weight, and notes how the held-out loss falls."""
         start = time.perf_counter()
         curve = out.curves[name] = [(0, out.losses["base"])]
 
-        def after_step(
-            r: Report,
-            adapter: Adapter | None = adapter,
-            curve: list[tuple[int, float]] = curve,
-            of: Settings = settings,
-        ) -> None:
-            if r.step % max(1, of.steps // plan.evaluations) == 0 or r.step == of.steps:
+        def after_step(r: Report) -> None:
+            if r.step % max(1, settings.steps // plan.evaluations) == 0 or r.step == settings.steps:
                 curve.append((r.step, loss_of(*placed(base, adapter, r.state))))
 
-        trained[name] = _run(name, base, adapter, text, plan, settings, report, after_step)
+        _, trained = _run(name, base, adapter, text, plan, settings, report, after_step)
         out.seconds[name] = time.perf_counter() - start
         out.losses[name] = curve[-1][1]
-    lora = trained["LoRA"][1]
+        return trained
+
+    lora = adapt("LoRA", init_adapter(base, plan.lora, seed=plan.adapt.seed), plan.adapt)
+    adapt("full fine-tuning", None, plan.full)
     assert lora is not None
     out.parameters = {
         "base": sum(w.size for w in base.weights.values()),

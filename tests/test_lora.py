@@ -1,6 +1,7 @@
 """LoRA of one matrix: each statement in exact arithmetic, or within a bound that is derived."""
 
 import math
+import tracemalloc
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -430,6 +431,29 @@ def test_the_bound_is_not_slack():
         apart, bound = merged_against_unmerged(*case, 1.0)
         best = max(best, float((apart / bound).max()))
     assert 0.1 <= best <= 1
+
+
+# --- What is never formed ------------------------------------------------------------------------------------------
+
+
+def peak_of(function):
+    """The most bytes that NumPy holds at once for a call, beyond what it held before."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@proves("L2", "L4")
+def test_neither_b_a_nor_the_gradient_of_the_frozen_matrix_is_formed():
+    """Forward and backward of 4 rows through a matrix of 8 MB take less than a tenth of it."""
+    n = 1000
+    x, W0, A, B = (device(np.ones(shape)) for shape in ((4, n), (n, n), (2, n), (n, 2)))
+    if peak_of(lambda: B @ A) < 8 * n * n:
+        pytest.skip("the device's memory is not NumPy's: its allocations cannot be traced")
+    assert peak_of(lambda: lora.lora_linear_backward(x, lora.lora_linear(x, W0, None, A, B, 0.5)[1])) < 0.8 * n * n
 
 
 # --- What does not fit ---------------------------------------------------------------------------------------------

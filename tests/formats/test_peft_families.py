@@ -153,13 +153,7 @@ THEIRS = {
 @pytest.mark.parametrize(("family", "config", "settings", "targets"), THEIRS.values(), ids=THEIRS)
 def test_we_read_pefts(tmp_path, family, config, settings, targets):
     pair, batch = make(family, config)
-    module = peft.get_peft_model(pair.module, peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **settings})).eval()
-    pair = replace(pair, module=module)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in peers.trained(pair).values():
-            p += 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    module.save_pretrained(str(tmp_path / "theirs"))
+    pair = peers.saved_by_peft(pair, settings, tmp_path / "theirs")
     adapter = ln.load_adapter(tmp_path / "theirs", pair.model)
     assert set(adapter.config.targets) == set(targets)
     theirs = {name: p.tobytes() for name, p in peers.parameters(pair).items()}

@@ -157,6 +157,18 @@ def parameters(pair: Pair) -> dict[str, np.ndarray]:
     return weights.flat(pair.family, {n: p.detach().numpy().copy() for n, p in trained(pair).items()})
 
 
+def saved_by_peft(pair: Pair, settings: dict[str, Any], folder: Any) -> Pair:
+    """The pair with an adapter of PEFT's own making, no parameter of it zero, which PEFT has saved in the folder."""
+    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **settings})
+    pair = replace(pair, module=peft.get_peft_model(pair.module, config).eval())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in trained(pair).values():
+            p += 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    pair.module.save_pretrained(str(folder))
+    return pair
+
+
 def make(family: str, config: ln.Config, *, seed: int) -> Pair:
     """A random model of this family and size, in transformers and here."""
     torch.manual_seed(seed)
