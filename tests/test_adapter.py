@@ -160,6 +160,7 @@ def test_merged_and_unmerged_models_agree(case):
         (("head",), {}, True),
         (("embed", "head"), {}, True),
         (("q",), {"train_head": True}, True),
+        (("embed",), {"train_head": True}, True),
     ],
 )
 def test_merging_the_look_up_or_a_tied_head_unties_them(targets, fields, unties):
@@ -172,6 +173,9 @@ def test_merging_the_look_up_or_a_tied_head_unties_them(targets, fields, unties)
         assert same_bits(merged.weights["embed.tokens"], table)
     if "head" not in targets and unties and not fields:
         assert same_bits(merged.weights["head.weight"], table)
+    if fields:
+        assert same_bits(merged.weights["head.weight"], adapter.whole["head.weight"])
+        assert not same_bits(merged.weights["head.weight"], table)
     for name, weight in (("embed.tokens", "embed.tokens"), ("head", "head.weight")):
         if name in updates:
             dW = updates[name].T if name == "embed.tokens" else updates[name]

@@ -159,6 +159,17 @@ def test_demo_shows_losses_sizes_and_checks(capsys, tmp_path, monkeypatch):
     assert out.count("  ok  ") == 5
 
 
+def test_demo_says_so_when_a_claim_does_not_hold(capsys, tmp_path, monkeypatch):
+    """As if training had changed the base: its hash is another each time that it is taken."""
+    monkeypatch.setenv("LORA_NP_CACHE", str(tmp_path / "cache"))
+    hashes = iter(range(100))
+    monkeypatch.setattr("lora_np.demo.model_hash", lambda _: f"{next(hashes):064}")
+    status, out, _ = run(capsys, "demo", "--quick")
+    assert status == 1
+    assert "  FAIL  training left the base's bytes as they were" in out
+    assert "  FAIL  unmerging gives back the base" in out
+
+
 def test_demo_draws_the_loss_curves(capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     monkeypatch.setenv("LORA_NP_CACHE", str(tmp_path / "cache"))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lora_np as ln
 from lora_np import train as training
 from lora_np.backend import asnumpy
+from lora_np.gradcheck import perturbed
 from lora_np.optim import learning_rates
 from lora_np.train import (
     Settings,
@@ -92,6 +93,24 @@ def test_accumulated_micro_batches_are_the_whole_batch(accumulate, dropout):
         train(model, adapter, batches, replace(plan, accumulate=parts), report=seen.append)
     assert seen[0].loss == pytest.approx(seen[1].loss, rel=1e-13)
     assert seen[0].norm == pytest.approx(seen[1].norm, rel=1e-11)
+
+
+@pytest.mark.proves("T12")
+def test_each_step_and_each_seed_has_dropout_masks_of_its_own():
+    """The same batch and, for want of a rate, the same parameters: what differs between the losses is the masks."""
+    model, adapter = make("float64", dropout=0.5)
+    adapter = perturbed(adapter)
+    losses = {}
+    for seed in (0, 1):
+        plan = Settings(steps=3, lr=1e-300, seed=seed)
+        train(
+            model,
+            adapter,
+            lambda _: batches(0),
+            plan,
+            report=lambda r, seed=seed: losses.update({(seed, r.step): r.loss}),
+        )
+    assert len(set(losses.values())) == 6
 
 
 @pytest.mark.proves("O1")
