@@ -1,0 +1,67 @@
+"""The command line: the only place that prints. Results go to standard output, progress to standard error.
+
+Exit status: 0, done; 1, it ran and the answer is no (a check failed, training diverged); 2, the input or the command
+line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from .. import __version__
+from ..backend import backend_name
+from ..train import TrainingError
+from . import demonstrate, files, learn
+from .base import Run
+
+EXAMPLES = """\
+examples:
+  lora-np demo --plot losses.png                       LoRA and full fine-tuning side by side, nothing to download
+  lora-np finetune --data notes.txt --out adapter      adapt the embedded base to your text
+  lora-np eval --data notes.txt --adapter adapter      its loss, with the adapter and without
+  lora-np generate --adapter adapter --prompt "The "   text from it
+  lora-np inspect adapter                              what is in it
+  lora-np merge --adapter adapter --out merged         base and adapter as one model
+  lora-np gradcheck                                    every derivative, against complex steps
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lora-np", description="LoRA in NumPy: fine-tune, look inside, check every derivative.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"lora-np {__version__} ({backend_name})")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="the result as JSON")
+        return sub
+
+    for part in (demonstrate, learn, files):
+        part.add_commands(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. -> the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            # Numbers that overflow end in a TrainingError, which says more than NumPy's warnings on the way there.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return int(args.run(args))
+    except TrainingError as error:
+        print(f"lora-np: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"lora-np: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lora-np: interrupted; what was written is whole", file=sys.stderr)
+        return 130

@@ -1,0 +1,66 @@
+"""What the commands show: results on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+
+class Bar:
+    """Progress on standard error: tqdm's bar where it is installed and somebody watches, else a line now and then."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.bar: Any = None
+        self.last_line = 0.0
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, stage: str, step: int, steps: int, text: str) -> None:
+        """Shows that a stage is at `step` of `steps`."""
+        if stage != self.stage:
+            self._start(stage, steps)
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif step == steps or time.monotonic() - self.last_line > 5:
+            self.last_line = time.monotonic()
+            print(f"{stage}: step {step} of {steps}, {text}", file=sys.stderr, flush=True)
+
+    def _start(self, stage: str, steps: int) -> None:
+        self.stage, self.last_line = stage, time.monotonic()
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self.bar = tqdm(total=steps, desc=stage, file=sys.stderr, leave=True)
+
+
+def emit(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
+    """The result: as JSON with --json, else as text."""
+    print(json.dumps(result, indent=2) if args.json else text)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned columns, all but the first to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
