@@ -18,7 +18,7 @@ class Batch:
     """A checked batch, on the host: P places a row have a target, T of them, or 1 for a classifier."""
 
     tokens: Array  # (N,T)
-    mask: Array | None  # (N,T) bool; None where every token counts
+    mask: Array | None  # (N,T) bool, or (N,S) over what a cache holds too; None where every token counts
     token_types: Array | None  # (N,T)
     targets: Array | None = None  # (N,P)
 
@@ -27,6 +27,18 @@ class Batch:
         """The places, in N*P, of the targets that count."""
         assert self.targets is not None
         return np.flatnonzero(self.targets != IGNORED)
+
+    @property
+    def kept(self) -> Array | None:
+        """The places, in N*T, of the tokens that count; None where all do."""
+        return None if self.mask is None else np.flatnonzero(self.mask[:, -self.tokens.shape[1] :])
+
+    def read_at(self, causal: bool) -> Array:
+        """T14: the place of the token that a classifier reads: the last true one if causal, else the first. -> (N,)."""
+        N, T = self.tokens.shape
+        if self.mask is None:
+            return np.full(N, T - 1 if causal else 0)
+        return T - 1 - self.mask[:, ::-1].argmax(axis=1) if causal else self.mask.argmax(axis=1)
 
     def rows(self, n: slice) -> Batch:
         """Some rows of the batch."""

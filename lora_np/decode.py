@@ -26,11 +26,12 @@ def next_logits(run: Run, cache: Cache, tokens: Array, mask: Array | None = None
 
     mask (N,S) is over all tokens, the cache's and these. -> (N,V).
     """
-    T = tokens.shape[1]
+    N, T = tokens.shape
     types = np.zeros_like(tokens) if run.config.n_types else None  # as forward has them where none are given
-    x, _ = states(place(replace(run, cache=cache), T, mask, past=cache.length), Batch(tokens, None, types))
+    batch = Batch(tokens, mask, types)
+    x, _ = states(place(replace(run, cache=cache), batch, past=cache.length, read=np.full(N, T - 1)), batch)
     cache.length += T
-    logits, _ = project(run, "head", x[:, -1:])  # (N,1,D) -> (N,1,V)
+    logits, _ = project(run, "head", x)  # (N,1,D) -> (N,1,V)
     return logits[:, 0]
 
 

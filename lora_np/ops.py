@@ -397,24 +397,21 @@ def _mix(h: Array) -> Array:
     return h
 
 
-def dropout_mask(
-    shape: tuple[int, int, int], p: float, *, seed: int, stream: str, first_row: int, dtype: DType
-) -> Array:
-    """T12: m (N,T,D): 0 with probability p, else 1 / (1 - p).
+def dropout_mask(n: Array, t: Array, D: int, p: float, *, seed: int, stream: str, dtype: DType) -> Array:
+    """T12: m (M,D), for M tokens: 0 with probability p, else 1 / (1 - p).
 
-    An element depends on seed, on stream (the name of what it is for), on its row's index in the whole batch
-    (first_row + n) and on its place in the row: never on how a batch is cut into shards. It is a hash, not a
-    generator with a state, so it is made where it is used, on any device.
+    An element depends on seed, on stream (the name of what it is for), on its text's index n (M,) in the whole batch
+    and on its place in the text, t (M,) and d: never on how a batch is cut into shards, nor on which other tokens are
+    computed. It is a hash, not a generator with a state, so it is made where it is used, on any device.
     """
-    N, T, D = shape
     key = zlib.crc32(f"{seed} {stream}".encode())
-    rows = _mix(xp.arange(first_row, first_row + N, dtype=xp.uint32) ^ key)  # (N,)
-    places = _mix(xp.arange(T * D, dtype=xp.uint32) ^ (key ^ 0x9E3779B9))  # (T*D,)
-    mask = xp.empty((N, T * D), dtype=dtype)
-    for n in blocks(N, T * D):
-        mask[n] = _mix(rows[n, None] ^ places) >= min(round(p * 2**32), 2**32 - 1)
+    tokens = _mix(_mix(n.astype(xp.uint32) ^ key) ^ t.astype(xp.uint32))  # (M,)
+    columns = _mix(xp.arange(D, dtype=xp.uint32) ^ (key ^ 0x9E3779B9))  # (D,)
+    mask = xp.empty((len(n), D), dtype=dtype)
+    for m in blocks(len(n), D):
+        mask[m] = _mix(tokens[m, None] ^ columns) >= min(round(p * 2**32), 2**32 - 1)
     mask *= 1 / (1 - p)
-    return mask.reshape(N, T, D)
+    return mask
 
 
 def dropout(x: Array, mask: Array) -> tuple[Array, Array]:

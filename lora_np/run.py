@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from .backend import Array, xp
 from .lora import Adapter, Update, stack_updates, target_of
 from .model import Config, Model
 from .ops import dropout_mask
+from .places import Places, Reading
 
 Trainable: TypeAlias = Literal["adapter", "all"]
 AnyAdapter: TypeAlias = Adapter | Sequence[Adapter | None] | None
@@ -39,8 +40,11 @@ class Run:
     weights: Mapping[str, Array]  # the base's; what an adapter trains whole stands in its place
     updates: Mapping[str, Update]  # of each adapted matrix, by its name
     trained: frozenset[str]  # the names that get a gradient
+    by_row: bool = False  # whether weights and updates have a row axis: one for each text of the batch
+    places: Places = field(default_factory=lambda: Places(0, 0))  # which tokens the rows of the states are
+    reading: Reading | None = None  # the one token of each text that the last layer gives; None: all of them
     mask: Array | None = None  # (N,S) bool
-    positions: Array | None = None  # (T,) or (N,T)
+    positions: Array | None = None  # (T,) or (M,)
     angles: tuple[Array, Array] | None = None  # rotary's cos and sin
     dropout_seed: int | None = None
     first_row: int = 0  # this shard's first row in the whole batch
@@ -51,20 +55,29 @@ class Run:
         """The depth of the lowest trained parameter: what lies below it needs no gradient."""
         return min((_depth(self.config, name) for name in self.trained), default=2 * self.config.n_layer + 3)
 
+    def reading_in(self, layer: int) -> Reading | None:
+        """The one token of each text that a layer gives, where it does not give all."""
+        return self.reading if layer == self.config.n_layer - 1 else None
+
+    def beyond(self, layer: int) -> Run:
+        """The run of the tokens that a layer gives."""
+        read = self.reading_in(layer)
+        return self if read is None else replace(self, places=read.places, angles=read.angles, reading=None)
+
     def weight_name(self, matrix: str) -> str:
         """The name of a matrix's weight: a tied head's is the token table's."""
         return self.config.head_weight if matrix == "head" and "head.weight" not in self.weights else f"{matrix}.weight"
 
     def dropout_mask(self, matrix: str, shape: tuple[int, ...]) -> Array | None:
-        """The mask of an adapted matrix's input (N,T,D); None without dropout, as in evaluation (L2, T12)."""
+        """The mask of an adapted matrix's input (..., D); None without dropout, as in evaluation (L2, T12)."""
         update = self.updates.get(matrix)
         if update is None or update.dropout == 0 or self.dropout_seed is None:
             return None
-        N, T, D = shape
+        n, t = self.places.texts_and_places()
         return dropout_mask(
-            (N, T, D), update.dropout, seed=self.dropout_seed, stream=update.stream, first_row=self.first_row,
+            n + self.first_row, t, shape[-1], update.dropout, seed=self.dropout_seed, stream=update.stream,
             dtype=update.A.real.dtype,
-        )  # fmt: skip
+        ).reshape(shape)  # fmt: skip
 
 
 def _depth(config: Config, name: str) -> int:
@@ -118,7 +131,8 @@ def _bind_rows(model: Model, adapters: Sequence[Adapter | None]) -> Run:
     for name in dict.fromkeys(name for adapter in adapters if adapter is not None for name in adapter.whole):
         rows = [run.weights[name if name in run.weights else model.config.head_weight] for run in runs]
         weights[name] = xp.stack([w if w.ndim > 1 else w[None] for w in rows])  # (N,out,in) or (N,1,D)
-    return Run(model.config, weights, updates, frozenset())
+    by_row = any(adapter is not None for adapter in adapters)
+    return Run(model.config, weights, updates, frozenset(), by_row=by_row)
 
 
 def matrix_updates(config: Config, adapter: Adapter) -> dict[str, Update]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from .backend import Array, xp
 from .batch import Batch, check_batch, check_inputs
 from .lora import Adapter, lora_embedding, lora_embedding_backward, lora_linear, lora_linear_backward
-from .model import Model
+from .model import Config, Model
 from .ops import (
     activation_backward,
     attention,
@@ -41,6 +43,7 @@ from .ops import (
     silu,
     tanh,
 )
+from .places import Places, Reading
 from .run import AnyAdapter, Run, Trainable, bind, check_rows, fuse_grads
 
 Grads: TypeAlias = dict[str, Array]
@@ -108,7 +111,7 @@ def norm_backward(run: Run, name: str, dy: Array, saved: Any, grads: Grads) -> A
 
 
 def embed(run: Run, tokens: Array, token_types: Array | None) -> tuple[Array, Saved]:
-    """T1: token + position + type, and the norm over their sum in post-norm models. tokens (N,T) -> (N,T,D)."""
+    """T1: token + position + type, and the norm over their sum in post-norm models. tokens (...) -> (..., D)."""
     E, update = run.weights["embed.tokens"], run.updates.get("embed.tokens")
     saved: Saved = {"tokens": tokens, "types": token_types}
     if update is None:
@@ -125,7 +128,7 @@ def embed(run: Run, tokens: Array, token_types: Array | None) -> tuple[Array, Sa
 
 
 def embed_backward(run: Run, dx: Array, saved: Saved, grads: Grads) -> None:
-    """T1: dx (N,T,D), into the gradients of the tables that are trained."""
+    """T1: dx (..., D), into the gradients of the tables that are trained."""
     tokens = saved["tokens"]
     if not run.config.norm_first:
         dx = norm_backward(run, "embed.norm", dx, saved.pop("norm"), grads)
@@ -142,51 +145,54 @@ def embed_backward(run: Run, dx: Array, saved: Saved, grads: Grads) -> None:
 # --- T9 to T11: attention ------------------------------------------------------------------------------------------
 
 
-def _split_heads(x: Array, heads: int) -> Array:
-    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)  # (N,T,H*K) -> (N,H,T,K)
-
-
-def _merge_heads(x: Array) -> Array:
-    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)  # (N,H,T,K) -> (N,T,H*K)
-
-
 def attend(run: Run, i: int, x: Array) -> tuple[Array, Saved]:
-    """T9 to T11: attention of layer i with its four projections (paper 4.2: Wq, Wk, Wv, Wo). x (N,T,D) -> (N,T,D)."""
-    config, saved = run.config, {}
-    heads = {"q": config.n_head, "k": config.kv_heads, "v": config.kv_heads}
-    parts = {}
-    for part in heads:
-        name = f"layers.{i}.attn.{part}"
-        y, saved[part] = project(run, name, x, run.dropout_mask(name, x.shape))
-        parts[part] = _split_heads(y, heads[part])
-    q, k, v = parts.values()  # (N,H,T,K); k, v: (N,G,T,K)
-    if run.angles is not None:
-        q, _ = rotary(q, *run.angles)
-        k, saved["rotary"] = rotary(k, *run.angles)
+    """T9 to T11: attention of layer i with its four projections (paper 4.2: Wq, Wk, Wv, Wo). x (..., D) -> (..., D).
+
+    Of the tokens that are read alone, where that is all that comes of the layer: they ask, and all are asked.
+    """
+    config, read, saved = run.config, run.reading_in(i), {"shape": x.shape}
+    asking = run.beyond(i)
+    x_q = x if read is None else read.take(x)
+    q, saved["q"] = _heads(asking, f"layers.{i}.attn.q", x_q, config.n_head)  # (..., D) -> (N,H,T,K)
+    k, saved["k"] = _heads(run, f"layers.{i}.attn.k", x, config.kv_heads)  # (..., D) -> (N,G,T,K)
+    v, saved["v"] = _heads(run, f"layers.{i}.attn.v", x, config.kv_heads)
+    if asking.angles is not None and run.angles is not None:
+        q, saved["rotary_q"] = rotary(q, *asking.angles)
+        k, saved["rotary_k"] = rotary(k, *run.angles)
     if run.cache is not None:
         k, v = run.cache.extend(i, k, v)  # (N,G,T,K) -> (N,G,S,K)
     y, saved["attention"] = attention(q, k, v, causal=config.causal, mask=run.mask)
-    y = _merge_heads(y)
+    y = asking.places.merge_heads(y)  # (N,H,T,K) -> (..., D)
     name = f"layers.{i}.attn.o"
-    y, saved["o"] = project(run, name, y, run.dropout_mask(name, y.shape))
+    y, saved["o"] = project(asking, name, y, asking.dropout_mask(name, y.shape))
     return y, saved
 
 
+def _heads(run: Run, name: str, x: Array, H: int) -> tuple[Array, Any]:
+    """A projection, cut into heads. (..., D) -> (N,H,T,K)."""
+    y, saved = project(run, name, x, run.dropout_mask(name, x.shape))
+    return run.places.split_heads(y, H), saved
+
+
 def attend_backward(run: Run, i: int, dy: Array, saved: Saved, grads: Grads, *, need_dx: bool) -> Array | None:
-    """T9 to T11: dy (N,T,D) -> dx (N,T,D), or None where it is not needed."""
+    """T9 to T11: dy (..., D) -> dx (..., D), or None where it is not needed."""
     name = f"layers.{i}.attn"
+    read, asking = run.reading_in(i), run.beyond(i)
     inputs_trained = any(n.startswith((f"{name}.q.", f"{name}.k.", f"{name}.v.")) for n in run.trained)
     go_on = need_dx or inputs_trained
-    d_heads = project_backward(run, f"{name}.o", dy, saved.pop("o"), grads, need_dx=go_on)
-    if d_heads is None:
+    dy_heads = project_backward(run, f"{name}.o", dy, saved.pop("o"), grads, need_dx=go_on)
+    if dy_heads is None:
         return None
-    dq, dk, dv = attention_backward(_split_heads(d_heads, run.config.n_head), saved.pop("attention"))
-    if "rotary" in saved:
-        angles = saved.pop("rotary")
-        dq, dk = rotary_backward(dq, angles), rotary_backward(dk, angles)
+    d_heads = asking.places.split_heads(dy_heads, run.config.n_head)  # (..., D) -> (N,H,T,K)
+    dq, dk, dv = attention_backward(d_heads, saved.pop("attention"))
+    if "rotary_q" in saved:
+        dq, dk = rotary_backward(dq, saved.pop("rotary_q")), rotary_backward(dk, saved.pop("rotary_k"))
     dx = None
-    for part, d in (("q", dq), ("k", dk), ("v", dv)):
-        d_part = project_backward(run, f"{name}.{part}", _merge_heads(d), saved.pop(part), grads, need_dx=need_dx)
+    for part, of, d in (("q", asking, dq), ("k", run, dk), ("v", run, dv)):
+        d = of.places.merge_heads(d)  # (N,H,T,K) -> (..., D)
+        d_part = project_backward(run, f"{name}.{part}", d, saved.pop(part), grads, need_dx=need_dx)
+        if d_part is not None and part == "q" and read is not None:
+            d_part = read.take_backward(d_part, saved["shape"])
         if dx is None:
             dx = d_part
         else:
@@ -201,7 +207,7 @@ ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu_gated": silu}
 
 def feed_forward(run: Run, i: int, x: Array) -> tuple[Array, Saved]:
     """T5 to T7: down(act(up(x))), or down(silu(gate(x)) * up(x)). x (N,T,D) -> (N,T,F) -> (N,T,D)."""
-    name, saved = f"layers.{i}.mlp", {}
+    run, name, saved = run.beyond(i), f"layers.{i}.mlp", {}
     activation = ACTIVATIONS[run.config.activation]
     up, saved["up"] = project(run, f"{name}.up", x, run.dropout_mask(f"{name}.up", x.shape))
     if run.config.activation == "silu_gated":
@@ -236,72 +242,105 @@ def feed_forward_backward(run: Run, i: int, dy: Array, saved: Saved, grads: Grad
 
 
 def half_block(run: Run, depth: int, x: Array) -> tuple[Array, Saved]:
-    """T13: x + f(norm(x)) in pre-norm models, norm(x + f(x)) in post-norm ones. x (N,T,D) -> (N,T,D).
+    """T13: x + f(norm(x)) in pre-norm models, norm(x + f(x)) in post-norm ones. x (..., D) -> (..., D).
 
     Depth 2i is layer i's attention with norm1, depth 2i + 1 its feed-forward half with norm2.
     """
     i, second = divmod(depth, 2)
     name, f = (f"layers.{i}.norm2", feed_forward) if second else (f"layers.{i}.norm1", attend)
-    saved: Saved = {}
+    read = None if second else run.reading_in(i)
+    past = x if read is None else read.take(x)  # what goes past f
+    saved: Saved = {"shape": x.shape}
     if run.config.norm_first:
         h, saved["norm"] = norm(run, name, x)
         y, saved["f"] = f(run, i, h)
-        y += x
+        y += past
     else:
         h, saved["f"] = f(run, i, x)
-        h += x
+        h += past
         y, saved["norm"] = norm(run, name, h)
     return y, saved
 
 
 def half_block_backward(run: Run, depth: int, dy: Array, saved: Saved, grads: Grads) -> Array | None:
-    """T13: dy (N,T,D) -> dx (N,T,D), or None where nothing below is trained."""
+    """T13: dy (..., D) -> dx (..., D), or None where nothing below is trained."""
     i, second = divmod(depth, 2)
     name, f_backward = (
         (f"layers.{i}.norm2", feed_forward_backward) if second else (f"layers.{i}.norm1", attend_backward)
     )
+    read = None if second else run.reading_in(i)
+
+    def past_backward(d: Array) -> Array:
+        return d if read is None else read.take_backward(d, saved["shape"])
+
     need_dx = run.lowest < depth
     if run.config.norm_first:
         norm_trained = not run.trained.isdisjoint((f"{name}.weight", f"{name}.bias"))
         dh = f_backward(run, i, dy, saved.pop("f"), grads, need_dx=need_dx or norm_trained)
         if dh is None:
             return None
-        return dy + norm_backward(run, name, dh, saved.pop("norm"), grads)
+        return past_backward(dy) + norm_backward(run, name, dh, saved.pop("norm"), grads)
     dh = norm_backward(run, name, dy, saved.pop("norm"), grads)
     dx = f_backward(run, i, dh, saved.pop("f"), grads, need_dx=need_dx)
-    return None if dx is None else dh + dx
+    return None if dx is None else past_backward(dh) + dx
 
 
 # --- The whole model -----------------------------------------------------------------------------------------------
 
 
-def place(run: Run, T: int, mask: Array | None, past: int = 0) -> Run:
-    """The run with what depends on the batch's shape: the mask (N, past + T), positions of the last T, rotary angles.
+def place(run: Run, batch: Batch, *, past: int = 0, read: Array | None = None) -> Run:
+    """The run with what depends on the batch: its mask, which tokens the states are, positions, rotary angles.
 
-    Positions count true tokens, so that padding on the left changes nothing.
+    past: how many tokens the cache holds; the mask is over them too. read (N,), on the host: the place of the one
+    token of each text that the last layer is computed for; None: all. Positions count true tokens, so that padding on
+    the left changes nothing.
     """
-    config = run.config
+    config, (N, T) = run.config, batch.tokens.shape
+    kept = None if run.by_row else batch.kept
+    places = Places(N, T, None if kept is None else xp.asarray(kept))
+    mask = None if batch.mask is None else xp.asarray(batch.mask)
     if mask is None:
         positions = xp.arange(past, past + T)  # (T,)
     else:
-        mask = xp.asarray(mask)
         positions = xp.maximum(xp.cumsum(mask, axis=1) - 1, 0)[:, past:]  # (N,T)
+    run = replace(run, mask=mask, places=places)
     if config.positions == "learned":
-        return replace(run, mask=mask, positions=positions + config.position_offset)
-    dtype = run.weights["embed.tokens"].real.dtype
-    positions = positions if mask is None else positions[:, None]  # (T,) or (N,1,T)
-    return replace(run, mask=mask, angles=rotary_angles(positions, config.head_width, config.rope_theta, dtype))
+        at_rows = positions if mask is None else places.gather(positions[..., None])[..., 0]  # (T,), (N,T) or (M,)
+        run = replace(run, positions=at_rows + config.position_offset)
+    else:
+        run = replace(run, angles=_angles(run, positions if mask is None else positions[:, None]))  # of (T,) or (N,1,T)
+    if read is None:
+        return run
+    index = np.arange(N) * T + read  # (N,)
+    rows, t = xp.asarray(np.stack([index if kept is None else np.searchsorted(kept, index), read]))
+    of_read = Places(N, 1, t=t)
+    if config.positions == "learned":
+        return replace(run, reading=Reading(rows, of_read, None))
+    at_read = xp.broadcast_to(positions, (N, T))[xp.arange(N), t]  # (N,)
+    return replace(run, reading=Reading(rows, of_read, _angles(run, at_read[:, None, None])))  # of (N,1,1)
+
+
+def _angles(run: Run, positions: Array) -> tuple[Array, Array]:
+    """T11: rotary's cos and sin. positions (...,T) -> two (...,T,K/2)."""
+    config, dtype = run.config, run.weights["embed.tokens"].real.dtype
+    return rotary_angles(positions, config.head_width, config.rope_theta, dtype)
 
 
 def states(run: Run, batch: Batch) -> tuple[Array, list[Saved]]:
     """T13: the states after the last layer, and its norm in pre-norm models. tokens (N,T) -> (N,T,D).
 
+    Where there is padding they are (M,D), those of the true tokens; where one token of each text is read, (N,1,D).
     Only what backward will need is saved: nothing below the lowest trained parameter.
     """
     depths = 2 * run.config.n_layer
     stack: list[Saved] = []
-    types = None if batch.token_types is None else xp.asarray(batch.token_types)
-    x, saved = embed(run, xp.asarray(batch.tokens), types)
+    kept = None if run.by_row else batch.kept
+    tokens, types = (
+        None if ids is None else xp.asarray(ids if kept is None else ids.reshape(-1)[kept])  # (N,T) -> (M,)
+        for ids in (batch.tokens, batch.token_types)
+    )
+    assert tokens is not None
+    x, saved = embed(run, tokens, types)
     stack.append(saved if run.lowest < 0 else {})
     for depth in range(depths):
         x, saved = half_block(run, depth, x)
@@ -325,47 +364,30 @@ def states_backward(run: Run, dx: Array, stack: list[Saved], grads: Grads) -> No
         embed_backward(run, d, stack.pop(), grads)
 
 
-def _read_at(run: Run, N: int, T: int) -> Array:
-    """T14: the index in N*T of the token that a classifier reads: causal models the last true one, others the first."""
-    if run.mask is None:
-        place = xp.full(N, T - 1 if run.config.causal else 0)
-    else:
-        order = run.mask[:, ::-1] if run.config.causal else run.mask
-        place = xp.argmax(order, axis=1)
-        place = T - 1 - place if run.config.causal else place
-    return xp.arange(N) * T + place  # (N,)
-
-
 def features(run: Run, x: Array) -> tuple[Array, Saved]:
-    """T14: what the head reads: each state; or, for a classifier, one, through BERT's pooler. (N,T,D) -> (N,P,D)."""
-    if run.config.head != "classify":
-        return x, {}
-    N, T, D = x.shape
-    saved: Saved = {"index": _read_at(run, N, T), "shape": x.shape}
-    h = pick(x, saved["index"]).reshape(N, 1, D)  # (N,T,D) -> (N,D) -> (N,1,D)
+    """T14: what the head reads: a state; BERT's and RoBERTa's classifiers through the pooler. (..., D) -> (..., D)."""
+    saved: Saved = {}
     if run.config.has_pooler:
-        h, saved["pooler"] = project(run, "pooler", h)
-        h, saved["tanh"] = tanh(h)
-    return h, saved
+        x, saved["pooler"] = project(run, "pooler", x)
+        x, saved["tanh"] = tanh(x)
+    return x, saved
 
 
 def features_backward(run: Run, dh: Array, saved: Saved, grads: Grads) -> Array:
-    """T14: dh (N,P,D) -> dx (N,T,D)."""
-    if run.config.head != "classify":
-        return dh
+    """T14: dh (..., D) -> dx (..., D)."""
     if run.config.has_pooler:
         dh = activation_backward(dh, saved.pop("tanh"))
         dh = project_backward(run, "pooler", dh, saved.pop("pooler"), grads)  # type: ignore[assignment]
-    return pick_backward(dh[:, 0], saved["index"], saved["shape"])
+    return dh
 
 
 def head_loss(run: Run, h: Array, index: Array, targets: Array, count: int, grads: Grads) -> tuple[Array, Array | None]:
-    """T14, T15: the sum of the losses of the counted rows over `count`, and its gradient by h. h (N,P,D).
+    """T14, T15: the sum of the losses of the counted rows over `count`, and its gradient by h. h (..., D).
 
-    index (M,): the counted rows among N*P; targets (M,). Logits are made for HEAD_ROWS rows at a time and turned into
-    dh at once. -> loss (a 0-d array), dh (N,P,D) or None where nothing is trained.
+    index (M,): the counted rows of h; targets (M,). Logits are made for HEAD_ROWS rows at a time and turned into
+    dh at once. -> loss (a 0-d array), dh (..., D) or None where nothing is trained.
     """
-    rows = pick(h, index)  # (N,P,D) -> (M,D)
+    rows = pick(h, index)  # (..., D) -> (M,D)
     mask = run.dropout_mask("head", h.shape)
     if mask is not None:
         mask = pick(mask, index)
@@ -388,16 +410,24 @@ def head_loss(run: Run, h: Array, index: Array, targets: Array, count: int, grad
 def batch_loss_and_grads(run: Run, batch: Batch, *, count: int) -> tuple[Array, Grads]:
     """The loss of some rows of a batch, and the gradients by run.trained: sums over these rows, over `count` (O4)."""
     assert batch.targets is not None
-    run = place(run, batch.tokens.shape[1], batch.mask)
-    index = batch.counted
-    targets = xp.asarray(batch.targets.reshape(-1)[index])
+    run = place(run, batch, read=_read(run.config, batch))
+    counted = batch.counted
+    targets = xp.asarray(batch.targets.reshape(-1)[counted])
+    by_token = run.reading is None and run.places.index is not None
+    rows = np.searchsorted(batch.kept, counted) if by_token else counted  # type: ignore[arg-type]
     x, stack = states(run, batch)
     h, head_saved = features(run, x)
     grads: Grads = {}
-    loss, dh = head_loss(run, h, xp.asarray(index), targets, count, grads)
+    top = run.beyond(run.config.n_layer - 1)
+    loss, dh = head_loss(top, h, xp.asarray(rows), targets, count, grads)
     if dh is not None:
         states_backward(run, features_backward(run, dh, head_saved, grads), stack, grads)
     return loss, grads
+
+
+def _read(config: Config, batch: Batch) -> Array | None:
+    """T14: the place of the one token of each text that is read: a classifier's. None: all are."""
+    return batch.read_at(config.causal) if config.head == "classify" else None
 
 
 # --- What others call ----------------------------------------------------------------------------------------------
@@ -410,17 +440,15 @@ def forward(
 
     tokens (N,T) integers; mask (N,T), true where a token counts; token_types (N,T).
     -> (N,T,V) for a language model, (N,labels) for a classifier, (N,T,labels) for a tagger, (N,T,D) without a head.
-    A ValueError or TypeError says what was expected, what came, and where.
+    What stands at padding has no meaning. A ValueError or TypeError says what was expected, what came, and where.
     """
     config = model.config
     batch = check_inputs(config, tokens, mask, token_types)
-    N, T = batch.tokens.shape
-    run = place(bind(model, adapter, rows=N), T, batch.mask)
-    x, _ = states(run, batch)
-    if config.head == "none":
-        return x
-    logits, _ = project(run, "head", features(run, x)[0])  # (N,P,D) -> (N,P,V)
-    return logits[:, 0] if config.head == "classify" else logits
+    run = place(bind(model, adapter, rows=len(batch.tokens)), batch, read=_read(config, batch))
+    y, _ = states(run, batch)
+    if config.head != "none":
+        y, _ = project(run, "head", features(run, y)[0])  # (..., D) -> (..., V)
+    return y[:, 0] if config.head == "classify" else run.places.spread(y)
 
 
 def loss(

@@ -187,12 +187,15 @@ for name, config in architectures().items():
             grads, norm = ln.optim.clip(grads, 1.0)
             params, state = ln.adamw(adapter.params, grads, state, lr=rates, weight_decay=0.1)
             adapter = replace(adapter, params=params)
-            print(bool(config.n_types), masked, xp.copies.to_device, xp.copies.to_host, xp.copies.syncs)
+            counts = xp.copies.to_device, xp.copies.to_host, xp.copies.syncs
+            print(bool(config.n_types), masked, config.head == "classify", *counts)
 """
 
 
 def test_a_training_step_copies_only_its_batch_and_its_loss():
-    """Tokens, counted places and targets go in, a mask and types where there are any; the loss comes out.
+    """Tokens, counted places and targets go in, and the loss comes out.
+
+    Types too, where there are any; a mask, with the places that it keeps; the tokens that a classifier reads.
 
     However many layers, rows or optimizer steps; and nothing else makes the host wait.
     """
@@ -201,6 +204,6 @@ def test_a_training_step_copies_only_its_batch_and_its_loss():
     lines = found.stdout.splitlines()
     assert len(lines) == 7 * 4 * 2
     for line in lines:
-        types, masked, to_device, to_host, syncs = line.split()
-        expected = 3 + (types == "True") + (masked == "True")
+        types, masked, reads, to_device, to_host, syncs = line.split()
+        expected = 3 + (types == "True") + 2 * (masked == "True") + (reads == "True")
         assert (int(to_device), int(to_host), int(syncs)) == (expected, 1, 0), line

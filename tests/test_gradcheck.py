@@ -127,7 +127,8 @@ def test_lora_linear_of_any_shape(seed, N, T, n_in, n_out, r, s, dropped):
     normal = np.random.default_rng(seed).standard_normal
     mask = None
     if dropped:
-        mask = ops.dropout_mask((N, T, n_in), 0.4, seed=seed, stream="q", first_row=0, dtype="float64")
+        n, t = xp.arange(N * T) // T, xp.arange(N * T) % T
+        mask = ops.dropout_mask(n, t, n_in, 0.4, seed=seed, stream="q", dtype="float64").reshape(N, T, n_in)
     W0, b = device(normal((n_out, n_in))), device(normal(n_out))
 
     def forward(x, A, B):

@@ -624,7 +624,10 @@ def test_rotary_angles_are_rounded_once():
 
 
 def mask_of(shape=(4, 3, 5), p=0.3, seed=1, stream="layers.0.attn.q", first_row=0, dtype="float64"):
-    return ops.dropout_mask(shape, p, seed=seed, stream=stream, first_row=first_row, dtype=dtype)
+    """The mask of all tokens of N texts, T each."""
+    N, T, D = shape
+    n, t = xp.arange(N * T) // T + first_row, xp.arange(N * T) % T
+    return ops.dropout_mask(n, t, D, p, seed=seed, stream=stream, dtype=dtype).reshape(shape)
 
 
 def hash32(h):
@@ -652,9 +655,9 @@ def test_dropout_mask_is_the_hash_that_it_says(seed, stream, first_row, p):
     """The masks of a seed are part of what "same seed, same bits" promises: here they are computed anew."""
     N, T, D = 2, 3, 4
     key = crc32(f"{seed} {stream}")
-    rows = [hash32(first_row + n ^ key) for n in range(N)]
-    places = [hash32(i ^ key ^ 0x9E3779B9) for i in range(T * D)]
-    kept = [[hash32(row ^ place) >= round(p * 2**32) for place in places] for row in rows]
+    tokens = [hash32(hash32(first_row + n ^ key) ^ t) for n in range(N) for t in range(T)]
+    columns = [hash32(d ^ key ^ 0x9E3779B9) for d in range(D)]
+    kept = [[hash32(token ^ column) >= round(p * 2**32) for column in columns] for token in tokens]
     expected = np.where(kept, 1 / (1 - p), 0.0).reshape(N, T, D)
     assert same_bits(mask_of((N, T, D), p, seed, stream, first_row), expected)
 
@@ -664,7 +667,7 @@ def test_dropout_mask_is_the_hash_that_it_says(seed, stream, first_row, p):
 def test_dropout_drops_hashes_below_p(seed):
     """Below p 2^32, and not at it: so of the 2^32 hashes exactly that many are dropped."""
     key = crc32(f"{seed} q")
-    h = hash32(hash32(key) ^ hash32(key ^ 0x9E3779B9))
+    h = hash32(hash32(hash32(key)) ^ hash32(key ^ 0x9E3779B9))
     kept, dropped = (asnumpy(mask_of((1, 1, 1), p, seed, "q")).item() for p in (h / 2**32, (h + 1) / 2**32))
     assert kept == 1 / (1 - h / 2**32)
     assert dropped == 0
@@ -692,6 +695,18 @@ def test_dropout_of_a_row_does_not_depend_on_its_shard(seed, N, data):
     end = data.draw(st.integers(start + 1, N))
     whole = mask_of((N, 3, 4), seed=seed)
     assert same_bits(mask_of((end - start, 3, 4), seed=seed, first_row=start), whole[start:end])
+
+
+@proves("T12", "O4")
+@given(seeds, st.integers(1, 4), st.integers(1, 4), st.data())
+def test_dropout_of_a_token_does_not_depend_on_which_others_are_computed(seed, N, T, data):
+    """Any tokens of the batch, picked out, have the masks that they have in the whole."""
+    whole = asnumpy(mask_of((N, T, 5), seed=seed)).reshape(N * T, 5)
+    index = np.array(data.draw(st.lists(st.integers(0, N * T - 1), min_size=1)))
+    some = ops.dropout_mask(
+        xp.asarray(index // T), xp.asarray(index % T), 5, 0.3, seed=seed, stream="layers.0.attn.q", dtype="float64"
+    )
+    assert same_bits(some, whole[index])
 
 
 @proves("T12")

@@ -8,6 +8,7 @@ from strategies import device, random_model, same_bits, trained_adapter
 
 import lora_np as ln
 from lora_np.backend import asnumpy, xp
+from lora_np.places import Places
 from lora_np.run import bind, fuse_grads, fused_parts, matrix_updates
 
 proves = pytest.mark.proves
@@ -103,15 +104,15 @@ def test_a_dropout_mask_for_each_adapted_matrix():
     run, _ = bound(targets=("q", "v", "up"), dropout=0.5)
     shape = (3, 4, 8)
     assert run.dropout_mask("layers.0.attn.q", shape) is None
-    run = replace(run, dropout_seed=1)
+    run = replace(run, dropout_seed=1, places=Places(3, 4))
     names = [f"layers.{i}.{name}" for i in (0, 1) for name in ("attn.q", "attn.v", "mlp.up")]
     masks = [asnumpy(run.dropout_mask(name, shape)) for name in names]
     assert len({mask.tobytes() for mask in masks}) == len(names)
     assert all(set(mask.ravel()) == {0.0, 2.0} for mask in masks)
     assert run.dropout_mask("layers.0.attn.k", shape) is None
-    assert same_bits(replace(run, first_row=1).dropout_mask(names[0], (2, 4, 8)), masks[0][1:])
+    assert same_bits(replace(run, first_row=1, places=Places(2, 4)).dropout_mask(names[0], (2, 4, 8)), masks[0][1:])
     assert not same_bits(replace(run, dropout_seed=2).dropout_mask(names[0], shape), masks[0])
-    fused = replace(bound(targets=("qkv",), dropout=0.5)[0], dropout_seed=1)
+    fused = replace(bound(targets=("qkv",), dropout=0.5)[0], dropout_seed=1, places=Places(3, 4))
     assert len({asnumpy(fused.dropout_mask(f"layers.0.attn.{part}", shape)).tobytes() for part in "qkv"}) == 1
     assert replace(bound()[0], dropout_seed=1).dropout_mask("layers.0.attn.q", shape) is None
 

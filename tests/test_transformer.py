@@ -29,6 +29,7 @@ from strategies import (
 )
 
 import lora_np as ln
+from lora_np import decode, gradcheck, transformer
 from lora_np.backend import asnumpy
 from lora_np.gradcheck import FLOOR, complex_step, relative_error
 from lora_np.run import adapted_shapes
@@ -147,6 +148,42 @@ def test_forward_is_the_plain_transformer(case):
     logits = ln.forward(model, adapter=adapter, **inputs(batch))
     for n, got in enumerate(real_logits(model.config, logits, mask)):
         assert deviation(got, logits_by_hand(plain, tokens[n][real[n]], types[n][real[n]])) <= 1e-12
+
+
+def rows_of_products(monkeypatch, call):
+    """How many rows each matrix is applied to, by the matrix's name, in calls of `project`."""
+    rows, project = {}, transformer.project
+
+    def counting(run, name, x, *args):
+        rows[name] = rows.get(name, 0) + x.size // x.shape[-1]
+        return project(run, name, x, *args)
+
+    for module in (transformer, decode):
+        monkeypatch.setattr(module, "project", counting)
+    call()
+    return rows
+
+
+@proves("T13", "T14")
+@pytest.mark.parametrize(("name", "config"), gradcheck.architectures().items())
+def test_padding_is_not_computed_nor_what_is_not_read(name, config, monkeypatch):
+    """Each matrix sees the true tokens alone; of a classifier's last layer, all but k and v the one that is read."""
+    model, batch = random_model(config, seed=0), gradcheck.example_batch(config, N=3, T=5)
+    rows = rows_of_products(monkeypatch, lambda: ln.loss(model, **batch))
+    true = int(batch["mask"].sum())
+    assert true < 15
+    last = f"layers.{config.n_layer - 1}."
+    for matrix in set(config.matrix_shapes()) - {"embed.tokens", "head"}:
+        alone = config.head == "classify" and matrix.startswith(last) and not matrix.endswith((".k", ".v"))
+        assert rows[matrix] == (3 if alone else true), matrix
+    assert rows["head"] == (3 if config.head == "classify" else int((batch["targets"] != -100).sum()))
+
+
+@proves("T16")
+def test_a_prompts_last_layer_is_computed_for_its_last_token(monkeypatch):
+    model = random_model(gradcheck.architectures()["Llama, tied"], seed=0)
+    rows = rows_of_products(monkeypatch, lambda: ln.generate(model, [[1, 2, 3, 4]] * 2, n=1))
+    assert [rows[f"layers.1.{matrix}"] for matrix in ("attn.q", "attn.k", "mlp.down")] == [2, 8, 2]
 
 
 @proves("T14")
@@ -431,7 +468,9 @@ def test_the_rows_of_one_adapter_are_that_adapter(case):
     together = ln.forward(model, adapter=adapter, **inputs(batch))
     by_row = ln.forward(model, adapter=[adapter] * N, **inputs(batch))
     nobody = ln.forward(model, adapter=[None] * N, **inputs(batch))
-    assert deviation(by_row, together) <= (1e-12 if model.dtype == "float64" else 1e-3)
+    real, real_by_row = (real_logits(model.config, logits, batch["mask"]) for logits in (together, by_row))
+    for one, other in zip(real_by_row, real, strict=True):
+        assert deviation(one, other) <= (1e-12 if model.dtype == "float64" else 1e-3)
     assert same_bits(nobody, ln.forward(model, **inputs(batch)))
 
 

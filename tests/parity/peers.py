@@ -14,6 +14,7 @@ import pytest
 import weights
 
 import lora_np as ln
+from lora_np.backend import xp
 from lora_np.ops import dropout_mask
 
 REASON = "a peer of the parity tests: pip install lora-np[peers]"
@@ -260,11 +261,10 @@ def install_dropout(pair: Pair, batch: Batch, seed: int) -> None:
         if not isinstance(layer, peft.tuners.lora.LoraLayer) or "default" not in layer.lora_A:
             continue
         name = weights.our_name(pair.family, weights.bare(theirs))
-        places = 1 if name == "head" and pair.model.config.head == "classify" else T
-        shape = (N, places, pair.adapter.params[f"{name}.A"].shape[1])
-        p = pair.adapter.config.dropout
-        mask = dropout_mask(shape, p, seed=seed, stream=name, first_row=0, dtype="float64")
-        layer.lora_dropout["default"] = Masked(ln.asnumpy(mask))
+        D, p = pair.adapter.params[f"{name}.A"].shape[1], pair.adapter.config.dropout
+        n, t = np.divmod(np.arange(N * T), T)
+        mask = dropout_mask(xp.asarray(n), xp.asarray(t), D, p, seed=seed, stream=name, dtype="float64")
+        layer.lora_dropout["default"] = Masked(ln.asnumpy(mask).reshape(N, T, D))
 
 
 # --- One batch through both ------------------------------------------------------------------------------------------
