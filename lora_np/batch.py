@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from .backend import Array, asnumpy
 from .model import Config
 
 IGNORED = -100  # a target that is not counted
+# A batch that a caller makes: the keyword arguments of `loss` (tokens, targets; mask and token_types if there are any).
+BatchDict: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,26 @@ def encode(text: str) -> Array:
 def decode(tokens: Array) -> str:
     """The text of byte tokens (length,); bytes that are no UTF-8 become the replacement character."""
     return np.asarray(tokens, dtype=np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class ByteTokenizer:
+    """The byte tokenizer as the models' own are: a text's UTF-8 bytes, and no special tokens."""
+
+    vocab_size = BYTES
+    eos = None
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The bytes of a text; there is nothing special about them."""
+        return encode(text).tolist()
+
+    def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int | None]]:
+        """The bytes of words with a space between them, and of which word each is; None: a space."""
+        of = [n if i else None for n, word in enumerate(words) for i in [0, *[1] * len(encode(word))]]
+        return self.encode(" ".join(words)), of[1:]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of bytes; those that are no UTF-8 become the replacement character."""
+        return decode(np.array(list(ids), dtype=np.uint8))
 
 
 def read_text(path: str | Path) -> str:

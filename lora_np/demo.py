@@ -21,14 +21,14 @@ import numpy as np
 
 from .adapter import count_parameters, init_adapter, merge, unmerge
 from .backend import Array, asnumpy, xp
+from .batch import BatchDict
 from .data import BYTES, all_windows, decode, encode, language_reference, random_windows, split, standard_library
 from .decode import generate_on
-from .finetune import Curve, held_out_loss
 from .formats.folder import load_model, model_hash, save_model
 from .formats.peft import load_adapter, save_adapter
 from .lora import Adapter, LoRAConfig
 from .model import Config, Model, init_weights
-from .train import BatchDict, Report, Settings, placed, train
+from .train import Report, Settings, evaluate, placed, train
 from .transformer import forward, loss_and_grads
 
 
@@ -90,7 +90,7 @@ class Outcome:
     """What the demonstration found. Losses are held-out, in nats a byte; curves are (step, loss)."""
 
     losses: dict[str, float] = field(default_factory=dict)
-    curves: dict[str, Curve] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
@@ -107,20 +107,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_np"
 
 
-def default_base(report: Callable[[Progress], None], plan: Plan) -> tuple[Model, bool]:
-    """The pretrained base: from the cache, else made now and kept there. -> the model, and whether it was cached."""
+def base_folder(report: Callable[[Progress], None], plan: Plan) -> tuple[Path, bool]:
+    """The pretrained base's folder in the cache; it is made now if need be. -> the folder, and whether it was there."""
     text = language_reference()
     key = hashlib.sha256(f"{plan.config} {plan.pretrain} {plan.rows} {text}".encode()).hexdigest()[:16]
     folder = cache_folder() / f"base-{key}"
     if folder.exists():
-        return load_model(folder), True
+        return folder, True
     tokens, _ = split(encode(text), 0.1)
     model = Model(plan.config, init_weights(plan.config, seed=plan.pretrain.seed))
     model, _ = _run("pretraining", model, None, tokens, plan, plan.pretrain, report)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):  # another process was first
         save_model(folder, model)
-    return model, False
+    return folder, False
 
 
 def _run(
@@ -150,12 +150,14 @@ def run(report: Callable[[Progress], None], plan: Plan) -> Outcome:
     """The demonstration, start to end: the base, LoRA, full fine-tuning, and the checks."""
     began = time.perf_counter()
     out = Outcome()
-    base, cached = default_base(report, plan)
+    folder, cached = base_folder(report, plan)
+    base = load_model(folder)
     out.seconds["base from the cache" if cached else "pretraining"] = time.perf_counter() - began
     text, held_out = split(encode(standard_library()), 0.1)
 
     def loss_of(model: Model, adapter: Adapter | None) -> float:
-        return held_out_loss(model, adapter, held_out, T=plan.config.n_positions, most=plan.windows)
+        windows = all_windows(held_out, N=32, T=plan.config.n_positions, most=plan.windows)
+        return evaluate(model, adapter, (batch._asdict() for batch in windows)).loss
 
     out.losses["base"] = loss_of(base, None)
     before = model_hash(base)

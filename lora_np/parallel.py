@@ -8,12 +8,12 @@ depends on the shards, never on how many threads ran them or which was done firs
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from .backend import Array, backend_name
 from .batch import Batch, check_batch
@@ -21,6 +21,9 @@ from .lora import Adapter
 from .model import Model
 from .run import Run, Trainable
 from .transformer import Grads, batch_loss_and_grads, trained_grads, training_run
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 SHARD_TOKENS = 256  # a shard has at least so many tokens: smaller products are slower
 
@@ -46,6 +49,15 @@ def one_blas_thread() -> Iterator[None]:
         return
     with threadpool_limits(1, user_api="blas"):
         yield
+
+
+def threaded(f: Callable[[S], R], parts: Iterable[S]) -> list[R]:
+    """f of each part, in order: each in a thread, with one BLAS thread; one part alone as it is. On a GPU, in turn."""
+    parts = list(parts)
+    if len(parts) <= 1 or backend_name == "cupy":
+        return [f(part) for part in parts]
+    with one_blas_thread(), ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as pool:
+        return list(pool.map(f, parts))
 
 
 def tree_sum(parts: list[tuple[Array, Grads]]) -> tuple[Array, Grads]:
@@ -99,7 +111,4 @@ def sharded_sums(
     def one(n: slice) -> tuple[Array, Grads]:
         return batch_loss_and_grads(replace(run, first_row=first_row + n.start), batch.rows(n), count=count)
 
-    if shards == 1:
-        return one(slice(0, N))
-    with one_blas_thread(), ThreadPoolExecutor(min(shards, os.cpu_count() or 1)) as pool:
-        return tree_sum(list(pool.map(one, shard_rows(N, shards))))
+    return tree_sum(threaded(one, shard_rows(N, shards)))

@@ -16,7 +16,9 @@ def check_matplotlib() -> None:
         raise ImportError("--plot needs matplotlib: pip install 'lora-np[plot]'") from error
 
 
-def loss_curves(path: str | Path, title: str, curves: Mapping[str, Curve], levels: Mapping[str, float]) -> None:
+def loss_curves(
+    path: str | Path, title: str, curves: Mapping[str, Curve], levels: Mapping[str, float], *, unit: str
+) -> None:
     """Draws held-out loss against steps into an image file: a line a curve, a dashed level for what has no steps."""
     check_matplotlib()
     from matplotlib.figure import Figure
@@ -30,7 +32,7 @@ def loss_curves(path: str | Path, title: str, curves: Mapping[str, Curve], level
     for label, level in levels.items():
         axes.axhline(level, label=label, color="#777777", linewidth=1.2, linestyle="--")
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("held-out loss (nats a byte)")
+    axes.set_ylabel(f"held-out loss ({unit})")
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -385,7 +385,7 @@ def head_loss(run: Run, h: Array, index: Array, targets: Array, count: int, grad
     """T14, T15: the sum of the losses of the counted rows over `count`, and its gradient by h. h (..., D).
 
     index (M,): the counted rows of h; targets (M,). Logits are made for HEAD_ROWS rows at a time and turned into
-    dh at once. -> loss (a 0-d array), dh (..., D) or None where nothing is trained.
+    dh at once. -> loss (a 0-d array), dh (..., D) or None where nothing below is trained.
     """
     rows = pick(h, index)  # (..., D) -> (M,D)
     mask = run.dropout_mask("head", h.shape)
@@ -399,27 +399,53 @@ def head_loss(run: Run, h: Array, index: Array, targets: Array, count: int, grad
         logits, saved = project(run, "head", rows[m], None if mask is None else mask[m])  # (m,D) -> (m,V)
         losses, ce_saved = cross_entropy(logits, targets[m])
         total = total + losses.sum() / count
-        if run.trained:
-            dlogits = cross_entropy_backward(xp.full_like(losses, 1 / count), ce_saved)
-            d_part = project_backward(run, "head", dlogits, saved, grads, need_dx=need_dh)
-            if d_part is not None:
-                d_rows[m] = d_part
+        dlogits = cross_entropy_backward(xp.full_like(losses, 1 / count), ce_saved)
+        d_part = project_backward(run, "head", dlogits, saved, grads, need_dx=need_dh)
+        if d_part is not None:
+            d_rows[m] = d_part
     return total, pick_backward(d_rows, index, h.shape) if need_dh else None
+
+
+def head_score(run: Run, h: Array, index: Array, targets: Array) -> tuple[Array, Array]:
+    """T14, T15: of the counted rows, the sum of the losses, and how many targets have the largest logit.
+
+    Logits are made for HEAD_ROWS rows at a time. -> two 0-d arrays.
+    """
+    loss, hits = xp.zeros((), dtype=h.dtype), xp.zeros((), dtype="int64")
+    rows = pick(h, index)  # (..., D) -> (M,D)
+    for start in range(0, len(rows), HEAD_ROWS):
+        m = slice(start, start + HEAD_ROWS)
+        logits, _ = project(run, "head", rows[m])  # (m,D) -> (m,V)
+        loss = loss + cross_entropy(logits, targets[m])[0].sum()
+        hits = hits + (logits.argmax(axis=-1) == targets[m]).sum()
+    return loss, hits
+
+
+def _scored(run: Run, batch: Batch) -> tuple[Run, Array, Array]:
+    """The run of a batch; the rows of its last states that have a target that counts (M,), and those targets (M,)."""
+    assert batch.targets is not None
+    run = place(run, batch, read=_read(run.config, batch))
+    counted = batch.counted
+    rows = counted
+    if run.reading is None and batch.kept is not None:
+        rows = np.searchsorted(batch.kept, counted)
+    return run, xp.asarray(rows), xp.asarray(batch.targets.reshape(-1)[counted])
+
+
+def batch_score(run: Run, batch: Batch) -> tuple[Array, Array]:
+    """T15: over a batch's counted targets, the sum of the losses, and how many have the largest logit; no dropout."""
+    run, rows, targets = _scored(run, batch)
+    h, _ = features(run, states(run, batch)[0])
+    return head_score(run.beyond(run.config.n_layer - 1), h, rows, targets)
 
 
 def batch_loss_and_grads(run: Run, batch: Batch, *, count: int) -> tuple[Array, Grads]:
     """The loss of some rows of a batch, and the gradients by run.trained: sums over these rows, over `count` (O4)."""
-    assert batch.targets is not None
-    run = place(run, batch, read=_read(run.config, batch))
-    counted = batch.counted
-    targets = xp.asarray(batch.targets.reshape(-1)[counted])
-    by_token = run.reading is None and run.places.index is not None
-    rows = np.searchsorted(batch.kept, counted) if by_token else counted  # type: ignore[arg-type]
+    run, rows, targets = _scored(run, batch)
     x, stack = states(run, batch)
     h, head_saved = features(run, x)
     grads: Grads = {}
-    top = run.beyond(run.config.n_layer - 1)
-    loss, dh = head_loss(top, h, xp.asarray(rows), targets, count, grads)
+    loss, dh = head_loss(run.beyond(run.config.n_layer - 1), h, rows, targets, count, grads)
     if dh is not None:
         states_backward(run, features_backward(run, dh, head_saved, grads), stack, grads)
     return loss, grads
@@ -474,8 +500,8 @@ def loss(
     total = 0.0
     for one, part in parts:
         run = replace(bind(model, one, rows=len(part.tokens)), trained=frozenset())
-        total += batch_loss_and_grads(run, part, count=count)[0].item()
-    return total
+        total += batch_score(run, part)[0].item()
+    return total / count
 
 
 def loss_and_grads(

@@ -55,10 +55,10 @@ def test_finetune_writes_an_adapter_that_lowers_the_held_out_loss(home, capsys):
     result = json.loads(out)
     assert status == 0
     assert result["loss"]["adapter"] < result["loss"]["base"] - 0.1
-    assert result["curve"][0] == [0, result["loss"]["base"]]
-    assert [step for step, _ in result["curve"]] == [0, 5, 10, 15, 20]
+    assert result["curve"][0]["loss"] == result["loss"]["base"]
+    assert [point["step"] for point in result["curve"]] == [0, 5, 10, 15, 20]
     assert result["parameters"] == 2 * 2 * 2 * (16 + 16) + 2 * (16 + 256)
-    assert sorted(os.listdir(home / "fresh")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(home / "fresh")) == ["adapter_config.json", "adapter_model.safetensors", "task.json"]
     assert "fine-tuning: step 20 of 20" in err
     model = ln.load_model(home / "base")
     assert (
@@ -212,7 +212,7 @@ BAD = {
     "a folder that is not empty": (["--out", "adapter"], "the folder is not empty"),
     "nothing to resume": (["--resume"], "no such checkpoint"),
     "no base there": (["--base", "nowhere"], "nowhere"),
-    "a base with another vocabulary": (["--base", "words"], "expected a language model of bytes"),
+    "a base with another vocabulary": (["--base", "words"], "expected a model of bytes, or one with its tokenizer"),
 }
 
 

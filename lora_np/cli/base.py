@@ -1,15 +1,18 @@
-"""What several commands take: the base, and its adapter."""
+"""What several commands take: the base with its tokenizer, and an adapter."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .. import demo
+from ..data import BYTES, ByteTokenizer
+from ..examples import Tokens
 from ..formats.folder import load_model
 from ..formats.peft import load_adapter
+from ..formats.tokenizer import TOKENIZER, load_tokenizer
 from ..lora import Adapter
 from ..model import Model
 from .output import Bar
@@ -20,14 +23,33 @@ AddCommand: TypeAlias = Callable[[str, Run, str], argparse.ArgumentParser]
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """The argument --base."""
-    parser.add_argument("--base", type=Path, metavar="DIR", help="the base model's folder (default: the embedded one)")
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR",
+        help="the base: a model's folder, or a .gguf file (default: the embedded model of bytes)",
+    )  # fmt: skip
 
 
-def base_model(args: argparse.Namespace, bar: Bar) -> Model:
-    """The model of --base, or the embedded one."""
+def base_path(args: argparse.Namespace, bar: Bar) -> Path:
+    """--base, or the folder of the embedded base, which is made first if need be."""
     if args.base is not None:
-        return load_model(args.base)
-    return demo.default_base(shown_on(bar), demo.STANDARD)[0]
+        return Path(args.base)
+    return demo.base_folder(shown_on(bar), demo.STANDARD)[0]
+
+
+def base_model(args: argparse.Namespace, bar: Bar, **head: Any) -> Model:
+    """The model of --base, or the embedded one. head: head, n_labels and seed, as load_model has them."""
+    return load_model(base_path(args, bar), **head)
+
+
+def tokenizer_of(path: Path, model: Model) -> Tokens:
+    """A base's own tokenizer; a model of bytes has none."""
+    if model.config.vocab_size == BYTES and path.is_dir() and not (path / TOKENIZER).exists():
+        return ByteTokenizer()
+    if path.is_dir() and not (path / TOKENIZER).exists():
+        raise FileNotFoundError(
+            f"{path}: expected a model of bytes, or one with its tokenizer; there is no {TOKENIZER}"
+        )
+    return load_tokenizer(path)
 
 
 def shown_on(bar: Bar) -> Callable[[demo.Progress], None]:

@@ -17,7 +17,9 @@ def run_demo(args: argparse.Namespace) -> int:
     with Bar() as bar:
         out = demo.run(shown_on(bar), demo.QUICK if args.quick else demo.STANDARD)
     if args.plot:
-        plot.loss_curves(args.plot, "Adapting to Python source", out.curves, {"base": out.losses["base"]})
+        plot.loss_curves(
+            args.plot, "Adapting to Python source", out.curves, {"base": out.losses["base"]}, unit="nats a byte"
+        )
     base, trained = out.parameters["base"], out.parameters["LoRA"]
     whole, update = f"{out.bytes['base']:,} B", f"{out.bytes['LoRA']:,} B"
     rows = [

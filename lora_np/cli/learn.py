@@ -4,88 +4,184 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .. import data, finetune, plot
+from .. import finetune, plot, tasks
+from ..data import ByteTokenizer
 from ..decode import generate_on
+from ..examples import Tokens
+from ..formats.folder import load_model
+from ..formats.task import Task, load_task
 from ..lora import TARGETS, LoRAConfig
-from ..train import Settings
-from .base import AddCommand, adapter_of, add_base, base_model
+from ..train import Score, Settings, evaluate
+from .base import AddCommand, adapter_of, add_base, base_path, tokenizer_of
 from .output import Bar, emit
+
+EPOCHS, STEPS, EVERY = 3, 200, 50  # defaults: of examples; of windows of a plain text
+LONGEST = {"lm": 256, "classify": 64, "tag": 128}
+WINDOW = 64
 
 
 def run_finetune(args: argparse.Namespace) -> int:
     if args.plot:
         plot.check_matplotlib()
-    text = data.read_text(args.data)
-    job = finetune.Job(
-        lora=LoRAConfig(r=args.r, alpha=args.alpha, targets=tuple(args.targets), dropout=args.dropout),
-        settings=Settings(
-            steps=args.steps, lr=args.lr, b_ratio=args.b_ratio, weight_decay=args.weight_decay,
-            warmup=min(args.warmup, args.steps), accumulate=args.accumulate, seed=args.seed,
-        ),
-        N=args.batch, T=args.window, held_out=args.held_out, every=args.every,
-    )  # fmt: skip
     began = time.perf_counter()
+    task = _task(args)
+    head: dict[str, Any] = {}
+    if task.name != "lm":
+        head = {"head": task.name, "n_labels": len(task.labels), "seed": args.seed}
     with Bar() as bar:
-        model = base_model(args, bar)
+        path = base_path(args, bar)
+        model = load_model(path, **head)
+        tokenizer = tokenizer_of(path, model)
+        data = tasks.learn_from(
+            args.data, args.dev, task, tokenizer, N=args.batch, held_out=args.held_out, seed=args.seed
+        )
+        job = _job(args, task, data.epoch)
 
         def report(seen: finetune.Seen) -> None:
-            held_out = "" if seen.held_out is None else f", held out {seen.held_out:.3f}"
+            held_out = "" if seen.held_out is None else f", held out {_shown(task, seen.held_out)}"
             bar.show("fine-tuning", seen.step, seen.steps, f"loss {seen.loss:.3f}{held_out}")
 
-        done = finetune.finetune(model, text, args.out, job, resume=args.resume, report=report)
+        done = finetune.finetune(model, data, args.out, job, resume=args.resume, report=report)
+    first, last, unit = done.curve[0], done.curve[-1], _unit(task, tokenizer)
     if args.plot:
-        plot.loss_curves(args.plot, f"Adapting to {args.data.name}", {"LoRA": done.curve}, {"base": done.curve[0][1]})
+        curve = [(point.step, point.loss) for point in done.curve]
+        plot.loss_curves(args.plot, f"Adapting to {args.data.name}", {"LoRA": curve}, {"before": first.loss}, unit=unit)
     result = {
-        "out": str(args.out), "steps": args.steps, "parameters": done.parameters, "curve": done.curve,
-        "loss": {"base": done.curve[0][1], "adapter": done.curve[-1][1]}, "seconds": time.perf_counter() - began,
+        "out": str(args.out), "steps": job.settings.steps, "parameters": done.parameters,
+        "curve": [point._asdict() for point in done.curve], "seconds": time.perf_counter() - began,
+        "loss": {"base": first.loss, "adapter": last.loss}, "labels": list(task.labels),
     }  # fmt: skip
     emit(
         args,
         result,
-        f"held-out loss: base {done.curve[0][1]:.3f}, adapted {done.curve[-1][1]:.3f} nats a byte\n"
-        f"trained {done.parameters:,} parameters in {args.steps} steps; the adapter is in {args.out}",
+        f"held-out loss, {unit}: before {_shown(task, first)}, adapted {_shown(task, last)}\n"
+        f"trained {done.parameters:,} parameters in {job.settings.steps} steps; the adapter is in {args.out}",
     )
     return 0
 
 
+def _task(args: argparse.Namespace) -> Task:
+    """The task that the arguments name, with the labels of the data."""
+    if args.window is not None:
+        longest = args.window
+    else:
+        longest = WINDOW if args.base is None and args.task == "lm" else LONGEST[args.task]
+    return tasks.task_of(args.task, args.data, longest)
+
+
+def _job(args: argparse.Namespace, task: Task, epoch: int | None) -> finetune.Job:
+    """What to do; what is not said follows from the base and the data."""
+    if args.epochs is not None and epoch is None:
+        raise ValueError("--epochs: windows of a plain text are drawn at random; name --steps")
+    if args.steps is not None and args.epochs is not None:
+        raise ValueError("expected --steps or --epochs, got both")
+    steps = args.steps
+    if steps is None:
+        steps = STEPS if epoch is None else epoch * (EPOCHS if args.epochs is None else args.epochs)
+    lr = (1e-2 if args.base is None else 1e-3) if args.lr is None else args.lr
+    return finetune.Job(
+        task=task,
+        lora=LoRAConfig(
+            r=args.r, alpha=args.alpha, targets=tuple(args.targets), dropout=args.dropout, train_head=task.name != "lm"
+        ),
+        settings=Settings(
+            steps=steps, lr=lr, b_ratio=args.b_ratio, weight_decay=args.weight_decay, warmup=min(args.warmup, steps),
+            accumulate=args.accumulate, seed=args.seed,
+        ),
+        every=args.every or (EVERY if epoch is None else epoch),
+    )  # fmt: skip
+
+
+def _shown(task: Task, score: Score | finetune.Point, unit: str = "") -> str:
+    accuracy = "" if task.name == "lm" else f", accuracy {score.accuracy:.1%}"
+    return f"{score.loss:.4f} {unit}".rstrip() + accuracy
+
+
+def _unit(task: Task, tokenizer: Tokens) -> str:
+    """What a loss is counted in."""
+    token = "byte" if isinstance(tokenizer, ByteTokenizer) else "token"
+    return f"nats a {'text' if task.name == 'classify' else 'word' if task.name == 'tag' else token}"
+
+
 def run_eval(args: argparse.Namespace) -> int:
-    tokens = data.encode(data.read_text(args.data))
+    task = None if args.adapter is None else load_task(args.adapter)
+    task = _task(args) if task is None else task if args.window is None else replace(task, longest=args.window)
+    head: dict[str, Any] = {}
+    if args.adapter is not None and task.name != "lm":
+        head = {"head": task.name, "n_labels": len(task.labels), "seed": 0}
     with Bar() as bar:
-        model = base_model(args, bar)
-    finetune.check_bytes(model)
+        path = base_path(args, bar)
+    model = load_model(path, **head)
+    config = model.config
+    if config.head != task.name or (task.labels and config.n_labels != len(task.labels)):
+        raise ValueError(
+            f"{path}: expected a model for task {task.name} with {len(task.labels)} labels, as the data has, "
+            f"got head {config.head!r} with {config.n_labels or 0}"
+        )
+    tokenizer = tokenizer_of(path, model)
+    batches = tasks.evaluation(args.data, task, tokenizer, most=args.windows)
     adapter = adapter_of(args, model)
-    kinds = {"base": None} if adapter is None else {"base": None, "adapter": adapter}
-    T = min(args.window, model.config.longest)
-    losses = {name: finetune.held_out_loss(model, kind, tokens, T=T, most=args.windows) for name, kind in kinds.items()}
-    emit(args, {"losses": losses}, "\n".join(f"{name}: {loss:.4f} nats a byte" for name, loss in losses.items()))
+    kinds = {"adapter": adapter} if head else {"base": None} if adapter is None else {"base": None, "adapter": adapter}
+    unit = _unit(task, tokenizer)
+    scores = {name: evaluate(model, kind, batches) for name, kind in kinds.items()}
+    result = {"losses": {name: score.loss for name, score in scores.items()}}
+    if task.name != "lm":
+        result["accuracies"] = {name: score.accuracy for name, score in scores.items()}
+    emit(args, result, "\n".join(f"{name}: {_shown(task, score, unit)}" for name, score in scores.items()))
     return 0
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    with Bar() as bar:
-        model = base_model(args, bar)
-    finetune.check_bytes(model)
     if not args.prompt:
         raise ValueError("--prompt: expected some text to go on from, got none")
-    prompt = data.encode(args.prompt).astype(np.int64)[None]
+    with Bar() as bar:
+        path = base_path(args, bar)
+    model = load_model(path)
+    tokenizer = tokenizer_of(path, model)
+    prompt = np.array([tokenizer.encode(args.prompt)])
     tokens = generate_on(
         model, prompt, adapter_of(args, model), n=args.n, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, seed=args.seed if args.temperature > 0 else None,
-    )  # fmt: skip
-    text = data.decode(tokens[0])
+    )[0].tolist()  # fmt: skip
+    new = tokens[prompt.shape[1] :]
+    if tokenizer.eos in new:
+        new = new[: new.index(tokenizer.eos)]
+    text = args.prompt + tokenizer.decode(new)
     emit(args, {"prompt": args.prompt, "text": text}, text)
     return 0
 
 
+DATA = (
+    "lm: a text, whose last part is held out; or prompts with completions: .jsonl with prompt and completion (or "
+    "text), or a||b in each line. classify: text<TAB>label lines. tag: CoNLL columns, the word first, its tag last"
+)
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--task", choices=list(LONGEST), default="lm",
+        help="the next token, a label for each text, or a tag for each word (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--window", type=int, metavar="T",
+        help=f"tokens of a window, or the most of an example (default: {LONGEST['lm']}, embedded base {WINDOW}; "
+        f"classify {LONGEST['classify']}, tag {LONGEST['tag']})",
+    )  # fmt: skip
+
+
 def add_commands(command: AddCommand) -> None:
     """The commands of this file, and their arguments."""
-    p = command("finetune", run_finetune, "train an adapter on a text file")
-    p.add_argument("--data", type=Path, required=True, metavar="FILE.txt", help="UTF-8 text; its last part is held out")
+    p = command("finetune", run_finetune, "train an adapter: on texts, on texts with labels, or on words with tags")
+    p.add_argument("--data", type=Path, required=True, metavar="FILE", help=DATA)
+    p.add_argument("--dev", type=Path, metavar="FILE", help="what is held out (default: a part of --data)")
     add_base(p)
+    _add_task(p)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the adapter")
     p.add_argument("--r", type=int, default=8, help="rank (default: %(default)s)")
     p.add_argument("--alpha", type=float, default=16, help="s = alpha / r (default: %(default)s)")
@@ -93,28 +189,34 @@ def add_commands(command: AddCommand) -> None:
         "--targets", nargs="+", default=["q", "v"], metavar="T", help=f"of {' '.join(TARGETS)} (default: q v)"
     )
     p.add_argument("--dropout", type=float, default=0.0, help="on the low-rank branch (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=200, help="optimizer steps (default: %(default)s)")
-    p.add_argument("--lr", type=float, default=1e-2, help="highest learning rate (default: %(default)s)")
+    p.add_argument(
+        "--steps", type=int, help=f"optimizer steps (default: {EPOCHS} epochs of examples; {STEPS} of windows)"
+    )
+    p.add_argument("--epochs", type=int, help="how often each example comes, instead of --steps")
+    p.add_argument("--lr", type=float, help="highest learning rate (default: 1e-3; 1e-2 with the embedded base)")
     p.add_argument(
         "--b-ratio", type=float, default=1.0, help="B's learning rate over A's, LoRA+ (default: %(default)s)"
     )
     p.add_argument("--weight-decay", type=float, default=0.0, help="decoupled (default: %(default)s)")
     p.add_argument("--warmup", type=int, default=20, help="steps of warm-up (default: %(default)s)")
-    p.add_argument("--batch", type=int, default=16, help="windows a step (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=16, help="examples or windows a step (default: %(default)s)")
     p.add_argument("--accumulate", type=int, default=1, help="parts that a batch is run in (default: %(default)s)")
-    p.add_argument("--window", type=int, default=64, help="tokens a window (default: %(default)s)")
-    p.add_argument("--held-out", type=float, default=0.1, help="part of the text (default: %(default)s)")
-    p.add_argument("--every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
+    p.add_argument("--held-out", type=float, default=0.1, help="part of the data, without --dev (default: %(default)s)")
+    p.add_argument(
+        "--every", type=int, help=f"steps between evaluations, each with a checkpoint (default: an epoch, or {EVERY})"
+    )
     p.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curve")
 
-    p = command("eval", run_eval, "the loss on a text file, without and with an adapter")
-    p.add_argument("--data", type=Path, required=True, metavar="FILE.txt", help="UTF-8 text")
+    p = command("eval", run_eval, "the loss on a file, without and with an adapter; the accuracy of labels")
+    p.add_argument("--data", type=Path, required=True, metavar="FILE", help="as for finetune")
     add_base(p)
+    _add_task(p)
     p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter's folder")
-    p.add_argument("--window", type=int, default=64, help="tokens a window (default: %(default)s)")
-    p.add_argument("--windows", type=int, default=64, help="at most so many, spread evenly (default: %(default)s)")
+    p.add_argument(
+        "--windows", type=int, default=64, help="of a plain text at most so many, spread evenly (default: %(default)s)"
+    )
 
     p = command("generate", run_generate, "text after a prompt")
     add_base(p)

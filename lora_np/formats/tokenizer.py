@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .gguf_file import GGUFFile, open_gguf
 from .plain import read_json
@@ -57,6 +59,15 @@ class Tokenizer:
         if max(ids, default=0) >= self.vocab_size:
             raise ValueError(f"encode: the tokenizer puts an id around the text that it does not have: {max(ids)}")
         return ids
+
+    def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int | None]]:
+        """The ids of words, a space between them, and of which word each is, None: of none. Errors as of `encode`."""
+        ids = self.encode(" ".join(words))
+        spans = self.backend.encode(" ".join(words)).offsets  # of characters
+        ends = np.cumsum([len(word) + 1 for word in words])  # a word's characters, and the space behind it
+        # A token may begin with the space before it, so its last character says where it belongs.
+        at = np.searchsorted(ends, [end - 1 for _, end in spans], side="right")
+        return ids, [int(n) if end > start else None for n, (start, end) in zip(at, spans, strict=True)]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of ids (length,); special: with the special tokens among them. A ValueError names an unknown id."""
