@@ -86,6 +86,55 @@ def test_eval_gives_the_loss_without_and_with_the_adapter(home, capsys):
     assert out.splitlines() == [f"{name}: {loss:.4f} nats a byte" for name, loss in losses.items()]
 
 
+LABELLED = "".join(f"{'abc' if i % 2 else 'xyz'} {i}\t{'low' if i % 2 else 'high'}\n" for i in range(60))
+
+
+@pytest.mark.parametrize("task", ["classify", "tag"])
+def test_labels_and_tags_are_learned_and_measured(tmp_path, home, capsys, task):
+    """finetune says how many are right before and after; eval finds the task, the labels and the length by itself."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.write_text(
+        LABELLED if task == "classify" else LABELLED.replace(" ", "").replace("\t", " ").replace("\n", "\n\n")
+    )
+    argv = ["finetune", "--task", task, "--data", data, "--dev", data, "--base", home / "base", "--out", out]
+    settings = ["--epochs", "8", "--batch", "10", "--lr", "0.05", "--r", "4", "--targets", "q", "v", "up", "down"]
+    status, shown, _ = run(capsys, *argv, *settings, "--json")
+    result = json.loads(shown)
+    assert status == 0
+    assert result["labels"] == ["high", "low"]
+    steps = 8 * 6
+    assert result["steps"] == steps
+    assert [point["step"] for point in result["curve"]] == list(range(0, steps + 1, steps // 8))
+    argv = ["eval", "--data", data, "--base", home / "base", "--adapter", out]
+    status, shown, _ = run(capsys, *argv, "--json")
+    assert status == 0
+    assert json.loads(shown)["losses"] == {"adapter": result["loss"]["adapter"]}
+    assert json.loads(shown)["accuracies"] == {"adapter": result["curve"][-1]["accuracy"]}
+    assert result["curve"][-1]["accuracy"] > 0.95
+    status, shown, _ = run(capsys, *argv)
+    accuracy = f"accuracy {result['curve'][-1]['accuracy']:.1%}"
+    assert (
+        shown
+        == f"adapter: {result['loss']['adapter']:.4f} nats a {'text' if task == 'classify' else 'word'}, {accuracy}\n"
+    )
+
+
+def test_a_task_and_its_data_that_do_not_fit_are_refused(tmp_path, home, capsys):
+    (tmp_path / "labelled").write_text(LABELLED)
+    text, labelled, out = home / "text.txt", tmp_path / "labelled", ["--out", tmp_path / "o"]
+    for command, data, more, message in [
+        ("finetune", text, ["--epochs", "2", *out], "--epochs: windows of a plain text"),
+        ("finetune", text, ["--task", "classify", *out], "text.txt:1: expected a text, a tab and a label"),
+        ("eval", labelled, ["--task", "classify"], "base: expected a model for task classify with 2 labels"),
+    ]:
+        argv = [command, "--base", home / "base", "--data", data, *more]
+        status, out, err = run(capsys, *argv)
+        assert (status, out) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
 def test_generate_goes_on_from_the_prompt_and_repeats_itself(home, capsys):
     argv = ["generate", "--base", home / "base", "--adapter", home / "adapter", "--prompt", "the ", "-n", "12"]
     status, out, _ = run(capsys, *argv, "--seed", "3")

@@ -17,6 +17,7 @@ from ..examples import Tokens
 from ..formats.folder import load_model
 from ..formats.task import Task, load_task
 from ..lora import TARGETS, LoRAConfig
+from ..model import Model
 from ..train import Score, Settings, evaluate
 from .base import AddCommand, adapter_of, add_base, base_path, tokenizer_of
 from .output import Bar, emit
@@ -37,6 +38,7 @@ def run_finetune(args: argparse.Namespace) -> int:
     with Bar() as bar:
         path = base_path(args, bar)
         model = load_model(path, **head)
+        task = _fitting(args, task, model)
         tokenizer = tokenizer_of(path, model)
         data = tasks.learn_from(
             args.data, args.dev, task, tokenizer, N=args.batch, held_out=args.held_out, seed=args.seed
@@ -75,12 +77,15 @@ def _task(args: argparse.Namespace) -> Task:
     return tasks.task_of(args.task, args.data, longest)
 
 
+def _fitting(args: argparse.Namespace, task: Task, model: Model) -> Task:
+    """The task with texts no longer than the model's, where the arguments do not say how long."""
+    return task if args.window is not None else replace(task, longest=min(task.longest, model.config.longest))
+
+
 def _job(args: argparse.Namespace, task: Task, epoch: int | None) -> finetune.Job:
     """What to do; what is not said follows from the base and the data."""
     if args.epochs is not None and epoch is None:
         raise ValueError("--epochs: windows of a plain text are drawn at random; name --steps")
-    if args.steps is not None and args.epochs is not None:
-        raise ValueError("expected --steps or --epochs, got both")
     steps = args.steps
     if steps is None:
         steps = STEPS if epoch is None else epoch * (EPOCHS if args.epochs is None else args.epochs)
@@ -118,7 +123,7 @@ def run_eval(args: argparse.Namespace) -> int:
     with Bar() as bar:
         path = base_path(args, bar)
     model = load_model(path, **head)
-    config = model.config
+    task, config = _fitting(args, task, model), model.config
     if config.head != task.name or (task.labels and config.n_labels != len(task.labels)):
         raise ValueError(
             f"{path}: expected a model for task {task.name} with {len(task.labels)} labels, as the data has, "
@@ -189,10 +194,9 @@ def add_commands(command: AddCommand) -> None:
         "--targets", nargs="+", default=["q", "v"], metavar="T", help=f"of {' '.join(TARGETS)} (default: q v)"
     )
     p.add_argument("--dropout", type=float, default=0.0, help="on the low-rank branch (default: %(default)s)")
-    p.add_argument(
-        "--steps", type=int, help=f"optimizer steps (default: {EPOCHS} epochs of examples; {STEPS} of windows)"
-    )
-    p.add_argument("--epochs", type=int, help="how often each example comes, instead of --steps")
+    how_long = p.add_mutually_exclusive_group()
+    how_long.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS}, or {EPOCHS} epochs)")
+    how_long.add_argument("--epochs", type=int, help="how often each example comes")
     p.add_argument("--lr", type=float, help="highest learning rate (default: 1e-3; 1e-2 with the embedded base)")
     p.add_argument(
         "--b-ratio", type=float, default=1.0, help="B's learning rate over A's, LoRA+ (default: %(default)s)"

@@ -323,3 +323,27 @@ def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"pip install 'lora-np\[models\]'"):
         load_tokenizer(tmp_path)
+
+
+def test_words_as_transformers(minilm):
+    """Which token is of which word: transformers is told the words, we put spaces between them."""
+    ours, peer = minilm
+    rng = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyzäßéЖ中文😀.,!'-0123456789"
+    for _ in range(200):
+        words = ["".join(rng.choices(letters, k=rng.randint(1, 12))) for _ in range(rng.randint(1, 20))]
+        theirs = peer(words, is_split_into_words=True)
+        ids, of = ours.encode_words(words)
+        assert ids == theirs["input_ids"]
+        assert of == theirs.word_ids()
+
+
+def test_words_of_a_byte_level_tokenizer(smollm):
+    """A token that begins with the space before a word is of that word; together they give the text back."""
+    path, _ = smollm
+    ours = load_tokenizer(path)
+    words = ["The", "EU", "rejects", "antidisestablishmentarianism", "at", "10:45", "."]
+    ids, of = ours.encode_words(words)
+    assert ours.decode(ids) == " ".join(words)
+    for n, word in enumerate(words):
+        assert ours.decode([i for i, place in zip(ids, of, strict=True) if place == n]).strip() == word

@@ -1,0 +1,188 @@
+"""From a file to an adapter: each task learns what is there to learn, and what is held out is not learned from."""
+
+import json
+
+import numpy as np
+import pytest
+
+import lora_np as ln
+from lora_np import finetune, tasks
+from lora_np.backend import asnumpy
+from lora_np.data import ByteTokenizer
+from lora_np.formats.task import Task, load_task, save_task
+from lora_np.train import Settings, TrainingError, evaluate
+
+SMALL = {"n_positions": 24, "n_layer": 2, "n_head": 2, "d_model": 16, "d_ff": 32}
+RNG = np.random.default_rng(0)
+
+
+def word(letters):
+    return "".join(RNG.choice(list(letters), 4))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Texts of the letters abc and xyz; the letters say the label, the tag, and what follows."""
+    folder = tmp_path_factory.mktemp("files")
+    kinds = {"low": "abc", "high": "xyz"}
+    labelled = [(word(kinds[k]), k) for k in RNG.choice(list(kinds), 120)]
+    (folder / "classify").write_text("".join(f"{text} {text}\t{label}\n" for text, label in labelled))
+    (folder / "tag").write_text(
+        "".join(f"{text} _ {label}\n" + "\n" * (i % 3 == 2) for i, (text, label) in enumerate(labelled))
+    )
+    (folder / "lm").write_text("".join(f"{text}||{label[0]}\n" for text, label in labelled))
+    return folder
+
+
+def learn(files, name, out, *, steps=60, resume=False, report=lambda seen: None, dev=None, lr=3e-2, **settings):
+    task = tasks.task_of(name, files / name, 24)
+    fields = {} if name == "lm" else {"n_labels": len(task.labels)}
+    config = ln.Config(256, **SMALL, head=name, causal=name != "tag", **fields)
+    weights = ln.init_weights(config, seed=0)
+    weights["embed.tokens"] *= 20  # letters that lie apart, as in a model that has learned to read
+    model = ln.Model(config, weights)
+    data = tasks.learn_from(files / name, dev, task, ByteTokenizer(), N=16, held_out=0.2, seed=0)
+    targets = ("q", "v", "up", "down", *(["embed", "head"] if name == "lm" else []))
+    lora = ln.LoRAConfig(r=4, targets=targets, train_head=name != "lm")
+    job = finetune.Job(task, lora, Settings(steps=steps, lr=lr, **settings), every=20)
+    return model, data, finetune.finetune(model, data, out, job, resume=resume, report=report)
+
+
+@pytest.mark.parametrize("name", ["classify", "tag", "lm"])
+def test_each_task_learns_what_its_file_has_to_teach(files, tmp_path, name):
+    """The labels follow from the letters: what is held out is right in the end, about half of it at the start."""
+    model, data, done = learn(files, name, tmp_path / "out")
+    assert [point.step for point in done.curve] == [0, 20, 40, 60]
+    assert done.curve[0].accuracy < 0.8
+    assert done.curve[-1].accuracy > 0.95
+    assert done.curve[-1].loss < 0.3 * done.curve[0].loss
+    assert load_task(tmp_path / "out") == tasks.task_of(name, files / name, 24)
+    again = ln.load_adapter(tmp_path / "out", model)
+    assert evaluate(model, again, data.held_out) == done.curve[-1][1:]
+
+
+def test_stopped_and_resumed_it_ends_in_the_same_bits(files, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(seen):
+        if seen.step == 43:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        learn(files, "classify", tmp_path / "stopped", report=stop)
+    assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
+    with pytest.raises(ValueError, match="settings differs"):
+        learn(files, "classify", tmp_path / "stopped", resume=True, seed=5)
+    _, _, resumed = learn(files, "classify", tmp_path / "stopped", resume=True)
+    _, _, straight = learn(files, "classify", tmp_path / "straight")
+    assert resumed.curve == straight.curve
+    for key, p in straight.adapter.params.items():
+        assert asnumpy(resumed.adapter.params[key]).tobytes() == asnumpy(p).tobytes()
+
+
+def test_training_that_diverges_leaves_no_adapter(files, tmp_path):
+    with np.errstate(all="ignore"), pytest.raises(TrainingError, match="too high"):
+        learn(files, "lm", tmp_path / "out", lr=1e38)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def examples_of(batches):
+    """Each row of batches as it was before it was filled up, as hashable values."""
+    return {
+        (tuple(row[mask].tolist()), np.asarray(target).tobytes())
+        for batch in batches
+        for row, mask, target in zip(batch["tokens"], batch["mask"], batch["targets"], strict=True)
+    }
+
+
+def test_what_is_held_out_is_never_trained_on(tmp_path):
+    path = tmp_path / "all.tsv"
+    path.write_text("".join(f"text {i}\t{i % 3}\n" for i in range(50)))
+    task = tasks.task_of("classify", path, 64)
+    data = tasks.learn_from(path, None, task, ByteTokenizer(), N=8, held_out=0.3, seed=1)
+    trained, held_out = examples_of(data.batch(i) for i in range(data.epoch)), examples_of(data.held_out)
+    assert (len(trained), len(held_out)) == (35, 15)
+    assert not trained & held_out
+    other = tasks.learn_from(path, None, task, ByteTokenizer(), N=8, held_out=0.3, seed=2)
+    assert examples_of(other.held_out) != held_out
+
+
+def test_a_file_of_its_own_is_held_out_whole(tmp_path):
+    for name, n in (("train.tsv", 20), ("dev.tsv", 7)):
+        (tmp_path / name).write_text("".join(f"{name} {i}\t{i % 2}\n" for i in range(n)))
+    task = tasks.task_of("classify", tmp_path / "train.tsv", 64)
+    data = tasks.learn_from(
+        tmp_path / "train.tsv", tmp_path / "dev.tsv", task, ByteTokenizer(), N=8, held_out=0.5, seed=1
+    )
+    assert len(examples_of(data.held_out)) == 7
+    assert len(examples_of(data.batch(i) for i in range(data.epoch))) == 20
+
+
+def test_a_plain_text_gives_windows_and_holds_its_end_out(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 90 + "b" * 30)
+    task = Task("lm", longest=8)
+    data = tasks.learn_from(tmp_path / "a.txt", None, task, ByteTokenizer(), N=4, held_out=0.25, seed=0)
+    assert data.epoch is None
+    assert set(np.unique([data.batch(i)["targets"] for i in range(20)])) == {ord("a")}
+    assert set(np.unique(data.held_out[0]["tokens"])) == {ord("b")}
+    (tmp_path / "dev.txt").write_text("c" * 30)
+    data = tasks.learn_from(tmp_path / "a.txt", tmp_path / "dev.txt", task, ByteTokenizer(), N=4, held_out=0.25, seed=0)
+    assert set(np.unique([data.batch(i)["targets"] for i in range(40)])) == {ord("a"), ord("b")}
+    assert set(np.unique(data.held_out[0]["tokens"])) == {ord("c")}
+
+
+def test_data_that_cannot_be_learned_from_is_refused(files, tmp_path):
+    task = tasks.task_of("classify", files / "classify", 24)
+    (tmp_path / "dev.tsv").write_text("abc\tlow\nabc\tother\n")
+    (tmp_path / "one.tsv").write_text("abc\tlow\n")
+    (tmp_path / "plain.txt").write_text("a plain text " * 30)
+    lm = Task("lm", longest=8)
+    for call, message in [
+        (
+            (files / "classify", tmp_path / "dev.tsv", task, 0.1),
+            r"dev.tsv: example 2: expected a label of high low, got 'other'",
+        ),
+        (
+            (tmp_path / "one.tsv", None, task, 0.1),
+            r"one.tsv: expected examples to train on and some to hold out, got 1 and 0",
+        ),
+        ((files / "classify", None, task, 1.0), r"held_out: expected a part between 0 and 1, got 1.0"),
+        ((files / "lm", tmp_path / "plain.txt", lm, 0.1), r"plain.txt: expected examples"),
+    ]:
+        path, dev, of, held_out = call
+        with pytest.raises(ValueError, match=message):
+            tasks.learn_from(path, dev, of, ByteTokenizer(), N=8, held_out=held_out, seed=0)
+    with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
+        tasks.learn_from(files / "classify", None, task, ByteTokenizer(), N=0, held_out=0.1, seed=0)
+
+
+# --- task.json -------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_survives_its_file(tmp_path):
+    task = Task("tag", ("O", "B-ÄÖ"), 100)
+    assert load_task(tmp_path) is None
+    save_task(tmp_path, task)
+    assert load_task(tmp_path) == task
+    assert [path.name for path in tmp_path.iterdir()] == ["task.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "sort"},
+        {"labels": ["a", "a"]},
+        {"labels": []},
+        {"longest": 0},
+        {"labels": "ab"},
+        {"more": 1},
+        {"name": 3},
+    ],
+)
+def test_a_wrong_task_file_is_refused(tmp_path, change):
+    good = {"name": "classify", "labels": ["a", "b"], "longest": 64}
+    (tmp_path / "task.json").write_text(json.dumps(good | change))
+    with pytest.raises(ValueError, match=r"task.json: .*Task") as caught:
+        load_task(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
