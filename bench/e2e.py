@@ -1,6 +1,7 @@
 """python -m bench.e2e --data FILE: SmolLM2 learns to put facts into sentences, here and with PyTorch + PEFT.
 
-LoRA r = 8, alpha 16 on q and v, lr 1e-3 down a cosine, the prompt left out of the loss, the same batches for both.
+LoRA r = 8, alpha 16 on q and v, lr 1e-3 down a cosine, the prompt left out of the loss; both sides have the same
+batches, and start from the same adapter, which PEFT reads from our file.
 Held-out loss before and after, the time of the training, sentences before and after.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,10 +44,15 @@ class Work(NamedTuple):
         return bucketed(self.data, N=self.N, seed=SEED, step=step)
 
 
+def _start(work: Work) -> tuple[ln.Model, ln.Adapter]:
+    """The base, and the adapter that both sides start from."""
+    model = ln.load_model(work.path)
+    return model, ln.init_adapter(model, ln.LoRAConfig(r=R, alpha=ALPHA), seed=SEED)
+
+
 def ours(work: Work) -> dict[str, Any]:
     """The training here: scores, seconds, and the tokens that follow the prompts."""
-    model = ln.load_model(work.path)
-    adapter = ln.init_adapter(model, ln.LoRAConfig(r=R, alpha=ALPHA), seed=SEED)
+    model, adapter = _start(work)
     batches = list(in_order(work.dev, N=work.N))
     found: dict[str, Any] = {"before": evaluate(model, None, batches)}
     start = time.perf_counter()
@@ -63,7 +70,11 @@ def theirs(work: Work) -> dict[str, Any]:
     """The same with PyTorch + PEFT."""
     from . import peft_side
 
-    net = peft_side.language_model(work.path, {"r": R, "lora_alpha": ALPHA, "lora_dropout": 0.0}, SEED)
+    with tempfile.TemporaryDirectory() as folder:
+        model, adapter = _start(work)
+        ln.save_adapter(folder, adapter, model)
+        net = peft_side.language_model(work.path, Path(folder))
+        del model, adapter
     batches = list(in_order(work.dev, N=work.N))
     found: dict[str, Any] = {"before": Score(*peft_side.evaluate(net, batches))}
     found["seconds"] = peft_side.train(net, work.batch, steps=work.steps, lr=LR, clip=1.0)

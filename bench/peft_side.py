@@ -27,11 +27,10 @@ def classifier(folder: Path, n_labels: int, lora: Mapping[str, Any], seed: int) 
     return peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], **lora))
 
 
-def language_model(path: Path, lora: Mapping[str, Any], seed: int) -> Any:
-    """A Llama from a .gguf file, in float32, adapted on q_proj and v_proj."""
-    torch.manual_seed(seed)
+def language_model(path: Path, adapter: Path) -> Any:
+    """A Llama from a .gguf file, in float32, with the adapter in a folder to start from."""
     net = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return peft.get_peft_model(net, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **lora))
+    return peft.PeftModel.from_pretrained(net, adapter, is_trainable=True)
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
