@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import adapter as adapters
 from ..formats.folder import save_model
+from ..formats.merged_folder import merge_folder
 from ..formats.peft import load_adapter
 from ..formats.survey import survey
 from .base import AddCommand, add_base, base_model
@@ -14,10 +15,22 @@ from .output import Bar, emit, table
 
 
 def run_merge(args: argparse.Namespace) -> int:
-    with Bar() as bar:
-        model = base_model(args, bar)
-    save_model(args.out, adapters.merge(model, load_adapter(args.adapter, model)))
-    emit(args, {"out": str(args.out)}, f"the merged model is in {args.out}")
+    weights = args.weights or [1.0] * len(args.adapter)
+    if len(weights) != len(args.adapter):
+        raise ValueError(f"--weights: expected one for each --adapter, got {len(weights)} for {len(args.adapter)}")
+    if args.base is None:
+        with Bar() as bar:
+            model = base_model(args, bar)
+        loaded = [load_adapter(path, model) for path in args.adapter]
+        save_model(args.out, adapters.merge_weighted(model, loaded, weights))
+        emit(args, {"out": str(args.out)}, f"the merged model is in {args.out}")
+        return 0
+    done = merge_folder(args.base, args.adapter, weights, args.out)
+    lines = [
+        f"the merged model is in {args.out}: {done.made} tensors are new, {done.kept} are the base's bytes",
+        *(f"left out, as it has the weights of the base: {name}" for name in done.left_out),
+    ]
+    emit(args, {"out": str(args.out), **done._asdict()}, "\n".join(lines))
     return 0
 
 
@@ -43,7 +56,15 @@ def add_commands(command: AddCommand) -> None:
     """The commands of this file, and their arguments."""
     p = command("merge", run_merge, "base and adapter as one model, with no latency added")
     add_base(p)
-    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter's folder")
+    p.add_argument(
+        "--adapter",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="an adapter's folder; may be repeated",
+    )
+    p.add_argument("--weights", type=float, nargs="+", metavar="W", help="of each adapter's update (default: 1)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the merged model")
 
     p = command("inspect", run_inspect, "what is in an adapter: targets, ranks, norms, is B still zero")
