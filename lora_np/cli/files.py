@@ -58,7 +58,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         "B is zero throughout: this adapter is not trained" if untrained else "B is not zero: this adapter is trained",
         *([f"trained whole: {', '.join(found.whole)}"] if found.whole else []),
     ]
-    about = "effective: the rank as e to the entropy of the shares of s B A's singular values in their sum; norms: Frobenius"
+    about = "effective: the rank as e to the entropy of the singular values' shares of their sum; norms: Frobenius"
     result = {**config, "B_is_zero": untrained, "whole": found.whole, "modules": modules}
     emit(args, result, "\n".join([*lines, "", table(rows), "", about]))
     return 0
