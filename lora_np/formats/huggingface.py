@@ -190,7 +190,6 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
     if family_of(config) is not family:
         raise ValueError(f"{folder}: a {raw['model_type']} model with head {config.head!r} is not supported")
     in_trunk = any(name.startswith(f"{family.trunk}.") for name in tensors)
-    trunk = f"{family.trunk}." if in_trunk else ""
     own = with_old_names(places(saved, in_trunk=in_trunk), tensors)
     usable = set(taken(saved, config))
     wanted = {
@@ -199,8 +198,7 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
         if usable.issuperset(place.parts) and (key in tensors or key in own)
     }
     tied = _tied_head(saved, tensors)
-    left_out = rf"({re.escape(trunk)})?({MODEL_TYPES[raw['model_type']].left_out})"
-    _check_tensors(folder, {**wanted, **own, **tied}, tensors, left_out)
+    _check_tensors(folder, {**wanted, **own, **tied}, tensors, left_out(raw["model_type"], saved))
     return Files(saved, config, tensors, wanted, own, tied, in_trunk)
 
 
@@ -385,7 +383,14 @@ def _tied_head(saved: Config, tensors: Mapping[str, Stored]) -> dict[str, Place]
     return {key: Place(saved.weight_shapes()["embed.tokens"], False, {})} if key in tensors else {}
 
 
-def _check_tensors(folder: Path, expected: Mapping[str, Place], tensors: Mapping[str, Stored], left_out: str) -> None:
+def left_out(model_type: str, config: Config) -> re.Pattern[str]:
+    """The keys of tensors that are no weights of ours, with the trunk's name in front or without."""
+    return re.compile(rf"({re.escape(family_of(config).trunk)}\.)?({MODEL_TYPES[model_type].left_out})")
+
+
+def _check_tensors(
+    folder: Path, expected: Mapping[str, Place], tensors: Mapping[str, Stored], ignored: re.Pattern[str]
+) -> None:
     """A ValueError that names a tensor: one that is missing, belongs nowhere, or has another shape or dtype."""
     for key, place in expected.items():
         if key not in tensors:
@@ -395,5 +400,5 @@ def _check_tensors(folder: Path, expected: Mapping[str, Place], tensors: Mapping
         if tensors[key].dtype not in WIDENED:
             raise ValueError(f"{tensors[key]}: expected one of {' '.join(WIDENED)}, got {tensors[key].dtype}")
     for key in sorted(tensors.keys() - expected.keys()):
-        if not re.fullmatch(left_out, key):
+        if not ignored.fullmatch(key):
             raise ValueError(f"{tensors[key]}: the tensor has no place in this model")

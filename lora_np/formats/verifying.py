@@ -13,7 +13,7 @@ from ..backend import Array, asnumpy
 from ..lora import Adapter
 from ..model import Config
 from .folder import CONFIG, MODEL_TYPE, read_header, read_own
-from .huggingface import places, read_config, with_old_names
+from .huggingface import left_out, places, read_config, with_old_names
 from .merging import Plan, Rows, Target
 from .names import family_of
 from .opened import own_places
@@ -141,7 +141,7 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
             sums += its_sums
         elif not _same(target, found[key], plan):
             altered.append(key)
-    extra = sorted(found.keys() - seen)
+    extra = sorted(key for key in found.keys() - seen if not _is_no_weight(key, header, plan.config))
     return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, config == plan.config)
 
 
@@ -152,22 +152,23 @@ def explained(comparison: Comparison, plan: Plan) -> str | None:
         return None
     if comparison.aligned < ALIGNED:
         return "something else than this adapter"
-    known = {-1.0: "the adapter subtracted", 2.0: "the adapter merged twice", 0.0: "the base: nothing was merged"}
+    known = [(-1.0, "the adapter subtracted"), (2.0, "the adapter merged twice"), (0.0, "the base: nothing was merged")]
     configs = {(a.config.scale(name), a.config.rank(name)) for a in plan.adapters for name in a.matrices}
     if len(configs) == 1:
         s, r = next(iter(configs))
         alpha = s * (math.sqrt(r) if plan.adapters[0].config.rslora else r)
-        for value, text in (
+        known += [
             (1 / s, "B A with no scale: alpha / r is missing"),
             (alpha / s, "B A times alpha: the division by r is missing"),
             (alpha / math.sqrt(r) / s, "the scale alpha / sqrt(r) in the place of alpha / r"),
             (alpha / r / s, "the scale alpha / r in the place of alpha / sqrt(r)"),
             (s, "the scale applied twice"),
-        ):
-            known.setdefault(value, text)
-    for value, text in known.items():
-        if abs(value - 1) > NEAR and abs(scale - value) <= NEAR * max(abs(value), 1.0):
-            return text
+        ]
+    fitting = [
+        text for value, text in known if abs(value - 1) > NEAR and abs(scale - value) <= NEAR * max(abs(value), 1.0)
+    ]
+    if fitting:
+        return ", or ".join(fitting)
     return None if abs(scale - 1) <= NEAR else f"the adapter with {scale:.4g} times its scale"
 
 
@@ -218,6 +219,12 @@ def _other_key(key: str, config: Config, found: Mapping[str, Stored]) -> str | N
     """The key of a tensor that is no weight, with the trunk's name in front or without."""
     trunk = f"{family_of(config).trunk}."
     return next((name for name in (key, trunk + key, key.removeprefix(trunk)) if name in found), None)
+
+
+def _is_no_weight(key: str, header: Mapping[str, object], config: Config) -> bool:
+    """Whether a tensor is one of those that a family's files may have beside a model's weights: buffers, a pooler."""
+    model_type = str(header["model_type"])
+    return model_type != MODEL_TYPE and left_out(model_type, config).fullmatch(key) is not None
 
 
 def _same(target: Target, stored: Stored, plan: Plan) -> bool:
