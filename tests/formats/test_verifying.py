@@ -201,15 +201,23 @@ def test_a_number_that_is_none_is_a_fault(home):
 def test_an_update_smaller_than_an_ulp_is_seen_by_its_scale(tmp_path, capsys, scale):
     """In bfloat16 most of a small update is rounded away: within 1 ulp, twice the update and none look alike."""
     dtype = dtype_of("BF16")
-    make(tmp_path, dtype=dtype, size=1e-3)
+    base = write_gpt2(tmp_path / "base", GPT2, dtype=dtype)
+    write_peft(tmp_path / "ad", random_factors(1, 1e-3), r=R, alpha=ALPHA)
+    for name in MODULES:  # an ulp of each of these numbers is more than the update
+        W = base[f"{name}.weight"].astype("float32")
+        base[f"{name}.weight"] = (np.sign(W) * (1.1 + np.abs(W) % 0.8)).astype(dtype)
+    save_file(base, tmp_path / "base" / WEIGHTS)
+    merge_folder(tmp_path / "base", [tmp_path / "ad"], [1.0], tmp_path / "merged")
     shutil.copytree(tmp_path / "base", tmp_path / "planted")
-    planted = load_file(tmp_path / "planted" / WEIGHTS)
     for name, (A, B) in random_factors(1, 1e-3).items():
-        W = planted[f"{name}.weight"].astype("float64") + scale * ALPHA / R * (B.astype(float) @ A).T
-        planted[f"{name}.weight"] = W.astype("float32").astype(dtype)
-    save_file(planted, tmp_path / "planted" / WEIGHTS)
+        W = base[f"{name}.weight"].astype("float64") + scale * ALPHA / R * (B.astype(float) @ A).T
+        base[f"{name}.weight"] = W.astype("float32").astype(dtype)
+    save_file(base, tmp_path / "planted" / WEIGHTS)
     assert verify(capsys, tmp_path)[0] == 0
-    assert verify(capsys, tmp_path, merged="planted")[0] == 1
+    status, result, _ = verify(capsys, tmp_path, merged="planted")
+    assert status == 1
+    assert max(one["max_ulps"] for one in result["merged"]["changed"]) == 1
+    assert result["merged"]["looks_like"] is not None
 
 
 def test_an_adapter_that_is_not_trained(home, capsys):
@@ -244,7 +252,9 @@ def test_an_adapter_that_does_not_fit(home, capsys):
     assert (status, result["fits"]) == (1, False)
 
 
-@pytest.mark.parametrize("bad", ["no adapter", "no base", "no merged", "damaged", "a prompt without a tokenizer"])
+@pytest.mark.parametrize(
+    "bad", ["no adapter", "no base", "no merged", "damaged", "a prompt without a tokenizer", "fewer than no ulps"]
+)
 def test_bad_input_has_another_status_than_no(home, capsys, bad):
     argv = ["verify", "--base", home / "base", "--adapter", home / "ad", "--merged", home / "merged"]
     if bad == "damaged":
@@ -252,6 +262,8 @@ def test_bad_input_has_another_status_than_no(home, capsys, bad):
         file.write_bytes(file.read_bytes()[:-3])
     elif bad == "a prompt without a tokenizer":
         argv += ["--prompt", "Hello"]
+    elif bad == "fewer than no ulps":
+        argv += ["--ulps", "-1"]
     else:
         (home / {"no adapter": "ad", "no base": "base", "no merged": "merged"}[bad]).rename(home / "away")
     capsys.readouterr()
