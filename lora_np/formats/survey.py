@@ -92,10 +92,18 @@ def _matrix(file: TensorFile, key: str) -> Array:
 def _module(name: str, A: Array, B: Array, s: float, file: TensorFile) -> Module:
     if len(A) != B.shape[1]:
         raise ValueError(f"{file.path}: {name}: A {A.shape} and B {B.shape} do not fit together")
+    # Of A and B of size 1, as squares of numbers that a file may hold overflow.
+    (a, A), (b, B) = _scaled(A), _scaled(B)
     sigma = asnumpy(singular_values(xp.asarray(A), xp.asarray(B)))
-    size = abs(s) * float(np.linalg.norm(sigma))
-    norms = float(np.linalg.norm(A)), float(np.linalg.norm(B)), size
+    size = abs(s) * a * b * float(np.linalg.norm(sigma))
+    norms = a * float(np.linalg.norm(A)), b * float(np.linalg.norm(B)), size
     return Module(name, len(B), A.shape[1], len(A), s, *norms, _effective_rank(sigma))
+
+
+def _scaled(matrix: Array) -> tuple[float, Array]:
+    """A matrix as its largest element times another."""
+    largest = float(np.abs(matrix).max(initial=0.0)) or 1.0
+    return largest, matrix / largest
 
 
 def _effective_rank(sigma: Array) -> float:
