@@ -110,8 +110,12 @@ def test_a_merged_folder_is_the_merged_model_to_the_bit(tmp_path, folder, target
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_a_first_classifier(tmp_path, prefix):
-    """A head that the base lacks: its names get the trunk's in front, its labels are those of task.json."""
-    write_gpt2(tmp_path / "base", GPT2, prefix=prefix)
+    """A head that the base lacks: its names get the trunk's in front, its labels are those of task.json.
+
+    What the base has of another head, here a tied one written out, has no place beside it.
+    """
+    table = write_gpt2(tmp_path / "base", GPT2, prefix=prefix)[f"{prefix}wte.weight"]
+    edit_tensors(tmp_path / "base" / WEIGHTS, lambda tensors: tensors.update({"lm_head.weight": table}))
     model = ln.load_model(tmp_path / "base", head="classify", n_labels=3, seed=0)
     adapter = trained_adapter(model, ln.LoRAConfig(r=2, train_head=True), seed=1)
     ln.save_adapter(tmp_path / "ad", adapter, model)
