@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -78,25 +80,75 @@ def count_parameters(config: Config, lora_config: LoRAConfig) -> int:
     return pairs + sum(int(np.prod(shapes[name])) for name in trained_whole(config, lora_config, adapted))
 
 
+class Change(NamedTuple):
+    """How a merged model's weight is made: the base's weight `source`, or what is trained whole; then the updates."""
+
+    source: str
+    whole: Array | None
+    updates: tuple[Update, ...]
+
+    def of(self, weights: Mapping[str, Array]) -> Array:
+        """The merged weight."""
+        start = weights[self.source] if self.whole is None else self.whole
+        return merge_matrix(start, *self.updates) if self.updates else start
+
+
+def merge_plan(
+    config: Config, adapters: Sequence[Adapter], weights: Sequence[float]
+) -> tuple[Config, dict[str, Change]]:
+    """L5: what becomes W0 + sum_i w_i s_i B_i A_i, by its weight's name, and the merged model's configuration.
+
+    An update of the look-up or of a tied head unties the two. A ValueError if more than one adapter trains anything
+    whole, or one that does has a weight other than 1.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"merge: expected a weight for each adapter, got {len(adapters)} and {len(weights)}")
+    if not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"merge: expected finite weights, got {' '.join(map(str, weights))}")
+    whole: dict[str, Array] = {}
+    updates: dict[str, list[Update]] = {}
+    for adapter, w in zip(adapters, weights, strict=True):
+        first = next(iter(adapter.whole), None)
+        if first is not None and (whole or w != 1):
+            raise ValueError(
+                f"merge: {first} is trained whole, which cannot be weighted or summed: expected one such adapter, of "
+                f"weight 1, got {'another' if whole else f'weight {w:g}'}"
+            )
+        whole |= adapter.whole
+        for name, update in matrix_updates(config, adapter).items():
+            if name == "embed.tokens":  # stored (V,D): the look-up of E + s (B A)^T
+                update = update._replace(A=update.B.T, B=update.A.T)
+            updates.setdefault(name if name == "embed.tokens" else f"{name}.weight", []).append(
+                update._replace(s=w * update.s)
+            )
+    changed = dict.fromkeys((*whole, *updates))
+    tied = config.head_weight == "embed.tokens"
+    if tied and ({"embed.tokens", "head.weight"} & changed.keys()):
+        config = replace(config, tie_head=False)
+        changed["head.weight"] = None
+    return config, {
+        name: Change(
+            "embed.tokens" if tied and name == "head.weight" else name, whole.get(name), tuple(updates.get(name, ()))
+        )
+        for name in changed
+    }
+
+
+def merge_weighted(model: Model, adapters: Sequence[Adapter], weights: Sequence[float]) -> Model:
+    """L5: the model with W0 + sum_i w_i s_i B_i A_i in the place of each adapted W0; `merge_plan`'s errors."""
+    for adapter in adapters:
+        check_adapter(model, adapter)
+    config, changes = merge_plan(model.config, adapters, weights)
+    return Model(config, {**model.weights, **{name: change.of(model.weights) for name, change in changes.items()}})
+
+
 def merge(model: Model, adapter: Adapter) -> Model:
     """L5 (paper 4.1): the model with W0 + s B A in the place of each adapted W0: no added latency.
 
     Only adapted matrices are new arrays. An update of the look-up or of a tied head unties the two. The merged model
     remembers what it was made of, for `unmerge`; merges nest. A ValueError says which parameter does not fit.
     """
-    check_adapter(model, adapter)
-    config, weights = model.config, {**model.weights, **adapter.whole}
-    updates = matrix_updates(config, adapter)
-    table = weights["embed.tokens"]
-    if config.head_weight == "embed.tokens" and ({"embed.tokens", "head"} & updates.keys() or "head.weight" in weights):
-        config = replace(config, tie_head=False)
-        weights.setdefault("head.weight", table)
-    for name, update in updates.items():
-        if name == "embed.tokens":
-            weights[name] = merge_matrix(table.T, update).T  # the look-up of E + s (B A)^T
-        else:
-            weights[f"{name}.weight"] = merge_matrix(weights[f"{name}.weight"], update)
-    merged = Model(config, weights)
+    merged = merge_weighted(model, [adapter], [1.0])
     object.__setattr__(merged, "merged_from", model)
     object.__setattr__(merged, "merged_adapter", adapter)
     return merged

@@ -293,13 +293,27 @@ def lora_embedding_backward(dh: Array, saved: EmbeddingSaved) -> tuple[Array, Ar
     return embedding_backward(v, tokens, A.shape[1]).T, linear_weight_backward(dh, u)
 
 
-def merge_matrix(W0: Array, update: Update) -> Array:
-    """L5 (paper 4.1): W' = round(W0 + s B A), summed in float64 and rounded once to W0's dtype. -> (out, in)."""
-    A, B = update.A.astype(xp.float64), update.B.astype(xp.float64)
+def merge_matrix(W0: Array, *updates: Update) -> Array:
+    """L5 (paper 4.1): W' = round(W0 + sum_i s_i B_i A_i), summed in float64, rounded once to W0's dtype (out, in)."""
+    factors = [(u.A.astype(xp.float64, copy=False), u.B.astype(xp.float64, copy=False), u.s) for u in updates]
     W = xp.empty_like(W0)
     for rows in blocks(*W0.shape):
-        W[rows] = W0[rows] + (B[rows] @ A) * update.s  # (rows,r) (r,in) -> (rows,in)
+        total = W0[rows].astype(xp.float64)
+        for A, B, s in factors:
+            total += (B[rows] @ A) * s  # (rows,r) (r,in) -> (rows,in)
+        W[rows] = total
     return W
+
+
+def singular_values(A: Array, B: Array) -> Array:
+    """Those of B A, from the r x r core R_B R_A^T of two QR decompositions; B A is not formed. -> (<= r,) float64."""
+    core = _triangle(B) @ _triangle(A.T).T  # (r,r), or less
+    return xp.linalg.svd(core, compute_uv=False)
+
+
+def _triangle(X: Array) -> Array:
+    """R of X = Q R. X (n,r) -> (<= r,r) float64."""
+    return xp.asarray(xp.linalg.qr(X.astype(xp.float64), mode="r"))
 
 
 def linear_rounding_bound(x: Array, W0: Array, b: Array | None, A: Array, B: Array, s: float, dtype: DType) -> Array:

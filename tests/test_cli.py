@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from strategies import dense_updates, trained_adapter
 
 import lora_np as ln
 from lora_np import cli
@@ -169,6 +170,40 @@ def test_merge_writes_a_model_with_the_adapter_in_it(home, capsys):
     status, _, err = run(capsys, "merge", "--base", home / "base", "--adapter", home / "adapter", "--out", out)
     assert status == 2
     assert "exists" in err
+
+
+def test_merge_of_several_adapters_is_their_weighted_sum(home, capsys):
+    """L9 by NumPy: W0 + 2 s B A - s B' A', of a base in a folder and of one in memory."""
+    base = ln.load_model(home / "base")
+    adapters = [
+        trained_adapter(base, ln.LoRAConfig(r=2, targets=targets), seed=seed)
+        for seed, targets in enumerate([("q", "o"), ("q", "up")])
+    ]
+    for name, adapter in zip(("one", "two"), adapters, strict=True):
+        ln.save_adapter(home / name, adapter, base)
+    argv = ["merge", "--base", home / "base", "--adapter", home / "one", "--adapter", home / "two"]
+    status, out, _ = run(capsys, *argv, "--weights", "2", "-1", "--out", home / "sum", "--json")
+    assert (status, json.loads(out)["made"]) == (0, 6)
+    merged = ln.load_model(home / "sum")
+    deltas = [dense_updates(base, adapter) for adapter in adapters]
+    for name, W in base.weights.items():
+        dW = [delta.get(name.removesuffix(".weight"), 0.0) for delta in deltas]
+        expected = asnumpy(W).astype("float64") + 2 * dW[0] - dW[1]
+        np.testing.assert_allclose(asnumpy(merged.weights[name]), expected, rtol=2.0**-24, atol=1e-14)
+    status, _, err = run(capsys, *argv, "--weights", "2", "--out", home / "never")
+    assert status == 2
+    assert "--weights: expected one for each --adapter, got 1 for 2" in err
+    assert not (home / "never").exists()
+
+
+def test_merge_without_a_base_takes_the_embedded_one(home, capsys, monkeypatch):
+    base = ln.load_model(home / "base")
+    monkeypatch.setattr("lora_np.demo.default_base", lambda *_: (base, None))
+    status, _, _ = run(capsys, "merge", "--adapter", home / "adapter", "--out", home / "embedded")
+    assert status == 0
+    expected = ln.merge(base, ln.load_adapter(home / "adapter", base))
+    merged = ln.load_model(home / "embedded")
+    assert all((asnumpy(merged.weights[n]) == asnumpy(w)).all() for n, w in expected.weights.items())
 
 
 def test_inspect_tells_targets_ranks_norms_and_whether_b_is_zero(home, capsys):

@@ -3,39 +3,64 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from .. import adapter as adapters
 from ..formats.folder import save_model
+from ..formats.merged_folder import merge_folder
 from ..formats.peft import load_adapter
-from ..formats.survey import survey
+from ..formats.survey import base_norms, survey
 from .base import AddCommand, add_base, base_model
 from .output import Bar, emit, table
 
 
 def run_merge(args: argparse.Namespace) -> int:
-    with Bar() as bar:
-        model = base_model(args, bar)
-    save_model(args.out, adapters.merge(model, load_adapter(args.adapter, model)))
-    emit(args, {"out": str(args.out)}, f"the merged model is in {args.out}")
+    weights = args.weights or [1.0] * len(args.adapter)
+    if len(weights) != len(args.adapter):
+        raise ValueError(f"--weights: expected one for each --adapter, got {len(weights)} for {len(args.adapter)}")
+    if args.base is None:
+        with Bar() as bar:
+            model = base_model(args, bar)
+        loaded = [load_adapter(path, model) for path in args.adapter]
+        save_model(args.out, adapters.merge_weighted(model, loaded, weights))
+        emit(args, {"out": str(args.out)}, f"the merged model is in {args.out}")
+        return 0
+    done = merge_folder(args.base, args.adapter, weights, args.out)
+    lines = [
+        f"the merged model is in {args.out}: {done.made} tensors are new, {done.kept} are the base's bytes",
+        *(f"left out, as it has the weights of the base: {name}" for name in done.left_out),
+    ]
+    emit(args, {"out": str(args.out), **done._asdict()}, "\n".join(lines))
     return 0
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     found = survey(args.adapter)
     untrained = all(module.norm_B == 0 for module in found.modules)
-    rows = [["module", "shape", "rank", "s", "|A|", "|B|", "|s B A|"]]
-    for m in found.modules:
-        norms = (f"{size:.4g}" for size in (m.norm_A, m.norm_B, m.norm_update))
-        rows.append([m.name, f"{m.n_out} x {m.n_in}", str(m.rank), f"{m.scale:g}", *norms])
+    bases = None if args.base is None else base_norms(args.base, args.adapter, found.modules)
+    columns = ["module", "shape", "rank", "effective", "s", "|A|", "|B|", "|s B A|"]
+    rows = [columns if bases is None else [*columns, "|W0|", "|s B A|/|W0|"]]
+    modules = [module._asdict() for module in found.modules]
+    for i, m in enumerate(found.modules):
+        norms = [m.norm_A, m.norm_B, m.norm_update]
+        if bases is not None:
+            ratio = m.norm_update / bases[i] if bases[i] else None
+            modules[i] |= {"norm_W0": bases[i], "ratio": ratio}
+            norms += [bases[i], math.nan if ratio is None else ratio]
+        shape = f"{m.n_out} x {m.n_in}"
+        rows.append(
+            [m.name, shape, str(m.rank), f"{m.effective_rank:.2f}", f"{m.scale:g}", *(f"{n:.4g}" for n in norms)]
+        )
     config = {key: found.config.get(key) for key in ("target_modules", "r", "lora_alpha", "lora_dropout", "bias")}
     lines = [
         ", ".join(f"{key} {value}" for key, value in config.items()),
         "B is zero throughout: this adapter is not trained" if untrained else "B is not zero: this adapter is trained",
         *([f"trained whole: {', '.join(found.whole)}"] if found.whole else []),
     ]
-    result = {**config, "B_is_zero": untrained, "whole": found.whole, "modules": [m._asdict() for m in found.modules]}
-    emit(args, result, "\n".join([*lines, "", table(rows)]))
+    about = "effective: the rank as e to the entropy of the singular values' shares of their sum; norms: Frobenius"
+    result = {**config, "B_is_zero": untrained, "whole": found.whole, "modules": modules}
+    emit(args, result, "\n".join([*lines, "", table(rows), "", about]))
     return 0
 
 
@@ -43,8 +68,17 @@ def add_commands(command: AddCommand) -> None:
     """The commands of this file, and their arguments."""
     p = command("merge", run_merge, "base and adapter as one model, with no latency added")
     add_base(p)
-    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter's folder")
+    p.add_argument(
+        "--adapter",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="an adapter's folder; may be repeated",
+    )
+    p.add_argument("--weights", type=float, nargs="+", metavar="W", help="of each adapter's update (default: 1)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the merged model")
 
     p = command("inspect", run_inspect, "what is in an adapter: targets, ranks, norms, is B still zero")
     p.add_argument("adapter", type=Path, metavar="DIR", help="the adapter's folder")
+    p.add_argument("--base", type=Path, metavar="DIR", help="the base model's folder, to compare norms with")

@@ -67,9 +67,10 @@ def _partial(parent: Path, name: str) -> Iterator[Path]:
 
 
 def _sync_all(folder: Path) -> None:
-    for name in os.listdir(folder):
-        _sync(folder / name)
-    _sync(folder)
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
 
 
 def _sync(path: Path) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 from ..backend import Array, asnumpy
 from ..model import Config, Model
 from .atomic import new_folder, write_tensors
+from .base import Base
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
 from .huggingface import MODEL_TYPES, load_huggingface
-from .plain import from_fields, read_json, to_fields, to_json
+from .plain import from_fields, read_json, to_fields, write_json
 from .safe import TensorFile, open_tensors, refuse_pickle
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -24,7 +25,7 @@ MODEL_TYPE, FORMAT = "lora_np", 1
 SUPPORTED = (MODEL_TYPE, *MODEL_TYPES)
 
 
-def model_hash(model: Model) -> str:
+def model_hash(model: Base) -> str:
     """The SHA-256 of a model's weights, by which an adapter knows its base. -> 64 hexadecimal digits.
 
     Over each weight, in the order of their names: a line with its name, dtype and shape, then its bytes, row by row,
@@ -51,15 +52,14 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
     """
     if model.dtype.name not in ("float32", "float64"):
         raise TypeError(f"save_model: expected float32 or float64 weights, got {model.dtype}")
-    header = {
-        "model_type": MODEL_TYPE,
-        "format": FORMAT,
-        "config": to_fields(model.config),
-        "base_sha256": model_hash(model),
-    }
     with new_folder(Path(path)) as folder:
         write_tensors(folder / WEIGHTS, {name: asnumpy(value) for name, value in model.weights.items()})
-        (folder / CONFIG).write_text(to_json(header, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, own_header(model.config, model_hash(model)))
+
+
+def own_header(config: Config, base_sha256: str) -> dict[str, Any]:
+    """config.json of a folder of our own."""
+    return {"model_type": MODEL_TYPE, "format": FORMAT, "config": to_fields(config), "base_sha256": base_sha256}
 
 
 def load_model(
@@ -85,13 +85,14 @@ def load_model(
     folder = Path(path)
     if dtype is not None and dtype not in ("float32", "float64"):
         raise ValueError(f"load_model: dtype: expected float32 or float64, got {dtype!r}")
-    header = _read_header(folder)
+    header = read_header(folder)
     if header["model_type"] in MODEL_TYPES:
         return load_huggingface(folder, header, dtype=dtype, head=head, n_labels=n_labels, seed=seed)
-    saved, expected_hash = _read_own(header, str(folder / CONFIG))
+    saved, expected_hash = read_own(header, str(folder / CONFIG))
     refuse_pickle(folder, WEIGHTS)
     with open_tensors(folder / WEIGHTS) as file:
-        weights = _read_weights(file, saved)
+        check_own(file, saved)
+        weights = {name: file.read(name) for name in saved.weight_shapes()}
     if weights_hash(weights) != expected_hash:
         raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
     config = with_head(saved, head, n_labels)
@@ -104,7 +105,7 @@ def load_model(
     return Model(config, kept)
 
 
-def _read_header(folder: Path) -> dict[str, Any]:
+def read_header(folder: Path) -> dict[str, Any]:
     """config.json, of a model type that is supported."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -120,7 +121,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def _read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:
+def read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:
     """The Config in a header of our own, and its weights' hash."""
     if header.get("format") != FORMAT:
         raise ValueError(f"{where}: format: expected {FORMAT}, got {header.get('format')!r}")
@@ -129,12 +130,10 @@ def _read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:
     return from_fields(Config, header.get("config"), where), header["base_sha256"]
 
 
-def _read_weights(file: TensorFile, config: Config) -> dict[str, Array]:
-    """The weights, exactly those of the configuration, all of one dtype."""
+def check_own(file: TensorFile, config: Config) -> None:
+    """A ValueError unless the tensors are exactly the configuration's weights, all of one dtype."""
     if config.n_layer > len(file.shapes):  # before a list of weights is made that no memory holds
         raise ValueError(f"{file.path}: {CONFIG} says {config.n_layer} layers, the file has {len(file.shapes)} tensors")
-    shapes = config.weight_shapes()
-    file.check_names(shapes)
+    file.check_names(config.weight_shapes())
     if len(set(file.dtypes.values())) > 1:
         raise ValueError(f"{file.path}: expected one dtype, got {' and '.join(sorted(set(file.dtypes.values())))}")
-    return {name: file.read(name) for name in shapes}

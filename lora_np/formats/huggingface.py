@@ -146,6 +146,62 @@ MODEL_TYPES: Mapping[str, ModelType] = {
 ROTARY = ("rope_parameters", "rope_scaling")  # the newer key, and the older
 
 
+class Files(NamedTuple):
+    """A folder's tensors, checked against its config.json, before any is read.
+
+    saved, config   what the file is a model of, and what it is read as, which may have another head
+    tensors         every tensor of the files, by its key
+    places          the tensors that `config` has weights in; own: those that `saved` has
+    tied            a copy of the token table, under the tied head's key
+    in_trunk        whether the trunk's name stands in front of the keys
+    """
+
+    saved: Config
+    config: Config
+    tensors: dict[str, Stored]
+    places: dict[str, Place]
+    own: dict[str, Place]
+    tied: dict[str, Place]
+    in_trunk: bool
+
+    @property
+    def dtype(self) -> str:
+        """What is computed in, if nothing else is asked for."""
+        return "float64" if any(self.tensors[key].dtype == "F64" for key in self.own) else "float32"
+
+    def check_tied(self, table: Array, dtype: str, where: str) -> None:
+        """A ValueError unless the tied head's copy is the token table (V,D), a host array."""
+        for key in self.tied:
+            if not np.array_equal(self.tensors[key].read(dtype), table):
+                raise ValueError(
+                    f"{self.tensors[key]}: {where} says that it is tied to the token table, but it differs"
+                )
+
+
+def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, n_labels: int | None) -> Files:
+    """The tensors in a folder whose config.json says `raw`; head and n_labels as load_model has them."""
+    where = str(folder / CONFIG)
+    saved = read_config(raw, where)
+    tensors = stored_tensors(folder)
+    if saved.n_layer > len(tensors):  # before a list of weights is made that no memory holds
+        raise ValueError(f"{where}: {saved.n_layer} layers, but the files have {len(tensors)} tensors")
+    config = with_head(saved, head, n_labels)
+    family = family_of(saved)
+    if family_of(config) is not family:
+        raise ValueError(f"{folder}: a {raw['model_type']} model with head {config.head!r} is not supported")
+    in_trunk = any(name.startswith(f"{family.trunk}.") for name in tensors)
+    own = with_old_names(places(saved, in_trunk=in_trunk), tensors)
+    usable = set(taken(saved, config))
+    wanted = {
+        key: place
+        for key, place in with_old_names(places(config, in_trunk=in_trunk), tensors).items()
+        if usable.issuperset(place.parts) and (key in tensors or key in own)
+    }
+    tied = _tied_head(saved, tensors)
+    _check_tensors(folder, {**wanted, **own, **tied}, tensors, left_out(raw["model_type"], saved))
+    return Files(saved, config, tensors, wanted, own, tied, in_trunk)
+
+
 def load_huggingface(
     folder: Path,
     raw: Mapping[str, Any],
@@ -159,35 +215,13 @@ def load_huggingface(
 
     Tensors are read one by one: no more is held than the weights in their dtype, and one tensor.
     """
-    where = str(folder / CONFIG)
-    saved = read_config(raw, where)
-    tensors = stored_tensors(folder)
-    if saved.n_layer > len(tensors):  # before a list of weights is made that no memory holds
-        raise ValueError(f"{where}: {saved.n_layer} layers, but the files have {len(tensors)} tensors")
-    config = with_head(saved, head, n_labels)
-    family = family_of(saved)
-    if family_of(config) is not family:
-        raise ValueError(f"{folder}: a {raw['model_type']} model with head {config.head!r} is not supported")
-    trunk = f"{family.trunk}." if any(name.startswith(f"{family.trunk}.") for name in tensors) else ""
-    own = _with_old_names(places(saved, in_trunk=bool(trunk)), tensors)
-    usable = set(taken(saved, config))
-    wanted = {
-        key: place
-        for key, place in _with_old_names(places(config, in_trunk=bool(trunk)), tensors).items()
-        if usable.issuperset(place.parts) and (key in tensors or key in own)
-    }
-    tied = _tied_head(saved, tensors)
-    left_out = rf"({re.escape(trunk)})?({MODEL_TYPES[raw['model_type']].left_out})"
-    _check_tensors(folder, {**wanted, **own, **tied}, tensors, left_out)
-    if dtype is None:
-        dtype = "float64" if any(tensors[key].dtype == "F64" for key in own) else "float32"
+    files = open_huggingface(folder, raw, head=head, n_labels=n_labels)
+    dtype = dtype or files.dtype
     weights: dict[str, Array] = {}
-    for key, place in wanted.items():
-        weights |= place.split(tensors[key].read(dtype))
-    for key in tied:
-        if not np.array_equal(tensors[key].read(dtype), asnumpy(weights["embed.tokens"])):
-            raise ValueError(f"{tensors[key]}: {where} says that it is tied to the token table, but it differs")
-    return Model(config, completed(config, weights, seed, str(folder)))
+    for key, place in files.places.items():
+        weights |= place.split(files.tensors[key].read(dtype))
+    files.check_tied(asnumpy(weights["embed.tokens"]), dtype, str(folder / CONFIG))
+    return Model(files.config, completed(files.config, weights, seed, str(folder)))
 
 
 # --- config.json ---------------------------------------------------------------------------------------------------
@@ -330,7 +364,7 @@ def places(config: Config, *, in_trunk: bool) -> dict[str, Place]:
     return result
 
 
-def _with_old_names(result: dict[str, Place], tensors: Mapping[str, Stored]) -> dict[str, Place]:
+def with_old_names(result: dict[str, Place], tensors: Mapping[str, Stored]) -> dict[str, Place]:
     """The places, but gamma and beta where the files still call a norm's weight and bias so."""
     old = {"weight": "gamma", "bias": "beta"}
     names = {}
@@ -349,7 +383,14 @@ def _tied_head(saved: Config, tensors: Mapping[str, Stored]) -> dict[str, Place]
     return {key: Place(saved.weight_shapes()["embed.tokens"], False, {})} if key in tensors else {}
 
 
-def _check_tensors(folder: Path, expected: Mapping[str, Place], tensors: Mapping[str, Stored], left_out: str) -> None:
+def left_out(model_type: str, config: Config) -> re.Pattern[str]:
+    """The keys of tensors that are no weights of ours, with the trunk's name in front or without."""
+    return re.compile(rf"({re.escape(family_of(config).trunk)}\.)?({MODEL_TYPES[model_type].left_out})")
+
+
+def _check_tensors(
+    folder: Path, expected: Mapping[str, Place], tensors: Mapping[str, Stored], ignored: re.Pattern[str]
+) -> None:
     """A ValueError that names a tensor: one that is missing, belongs nowhere, or has another shape or dtype."""
     for key, place in expected.items():
         if key not in tensors:
@@ -359,5 +400,5 @@ def _check_tensors(folder: Path, expected: Mapping[str, Place], tensors: Mapping
         if tensors[key].dtype not in WIDENED:
             raise ValueError(f"{tensors[key]}: expected one of {' '.join(WIDENED)}, got {tensors[key].dtype}")
     for key in sorted(tensors.keys() - expected.keys()):
-        if not re.fullmatch(left_out, key):
+        if not ignored.fullmatch(key):
             raise ValueError(f"{tensors[key]}: the tensor has no place in this model")

@@ -21,8 +21,9 @@ import numpy as np
 from ..adapter import trained_whole
 from ..backend import Array, asnumpy
 from ..lora import LoRAConfig, target_of
-from ..model import Config, Model
+from ..model import Config
 from ..run import adapted_shapes, fused_parts
+from .base import Base
 from .names import family_of, module_names, module_of
 
 PREFIX = "base_model.model."  # PEFT's wrapper, and the tuner inside it
@@ -43,7 +44,7 @@ class Slot:
     blocks: dict[str, Index]
     base: dict[str, Index] = field(default_factory=dict)
 
-    def write(self, params: Mapping[str, Array], model: Model) -> Array:
+    def write(self, params: Mapping[str, Array], model: Base) -> Array:
         """The tensor, on the host."""
         tensor = np.zeros(self.shape, dtype=self.dtype)
         for source, index in [
@@ -53,7 +54,7 @@ class Slot:
             tensor[index] = asnumpy(source)
         return tensor
 
-    def read(self, tensor: Array, model: Model, where: str) -> dict[str, Array]:
+    def read(self, tensor: Array, model: Base, where: str) -> dict[str, Array]:
         """The parameters in a tensor; a ValueError if what lies between them is not zero, or not the base's."""
         params = {name: np.ascontiguousarray(tensor[index]) for name, index in self.blocks.items()}
         if not np.array_equal(self.write(params, model), tensor):
@@ -61,7 +62,7 @@ class Slot:
         return params
 
 
-def slots(model: Model, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:
+def slots(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:
     """The tensors of the file that holds the parameters `names`, by their keys.
 
     A ValueError names a parameter that has no place in the model or under the configuration, or one that is missing.
@@ -97,7 +98,7 @@ def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:
     return {name: groups[name] for name in shapes if name in groups}
 
 
-def _factor_slots(model: Model, lora_config: LoRAConfig, module: str, parts: list[str]) -> dict[str, Slot]:
+def _factor_slots(model: Base, lora_config: LoRAConfig, module: str, parts: list[str]) -> dict[str, Slot]:
     """The tensors of one module's A and B."""
     n_out, n_in = adapted_shapes(model.config)[module]
     rank = sum(lora_config.rank(part) for part in parts)
@@ -115,7 +116,7 @@ def _factor_slots(model: Model, lora_config: LoRAConfig, module: str, parts: lis
     return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
 
 
-def _whole_slots(model: Model, whole: Collection[str], groups: Mapping[str, list[str]]) -> dict[str, Slot]:
+def _whole_slots(model: Base, whole: Collection[str], groups: Mapping[str, list[str]]) -> dict[str, Slot]:
     """The tensors of what is trained whole: biases, the head's weight. PEFT hides an adapted module's own bias."""
     config, family = model.config, family_of(model.config)
     shapes = {"head.weight": (config.head_size, config.d_model), **config.weight_shapes()}

@@ -22,11 +22,12 @@ from ..model import Model
 from ..run import check_adapter
 from .apart import config_apart, is_apart, names_apart, put_together, take_apart
 from .atomic import new_folder, replaced_files, write_tensors
+from .base import Base
 from .folder import model_hash
 from .layout import PREFIX, slots
 from .names import module_names
 from .peft_config import check_keys, check_same, read_config, write_config
-from .plain import from_fields, parse_json, read_json, to_fields, to_json
+from .plain import from_fields, parse_json, read_json, to_fields, to_json, write_json
 from .safe import DTYPES, TensorFile, open_tensors, refuse_pickle
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -62,10 +63,10 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
     writing = replaced_files(target, last=CONFIG) if target.exists() else new_folder(target)
     with writing as folder:
         write_tensors(folder / WEIGHTS, tensors, {METADATA: to_json(about)})
-        (folder / CONFIG).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, config)
 
 
-def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
+def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
     """Reads an adapter of `model` from a folder that `save_adapter` or PEFT wrote.
 
     A file of save_adapter's gives the same configuration and the same bits. In a file of PEFT's own, GPT-2's c_attn is
@@ -100,7 +101,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         return Adapter(lora_config, put_together(model.config, params, names, str(file.path)))
 
 
-def _read_about(file: TensorFile, model: Model) -> tuple[LoRAConfig, list[str]]:
+def _read_about(file: TensorFile, model: Base) -> tuple[LoRAConfig, list[str]]:
     """What save_adapter recorded in the metadata: the configuration, and the names of the parameters in order."""
     where = f"{file.path}: metadata"
     about = parse_json(file.metadata[METADATA], where)
@@ -120,7 +121,7 @@ def _read_about(file: TensorFile, model: Model) -> tuple[LoRAConfig, list[str]]:
 
 def _read_params(
     file: TensorFile,
-    model: Model,
+    model: Base,
     lora_config: LoRAConfig,
     names: Sequence[str],
     copies: Mapping[str, str] = MappingProxyType({}),
@@ -143,7 +144,7 @@ def _read_params(
     return {name: params[name] for name in names}
 
 
-def _read_as(file: TensorFile, key: str, model: Model) -> Array:
+def _read_as(file: TensorFile, key: str, model: Base) -> Array:
     """A tensor in the model's dtype, widened if need be: nothing is rounded."""
     dtype = np.dtype(DTYPES[file.dtypes[key]])
     if not np.can_cast(dtype, model.dtype, "safe"):
@@ -153,7 +154,7 @@ def _read_as(file: TensorFile, key: str, model: Model) -> Array:
     return file.read_finite(key).astype(model.dtype, copy=False)
 
 
-def _copies(model: Model) -> dict[str, str]:
+def _copies(model: Base) -> dict[str, str]:
     """The keys under which PEFT writes what it has already, or what it left alone -> our names.
 
     The base's token table and head, when either is adapted; and with bias="all" the biases of a head trained whole

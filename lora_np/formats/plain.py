@@ -47,6 +47,11 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, allow_nan=False, default=_plain)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, indented."""
+    path.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
+
+
 def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value.item()
 

@@ -29,8 +29,8 @@ class Stored(NamedTuple):
     def __str__(self) -> str:
         return f"{self.path}: {shown(self.name)}"
 
-    def read(self, dtype: str) -> Array:
-        """The tensor as float32 or float64, in host memory; a ValueError if a number is NaN, infinite or too large.
+    def read_raw(self) -> Array:
+        """The tensor in its own dtype, in host memory.
 
         The file is opened for it alone: pages of a mapped file count as memory in use until it is closed.
         """
@@ -39,7 +39,11 @@ class Stored(NamedTuple):
         with open_tensors(self.path) as file:
             if (file.dtypes.get(self.name), file.shapes.get(self.name)) != (self.dtype, self.shape):
                 raise ValueError(f"{self}: the file was changed while it was read")
-            values = file.read(self.name)
+            return file.read(self.name)
+
+    def read(self, dtype: str) -> Array:
+        """The tensor as float32 or float64, in host memory; a ValueError if a number is NaN, infinite or too large."""
+        values = self.read_raw()
         with np.errstate(over="ignore"):  # float64 beyond float32's range is refused below
             values = values.astype(dtype, copy=False)
         if not np.isfinite(values).all():

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import lora_np as ln
@@ -45,6 +46,46 @@ def edit_json(path, **values):
     """Sets keys of a JSON file."""
     path = Path(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def gpt2_shapes(config):
+    """The tensors of a GPT-2 of transformers', by hand, with no trunk's name in front: Conv1D's are (in, out)."""
+    D, F = config.d_model, config.d_ff
+    shapes = {"wte.weight": (config.vocab_size, D), "wpe.weight": (config.n_positions, D)}
+    for i in range(config.n_layer):
+        matrices = {"attn.c_attn": (D, 3 * D), "attn.c_proj": (D, D), "mlp.c_fc": (D, F), "mlp.c_proj": (F, D)}
+        for name, shape in matrices.items():
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
+        shapes |= {f"h.{i}.{norm}.{part}": (D,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    return shapes | {"ln_f.weight": (D,), "ln_f.bias": (D,)}
+
+
+def write_gpt2(folder, config, *, dtype="float32", seed=0, prefix="transformer.", metadata=None):
+    """A GPT-2's folder as transformers would write it, by hand. -> its tensors"""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    shapes = gpt2_shapes(config)
+    tensors = {prefix + n: rng.standard_normal(s, "float32").astype(dtype) for n, s in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata)
+    about = {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab_size,
+        "n_positions": config.n_positions, "n_layer": config.n_layer, "n_head": config.n_head,
+        "n_embd": config.d_model, "n_inner": config.d_ff,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(about))
+    return tensors
+
+
+def write_peft(folder, factors, *, r, alpha, **settings):
+    """An adapter of PEFT's own, by hand. factors: A (r, in) and B (out, r) by the module's name."""
+    folder.mkdir(parents=True)
+    tensors = {}
+    for name, (A, B) in factors.items():
+        key = f"base_model.model.{name}"
+        tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    about = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": sorted(factors), **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
 
 
 def contents(folder):

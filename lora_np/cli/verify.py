@@ -1,0 +1,145 @@
+"""lora-np verify: does an adapter fit a base, is it trained, is a folder the merge of the two, what does it change."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import data
+from ..effect import Effect, effect
+from ..formats.folder import load_model
+from ..formats.merging import Plan, plan_merge
+from ..formats.opened import open_base
+from ..formats.survey import survey
+from ..formats.tokenizer import TOKENIZER, load_tokenizer
+from ..formats.verifying import Comparison, compare, explained, records_base, trained, worst
+from ..model import Config
+from ..transformer import forward
+from .base import AddCommand
+from .output import emit
+
+SHOWN = 5  # names in one line
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    if args.ulps < 0:
+        raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
+    survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
+    open_base(args.base)
+    try:
+        plan = plan_merge(args.base, [args.adapter], [1.0])
+    except ValueError as error:
+        emit(args, {"holds": False, "fits": False, "reason": str(error)}, f"fits: no. {error}")
+        return 1
+    has_hash, is_trained = records_base(args.adapter), trained(plan)
+    found = None if args.merged is None else compare(plan, args.merged, args.ulps)
+    effects = _effects(args, plan, loads=found is not None and found.loads)
+    holds = is_trained and (found is None or found.holds)
+    result: dict[str, Any] = {"holds": holds, "fits": True, "base_hash": has_hash, "trained": is_trained}
+    seen = (
+        "names, shapes and the recorded hash of the base"
+        if has_hash
+        else ("names and shapes; the file records no hash of its base, as PEFT's do not")
+    )
+    lines = [f"fits: yes ({seen})", f"trained: {_trained_line(is_trained)}"]
+    if found is not None:
+        looks_like = explained(found, plan)
+        result["merged"] = {**_as_json(found), "looks_like": looks_like}
+        lines += _merged_lines(found, looks_like, args.ulps)
+    result["effect"] = {name: one._asdict() for name, one in effects.items()}
+    lines += [f"{name}: {_effect_line(one)}" for name, one in effects.items()]
+    emit(args, result, "\n".join(lines))
+    return 0 if holds else 1
+
+
+def _trained_line(is_trained: bool) -> str:
+    return "yes" if is_trained else "no: B is zero throughout, and what is trained whole equals the base"
+
+
+def _as_json(found: Comparison) -> dict[str, Any]:
+    tensors = [{**one._asdict(), "fits": one.fits} for one in found.changed]
+    return {"holds": found.holds, **found._asdict(), "changed": tensors}
+
+
+def _merged_lines(found: Comparison, looks_like: str | None, ulps: int) -> list[str]:
+    """What there is to say about a merged folder."""
+    differing, elements = (sum(getattr(one, what) for one in found.changed) for what in ("differing", "elements"))
+    furthest = worst(found.changed)
+    if found.holds and differing == 0:
+        return [f"merged: yes, exactly: each of {elements:,} elements is W0 + s B A, rounded once"]
+    lines = []
+    if furthest is not None and differing:
+        lines.append(
+            f"  {differing:,} of {elements:,} elements differ from W0 + s B A rounded once; the furthest tensor is "
+            f"{furthest.tensor}, by up to {furthest.max_ulps:,} ulps"
+        )
+        beyond, wrong = (sum(getattr(one, what) for one in found.changed) for what in ("beyond", "wrong"))
+        lines.append(
+            f"  {beyond:,} are further off than {ulps} ulps, {wrong:,} of them further than a sum in the file's own "
+            "dtype can be"
+        )
+    for what, names in (
+        ("not the base's, though the adapter does not touch them", found.altered),
+        ("of another shape, or of a dtype that no weight has", found.misshapen),
+        ("missing", found.missing),
+        ("with no place in the model", found.extra),
+    ):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            lines.append(f"  {len(names)} tensors {what}: {' '.join(names[:SHOWN])}{more}")
+    if not found.same_config:
+        lines.append("  config.json describes another model")
+    if looks_like is not None:
+        lines.append(f"  it looks like {looks_like}")
+    verdict = "yes, as rounded more often than once" if found.holds else "no"
+    return [f"merged: {verdict}", *lines]
+
+
+def _effects(args: argparse.Namespace, plan: Plan, *, loads: bool) -> dict[str, Effect]:
+    """How far outputs move: from the base to the adapted model, and from that to the merged one, if it loads."""
+    config, dtype = plan.base.config, str(plan.base.dtype)
+    tokens = _tokens(args, config)
+    model = load_model(args.base, dtype=dtype, head=config.head, n_labels=config.n_labels, seed=0)
+    before, after = forward(model, tokens), forward(model, tokens, plan.adapters[0])
+    effects = {"effect of the adapter": effect(config, before, after)}
+    if loads:
+        merged = forward(load_model(args.merged, dtype=dtype), tokens)
+        effects["merged beside unmerged"] = effect(config, after, merged)
+    return effects
+
+
+def _tokens(args: argparse.Namespace, config: Config) -> np.ndarray[Any, Any]:
+    """(1,T): the prompt's, or a few fixed ones."""
+    if args.prompt is None:
+        tokens = np.arange(1, 9) * 37 % config.vocab_size
+    elif (args.base / TOKENIZER).is_file():
+        tokens = np.array(load_tokenizer(args.base).encode(args.prompt), dtype=np.int64)
+    elif config.vocab_size == data.BYTES:
+        tokens = data.encode(args.prompt).astype(np.int64)
+    else:
+        raise ValueError(f"--prompt: {args.base} has no {TOKENIZER}, and its tokens are not bytes")
+    if not len(tokens):
+        raise ValueError("--prompt: expected some text, got none")
+    return tokens[None, : config.longest]
+
+
+def _effect_line(one: Effect) -> str:
+    if one.kl is None:
+        return f"the largest change of a state is {one.change:.3g}"
+    return (
+        f"the largest change of a logit is {one.change:.3g}, the KL divergence at most {one.kl:.3g} nats, another is "
+        f"the likeliest at {one.flipped} of {one.places} places"
+    )
+
+
+def add_commands(command: AddCommand) -> None:
+    """The command of this file, and its arguments."""
+    p = command("verify", run_verify, "does an adapter fit a base, is it trained, is a folder the merge of the two")
+    p.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base model's folder")
+    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter's folder")
+    p.add_argument("--merged", type=Path, metavar="DIR", help="a folder that should be the merge of the two")
+    p.add_argument("--ulps", type=int, default=1, help="how far apart an element may be (default: %(default)s)")
+    p.add_argument("--prompt", help="what to compare the outputs on (default: a few fixed tokens)")
