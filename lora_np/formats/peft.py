@@ -20,17 +20,16 @@ from ..backend import Array, asnumpy
 from ..lora import Adapter, LoRAConfig
 from ..model import Model
 from ..run import check_adapter
+from .about import KEY, check_about, read_about, write_about
 from .apart import config_apart, is_apart, names_apart, put_together, take_apart
 from .atomic import new_folder, replaced_files, write_tensors
-from .folder import model_hash
 from .layout import PREFIX, slots
 from .names import module_names
 from .peft_config import check_keys, check_same, read_config, write_config
-from .plain import from_fields, parse_json, read_json, to_fields, to_json
+from .plain import read_json, to_json
 from .safe import DTYPES, TensorFile, open_tensors, refuse_pickle
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-METADATA, FORMAT = "lora_np", 1
 
 
 def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -> None:
@@ -50,18 +49,12 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
     for key, value in tensors.items():
         if not np.isfinite(value).all():
             raise ValueError(f"save_adapter: {key}: holds NaN or infinite numbers")
-    about = {
-        "format": FORMAT,
-        "config": to_fields(adapter.config),
-        "params": list(adapter.params),
-        "base_sha256": model_hash(model),
-    }
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder, or nothing, got a file")
     writing = replaced_files(target, last=CONFIG) if target.exists() else new_folder(target)
     with writing as folder:
-        write_tensors(folder / WEIGHTS, tensors, {METADATA: to_json(about)})
+        write_tensors(folder / WEIGHTS, tensors, {KEY: write_about(adapter, model)})
         (folder / CONFIG).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -69,9 +62,10 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
     """Reads an adapter of `model` from a folder that `save_adapter` or PEFT wrote.
 
     A file of save_adapter's gives the same configuration and the same bits. In a file of PEFT's own, GPT-2's c_attn is
-    target qkv. float32 tensors are widened for a float64 model; the other way round is an error. A FileNotFoundError or
-    ValueError, in one line, names the file, and the key or tensor, that is missing, damaged, not supported, or made for
-    another base.
+    target qkv. float32 tensors are widened for a float64 model; the other way round is an error. save_adapter records a
+    hash of the base, in the adapter's dtype: the same base widened has the same; weights that the adapter has whole
+    take no part, so a new head may be another's. A FileNotFoundError or ValueError, in one line, names the file, and
+    the key or tensor, that is missing, damaged, not supported, or made for another base.
     """
     folder = Path(path)
     if not folder.exists():
@@ -83,12 +77,13 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
     raw = read_json(folder / CONFIG)
     check_keys(raw, where)
     with open_tensors(folder / WEIGHTS) as file:
-        if METADATA not in file.metadata:
+        if KEY not in file.metadata:
             lora_config, matrices = read_config(raw, model.config, where)
             names = [f"{matrix}.{factor}" for matrix in matrices for factor in "AB"]
             names += trained_whole(model.config, lora_config, matrices)
             return Adapter(lora_config, _read_params(file, model, lora_config, names, copies=_copies(model)))
-        lora_config, names = _read_about(file, model)
+        about = read_about(file.metadata[KEY], f"{file.path}: metadata")
+        lora_config, names = check_about(about, model, file.dtypes.values(), f"{file.path}: metadata")
         stored_config, stored = lora_config, names
         if is_apart(model.config):
             stored_config, stored = config_apart(lora_config), names_apart(names)
@@ -98,24 +93,6 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         matrices = Adapter(stored_config, params).matrices
         check_same(raw, json.loads(to_json(write_config(model.config, stored_config, matrices))), where)
         return Adapter(lora_config, put_together(model.config, params, names, str(file.path)))
-
-
-def _read_about(file: TensorFile, model: Model) -> tuple[LoRAConfig, list[str]]:
-    """What save_adapter recorded in the metadata: the configuration, and the names of the parameters in order."""
-    where = f"{file.path}: metadata"
-    about = parse_json(file.metadata[METADATA], where)
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{where}: format: expected {FORMAT}, got {about.get('format')!r:.60}")
-    recorded, own = about.get("base_sha256"), model_hash(model)
-    if recorded != own:
-        raise ValueError(
-            f"{file.path}: made for another base: the SHA-256 of its base's weights starts with "
-            f"{str(recorded)[:12]}, this model's with {own[:12]}"
-        )
-    names = about.get("params")
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
-        raise ValueError(f"{where}: params: expected a list of names, each once, got {names!r:.60}")
-    return from_fields(LoRAConfig, about.get("config"), where), names
 
 
 def _read_params(
@@ -135,22 +112,12 @@ def _read_params(
     file.check_names(shapes | {key: slot.shape for key, slot in places.items()})
     params: dict[str, Array] = {}
     for key, slot in places.items():
-        params |= slot.read(_read_as(file, key, model), model, f"{file.path}: {key}")
+        params |= slot.read(file.read_as(key, model.dtype), model, f"{file.path}: {key}")
     for key, name in copies.items():
         source = params.get(name) if ".modules_to_save." in key else asnumpy(model.weights[name])
-        if source is None or not np.array_equal(_read_as(file, key, model), source):
+        if source is None or not np.array_equal(file.read_as(key, model.dtype), source):
             raise ValueError(f"{file.path}: {key}: expected a copy of {name}, got other values: not supported")
     return {name: params[name] for name in names}
-
-
-def _read_as(file: TensorFile, key: str, model: Model) -> Array:
-    """A tensor in the model's dtype, widened if need be: nothing is rounded."""
-    dtype = np.dtype(DTYPES[file.dtypes[key]])
-    if not np.can_cast(dtype, model.dtype, "safe"):
-        raise ValueError(
-            f"{file.path}: {key}: {dtype} would be rounded to the model's {model.dtype}; load it as {dtype}"
-        )
-    return file.read_finite(key).astype(model.dtype, copy=False)
 
 
 def _copies(model: Model) -> dict[str, str]:

@@ -72,12 +72,23 @@ class TensorFile:
         values: Array = self._handle.get_tensor(name)
         return values
 
+    def read_as(self, name: str, dtype: np.dtype[Any]) -> Array:
+        """The tensor, finite, widened to `dtype` if need be; a ValueError if it would be rounded."""
+        check_widens(DTYPES[self.dtypes[name]], dtype, f"{self.path}: {name}")
+        return self.read_finite(name).astype(dtype, copy=False)
+
     def read_finite(self, name: str) -> Array:
         """The tensor; a ValueError if an element is NaN or infinite."""
         values = self.read(name)
         if not np.isfinite(values).all():
             raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
         return values
+
+
+def check_widens(stored: str, dtype: np.dtype[Any], where: str) -> None:
+    """A ValueError if numbers of the dtype `stored` would be rounded to the model's."""
+    if not np.can_cast(np.dtype(stored), dtype, "safe"):
+        raise ValueError(f"{where}: {stored} would be rounded to the model's {dtype}; load it as {stored}")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from strategies import bits, configs, dtypes, lora_configs, random_model, same_b
 
 import lora_np as ln
 from lora_np.formats import atomic, peft
+from lora_np.formats.folder import model_hash
 from lora_np.formats.names import GPT2 as GPT2_FAMILY
 from lora_np.formats.names import family_of
 from lora_np.formats.peft_config import OFF
@@ -531,7 +532,51 @@ def test_an_adapter_of_another_base(folder, model):
     message = refusal(folder, other)
     assert "another base" in message
     for base in (model, other):
-        assert peft.model_hash(base)[:12] in message
+        assert model_hash(base)[:12] in message
+
+
+def in_dtype(model, dtype):
+    """The same base in another dtype."""
+    return ln.Model(model.config, {name: w.astype(dtype) for name, w in model.weights.items()})
+
+
+def test_an_adapter_of_the_base_before_it_was_widened(tmp_path, model):
+    narrow = in_dtype(model, "float32")
+    wide = in_dtype(narrow, "float64")
+    adapter = adapter_of(narrow, train_head=True, bias="all")
+    ln.save_adapter(tmp_path / "adapter", adapter, narrow)
+    loaded = ln.load_adapter(tmp_path / "adapter", wide)
+    assert loaded.config == adapter.config
+    assert same_bits(dict(loaded.params), {name: p.astype("float64") for name, p in adapter.params.items()})
+    # `model` differs from `wide` by less than float32 shows: another base all the same.
+    assert "another base" in refusal(tmp_path / "adapter", model)
+    assert "another base" in refusal(tmp_path / "adapter", in_dtype(random_model(GPT2, seed=2), "float32"))
+
+
+def test_an_adapter_of_the_widened_base_is_not_rounded(tmp_path, model):
+    narrow = in_dtype(model, "float32")
+    wide = in_dtype(narrow, "float64")
+    ln.save_adapter(tmp_path / "adapter", adapter_of(wide), wide)
+    assert "float64 would be rounded to the model's float32" in refusal(tmp_path / "adapter", narrow)
+
+
+@pytest.mark.parametrize("head", ["classify", "tag"])
+def test_weights_that_the_adapter_has_whole_may_be_others_in_the_base(tmp_path, head):
+    model = random_model(replace(GPT2, head=head, n_labels=3), seed=1)
+    adapter = adapter_of(model, train_head=True)
+    ln.save_adapter(tmp_path / "adapter", adapter, model)
+    changed = {**model.weights, "head.weight": model.weights["head.weight"] + 1}
+    assert_same(ln.load_adapter(tmp_path / "adapter", ln.Model(model.config, changed)), adapter)
+    changed["norm.weight"] = changed["norm.weight"] + 1
+    assert "another base" in refusal(tmp_path / "adapter", ln.Model(model.config, changed))
+    ln.save_adapter(tmp_path / "adapter", adapter_of(model), model)  # its head is the base's
+    changed = {**model.weights, "head.weight": model.weights["head.weight"] + 1}
+    assert "another base" in refusal(tmp_path / "adapter", ln.Model(model.config, changed))
+
+
+def test_the_hash_of_an_adapter_without_weights_of_its_own_is_the_models(folder, model):
+    """So that what was saved before weights were left out of it still loads."""
+    assert json.loads(tensors_and_metadata(folder / WEIGHTS)[1]["lora_np"])["base_sha256"] == model_hash(model)
 
 
 def test_files_that_are_missing(tmp_path, folder, model):

@@ -1,0 +1,70 @@
+"""What our own files of adapters say beside the tensors, as JSON: the configuration, the parameters, the base."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from ..lora import Adapter, LoRAConfig
+from ..model import Model
+from .folder import weights_hash
+from .plain import from_fields, parse_json, to_fields, to_json
+from .safe import DTYPES, check_widens
+
+KEY, FORMAT = "lora_np", 1  # the metadata's key
+
+
+def write_about(adapter: Adapter, model: Model) -> str:
+    """The JSON text for an adapter of `model`."""
+    return to_json(
+        {
+            "format": FORMAT,
+            "config": to_fields(adapter.config),
+            "params": list(adapter.params),
+            "head": model.config.head,
+            "base_sha256": base_hash(model, adapter.whole, model.dtype.name),
+        }
+    )
+
+
+def read_about(text: str | bytes, where: str) -> dict[str, Any]:
+    """The object in such a text. `where` names it in a ValueError: it is damaged, or of another format."""
+    about = parse_json(text, where)
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{where}: format: expected {FORMAT}, got {about.get('format')!r:.60}")
+    return about
+
+
+def check_about(about: dict[str, Any], model: Model, dtypes: Iterable[str], where: str) -> tuple[LoRAConfig, list[str]]:
+    """The configuration, and the names of the parameters in order; a ValueError if the adapter has another base.
+
+    dtypes: those of the tensors, "F32" or "F64": what the adapter was made in, and so the base when it was hashed.
+    """
+    names = about.get("params")
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+        raise ValueError(f"{where}: params: expected a list of names, each once, got {names!r:.60}")
+    dtype = made_in(dtypes, model, where)
+    whole = [name for name in names if name[-2:] not in (".A", ".B")]
+    recorded, own = about.get("base_sha256"), base_hash(model, whole, dtype)
+    if recorded != own:
+        raise ValueError(
+            f"{where}: made for another base: the SHA-256 of its base's weights starts with "
+            f"{str(recorded)[:12]}, this model's with {own[:12]}"
+        )
+    return from_fields(LoRAConfig, about.get("config"), where), names
+
+
+def made_in(dtypes: Iterable[str], model: Model, where: str) -> str:
+    """The dtype of an adapter's tensors, if it is one; a ValueError if they would be rounded to the model's."""
+    found = {DTYPES[dtype] for dtype in dtypes if dtype in DTYPES}  # any other is refused with its tensor's name
+    for dtype in found:
+        check_widens(dtype, model.dtype, where)
+    return found.pop() if len(found) == 1 else model.dtype.name
+
+
+def base_hash(model: Model, whole: Collection[str], dtype: str) -> str:
+    """`weights_hash` of what an adapter of this dtype depends on: all weights but those that it has whole.
+
+    A weight that was widened from `dtype` is hashed as it was before: base and adapter may both be widened.
+    """
+    return weights_hash({name: w for name, w in model.weights.items() if name not in whole}, dtype)
