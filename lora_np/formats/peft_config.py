@@ -14,6 +14,7 @@ from ..adapter import trained_whole
 from ..lora import TARGETS, LoRAConfig, target_of
 from ..model import Config
 from ..run import adapted_shapes
+from .expressions import Expressions
 from .layout import grouped
 from .names import family_of, module_names, saved_whole, short_names
 from .plain import from_fields
@@ -42,6 +43,7 @@ FREE = (
 STARTS = (True, False, "gaussian", "orthogonal")
 # PEFT adds these itself, for whichever of them the model has.
 AUTO_SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+ALL_LINEAR = "all-linear"
 SAME = 2**-50  # scales are equal that differ by no more than alpha / sqrt(r) may be off
 
 
@@ -209,18 +211,11 @@ def check_same(raw: Mapping[str, Any], written: Mapping[str, Any], where: str) -
 def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoRAConfig, list[str]]:
     """A file of PEFT's own: our configuration, and the matrices that it says are adapted.
 
-    What it names must be there: a target or a pattern that no module fits is a ValueError.
+    target_modules, exclude_modules and the patterns may be regular expressions, as PEFT has them. What it names must be
+    there: a target or a pattern that no module fits is a ValueError.
     """
-    selection = Selection(
-        _names(raw, "target_modules", where),
-        _layers(raw, where),
-        _names(raw, "layers_pattern", where),
-        _names(raw, "exclude_modules", where),
-    )
     adaptable = _adaptable(config)
-    for name in selection.target_modules:
-        if not any(_ends_in(module, [name]) for module in adaptable.values()):
-            raise ValueError(f"{where}: target_modules: {name!r}: this model has no such module to adapt")
+    selection = _selection(raw, config, adaptable, where)
     # PEFT never adapts what it trains whole.
     heads = _names(raw, "modules_to_save", where)
     names = {
@@ -252,14 +247,41 @@ def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoR
     return from_fields(LoRAConfig, fields, where), list(names)
 
 
+def _selection(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], where: str) -> Selection:
+    """What is adapted; a regular expression becomes the full names that it fits."""
+    layers, pattern = _layers(raw, where), _names(raw, "layers_pattern", where)
+    targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
+    if isinstance(excluded, str):
+        excluded = Expressions(f"{where}: exclude_modules").fitting(excluded, adaptable.values())
+    else:
+        excluded = _names(raw, "exclude_modules", where)
+    if isinstance(targets, str):
+        if layers is not None or raw.get("layers_pattern") is not None:
+            raise ValueError(f"{where}: target_modules: a regular expression and layers_to_transform or layers_pattern")
+        return Selection(_fitting_targets(raw, config, adaptable, where), exclude_modules=excluded)
+    targets = _names(raw, "target_modules", where)
+    for name in targets:
+        if not any(_ends_in(module, [name]) for module in adaptable.values()):
+            raise ValueError(f"{where}: target_modules: {name!r}: this model has no such module to adapt")
+    return Selection(targets, layers, pattern, excluded)
+
+
+def _fitting_targets(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], where: str) -> set[str]:
+    """The full names that target_modules means: by a regular expression, or all linears but the output."""
+    text = raw["target_modules"]
+    if text.lower() != ALL_LINEAR:
+        return Expressions(f"{where}: target_modules").fitting(text, adaptable.values())
+    output = adaptable.get("head", "")
+    # PEFT knows a language model's output, and a classifier's by its name, which RoBERTa's does not have.
+    named = raw.get("task_type") == "SEQ_CLS" and output in AUTO_SAVED["SEQ_CLS"]
+    left_out = {adaptable["embed.tokens"], *([output] if config.head == "lm" or named else [])}
+    return set(adaptable.values()) - left_out
+
+
 def _names(raw: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """A list of dotted names. PEFT also takes regular expressions: they are refused."""
+    """A list of dotted names."""
     value = raw.get(key)
     value = [] if value is None else [value] if isinstance(value, str) and key == "layers_pattern" else value
-    if isinstance(value, str):
-        raise ValueError(
-            f"{where}: {key}: expected a list of names; a regular expression is not supported: {value!r:.60}"
-        )
     if not isinstance(value, list) or not all(isinstance(name, str) and _is_dotted(name) for name in value):
         raise ValueError(f"{where}: {key}: expected a list of names, got {value!r:.60}")
     return value
@@ -285,20 +307,23 @@ def resolved(raw: Mapping[str, Any], key: str, names: Mapping[str, str], default
     for what, number in [(key.replace("pattern", "default"), default), *patterns.items()]:
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             raise ValueError(f"{where}: {key}: {what}: expected a number, got {number!r:.60}")
+    expressions = Expressions(f"{where}: {key}")
+    fitting = {}
     for pattern in patterns:
-        if not _is_dotted(pattern.removeprefix("^")):
-            raise ValueError(f"{where}: {key}: a regular expression is not supported: {pattern!r:.60}")
-        if not any(_matches(theirs, pattern) for theirs in names.values()):
+        fitting[pattern] = _fitting(pattern, names.values(), expressions)
+        if not fitting[pattern]:
             raise ValueError(f"{where}: {key}: {pattern!r:.60}: no adapted module fits")
     return {
-        ours: next((value for pattern, value in patterns.items() if _matches(theirs, pattern)), default)
+        ours: next((value for pattern, value in patterns.items() if theirs in fitting[pattern]), default)
         for ours, theirs in names.items()
     }
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """A leading ^ asks for the full name."""
-    return name == pattern[1:] if pattern.startswith("^") else _ends_in(name, [pattern])
+def _fitting(pattern: str, names: Collection[str], expressions: Expressions) -> set[str]:
+    """The names that a pattern fits, at their ends. A leading ^ asks for the full name."""
+    if not _is_dotted(pattern.removeprefix("^")):
+        return expressions.fitting(rf"(.*\.)?({pattern})$", names, whole=False)
+    return {name for name in names if (name == pattern[1:] if pattern[0] == "^" else _ends_in(name, [pattern]))}
 
 
 def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str], where: str) -> bool:
