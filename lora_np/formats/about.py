@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import numpy as np
+
+from ..backend import asnumpy
 from ..lora import Adapter, LoRAConfig
 from ..model import Model
+from ..run import check_adapter
 from .folder import weights_hash
 from .plain import from_fields, parse_json, to_fields, to_json
 from .safe import DTYPES, check_widens
@@ -25,6 +29,16 @@ def write_about(adapter: Adapter, model: Model) -> str:
             "base_sha256": base_hash(model, adapter.whole, model.dtype.name),
         }
     )
+
+
+def check_savable(adapter: Adapter, model: Model) -> None:
+    """A ValueError or TypeError unless it is an adapter of `model`, of finite float32 or float64."""
+    if model.dtype.name not in DTYPES.values():
+        raise TypeError(f"save_adapter: expected float32 or float64 weights, got {model.dtype}")
+    check_adapter(model, adapter)
+    for name, value in adapter.params.items():
+        if not np.isfinite(asnumpy(value)).all():
+            raise ValueError(f"save_adapter: {name}: holds NaN or infinite numbers")
 
 
 def read_about(text: str | bytes, where: str) -> dict[str, Any]:

@@ -19,15 +19,14 @@ from ..adapter import trained_whole
 from ..backend import Array, asnumpy
 from ..lora import Adapter, LoRAConfig
 from ..model import Model
-from ..run import check_adapter
-from .about import KEY, check_about, read_about, write_about
-from .apart import config_apart, is_apart, names_apart, put_together, take_apart
+from .about import KEY, check_about, check_savable, read_about, write_about
+from .apart import put_together, stored_apart, take_apart
 from .atomic import new_folder, replaced_files, write_tensors
-from .layout import PREFIX, slots
+from .layout import PREFIX, read_params, slots
 from .names import module_names
 from .peft_config import check_keys, check_same, read_config, write_config
 from .plain import read_json, to_json
-from .safe import DTYPES, TensorFile, open_tensors, refuse_pickle
+from .safe import TensorFile, open_tensors, refuse_pickle
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -40,15 +39,10 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
     ValueError or TypeError if the adapter does not fit the model, trains what PEFT has no place for, or gives q, k, v
     of one c_attn different scales. Where q, k and v are three modules, qkv becomes three updates with the same A.
     """
-    if model.dtype.name not in DTYPES.values():
-        raise TypeError(f"save_adapter: expected float32 or float64 weights, got {model.dtype}")
-    check_adapter(model, adapter)
+    check_savable(adapter, model)
     apart = take_apart(model.config, adapter)
     config = write_config(model.config, apart.config, apart.matrices)
     tensors = {key: slot.write(apart.params, model) for key, slot in slots(model, apart.config, apart.params).items()}
-    for key, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise ValueError(f"save_adapter: {key}: holds NaN or infinite numbers")
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder, or nothing, got a file")
@@ -84,11 +78,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
             return Adapter(lora_config, _read_params(file, model, lora_config, names, copies=_copies(model)))
         about = read_about(file.metadata[KEY], f"{file.path}: metadata")
         lora_config, names = check_about(about, model, file.dtypes.values(), f"{file.path}: metadata")
-        stored_config, stored = lora_config, names
-        if is_apart(model.config):
-            stored_config, stored = config_apart(lora_config), names_apart(names)
-            if len(set(stored)) < len(stored):
-                raise ValueError(f"{file.path}: metadata: params: q, k or v both alone and in qkv")
+        stored_config, stored = stored_apart(model.config, lora_config, names, f"{file.path}: metadata")
         params = _read_params(file, model, stored_config, stored)
         matrices = Adapter(stored_config, params).matrices
         check_same(raw, json.loads(to_json(write_config(model.config, stored_config, matrices))), where)
@@ -110,9 +100,7 @@ def _read_params(
     copies = {key: name for key, name in copies.items() if key in file.shapes and key not in places}
     shapes = {key: model.weights[name].shape for key, name in copies.items()}
     file.check_names(shapes | {key: slot.shape for key, slot in places.items()})
-    params: dict[str, Array] = {}
-    for key, slot in places.items():
-        params |= slot.read(file.read_as(key, model.dtype), model, f"{file.path}: {key}")
+    params = read_params(file, model, places)
     for key, name in copies.items():
         source = params.get(name) if ".modules_to_save." in key else asnumpy(model.weights[name])
         if source is None or not np.array_equal(file.read_as(key, model.dtype), source):

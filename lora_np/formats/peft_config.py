@@ -94,7 +94,7 @@ def write_config(config: Config, lora_config: LoRAConfig, matrices: Collection[s
     for module, parts in groups.items():
         ranks[module] = sum(lora_config.rank(part) for part in parts)
         alphas[module] = _alpha(lora_config, module, parts, as_it_is=rslora == lora_config.rslora)
-    r, alpha = _most_common(ranks.values(), lora_config.r), _most_common(alphas.values(), lora_config.alpha)
+    r, alpha = most_common(ranks.values(), lora_config.r), most_common(alphas.values(), lora_config.alpha)
     saved = trained_whole(config, lora_config, matrices) if lora_config.train_head else []
     heads = [saved_whole(config, stem) for stem in ("pooler", "head") if f"{stem}.weight" in saved]
     return {
@@ -136,7 +136,7 @@ def _whole_number(value: float) -> float:
     return int(value) if float(value).is_integer() and abs(value) < 2**53 else float(value)
 
 
-def _most_common(values: Iterable[Any], otherwise: Any) -> Any:
+def most_common(values: Iterable[Any], otherwise: Any) -> Any:
     """The value that occurs most often, the first of several."""
     return next((value for value, _ in Counter(values).most_common(1)), otherwise)
 
@@ -228,23 +228,30 @@ def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoR
     r, alpha = raw.get("r", READ["r"]), raw.get("lora_alpha", READ["lora_alpha"])
     ranks = resolved(raw, "rank_pattern", names, r, where)
     alphas = resolved(raw, "alpha_pattern", names, alpha, where)
-    short = {name: target_of(name) for name in names}
-    ours = {name: name for name in names}
-    fields: dict[str, Any] = {
-        "r": r,
-        "alpha": alpha,
-        "targets": [target for target in TARGETS if target in short.values()],
+    fields = described(config, ranks, alphas, r, alpha) | {
         "dropout": raw.get("lora_dropout", READ["lora_dropout"]),
         "bias": raw.get("bias", READ["bias"]),
         "train_head": _trains_head(raw, config, heads, where),
         "rslora": raw.get("use_rslora", READ["use_rslora"]),
-        "rank_pattern": _patterns(ranks, r, ours, short),
-        "alpha_pattern": _patterns(alphas, alpha, ours, short),
-        "layers": _common_layers(config, names),
     }
     if raw.get("init_lora_weights") == "gaussian" and r > 0:
         fields |= {"init": "normal", "sigma": 1 / r}  # PEFT's
     return from_fields(LoRAConfig, fields, where), list(names)
+
+
+def described(
+    config: Config, ranks: Mapping[str, int], alphas: Mapping[str, float], r: Any, alpha: Any
+) -> dict[str, Any]:
+    """LoRAConfig's fields for matrices of these ranks and alphas, r and alpha those that most have."""
+    short, ours = {name: target_of(name) for name in ranks}, {name: name for name in ranks}
+    return {
+        "r": r,
+        "alpha": alpha,
+        "targets": [target for target in TARGETS if target in short.values()],
+        "rank_pattern": _patterns(ranks, r, ours, short),
+        "alpha_pattern": _patterns(alphas, alpha, ours, short),
+        "layers": _common_layers(config, ranks),
+    }
 
 
 def _selection(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], where: str) -> Selection:

@@ -6,7 +6,7 @@ before its type and shape are known, and nothing is ever executed: pickle files 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,14 @@ class TensorFile:
         self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
         self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
 
-    def check_names(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """A ValueError that names a tensor: one that is missing, belongs nowhere, or has another shape or dtype."""
+    def check_names(self, expected: Mapping[str, tuple[int, ...]], left_out: Collection[str] = ()) -> None:
+        """A ValueError that names a tensor: one that is missing, belongs nowhere, or has another shape or dtype.
+
+        left_out: what may be there besides, and is not read.
+        """
         for name in sorted(expected.keys() - self.shapes.keys()):
             raise ValueError(f"{self.path}: the tensor {shown(name)} is missing")
-        for name in sorted(self.shapes.keys() - expected.keys()):
+        for name in sorted(self.shapes.keys() - expected.keys() - set(left_out)):
             raise ValueError(f"{self.path}: the tensor {shown(name)} has no place in this model")
         for name, shape in expected.items():
             if self.shapes[name] != shape:
