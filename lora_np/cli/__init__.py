@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..backend import backend_name
 from ..train import TrainingError
-from . import demonstrate, files, learn
+from . import convert, demonstrate, files, learn
 from .base import Run
 
 EXAMPLES = """\
@@ -25,6 +25,7 @@ examples:
   lora-np generate --adapter adapter --prompt "The "   text from it
   lora-np inspect adapter                              what is in it
   lora-np merge --adapter adapter --out merged         base and adapter as one model
+  lora-np convert --adapter adapter --out adapter.npz  as loralib's .safetensors, .npz, or a folder of PEFT's
   lora-np gradcheck                                    every derivative, against complex steps
 """
 
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="the result as JSON")
         return sub
 
-    for part in (demonstrate, learn, files):
+    for part in (demonstrate, learn, files, convert):
         part.add_commands(command)
     return parser
 
