@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..model import Model
 from ..run import check_adapter
 from .folder import weights_hash
 from .plain import from_fields, parse_json, to_fields, to_json
-from .safe import DTYPES, check_widens
+from .safe import DTYPES, check_widens, shown
 
 KEY, FORMAT = "lora_np", 1  # the metadata's key
 
@@ -55,7 +56,7 @@ def check_about(about: dict[str, Any], model: Model, dtypes: Iterable[str], wher
     dtypes: those of the tensors, "F32" or "F64": what the adapter was made in, and so the base when it was hashed.
     """
     names = about.get("params")
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+    if not isinstance(names, list) or not all(_is_name(name) for name in names) or len(set(names)) < len(names):
         raise ValueError(f"{where}: params: expected a list of names, each once, got {names!r:.60}")
     dtype = made_in(dtypes, model, where)
     whole = [name for name in names if name[-2:] not in (".A", ".B")]
@@ -63,9 +64,13 @@ def check_about(about: dict[str, Any], model: Model, dtypes: Iterable[str], wher
     if recorded != own:
         raise ValueError(
             f"{where}: made for another base: the SHA-256 of its base's weights starts with "
-            f"{str(recorded)[:12]}, this model's with {own[:12]}"
+            f"{shown(str(recorded)[:12])}, this model's with {own[:12]}"
         )
     return from_fields(LoRAConfig, about.get("config"), where), names
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.]{1,200}", value) is not None
 
 
 def made_in(dtypes: Iterable[str], model: Model, where: str) -> str:

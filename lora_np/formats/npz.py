@@ -93,7 +93,7 @@ class ArrayFile:
         self._archive = archive
         infos = archive.infolist()
         # savez does not compress: a file that does might swell without end.
-        if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in infos):
             raise ValueError("expected arrays that are not compressed")
         if sum(info.file_size for info in infos) > path.stat().st_size:
             raise ValueError("it says that it holds more than its own size")

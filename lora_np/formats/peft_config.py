@@ -6,6 +6,7 @@ Every key is in one of the tables below. A key that is not, or one that asks for
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from .expressions import Expressions
 from .layout import grouped
 from .names import family_of, module_names, saved_whole, short_names
 from .plain import from_fields
+from .safe import shown
 
 # What says how the adapter is built: read, and written. The values that stand for a key that is absent.
 READ: Mapping[str, Any] = {
@@ -187,10 +189,10 @@ def _task(config: Config, lora_config: LoRAConfig) -> str | None:
 def check_keys(raw: Mapping[str, Any], where: str) -> None:
     """A ValueError that names a key of the file which is not known, or asks for what is not supported."""
     if raw.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type: expected 'LORA', got {raw.get('peft_type')!r}")
+        raise ValueError(f"{where}: peft_type: expected 'LORA', got {raw.get('peft_type')!r:.60}")
     for key, value in raw.items():
         if key not in READ and key not in OFF and key not in FREE:
-            raise ValueError(f"{where}: {key}: not known, so not supported (value {value!r:.60})")
+            raise ValueError(f"{where}: {shown(key)}: not known, so not supported (value {value!r:.60})")
         if key in OFF and not any(value is off or (value == off and type(value) is type(off)) for off in OFF[key]):
             raise ValueError(f"{where}: {key}: not supported (expected it to be off, got {value!r:.60})")
     start = raw.get("init_lora_weights", True)
@@ -269,7 +271,7 @@ def _selection(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, s
     targets = _names(raw, "target_modules", where)
     for name in targets:
         if not any(_ends_in(module, [name]) for module in adaptable.values()):
-            raise ValueError(f"{where}: target_modules: {name!r}: this model has no such module to adapt")
+            raise ValueError(f"{where}: target_modules: {name!r:.60}: this model has no such module to adapt")
     return Selection(targets, layers, pattern, excluded)
 
 
@@ -313,7 +315,9 @@ def resolved(raw: Mapping[str, Any], key: str, names: Mapping[str, str], default
         raise ValueError(f"{where}: {key}: expected an object, got {type(patterns).__name__}")
     for what, number in [(key.replace("pattern", "default"), default), *patterns.items()]:
         if not isinstance(number, (int, float)) or isinstance(number, bool):
-            raise ValueError(f"{where}: {key}: {what}: expected a number, got {number!r:.60}")
+            raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got {number!r:.60}")
+        if not abs(number) <= sys.float_info.max:
+            raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got one that is too large")
     expressions = Expressions(f"{where}: {key}")
     fitting = {}
     for pattern in patterns:
@@ -345,7 +349,7 @@ def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str],
     added = AUTO_SAVED.get(task, ()) if isinstance(task, str) else ()
     for name in heads:
         if name not in known and name not in added:
-            raise ValueError(f"{where}: modules_to_save: {name!r}: only the head, {head}, can be trained whole")
+            raise ValueError(f"{where}: modules_to_save: {name!r:.60}: only the head, {head}, can be trained whole")
     return head in heads
 
 

@@ -114,7 +114,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         with safetensors.safe_open(path, framework="numpy") as handle:
             yield TensorFile(path, handle)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: truncated, or not a safetensors file: {error!s:.200}") from None
+        raise ValueError(f"{path}: truncated, or not a safetensors file: {shown(str(error))}") from None
 
 
 def refuse_pickle(folder: Path, wanted: str) -> None:

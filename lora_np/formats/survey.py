@@ -80,7 +80,15 @@ def _matrix(file: TensorFile, key: str) -> Array:
 def _module(name: str, A: Array, B: Array, s: float, file: TensorFile) -> Module:
     if len(A) != B.shape[1]:
         raise ValueError(f"{file.path}: {name}: A {A.shape} and B {B.shape} do not fit together")
-    # |B A|^2 is the trace of (A A^T)(B^T B): no product of the module's own size is formed.
-    update = abs(s) * float(np.sqrt(max(0.0, float(((A @ A.T) * (B.T @ B)).sum()))))
-    norms = float(np.linalg.norm(A)), float(np.linalg.norm(B)), update
+    # |B A|^2 is the trace of (A A^T)(B^T B): no product of the module's own size is formed. Of A and B of size 1, as
+    # squares of numbers that a file may hold overflow.
+    (a, A), (b, B) = _scaled(A), _scaled(B)
+    update = abs(s) * a * b * float(np.sqrt(max(0.0, float(((A @ A.T) * (B.T @ B)).sum()))))
+    norms = a * float(np.linalg.norm(A)), b * float(np.linalg.norm(B)), update
     return Module(name, len(B), A.shape[1], len(A), s, *norms)
+
+
+def _scaled(matrix: Array) -> tuple[float, Array]:
+    """A matrix as its largest element times another."""
+    largest = float(np.abs(matrix).max(initial=0.0)) or 1.0
+    return largest, matrix / largest

@@ -375,6 +375,15 @@ def test_an_archive_that_swells_or_holds_a_name_twice(tmp_path, model):
     assert "twice" in refusal(path, model)
 
 
+def test_an_array_that_is_said_to_take_more_than_the_file(tmp_path, model):
+    path = own_file(tmp_path, adapter_of(model), model, ".npz")
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")  # the last of the archive's directory
+    content[entry + 20 : entry + 24] = (2**31).to_bytes(4, "little")  # its compressed size
+    path.write_bytes(content)
+    assert "not compressed" in refusal(path, model)
+
+
 @each_kind
 @given(data=st.data())
 def test_any_byte_changed_gives_an_adapter_or_one_line(tmp_path_factory, ending, data):

@@ -59,6 +59,7 @@ def refusal(folder, model):
     with pytest.raises(ValueError, match="adapter") as caught:
         ln.load_adapter(folder, model)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
     return str(caught.value)
 
 
@@ -353,6 +354,14 @@ def test_a_bias_that_peft_writes_three_times(tmp_path):
     ("values", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type: expected 'LORA', got 'IA3'"),
+        ({"peft_type": "A" * 10**5}, "peft_type: expected 'LORA'"),
+        ({"a\nb": 1}, "not known"),
+        ({"target_modules": ["a" * 10**5]}, "this model has no such module"),
+        ({"target_modules": ".*nothing"}, "no module of this model fits"),
+        ({"target_modules": "("}, "target_modules: '(': no regular expression"),
+        ({"exclude_modules": "(a{1000}){1000}"}, "exclude_modules: '(a{1000}){1000}': expected fewer or smaller"),
+        ({"rank_pattern": {"c_attn|(": 4}}, "rank_pattern: "),
+        ({"alpha_pattern": {"c_attn\n": "x"}}, "expected a number"),
         ({"use_dora": True}, "use_dora: not supported"),
         ({"use_dora": None}, "use_dora: not supported"),
         ({"brand_new": False}, "brand_new: not known"),
@@ -641,6 +650,8 @@ def test_a_bias_of_the_bases_that_was_changed(tmp_path, model):
         {"params": ["layers.9.attn.q.A", "layers.9.attn.q.B"]}, {"config": {"r": 10**12}}, {"config": {"r": "2"}},
         {"config": {"targets": ["q", "z"]}}, {"config": {"surplus": 1}}, {"config": {"bias": "all"}},
         {"config": {"alpha": 10**400}}, {"config": {"layers": [1.5]}}, {"config": {"alpha": 7}}, {"base_sha256": 1},
+        {"base_sha256": "\n" * 64}, {"params": ["a\nb"]}, {"params": ["a" * 1000]}, {"config": {"init": "a" * 10**5}},
+        {"config": {"a" * 10**5: 1}}, {"config": {"targets": ["q", "a" * 10**5]}},
     ],
     ids=lambda change: str(change)[:50],
 )  # fmt: skip
@@ -666,6 +677,11 @@ def test_a_configuration_that_the_tensors_were_not_saved_with(folder, model):
         edit_json(folder / CONFIG, **{key: value})
         assert f"{key}: the tensors beside it were saved with" in refusal(folder, model)
         (folder / CONFIG).write_bytes(before)
+
+
+def test_a_dtype_of_two_lines(folder, model):
+    hostile.raw_safetensors(folder / WEIGHTS, {"x": {"dtype": "F\n4", "shape": [], "data_offsets": [0, 0]}})
+    assert "not a safetensors file" in refusal(folder, model)
 
 
 def test_a_header_of_2_to_the_60(folder, model):
