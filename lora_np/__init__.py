@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 
 # What few programs use is imported on first use.
 _LAZY = {
-    "load_adapter": "formats.peft",
-    "save_adapter": "formats.peft",
+    "load_adapter": "formats.adapters",
+    "save_adapter": "formats.adapters",
     "load_model": "formats.folder",
     "load_tokenizer": "formats.tokenizer",
     "save_model": "formats.folder",

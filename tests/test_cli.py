@@ -1,5 +1,6 @@
 """The command line, as its user meets it: results, exit status, one clear line for bad input, nothing half-written."""
 
+import itertools
 import json
 import os
 import signal
@@ -226,6 +227,70 @@ def test_inspect_tells_targets_ranks_norms_and_whether_b_is_zero(home, capsys):
     module = json.loads(run(capsys, "inspect", home / "half", "--json")[1])["modules"][1]
     A, B = (asnumpy(trained.params[f"layers.1.attn.o.{f}"]).astype(float) for f in "AB")
     assert module["norm_update"] == pytest.approx(np.linalg.norm(8 * B @ A), rel=1e-6)
+
+
+def test_convert_goes_from_each_format_to_each(home, capsys, tmp_path):
+    base = ln.load_model(home / "base")
+    expected = ln.load_adapter(home / "adapter", base)
+    names = [
+        home / "adapter",
+        tmp_path / "a.npz",
+        tmp_path / "b.safetensors",
+        tmp_path / "c",
+        tmp_path / "d.safetensors",
+    ]
+    names += [tmp_path / "e.npz", tmp_path / "f"]
+    for path, out in itertools.pairwise(names):
+        status, text, _ = run(capsys, "convert", "--base", home / "base", "--adapter", path, "--out", out, "--json")
+        assert status == 0
+        assert json.loads(text)["out"] == str(out)
+        found = ln.load_adapter(out, base)
+        assert found.config == expected.config
+        assert all((asnumpy(found.params[n]) == asnumpy(p)).all() for n, p in expected.params.items())
+        before = out.read_bytes() if out.is_file() else (out / "adapter_model.safetensors").read_bytes()
+        status, _, err = run(capsys, "convert", "--base", home / "base", "--adapter", path, "--out", out)
+        assert status == 2
+        assert "exists" in err
+        assert before == (out.read_bytes() if out.is_file() else (out / "adapter_model.safetensors").read_bytes())
+    assert run(capsys, "inspect", tmp_path / "f")[1] == run(capsys, "inspect", home / "adapter")[1]
+
+
+def test_convert_takes_what_loralibs_files_do_not_say(home, capsys, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    rng = np.random.default_rng(0)
+    tensors = {"lora_A": rng.normal(size=(2, 16)), "lora_B": rng.normal(size=(16, 2))}
+    tensors = {f"transformer.h.0.attn.c_attn.{name}": t.astype("float32") for name, t in tensors.items()}
+    safetensors.save_file(tensors, tmp_path / "a.safetensors")
+    given = ["convert", "--base", home / "base", "--adapter", tmp_path / "a.safetensors", "--out", tmp_path / "a.npz"]
+    for more, message in [
+        ([], "alpha"),
+        (["--alpha", "4"], "enabled"),
+        (["--alpha", "4", "--enabled", "q", "v"], "enabled"),
+    ]:
+        status, out, err = run(capsys, *given, *more)
+        assert (status, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "a.npz").exists()
+    assert run(capsys, *given, "--alpha", "4", "--enabled", "k")[0] == 0
+    adapter = ln.load_adapter(tmp_path / "a.npz", ln.load_model(home / "base"))
+    assert adapter.config == ln.LoRAConfig(r=2, alpha=4, targets=("k",), layers=(0,))
+    assert (asnumpy(adapter.params["layers.0.attn.k.A"]) == tensors["transformer.h.0.attn.c_attn.lora_A"]).all()
+
+
+def test_convert_puts_the_adapters_head_on_the_base(home, capsys, tmp_path):
+    headless = ln.load_model(home / "base", head="none")
+    ln.save_model(tmp_path / "base", headless)
+    model = ln.load_model(home / "base", head="tag", n_labels=3, seed=7)
+    adapter = ln.init_adapter(model, ln.LoRAConfig(r=2, train_head=True), seed=0)
+    ln.save_adapter(tmp_path / "a", adapter, model)
+    given = ["convert", "--base", tmp_path / "base", "--adapter", tmp_path / "a", "--out"]
+    assert run(capsys, *given, tmp_path / "a.npz")[0] == 0
+    back = ln.load_adapter(tmp_path / "a.npz", model)
+    assert (asnumpy(back.params["head.weight"]) == asnumpy(model.weights["head.weight"])).all()
+    status, _, err = run(capsys, *given, tmp_path / "a.safetensors")
+    assert status == 2
+    assert "no head that is trained whole" in err
 
 
 def test_demo_shows_losses_sizes_and_checks(capsys, tmp_path, monkeypatch):

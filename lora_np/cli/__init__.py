@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..backend import backend_name
 from ..train import TrainingError
-from . import demonstrate, files, learn, verify
+from . import convert, demonstrate, files, learn, verify
 from .base import Run
 
 EXAMPLES = """\
@@ -26,6 +26,7 @@ examples:
   lora-np inspect adapter                              what is in it
   lora-np merge --adapter adapter --out merged         base and adapter as one model
   lora-np verify --base DIR --adapter adapter          does it fit, is it trained, what does it change
+  lora-np convert --adapter adapter --out adapter.npz  as loralib's .safetensors, .npz, or a folder of PEFT's
   lora-np gradcheck                                    every derivative, against complex steps
 """
 
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="the result as JSON")
         return sub
 
-    for part in (demonstrate, learn, files, verify):
+    for part in (demonstrate, learn, files, convert, verify):
         part.add_commands(command)
     return parser
 

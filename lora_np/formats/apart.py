@@ -51,9 +51,16 @@ def config_apart(lora_config: LoRAConfig) -> LoRAConfig:
     )
 
 
-def names_apart(names: Collection[str]) -> list[str]:
-    """The names of `take_apart`'s parameters."""
-    return [part for name in names for part in _three(name)]
+def stored_apart(
+    config: Config, lora_config: LoRAConfig, names: Collection[str], where: str
+) -> tuple[LoRAConfig, list[str]]:
+    """The configuration of `take_apart`'s result, and its parameters' names; a ValueError if one is there twice."""
+    if not is_apart(config):
+        return lora_config, list(names)
+    stored = [part for name in names for part in _three(name)]
+    if len(set(stored)) < len(stored):
+        raise ValueError(f"{where}: params: q, k or v both alone and in qkv")
+    return config_apart(lora_config), stored
 
 
 def put_together(config: Config, params: Mapping[str, Array], names: Collection[str], where: str) -> dict[str, Array]:

@@ -31,13 +31,30 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     A FileExistsError if there is something of that name already.
     """
-    if os.path.lexists(target):
-        raise FileExistsError(f"{target}: exists already; it is not written over")
+    refuse_existing(target)
     with _partial(target.parent, target.name) as folder:
         yield folder
         _sync_all(folder)
         os.rename(folder, target)
         _sync(target.parent)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """`new_folder` for a single file: the path that is to be written."""
+    refuse_existing(target)
+    with _partial(target.parent, target.name) as folder:
+        yield folder / target.name
+        _sync(folder / target.name)
+        refuse_existing(target)  # a rename would write over a file that came to be meanwhile
+        os.rename(folder / target.name, target)
+        _sync(target.parent)
+
+
+def refuse_existing(target: Path) -> None:
+    """A FileExistsError if there is something of that name already."""
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target}: exists already; it is not written over")
 
 
 @contextmanager

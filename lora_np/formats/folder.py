@@ -34,14 +34,23 @@ def model_hash(model: Base) -> str:
     return weights_hash(model.weights)
 
 
-def weights_hash(weights: Mapping[str, Array]) -> str:
-    """`model_hash` of a flat dict of weights."""
+def weights_hash(weights: Mapping[str, Array], dtype: str | None = None) -> str:
+    """`model_hash` of a flat dict of weights. dtype: as they were in it, where it holds each number of a weight."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         value = np.ascontiguousarray(asnumpy(weights[name]))
+        if dtype is not None:
+            value = _unwidened(value, dtype)
         digest.update(f"{name} {value.dtype.name} {'x'.join(map(str, value.shape))}\n".encode())
         digest.update(value.astype(value.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _unwidened(value: Array, dtype: str) -> Array:
+    """The same numbers in `dtype`; the array as it is where one of them would be rounded."""
+    with np.errstate(over="ignore"):
+        narrow = value.astype(dtype, copy=False)
+    return narrow if np.array_equal(narrow, value) else value
 
 
 def save_model(path: str | os.PathLike[str], model: Model) -> None:

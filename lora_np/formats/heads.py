@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..backend import Array
 from ..model import Config, init_weights
+
+
+class LacksWeights(ValueError):
+    """A file lacks weights of the model, and there is no seed to make them from. names: which."""
+
+    def __init__(self, where: str, names: Collection[str]) -> None:
+        super().__init__(f"{where}: expected a seed to make what it lacks: {' '.join(sorted(names))}")
+        self.names = frozenset(names)
 
 
 def with_head(saved: Config, head: str | None, n_labels: int | None) -> Config:
@@ -32,11 +40,11 @@ def taken(saved: Config, config: Config) -> list[str]:
 
 
 def completed(config: Config, weights: Mapping[str, Array], seed: int | None, where: str) -> dict[str, Array]:
-    """The weights, and those that they lack, init_weights' for `seed`; a ValueError if that is not given."""
+    """The weights, and those that they lack, init_weights' for `seed`; LacksWeights if that is not given."""
     missing = config.weight_shapes().keys() - weights.keys()
     if not missing:
         return dict(weights)
     if seed is None:
-        raise ValueError(f"{where}: expected a seed to make what it lacks: {' '.join(sorted(missing))}")
+        raise LacksWeights(where, missing)
     dtype = str(weights["embed.tokens"].dtype)
     return {**weights, **init_weights(config, seed=seed, dtype=dtype, names=missing)}

@@ -25,6 +25,7 @@ from ..model import Config
 from ..run import adapted_shapes, fused_parts
 from .base import Base
 from .names import family_of, module_names, module_of
+from .safe import TensorFile
 
 PREFIX = "base_model.model."  # PEFT's wrapper, and the tuner inside it
 
@@ -63,23 +64,53 @@ class Slot:
 
 
 def slots(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:
-    """The tensors of the file that holds the parameters `names`, by their keys.
+    """The tensors of PEFT's file that holds the parameters `names`, by their keys. Errors as in `param_shapes`."""
+    config, full = model.config, module_names(model.config)
+    groups = checked_groups(config, lora_config, names)
+    result: dict[str, Slot] = {}
+    for module, parts in groups.items():
+        A, B = _factor_slots(model, lora_config, module, parts)
+        ends = ("lora_embedding_{}" if target_of(module) == "embed" else "lora_{}.weight").format
+        result |= {f"{PREFIX}{full[module]}.{ends('A')}": A, f"{PREFIX}{full[module]}.{ends('B')}": B}
+    # PEFT hides an adapted module's own bias.
+    for (module, kind), slot in whole_slots(model, names).items():
+        result[f"{PREFIX}{full[module]}{'.base_layer' if module in groups else ''}.{kind}"] = slot
+    return result
+
+
+def param_shapes(config: Config, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter, in the order of `names`.
 
     A ValueError names a parameter that has no place in the model or under the configuration, or one that is missing.
     """
+    adapted = {matrix for parts in checked_groups(config, lora_config, names).values() for matrix in parts}
+    shapes: dict[str, tuple[int, ...]] = _whole_shapes(config)
+    for name, (n_out, n_in) in adapted_shapes(config).items():
+        if name in adapted:
+            r = lora_config.rank(name)
+            shapes |= {f"{name}.A": (r, n_in), f"{name}.B": (n_out, r)}
+    return {name: shapes[name] for name in names}
+
+
+def checked_groups(config: Config, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, list[str]]:
+    """`grouped`, when the names are exactly those of an adapter's parameters; else a ValueError names one."""
     matrices = [name[:-2] for name in names if name.endswith(".A")]
-    groups = grouped(model.config, matrices)
-    whole = [name for name in names if name[-2:] not in (".A", ".B")]
+    groups = grouped(config, matrices)
     expected = {f"{matrix}.{factor}" for matrix in matrices for factor in "AB"}
-    expected.update(trained_whole(model.config, lora_config, matrices))
+    expected.update(trained_whole(config, lora_config, matrices))
     for name in sorted(expected - set(names)):
         raise ValueError(f"adapter: {name} is missing")
     for name in sorted(set(names) - expected):
         raise ValueError(f"adapter: {name}: the configuration does not say that it is trained")
-    result: dict[str, Slot] = {}
-    for module, parts in groups.items():
-        result |= _factor_slots(model, lora_config, module, parts)
-    return result | _whole_slots(model, whole, groups)
+    return groups
+
+
+def read_params(file: TensorFile, model: Base, places: Mapping[str, Slot]) -> dict[str, Array]:
+    """The parameters in the tensors of a file, whose names are checked."""
+    params: dict[str, Array] = {}
+    for key, slot in places.items():
+        params |= slot.read(file.read_as(key, model.dtype), model, f"{file.path}: {key}")
+    return params
 
 
 def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:
@@ -98,7 +129,7 @@ def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:
     return {name: groups[name] for name in shapes if name in groups}
 
 
-def _factor_slots(model: Base, lora_config: LoRAConfig, module: str, parts: list[str]) -> dict[str, Slot]:
+def _factor_slots(model: Base, lora_config: LoRAConfig, module: str, parts: list[str]) -> tuple[Slot, Slot]:
     """The tensors of one module's A and B."""
     n_out, n_in = adapted_shapes(model.config)[module]
     rank = sum(lora_config.rank(part) for part in parts)
@@ -110,26 +141,27 @@ def _factor_slots(model: Base, lora_config: LoRAConfig, module: str, parts: list
         A.blocks[f"{part}.A"] = (columns, slice(None))
         B.blocks[f"{part}.B"] = (rows[part], columns)
         start = columns.stop
-    key = PREFIX + module_names(model.config)[module]
-    if target_of(module) == "embed":
-        return {f"{key}.lora_embedding_A": A, f"{key}.lora_embedding_B": B}
-    return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+    return A, B
 
 
-def _whole_slots(model: Base, whole: Collection[str], groups: Mapping[str, list[str]]) -> dict[str, Slot]:
-    """The tensors of what is trained whole: biases, the head's weight. PEFT hides an adapted module's own bias."""
-    config, family = model.config, family_of(model.config)
-    shapes = {"head.weight": (config.head_size, config.d_model), **config.weight_shapes()}
+def _whole_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The shapes of what may be trained whole: any weight, and a tied head's."""
+    return {"head.weight": (config.head_size, config.d_model), **config.weight_shapes()}
+
+
+def whole_slots(model: Base, names: Collection[str]) -> dict[tuple[str, str], Slot]:
+    """The tensors of what is trained whole among the parameters, by their module, as we call it, and kind."""
+    config, family, shapes = model.config, family_of(model.config), _whole_shapes(model.config)
+    whole = [name for name in names if name[-2:] not in (".A", ".B")]
     result = {}
     for name in whole:
         stem, _, kind = name.rpartition(".")
         module = module_of(stem, family)
-        key = PREFIX + module_names(config)[module] + (".base_layer" if module in groups else "") + f".{kind}"
         if module == stem:
-            result[key] = Slot(shapes[name], model.dtype, {name: (slice(None),)})
+            result[module, kind] = Slot(shapes[name], model.dtype, {name: (slice(None),)})
             continue
         places: dict[str, Index] = {f"{part}.{kind}": (rows,) for part, rows in fused_parts(config, module).items()}
-        result[key] = Slot(
+        result[module, kind] = Slot(
             (adapted_shapes(config)[module][0],),
             model.dtype,
             {part: index for part, index in places.items() if part in whole},

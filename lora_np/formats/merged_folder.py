@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from ..model import Config
 from .atomic import new_folder
 from .base import LazyWeights
-from .brought import label_names
 from .folder import CONFIG, own_header, weights_hash
 from .huggingface import MODEL_TYPES
+from .labels import label_names
 from .merging import Plan, plan_merge
 from .opened import own_places
 from .plain import read_json, write_json

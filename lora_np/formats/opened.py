@@ -15,10 +15,10 @@ from ..backend import Array, asnumpy
 from ..lora import Adapter
 from ..model import Config, init_weights
 from .base import LazyWeights
-from .brought import brought_head
 from .folder import CONFIG, MODEL_TYPE, WEIGHTS, check_own, read_header, read_own, weights_hash
 from .heads import taken, with_head
-from .huggingface import Files, Place, open_huggingface, places, read_config, with_old_names
+from .huggingface import Files, Place, open_huggingface, places, with_old_names
+from .pair import brought_by
 from .peft import WEIGHTS as ADAPTER_WEIGHTS
 from .safe import open_tensors
 from .shards import Stored, stored_tensors
@@ -72,9 +72,7 @@ def open_base(path: str | os.PathLike[str], adapters: Sequence[Path] = ()) -> Op
         )
     raw = read_header(folder)
     is_own = raw["model_type"] == MODEL_TYPE
-    saved = read_own(raw, str(folder / CONFIG))[0] if is_own else read_config(raw, str(folder / CONFIG))
-    head, n_labels = _brought(adapters, saved)
-    files = (_open_own if is_own else open_huggingface)(folder, raw, head=head, n_labels=n_labels)
+    files = (_open_own if is_own else open_huggingface)(folder, raw, **_brought(adapters))
     dtype = "float64" if any(map(_is_double, adapters)) else files.dtype
     readers: dict[str, Callable[[], Array]] = {}
     for key, place in files.places.items():
@@ -87,12 +85,12 @@ def open_base(path: str | os.PathLike[str], adapters: Sequence[Path] = ()) -> Op
     return Opened(folder, raw, files, np.dtype(dtype), weights, lacking)
 
 
-def _brought(adapters: Sequence[Path], saved: Config) -> tuple[str | None, int | None]:
-    """The one head that the adapters bring, if they do."""
-    heads = {head for adapter in adapters if (head := brought_head(adapter, saved)) != (None, None)}
-    if len(heads) > 1:
-        raise ValueError(f"{adapters[0]}: it and the other adapters have different heads: {sorted(heads, key=str)}")
-    return heads.pop() if heads else (None, None)
+def _brought(adapters: Sequence[Path]) -> dict[str, Any]:
+    """The one head that the adapters bring, if they do: `load_model`'s head and n_labels."""
+    options = [found for adapter in adapters if (found := brought_by(adapter).options)["head"] is not None]
+    if any(other != options[0] for other in options):
+        raise ValueError(f"{adapters[0]}: it and the other adapters have different heads")
+    return options[0] if options else {"head": None, "n_labels": None}
 
 
 def _is_double(adapter: Path) -> bool:

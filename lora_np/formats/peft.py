@@ -19,19 +19,17 @@ from ..adapter import trained_whole
 from ..backend import Array, asnumpy
 from ..lora import Adapter, LoRAConfig
 from ..model import Model
-from ..run import check_adapter
-from .apart import config_apart, is_apart, names_apart, put_together, take_apart
+from .about import KEY, check_about, check_savable, read_about, write_about
+from .apart import put_together, stored_apart, take_apart
 from .atomic import new_folder, replaced_files, write_tensors
 from .base import Base
-from .folder import model_hash
-from .layout import PREFIX, slots
+from .layout import PREFIX, read_params, slots
 from .names import module_names
 from .peft_config import check_keys, check_same, read_config, write_config
-from .plain import from_fields, parse_json, read_json, to_fields, to_json, write_json
-from .safe import DTYPES, TensorFile, open_tensors, refuse_pickle
+from .plain import read_json, to_json, write_json
+from .safe import TensorFile, open_tensors, refuse_pickle
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-METADATA, FORMAT = "lora_np", 1
 
 
 def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -> None:
@@ -42,27 +40,16 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
     ValueError or TypeError if the adapter does not fit the model, trains what PEFT has no place for, or gives q, k, v
     of one c_attn different scales. Where q, k and v are three modules, qkv becomes three updates with the same A.
     """
-    if model.dtype.name not in DTYPES.values():
-        raise TypeError(f"save_adapter: expected float32 or float64 weights, got {model.dtype}")
-    check_adapter(model, adapter)
+    check_savable(adapter, model)
     apart = take_apart(model.config, adapter)
     config = write_config(model.config, apart.config, apart.matrices)
     tensors = {key: slot.write(apart.params, model) for key, slot in slots(model, apart.config, apart.params).items()}
-    for key, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise ValueError(f"save_adapter: {key}: holds NaN or infinite numbers")
-    about = {
-        "format": FORMAT,
-        "config": to_fields(adapter.config),
-        "params": list(adapter.params),
-        "base_sha256": model_hash(model),
-    }
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder, or nothing, got a file")
     writing = replaced_files(target, last=CONFIG) if target.exists() else new_folder(target)
     with writing as folder:
-        write_tensors(folder / WEIGHTS, tensors, {METADATA: to_json(about)})
+        write_tensors(folder / WEIGHTS, tensors, {KEY: write_about(adapter, model)})
         write_json(folder / CONFIG, config)
 
 
@@ -70,9 +57,10 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
     """Reads an adapter of `model` from a folder that `save_adapter` or PEFT wrote.
 
     A file of save_adapter's gives the same configuration and the same bits. In a file of PEFT's own, GPT-2's c_attn is
-    target qkv. float32 tensors are widened for a float64 model; the other way round is an error. A FileNotFoundError or
-    ValueError, in one line, names the file, and the key or tensor, that is missing, damaged, not supported, or made for
-    another base.
+    target qkv. float32 tensors are widened for a float64 model; the other way round is an error. save_adapter records a
+    hash of the base, in the adapter's dtype: the same base widened has the same; weights that the adapter has whole
+    take no part, so a new head may be another's. A FileNotFoundError or ValueError, in one line, names the file, and
+    the key or tensor, that is missing, damaged, not supported, or made for another base.
     """
     folder = Path(path)
     if not folder.exists():
@@ -84,39 +72,18 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
     raw = read_json(folder / CONFIG)
     check_keys(raw, where)
     with open_tensors(folder / WEIGHTS) as file:
-        if METADATA not in file.metadata:
+        if KEY not in file.metadata:
             lora_config, matrices = read_config(raw, model.config, where)
             names = [f"{matrix}.{factor}" for matrix in matrices for factor in "AB"]
             names += trained_whole(model.config, lora_config, matrices)
             return Adapter(lora_config, _read_params(file, model, lora_config, names, copies=_copies(model)))
-        lora_config, names = _read_about(file, model)
-        stored_config, stored = lora_config, names
-        if is_apart(model.config):
-            stored_config, stored = config_apart(lora_config), names_apart(names)
-            if len(set(stored)) < len(stored):
-                raise ValueError(f"{file.path}: metadata: params: q, k or v both alone and in qkv")
+        about = read_about(file.metadata[KEY], f"{file.path}: metadata")
+        lora_config, names = check_about(about, model, file.dtypes.values(), f"{file.path}: metadata")
+        stored_config, stored = stored_apart(model.config, lora_config, names, f"{file.path}: metadata")
         params = _read_params(file, model, stored_config, stored)
         matrices = Adapter(stored_config, params).matrices
         check_same(raw, json.loads(to_json(write_config(model.config, stored_config, matrices))), where)
         return Adapter(lora_config, put_together(model.config, params, names, str(file.path)))
-
-
-def _read_about(file: TensorFile, model: Base) -> tuple[LoRAConfig, list[str]]:
-    """What save_adapter recorded in the metadata: the configuration, and the names of the parameters in order."""
-    where = f"{file.path}: metadata"
-    about = parse_json(file.metadata[METADATA], where)
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{where}: format: expected {FORMAT}, got {about.get('format')!r:.60}")
-    recorded, own = about.get("base_sha256"), model_hash(model)
-    if recorded != own:
-        raise ValueError(
-            f"{file.path}: made for another base: the SHA-256 of its base's weights starts with "
-            f"{str(recorded)[:12]}, this model's with {own[:12]}"
-        )
-    names = about.get("params")
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
-        raise ValueError(f"{where}: params: expected a list of names, each once, got {names!r:.60}")
-    return from_fields(LoRAConfig, about.get("config"), where), names
 
 
 def _read_params(
@@ -134,24 +101,12 @@ def _read_params(
     copies = {key: name for key, name in copies.items() if key in file.shapes and key not in places}
     shapes = {key: model.weights[name].shape for key, name in copies.items()}
     file.check_names(shapes | {key: slot.shape for key, slot in places.items()})
-    params: dict[str, Array] = {}
-    for key, slot in places.items():
-        params |= slot.read(_read_as(file, key, model), model, f"{file.path}: {key}")
+    params = read_params(file, model, places)
     for key, name in copies.items():
         source = params.get(name) if ".modules_to_save." in key else asnumpy(model.weights[name])
-        if source is None or not np.array_equal(_read_as(file, key, model), source):
+        if source is None or not np.array_equal(file.read_as(key, model.dtype), source):
             raise ValueError(f"{file.path}: {key}: expected a copy of {name}, got other values: not supported")
     return {name: params[name] for name in names}
-
-
-def _read_as(file: TensorFile, key: str, model: Base) -> Array:
-    """A tensor in the model's dtype, widened if need be: nothing is rounded."""
-    dtype = np.dtype(DTYPES[file.dtypes[key]])
-    if not np.can_cast(dtype, model.dtype, "safe"):
-        raise ValueError(
-            f"{file.path}: {key}: {dtype} would be rounded to the model's {model.dtype}; load it as {dtype}"
-        )
-    return file.read_finite(key).astype(model.dtype, copy=False)
 
 
 def _copies(model: Base) -> dict[str, str]:

@@ -6,6 +6,7 @@ Every key is in one of the tables below. A key that is not, or one that asks for
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ from ..adapter import trained_whole
 from ..lora import TARGETS, LoRAConfig, target_of
 from ..model import Config
 from ..run import adapted_shapes
+from .expressions import Expressions
 from .layout import grouped
 from .names import family_of, module_names, saved_whole, short_names
 from .plain import from_fields
+from .safe import shown
 
 # What says how the adapter is built: read, and written. The values that stand for a key that is absent.
 READ: Mapping[str, Any] = {
@@ -42,6 +45,7 @@ FREE = (
 STARTS = (True, False, "gaussian", "orthogonal")
 # PEFT adds these itself, for whichever of them the model has.
 AUTO_SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+ALL_LINEAR = "all-linear"
 SAME = 2**-50  # scales are equal that differ by no more than alpha / sqrt(r) may be off
 
 
@@ -92,7 +96,7 @@ def write_config(config: Config, lora_config: LoRAConfig, matrices: Collection[s
     for module, parts in groups.items():
         ranks[module] = sum(lora_config.rank(part) for part in parts)
         alphas[module] = _alpha(lora_config, module, parts, as_it_is=rslora == lora_config.rslora)
-    r, alpha = _most_common(ranks.values(), lora_config.r), _most_common(alphas.values(), lora_config.alpha)
+    r, alpha = most_common(ranks.values(), lora_config.r), most_common(alphas.values(), lora_config.alpha)
     saved = trained_whole(config, lora_config, matrices) if lora_config.train_head else []
     heads = [saved_whole(config, stem) for stem in ("pooler", "head") if f"{stem}.weight" in saved]
     return {
@@ -134,7 +138,7 @@ def _whole_number(value: float) -> float:
     return int(value) if float(value).is_integer() and abs(value) < 2**53 else float(value)
 
 
-def _most_common(values: Iterable[Any], otherwise: Any) -> Any:
+def most_common(values: Iterable[Any], otherwise: Any) -> Any:
     """The value that occurs most often, the first of several."""
     return next((value for value, _ in Counter(values).most_common(1)), otherwise)
 
@@ -185,10 +189,10 @@ def _task(config: Config, lora_config: LoRAConfig) -> str | None:
 def check_keys(raw: Mapping[str, Any], where: str) -> None:
     """A ValueError that names a key of the file which is not known, or asks for what is not supported."""
     if raw.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type: expected 'LORA', got {raw.get('peft_type')!r}")
+        raise ValueError(f"{where}: peft_type: expected 'LORA', got {raw.get('peft_type')!r:.60}")
     for key, value in raw.items():
         if key not in READ and key not in OFF and key not in FREE:
-            raise ValueError(f"{where}: {key}: not known, so not supported (value {value!r:.60})")
+            raise ValueError(f"{where}: {shown(key)}: not known, so not supported (value {value!r:.60})")
         if key in OFF and not any(value is off or (value == off and type(value) is type(off)) for off in OFF[key]):
             raise ValueError(f"{where}: {key}: not supported (expected it to be off, got {value!r:.60})")
     start = raw.get("init_lora_weights", True)
@@ -209,18 +213,11 @@ def check_same(raw: Mapping[str, Any], written: Mapping[str, Any], where: str) -
 def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoRAConfig, list[str]]:
     """A file of PEFT's own: our configuration, and the matrices that it says are adapted.
 
-    What it names must be there: a target or a pattern that no module fits is a ValueError.
+    target_modules, exclude_modules and the patterns may be regular expressions, as PEFT has them. What it names must be
+    there: a target or a pattern that no module fits is a ValueError.
     """
-    selection = Selection(
-        _names(raw, "target_modules", where),
-        _layers(raw, where),
-        _names(raw, "layers_pattern", where),
-        _names(raw, "exclude_modules", where),
-    )
     adaptable = _adaptable(config)
-    for name in selection.target_modules:
-        if not any(_ends_in(module, [name]) for module in adaptable.values()):
-            raise ValueError(f"{where}: target_modules: {name!r}: this model has no such module to adapt")
+    selection = _selection(raw, config, adaptable, where)
     # PEFT never adapts what it trains whole.
     heads = _names(raw, "modules_to_save", where)
     names = {
@@ -233,33 +230,67 @@ def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoR
     r, alpha = raw.get("r", READ["r"]), raw.get("lora_alpha", READ["lora_alpha"])
     ranks = resolved(raw, "rank_pattern", names, r, where)
     alphas = resolved(raw, "alpha_pattern", names, alpha, where)
-    short = {name: target_of(name) for name in names}
-    ours = {name: name for name in names}
-    fields: dict[str, Any] = {
-        "r": r,
-        "alpha": alpha,
-        "targets": [target for target in TARGETS if target in short.values()],
+    fields = described(config, ranks, alphas, r, alpha) | {
         "dropout": raw.get("lora_dropout", READ["lora_dropout"]),
         "bias": raw.get("bias", READ["bias"]),
         "train_head": _trains_head(raw, config, heads, where),
         "rslora": raw.get("use_rslora", READ["use_rslora"]),
-        "rank_pattern": _patterns(ranks, r, ours, short),
-        "alpha_pattern": _patterns(alphas, alpha, ours, short),
-        "layers": _common_layers(config, names),
     }
     if raw.get("init_lora_weights") == "gaussian" and r > 0:
         fields |= {"init": "normal", "sigma": 1 / r}  # PEFT's
     return from_fields(LoRAConfig, fields, where), list(names)
 
 
+def described(
+    config: Config, ranks: Mapping[str, int], alphas: Mapping[str, float], r: Any, alpha: Any
+) -> dict[str, Any]:
+    """LoRAConfig's fields for matrices of these ranks and alphas, r and alpha those that most have."""
+    short, ours = {name: target_of(name) for name in ranks}, {name: name for name in ranks}
+    return {
+        "r": r,
+        "alpha": alpha,
+        "targets": [target for target in TARGETS if target in short.values()],
+        "rank_pattern": _patterns(ranks, r, ours, short),
+        "alpha_pattern": _patterns(alphas, alpha, ours, short),
+        "layers": _common_layers(config, ranks),
+    }
+
+
+def _selection(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], where: str) -> Selection:
+    """What is adapted; a regular expression becomes the full names that it fits."""
+    layers, pattern = _layers(raw, where), _names(raw, "layers_pattern", where)
+    targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
+    if isinstance(excluded, str):
+        excluded = Expressions(f"{where}: exclude_modules").fitting(excluded, adaptable.values())
+    else:
+        excluded = _names(raw, "exclude_modules", where)
+    if isinstance(targets, str):
+        if layers is not None or raw.get("layers_pattern") is not None:
+            raise ValueError(f"{where}: target_modules: a regular expression and layers_to_transform or layers_pattern")
+        return Selection(_fitting_targets(raw, config, adaptable, where), exclude_modules=excluded)
+    targets = _names(raw, "target_modules", where)
+    for name in targets:
+        if not any(_ends_in(module, [name]) for module in adaptable.values()):
+            raise ValueError(f"{where}: target_modules: {name!r:.60}: this model has no such module to adapt")
+    return Selection(targets, layers, pattern, excluded)
+
+
+def _fitting_targets(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], where: str) -> set[str]:
+    """The full names that target_modules means: by a regular expression, or all linears but the output."""
+    text = raw["target_modules"]
+    if text.lower() != ALL_LINEAR:
+        return Expressions(f"{where}: target_modules").fitting(text, adaptable.values())
+    output = adaptable.get("head", "")
+    # PEFT knows a language model's output, and a classifier's by its name, which RoBERTa's does not have.
+    named = raw.get("task_type") == "SEQ_CLS" and output in AUTO_SAVED["SEQ_CLS"]
+    left_out = {adaptable["embed.tokens"], *([output] if config.head == "lm" or named else [])}
+    return set(adaptable.values()) - left_out
+
+
 def _names(raw: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """A list of dotted names. PEFT also takes regular expressions: they are refused."""
+    """A list of dotted names."""
     value = raw.get(key)
     value = [] if value is None else [value] if isinstance(value, str) and key == "layers_pattern" else value
-    if isinstance(value, str):
-        raise ValueError(
-            f"{where}: {key}: expected a list of names; a regular expression is not supported: {value!r:.60}"
-        )
     if not isinstance(value, list) or not all(isinstance(name, str) and _is_dotted(name) for name in value):
         raise ValueError(f"{where}: {key}: expected a list of names, got {value!r:.60}")
     return value
@@ -284,21 +315,26 @@ def resolved(raw: Mapping[str, Any], key: str, names: Mapping[str, str], default
         raise ValueError(f"{where}: {key}: expected an object, got {type(patterns).__name__}")
     for what, number in [(key.replace("pattern", "default"), default), *patterns.items()]:
         if not isinstance(number, (int, float)) or isinstance(number, bool):
-            raise ValueError(f"{where}: {key}: {what}: expected a number, got {number!r:.60}")
+            raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got {number!r:.60}")
+        if not abs(number) <= sys.float_info.max:
+            raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got one that is too large")
+    expressions = Expressions(f"{where}: {key}")
+    fitting = {}
     for pattern in patterns:
-        if not _is_dotted(pattern.removeprefix("^")):
-            raise ValueError(f"{where}: {key}: a regular expression is not supported: {pattern!r:.60}")
-        if not any(_matches(theirs, pattern) for theirs in names.values()):
+        fitting[pattern] = _fitting(pattern, names.values(), expressions)
+        if not fitting[pattern]:
             raise ValueError(f"{where}: {key}: {pattern!r:.60}: no adapted module fits")
     return {
-        ours: next((value for pattern, value in patterns.items() if _matches(theirs, pattern)), default)
+        ours: next((value for pattern, value in patterns.items() if theirs in fitting[pattern]), default)
         for ours, theirs in names.items()
     }
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """A leading ^ asks for the full name."""
-    return name == pattern[1:] if pattern.startswith("^") else _ends_in(name, [pattern])
+def _fitting(pattern: str, names: Collection[str], expressions: Expressions) -> set[str]:
+    """The names that a pattern fits, at their ends. A leading ^ asks for the full name."""
+    if not _is_dotted(pattern.removeprefix("^")):
+        return expressions.fitting(rf"(.*\.)?({pattern})$", names, whole=False)
+    return {name for name in names if (name == pattern[1:] if pattern[0] == "^" else _ends_in(name, [pattern]))}
 
 
 def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str], where: str) -> bool:
@@ -313,7 +349,7 @@ def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str],
     added = AUTO_SAVED.get(task, ()) if isinstance(task, str) else ()
     for name in heads:
         if name not in known and name not in added:
-            raise ValueError(f"{where}: modules_to_save: {name!r}: only the head, {head}, can be trained whole")
+            raise ValueError(f"{where}: modules_to_save: {name!r:.60}: only the head, {head}, can be trained whole")
     return head in heads
 
 

@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from .safe import shown
+
 MAX_JSON_BYTES = 4 * 2**20  # far more than any configuration needs, far less than would hurt
 
 T = TypeVar("T")
@@ -68,13 +70,13 @@ def from_fields(cls: type[T], data: object, where: str) -> T:
     hints = typing.get_type_hints(cls)
     for name, value in data.items():
         if name not in hints:
-            raise ValueError(f"{where}: {cls.__name__} has no field {name!r}")
+            raise ValueError(f"{where}: {cls.__name__} has no field {name!r:.60}")
         if not _fits(value, hints[name]):
             raise ValueError(f"{where}: {cls.__name__}.{name}: a value of the wrong type: {value!r:.60}")
     try:
         return cls(**data)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}: {shown(str(error))}") from None
 
 
 def _fits(value: object, hint: Any) -> bool:

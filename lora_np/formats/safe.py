@@ -6,7 +6,7 @@ before its type and shape are known, and nothing is ever executed: pickle files 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,14 @@ class TensorFile:
         self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
         self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
 
-    def check_names(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """A ValueError that names a tensor: one that is missing, belongs nowhere, or has another shape or dtype."""
+    def check_names(self, expected: Mapping[str, tuple[int, ...]], left_out: Collection[str] = ()) -> None:
+        """A ValueError that names a tensor: one that is missing, belongs nowhere, or has another shape or dtype.
+
+        left_out: what may be there besides, and is not read.
+        """
         for name in sorted(expected.keys() - self.shapes.keys()):
             raise ValueError(f"{self.path}: the tensor {shown(name)} is missing")
-        for name in sorted(self.shapes.keys() - expected.keys()):
+        for name in sorted(self.shapes.keys() - expected.keys() - set(left_out)):
             raise ValueError(f"{self.path}: the tensor {shown(name)} has no place in this model")
         for name, shape in expected.items():
             if self.shapes[name] != shape:
@@ -72,12 +75,23 @@ class TensorFile:
         values: Array = self._handle.get_tensor(name)
         return values
 
+    def read_as(self, name: str, dtype: np.dtype[Any]) -> Array:
+        """The tensor, finite, widened to `dtype` if need be; a ValueError if it would be rounded."""
+        check_widens(DTYPES[self.dtypes[name]], dtype, f"{self.path}: {name}")
+        return self.read_finite(name).astype(dtype, copy=False)
+
     def read_finite(self, name: str) -> Array:
         """The tensor; a ValueError if an element is NaN or infinite."""
         values = self.read(name)
         if not np.isfinite(values).all():
             raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
         return values
+
+
+def check_widens(stored: str, dtype: np.dtype[Any], where: str) -> None:
+    """A ValueError if numbers of the dtype `stored` would be rounded to the model's."""
+    if not np.can_cast(np.dtype(stored), dtype, "safe"):
+        raise ValueError(f"{where}: {stored} would be rounded to the model's {dtype}; load it as {stored}")
 
 
 @contextmanager
@@ -100,7 +114,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         with safetensors.safe_open(path, framework="numpy") as handle:
             yield TensorFile(path, handle)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: truncated, or not a safetensors file: {error!s:.200}") from None
+        raise ValueError(f"{path}: truncated, or not a safetensors file: {shown(str(error))}") from None
 
 
 def refuse_pickle(folder: Path, wanted: str) -> None:

@@ -12,12 +12,12 @@ import numpy as np
 from ..backend import Array, asnumpy
 from ..lora import Adapter
 from ..model import Config
+from .about import KEY
 from .folder import CONFIG, MODEL_TYPE, read_header, read_own
 from .huggingface import left_out, places, read_config, with_old_names
 from .merging import Plan, Rows, Target
 from .names import family_of
 from .opened import own_places
-from .peft import METADATA
 from .peft import WEIGHTS as ADAPTER_WEIGHTS
 from .rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from .safe import open_tensors
@@ -92,7 +92,7 @@ class Comparison(NamedTuple):
 def records_base(adapter: Path) -> bool:
     """Whether an adapter's file records which base it was made for; PEFT's own do not."""
     with open_tensors(adapter / ADAPTER_WEIGHTS) as file:
-        return METADATA in file.metadata
+        return KEY in file.metadata
 
 
 def trained(plan: Plan) -> bool:

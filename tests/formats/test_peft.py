@@ -15,6 +15,7 @@ from strategies import bits, configs, dtypes, lora_configs, random_model, same_b
 
 import lora_np as ln
 from lora_np.formats import atomic, peft
+from lora_np.formats.folder import model_hash
 from lora_np.formats.names import GPT2 as GPT2_FAMILY
 from lora_np.formats.names import family_of
 from lora_np.formats.peft_config import OFF
@@ -58,6 +59,7 @@ def refusal(folder, model):
     with pytest.raises(ValueError, match="adapter") as caught:
         ln.load_adapter(folder, model)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
     return str(caught.value)
 
 
@@ -352,25 +354,33 @@ def test_a_bias_that_peft_writes_three_times(tmp_path):
     ("values", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type: expected 'LORA', got 'IA3'"),
+        ({"peft_type": "A" * 10**5}, "peft_type: expected 'LORA'"),
+        ({"a\nb": 1}, "not known"),
+        ({"target_modules": ["a" * 10**5]}, "this model has no such module"),
+        ({"target_modules": ".*nothing"}, "no module of this model fits"),
+        ({"target_modules": "("}, "target_modules: '(': no regular expression"),
+        ({"exclude_modules": "(a{1000}){1000}"}, "exclude_modules: '(a{1000}){1000}': expected fewer or smaller"),
+        ({"rank_pattern": {"c_attn|(": 4}}, "rank_pattern: "),
+        ({"alpha_pattern": {"c_attn\n": "x"}}, "expected a number"),
         ({"use_dora": True}, "use_dora: not supported"),
         ({"use_dora": None}, "use_dora: not supported"),
         ({"brand_new": False}, "brand_new: not known"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
         ({"init_lora_weights": 1}, "init_lora_weights: 1"),
-        ({"target_modules": ".*c_attn"}, "target_modules: expected a list of names; a regular expression"),
+        ({"target_modules": ".*c_attn", "layers_to_transform": [1]}, "regular expression and layers_to_transform"),
+        ({"target_modules": ".*c_attn", "layers_pattern": "h"}, "regular expression and layers_to_transform"),
         ({"target_modules": None}, "no module of this model fits"),
         ({"target_modules": ["(c_attn|x)"]}, "target_modules: expected a list of names"),
         ({"target_modules": ["c_attn", "wpe"]}, "target_modules: 'wpe': this model has no such module"),
         ({"target_modules": ["c_attn", "c_fc"]}, "h.0.mlp.c_fc.lora_A.weight is missing"),
         ({"target_modules": ["c_fc"]}, "h.0.mlp.c_fc.lora_A.weight is missing"),
         ({"target_modules": {"c_attn": 1}}, "target_modules: expected a list"),
-        ({"exclude_modules": "c_.*"}, "exclude_modules: expected a list"),
+        ({"exclude_modules": {"c_attn": 1}}, "exclude_modules: expected a list"),
         ({"layers_to_transform": [1]}, "h.0.attn.c_attn.lora_A.weight has no place"),
         ({"layers_to_transform": [7]}, "no module of this model fits"),
         ({"layers_to_transform": "1"}, "layers_to_transform: expected"),
         ({"layers_to_transform": [True]}, "layers_to_transform: expected"),
         ({"layers_to_transform": [1], "layers_pattern": "layers"}, "no module of this model fits"),
-        ({"rank_pattern": {"c_attn|x": 4}}, "rank_pattern: a regular expression"),
         ({"rank_pattern": {"c_fc": 4}}, "rank_pattern: 'c_fc': no adapted module"),
         ({"rank_pattern": {"c_attn": [4]}}, "rank_pattern: c_attn: expected a number"),
         ({"rank_pattern": {"c_attn": 2}}, "expected shape (2, 8), got (4, 8)"),
@@ -531,7 +541,51 @@ def test_an_adapter_of_another_base(folder, model):
     message = refusal(folder, other)
     assert "another base" in message
     for base in (model, other):
-        assert peft.model_hash(base)[:12] in message
+        assert model_hash(base)[:12] in message
+
+
+def in_dtype(model, dtype):
+    """The same base in another dtype."""
+    return ln.Model(model.config, {name: w.astype(dtype) for name, w in model.weights.items()})
+
+
+def test_an_adapter_of_the_base_before_it_was_widened(tmp_path, model):
+    narrow = in_dtype(model, "float32")
+    wide = in_dtype(narrow, "float64")
+    adapter = adapter_of(narrow, train_head=True, bias="all")
+    ln.save_adapter(tmp_path / "adapter", adapter, narrow)
+    loaded = ln.load_adapter(tmp_path / "adapter", wide)
+    assert loaded.config == adapter.config
+    assert same_bits(dict(loaded.params), {name: p.astype("float64") for name, p in adapter.params.items()})
+    # `model` differs from `wide` by less than float32 shows: another base all the same.
+    assert "another base" in refusal(tmp_path / "adapter", model)
+    assert "another base" in refusal(tmp_path / "adapter", in_dtype(random_model(GPT2, seed=2), "float32"))
+
+
+def test_an_adapter_of_the_widened_base_is_not_rounded(tmp_path, model):
+    narrow = in_dtype(model, "float32")
+    wide = in_dtype(narrow, "float64")
+    ln.save_adapter(tmp_path / "adapter", adapter_of(wide), wide)
+    assert "float64 would be rounded to the model's float32" in refusal(tmp_path / "adapter", narrow)
+
+
+@pytest.mark.parametrize("head", ["classify", "tag"])
+def test_weights_that_the_adapter_has_whole_may_be_others_in_the_base(tmp_path, head):
+    model = random_model(replace(GPT2, head=head, n_labels=3), seed=1)
+    adapter = adapter_of(model, train_head=True)
+    ln.save_adapter(tmp_path / "adapter", adapter, model)
+    changed = {**model.weights, "head.weight": model.weights["head.weight"] + 1}
+    assert_same(ln.load_adapter(tmp_path / "adapter", ln.Model(model.config, changed)), adapter)
+    changed["norm.weight"] = changed["norm.weight"] + 1
+    assert "another base" in refusal(tmp_path / "adapter", ln.Model(model.config, changed))
+    ln.save_adapter(tmp_path / "adapter", adapter_of(model), model)  # its head is the base's
+    changed = {**model.weights, "head.weight": model.weights["head.weight"] + 1}
+    assert "another base" in refusal(tmp_path / "adapter", ln.Model(model.config, changed))
+
+
+def test_the_hash_of_an_adapter_without_weights_of_its_own_is_the_models(folder, model):
+    """So that what was saved before weights were left out of it still loads."""
+    assert json.loads(tensors_and_metadata(folder / WEIGHTS)[1]["lora_np"])["base_sha256"] == model_hash(model)
 
 
 def test_files_that_are_missing(tmp_path, folder, model):
@@ -596,6 +650,8 @@ def test_a_bias_of_the_bases_that_was_changed(tmp_path, model):
         {"params": ["layers.9.attn.q.A", "layers.9.attn.q.B"]}, {"config": {"r": 10**12}}, {"config": {"r": "2"}},
         {"config": {"targets": ["q", "z"]}}, {"config": {"surplus": 1}}, {"config": {"bias": "all"}},
         {"config": {"alpha": 10**400}}, {"config": {"layers": [1.5]}}, {"config": {"alpha": 7}}, {"base_sha256": 1},
+        {"base_sha256": "\n" * 64}, {"params": ["a\nb"]}, {"params": ["a" * 1000]}, {"config": {"init": "a" * 10**5}},
+        {"config": {"a" * 10**5: 1}}, {"config": {"targets": ["q", "a" * 10**5]}},
     ],
     ids=lambda change: str(change)[:50],
 )  # fmt: skip
@@ -621,6 +677,11 @@ def test_a_configuration_that_the_tensors_were_not_saved_with(folder, model):
         edit_json(folder / CONFIG, **{key: value})
         assert f"{key}: the tensors beside it were saved with" in refusal(folder, model)
         (folder / CONFIG).write_bytes(before)
+
+
+def test_a_dtype_of_two_lines(folder, model):
+    hostile.raw_safetensors(folder / WEIGHTS, {"x": {"dtype": "F\n4", "shape": [], "data_offsets": [0, 0]}})
+    assert "not a safetensors file" in refusal(folder, model)
 
 
 def test_a_header_of_2_to_the_60(folder, model):

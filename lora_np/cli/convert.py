@@ -1,0 +1,39 @@
+"""lora-np convert: an adapter in another format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..formats.adapters import kind_of, load_adapter, save_adapter
+from ..formats.atomic import refuse_existing
+from ..formats.pair import load_base_for
+from .base import AddCommand, add_base, base_model
+from .output import Bar, emit
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    refuse_existing(args.out)
+    if args.base is not None:
+        model = load_base_for(args.adapter, args.base)
+    else:
+        with Bar() as bar:
+            model = base_model(args, bar)
+    adapter = load_adapter(args.adapter, model, alpha=args.alpha, enabled=args.enabled)
+    save_adapter(args.out, adapter, model)
+    result = {"out": str(args.out), "from": kind_of(args.adapter), "to": kind_of(args.out)}
+    emit(args, result, "{out}: {to}'s format, from {from}'s".format(**result))
+    return 0
+
+
+def add_commands(command: AddCommand) -> None:
+    """The command of this file, and its arguments."""
+    p = command("convert", run_convert, "an adapter in another format: PEFT's folder, loralib's .safetensors, or .npz")
+    add_base(p)
+    p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter: its path says what it is")
+    p.add_argument("--out", type=Path, required=True, metavar="PATH", help="what to write, which must not be there yet")
+    p.add_argument("--alpha", type=float, metavar="A", help="lora_alpha, which loralib's own files do not say")
+    p.add_argument(
+        "--enabled", nargs="+", choices=["q", "k", "v"], metavar="P",
+        help="of q k v: what loralib's MergedLinear adapts (default: q v, or all three)",
+    )  # fmt: skip
