@@ -47,13 +47,17 @@ def load_base_for(
     if brought.head == "none":
         options["head"] = "none"
     elif brought.head in ("classify", "tag") and "head.weight" in brought.shapes:
-        options |= {"head": brought.head, "n_labels": brought.shapes["head.weight"][0]}
+        shape = brought.shapes["head.weight"]
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"{adapter_path}: head.weight: expected a matrix, got shape {shape}")
+        options |= {"head": brought.head, "n_labels": shape[0]}
     try:
         return load_model(base_path, **options)
     except LacksWeights as error:
-        missing = sorted(error.names - brought.shapes.keys())
-        if missing:
-            raise ValueError(f"{base_path}: lacks {' '.join(missing)}, and so does {adapter_path}") from None
+        for name, shape in error.shapes.items():  # before anything of that size is made
+            if brought.shapes.get(name) != shape:
+                found = f"has it as {brought.shapes[name]}" if name in brought.shapes else "lacks it too"
+                raise ValueError(f"{base_path}: lacks {name} {shape}, and {adapter_path} {found}") from None
     return load_model(base_path, **options, seed=0)
 
 
@@ -68,7 +72,7 @@ def _brought(path: Path) -> Brought:
         shapes = {}
         for key, shape in file.shapes.items():
             module, _, weight = key.removeprefix(PREFIX).rpartition(".")
-            if module in MODULES and len(shape) > 0:
+            if module in MODULES:
                 shapes[f"{MODULES[module]}.{weight}"] = shape
     task = raw.get("task_type")
     return Brought(about.get("head") or (TASKS.get(task) if isinstance(task, str) else None), shapes)
