@@ -171,6 +171,15 @@ def test_convert_goes_from_each_format_to_each(home, capsys, tmp_path):
     assert run(capsys, "inspect", tmp_path / "f")[1] == run(capsys, "inspect", home / "adapter")[1]
 
 
+def test_merge_takes_an_adapter_in_any_format(home, capsys, tmp_path):
+    given = ["--base", home / "base", "--adapter"]
+    assert run(capsys, "convert", *given, home / "adapter", "--out", tmp_path / "a.npz")[0] == 0
+    assert run(capsys, "merge", *given, home / "adapter", "--out", tmp_path / "one")[0] == 0
+    assert run(capsys, "merge", *given, tmp_path / "a.npz", "--out", tmp_path / "other")[0] == 0
+    one, other = (ln.load_model(tmp_path / name).weights for name in ("one", "other"))
+    assert all((asnumpy(one[name]) == asnumpy(other[name])).all() for name in one)
+
+
 def test_convert_takes_what_loralibs_files_do_not_say(home, capsys, tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     rng = np.random.default_rng(0)

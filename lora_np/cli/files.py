@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from .. import adapter as adapters
+from ..formats.adapters import load_adapter
 from ..formats.folder import save_model
-from ..formats.peft import load_adapter
 from ..formats.survey import survey
 from .base import AddCommand, add_base, base_model
 from .output import Bar, emit, table
@@ -43,7 +43,7 @@ def add_commands(command: AddCommand) -> None:
     """The commands of this file, and their arguments."""
     p = command("merge", run_merge, "base and adapter as one model, with no latency added")
     add_base(p)
-    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter's folder")
+    p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the merged model")
 
     p = command("inspect", run_inspect, "what is in an adapter: targets, ranks, norms, is B still zero")
