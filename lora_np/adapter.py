@@ -134,21 +134,15 @@ def merge_plan(
     }
 
 
-def merge_weighted(model: Model, adapters: Sequence[Adapter], weights: Sequence[float]) -> Model:
-    """L5: the model with W0 + sum_i w_i s_i B_i A_i in the place of each adapted W0; `merge_plan`'s errors."""
-    for adapter in adapters:
-        check_adapter(model, adapter)
-    config, changes = merge_plan(model.config, adapters, weights)
-    return Model(config, {**model.weights, **{name: change.of(model.weights) for name, change in changes.items()}})
-
-
 def merge(model: Model, adapter: Adapter) -> Model:
     """L5 (paper 4.1): the model with W0 + s B A in the place of each adapted W0: no added latency.
 
     Only adapted matrices are new arrays. An update of the look-up or of a tied head unties the two. The merged model
     remembers what it was made of, for `unmerge`; merges nest. A ValueError says which parameter does not fit.
     """
-    merged = merge_weighted(model, [adapter], [1.0])
+    check_adapter(model, adapter)
+    config, changes = merge_plan(model.config, [adapter], [1.0])
+    merged = Model(config, {**model.weights, **{name: change.of(model.weights) for name, change in changes.items()}})
     object.__setattr__(merged, "merged_from", model)
     object.__setattr__(merged, "merged_adapter", adapter)
     return merged

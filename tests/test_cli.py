@@ -199,7 +199,7 @@ def test_merge_of_several_adapters_is_their_weighted_sum(home, capsys):
 
 def test_merge_without_a_base_takes_the_embedded_one(home, capsys, monkeypatch):
     base = ln.load_model(home / "base")
-    monkeypatch.setattr("lora_np.demo.default_base", lambda *_: (base, None))
+    monkeypatch.setattr("lora_np.demo.base_folder", lambda *_: (home / "base", True))
     status, _, _ = run(capsys, "merge", "--adapter", home / "adapter", "--out", home / "embedded")
     assert status == 0
     expected = ln.merge(base, ln.load_adapter(home / "adapter", base))
@@ -253,6 +253,15 @@ def test_convert_goes_from_each_format_to_each(home, capsys, tmp_path):
         assert "exists" in err
         assert before == (out.read_bytes() if out.is_file() else (out / "adapter_model.safetensors").read_bytes())
     assert run(capsys, "inspect", tmp_path / "f")[1] == run(capsys, "inspect", home / "adapter")[1]
+
+
+def test_merge_takes_an_adapter_in_any_format(home, capsys, tmp_path):
+    given = ["--base", home / "base", "--adapter"]
+    assert run(capsys, "convert", *given, home / "adapter", "--out", tmp_path / "a.npz")[0] == 0
+    assert run(capsys, "merge", *given, home / "adapter", "--out", tmp_path / "one")[0] == 0
+    assert run(capsys, "merge", *given, tmp_path / "a.npz", "--out", tmp_path / "other")[0] == 0
+    one, other = (ln.load_model(tmp_path / name).weights for name in ("one", "other"))
+    assert all((asnumpy(one[name]) == asnumpy(other[name])).all() for name in one)
 
 
 def test_convert_takes_what_loralibs_files_do_not_say(home, capsys, tmp_path):

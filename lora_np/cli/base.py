@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from .. import demo
 from ..data import BYTES, ByteTokenizer
 from ..examples import Tokens
+from ..formats.adapters import load_adapter
 from ..formats.folder import load_model
-from ..formats.peft import load_adapter
+from ..formats.pair import load_base_for
 from ..formats.tokenizer import TOKENIZER, load_tokenizer
 from ..lora import Adapter
-from ..model import Model
+from ..model import Config, Model
 from .output import Bar
 
 Run: TypeAlias = Callable[[argparse.Namespace], int]  # a command: its arguments in, the exit status out
@@ -36,14 +37,17 @@ def base_path(args: argparse.Namespace, bar: Bar) -> Path:
     return demo.base_folder(shown_on(bar), demo.STANDARD)[0]
 
 
-def base_model(args: argparse.Namespace, bar: Bar, **head: Any) -> Model:
-    """The model of --base, or the embedded one. head: head, n_labels and seed, as load_model has them."""
-    return load_model(base_path(args, bar), **head)
+def adapted(args: argparse.Namespace, path: Path) -> tuple[Model, Adapter | None]:
+    """The base in `path`, with the head that --adapter brings, and that adapter, if there is one."""
+    if args.adapter is None:
+        return load_model(path), None
+    model = load_base_for(args.adapter, path)
+    return model, load_adapter(args.adapter, model)
 
 
-def tokenizer_of(path: Path, model: Model) -> Tokens:
+def tokenizer_of(path: Path, config: Config) -> Tokens:
     """A base's own tokenizer; a model of bytes has none."""
-    if model.config.vocab_size == BYTES and path.is_dir() and not (path / TOKENIZER).exists():
+    if config.vocab_size == BYTES and path.is_dir() and not (path / TOKENIZER).exists():
         return ByteTokenizer()
     if path.is_dir() and not (path / TOKENIZER).exists():
         raise FileNotFoundError(
@@ -54,7 +58,3 @@ def tokenizer_of(path: Path, model: Model) -> Tokens:
 
 def shown_on(bar: Bar) -> Callable[[demo.Progress], None]:
     return lambda p: bar.show(p.stage, p.step, p.steps, f"loss {p.loss:.3f}")
-
-
-def adapter_of(args: argparse.Namespace, model: Model) -> Adapter | None:
-    return None if args.adapter is None else load_adapter(args.adapter, model)

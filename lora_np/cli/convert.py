@@ -8,17 +8,15 @@ from pathlib import Path
 from ..formats.adapters import kind_of, load_adapter, save_adapter
 from ..formats.atomic import refuse_existing
 from ..formats.pair import load_base_for
-from .base import AddCommand, add_base, base_model
+from .base import AddCommand, add_base, base_path
 from .output import Bar, emit
 
 
 def run_convert(args: argparse.Namespace) -> int:
     refuse_existing(args.out)
-    if args.base is not None:
-        model = load_base_for(args.adapter, args.base)
-    else:
-        with Bar() as bar:
-            model = base_model(args, bar)
+    with Bar() as bar:
+        path = base_path(args, bar)
+    model = load_base_for(args.adapter, path)
     adapter = load_adapter(args.adapter, model, alpha=args.alpha, enabled=args.enabled)
     save_adapter(args.out, adapter, model)
     result = {"out": str(args.out), "from": kind_of(args.adapter), "to": kind_of(args.out)}

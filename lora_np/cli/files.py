@@ -6,12 +6,9 @@ import argparse
 import math
 from pathlib import Path
 
-from .. import adapter as adapters
-from ..formats.folder import save_model
 from ..formats.merged_folder import merge_folder
-from ..formats.peft import load_adapter
 from ..formats.survey import base_norms, survey
-from .base import AddCommand, add_base, base_model
+from .base import AddCommand, add_base, base_path
 from .output import Bar, emit, table
 
 
@@ -19,14 +16,9 @@ def run_merge(args: argparse.Namespace) -> int:
     weights = args.weights or [1.0] * len(args.adapter)
     if len(weights) != len(args.adapter):
         raise ValueError(f"--weights: expected one for each --adapter, got {len(weights)} for {len(args.adapter)}")
-    if args.base is None:
-        with Bar() as bar:
-            model = base_model(args, bar)
-        loaded = [load_adapter(path, model) for path in args.adapter]
-        save_model(args.out, adapters.merge_weighted(model, loaded, weights))
-        emit(args, {"out": str(args.out)}, f"the merged model is in {args.out}")
-        return 0
-    done = merge_folder(args.base, args.adapter, weights, args.out)
+    with Bar() as bar:
+        base = base_path(args, bar)
+    done = merge_folder(base, args.adapter, weights, args.out)
     lines = [
         f"the merged model is in {args.out}: {done.made} tensors are new, {done.kept} are the base's bytes",
         *(f"left out, as it has the weights of the base: {name}" for name in done.left_out),
@@ -69,12 +61,7 @@ def add_commands(command: AddCommand) -> None:
     p = command("merge", run_merge, "base and adapter as one model, with no latency added")
     add_base(p)
     p.add_argument(
-        "--adapter",
-        type=Path,
-        required=True,
-        action="append",
-        metavar="DIR",
-        help="an adapter's folder; may be repeated",
+        "--adapter", type=Path, required=True, action="append", metavar="PATH", help="an adapter; may be repeated"
     )
     p.add_argument("--weights", type=float, nargs="+", metavar="W", help="of each adapter's update (default: 1)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the merged model")

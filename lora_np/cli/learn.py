@@ -16,10 +16,10 @@ from ..decode import generate_on
 from ..examples import Tokens
 from ..formats.folder import load_model
 from ..formats.task import Task, load_task
-from ..lora import TARGETS, LoRAConfig
+from ..lora import TARGETS, Adapter, LoRAConfig
 from ..model import Model
 from ..train import Score, Settings, evaluate
-from .base import AddCommand, adapter_of, add_base, base_path, tokenizer_of
+from .base import AddCommand, adapted, add_base, base_path, tokenizer_of
 from .output import Bar, emit
 
 EPOCHS, STEPS, EVERY = 3, 200, 50  # defaults: of examples; of windows of a plain text
@@ -39,7 +39,7 @@ def run_finetune(args: argparse.Namespace) -> int:
         path = base_path(args, bar)
         model = load_model(path, **head)
         task = _fitting(args, task, model)
-        tokenizer = tokenizer_of(path, model)
+        tokenizer = tokenizer_of(path, model.config)
         data = tasks.learn_from(
             args.data, args.dev, task, tokenizer, N=args.batch, held_out=args.held_out, seed=args.seed
         )
@@ -117,22 +117,21 @@ def _unit(task: Task, tokenizer: Tokens) -> str:
 def run_eval(args: argparse.Namespace) -> int:
     task = None if args.adapter is None else load_task(args.adapter)
     task = _task(args) if task is None else task if args.window is None else replace(task, longest=args.window)
-    head: dict[str, Any] = {}
-    if args.adapter is not None and task.name != "lm":
-        head = {"head": task.name, "n_labels": len(task.labels), "seed": 0}
     with Bar() as bar:
         path = base_path(args, bar)
-    model = load_model(path, **head)
+    model, adapter = adapted(args, path)
     task, config = _fitting(args, task, model), model.config
     if config.head != task.name or (task.labels and config.n_labels != len(task.labels)):
         raise ValueError(
             f"{path}: expected a model for task {task.name} with {len(task.labels)} labels, as the data has, "
             f"got head {config.head!r} with {config.n_labels or 0}"
         )
-    tokenizer = tokenizer_of(path, model)
+    tokenizer = tokenizer_of(path, config)
     batches = tasks.evaluation(args.data, task, tokenizer, most=args.windows)
-    adapter = adapter_of(args, model)
-    kinds = {"adapter": adapter} if head else {"base": None} if adapter is None else {"base": None, "adapter": adapter}
+    # A classifier's or tagger's base alone has a head that nobody trained.
+    kinds: dict[str, Adapter | None] = {"base": None} if adapter is None or task.name == "lm" else {}
+    if adapter is not None:
+        kinds["adapter"] = adapter
     unit = _unit(task, tokenizer)
     scores = {name: evaluate(model, kind, batches) for name, kind in kinds.items()}
     result = {"losses": {name: score.loss for name, score in scores.items()}}
@@ -147,11 +146,11 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("--prompt: expected some text to go on from, got none")
     with Bar() as bar:
         path = base_path(args, bar)
-    model = load_model(path)
-    tokenizer = tokenizer_of(path, model)
+    model, adapter = adapted(args, path)
+    tokenizer = tokenizer_of(path, model.config)
     prompt = np.array([tokenizer.encode(args.prompt)])
     tokens = generate_on(
-        model, prompt, adapter_of(args, model), n=args.n, temperature=args.temperature, top_k=args.top_k,
+        model, prompt, adapter, n=args.n, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, seed=args.seed if args.temperature > 0 else None,
     )[0].tolist()  # fmt: skip
     new = tokens[prompt.shape[1] :]

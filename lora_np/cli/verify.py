@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import data
 from ..effect import Effect, effect
 from ..formats.folder import load_model
 from ..formats.merging import Plan, plan_merge
 from ..formats.opened import open_base
 from ..formats.survey import survey
-from ..formats.tokenizer import TOKENIZER, load_tokenizer
 from ..formats.verifying import Comparison, compare, explained, records_base, trained, worst
 from ..model import Config
 from ..transformer import forward
-from .base import AddCommand
+from .base import AddCommand, tokenizer_of
 from .output import emit
 
 SHOWN = 5  # names in one line
@@ -115,12 +113,8 @@ def _tokens(args: argparse.Namespace, config: Config) -> np.ndarray[Any, Any]:
     """(1,T): the prompt's, or a few fixed ones."""
     if args.prompt is None:
         tokens = np.arange(1, 9) * 37 % config.vocab_size
-    elif (args.base / TOKENIZER).is_file():
-        tokens = np.array(load_tokenizer(args.base).encode(args.prompt), dtype=np.int64)
-    elif config.vocab_size == data.BYTES:
-        tokens = data.encode(args.prompt).astype(np.int64)
     else:
-        raise ValueError(f"--prompt: {args.base} has no {TOKENIZER}, and its tokens are not bytes")
+        tokens = np.array(tokenizer_of(args.base, config).encode(args.prompt), dtype=np.int64)
     if not len(tokens):
         raise ValueError("--prompt: expected some text, got none")
     return tokens[None, : config.longest]

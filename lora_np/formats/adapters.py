@@ -9,6 +9,7 @@ from pathlib import Path
 from ..lora import Adapter
 from ..model import Model
 from . import loralib, npz, peft
+from .base import Base
 from .safe import PICKLES
 
 
@@ -31,7 +32,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
 
 
 def load_adapter(
-    path: str | os.PathLike[str], model: Model, *, alpha: float | None = None, enabled: Sequence[str] | None = None
+    path: str | os.PathLike[str], model: Base, *, alpha: float | None = None, enabled: Sequence[str] | None = None
 ) -> Adapter:
     """Reads an adapter of `model` from PEFT's folder, loralib's .safetensors file, or what `save_adapter` wrote.
 

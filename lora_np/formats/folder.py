@@ -133,9 +133,9 @@ def read_header(folder: Path) -> dict[str, Any]:
 def read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:
     """The Config in a header of our own, and its weights' hash."""
     if header.get("format") != FORMAT:
-        raise ValueError(f"{where}: format: expected {FORMAT}, got {header.get('format')!r}")
+        raise ValueError(f"{where}: format: expected {FORMAT}, got {header.get('format')!r:.60}")
     if not isinstance(header.get("base_sha256"), str):
-        raise ValueError(f"{where}: base_sha256: expected the weights' hash, got {header.get('base_sha256')!r}")
+        raise ValueError(f"{where}: base_sha256: expected the weights' hash, got {header.get('base_sha256')!r:.60}")
     return from_fields(Config, header.get("config"), where), header["base_sha256"]
 
 

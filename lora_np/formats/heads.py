@@ -11,11 +11,11 @@ from ..model import Config, init_weights
 
 
 class LacksWeights(ValueError):
-    """A file lacks weights of the model, and there is no seed to make them from. names: which."""
+    """A file lacks weights of the model, and there is no seed to make them from. shapes: which."""
 
-    def __init__(self, where: str, names: Collection[str]) -> None:
+    def __init__(self, where: str, names: Collection[str], config: Config) -> None:
         super().__init__(f"{where}: expected a seed to make what it lacks: {' '.join(sorted(names))}")
-        self.names = frozenset(names)
+        self.shapes = {name: shape for name, shape in config.weight_shapes().items() if name in names}
 
 
 def with_head(saved: Config, head: str | None, n_labels: int | None) -> Config:
@@ -45,6 +45,6 @@ def completed(config: Config, weights: Mapping[str, Array], seed: int | None, wh
     if not missing:
         return dict(weights)
     if seed is None:
-        raise LacksWeights(where, missing)
+        raise LacksWeights(where, missing, config)
     dtype = str(weights["embed.tokens"].dtype)
     return {**weights, **init_weights(config, seed=seed, dtype=dtype, names=missing)}

@@ -6,8 +6,8 @@ one that must have the value with which it changes nothing. Each tensor of the f
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..run import fused_parts
 from .heads import completed, taken, with_head
 from .names import family_of, module_names, module_of
 from .plain import from_fields
+from .safe import shown
 from .shards import WIDENED, Stored, stored_tensors
 
 CONFIG = "config.json"
@@ -276,8 +277,8 @@ _KINDS = {int: "an integer", float: "a number above 0", str: "a name", bool: "tr
 
 
 def _is_positive(value: float) -> bool:
-    """Whether a number is above 0 and finite: JSON's 1e999 is not."""
-    return 0 < value < math.inf
+    """Whether a number is above 0 and a float holds it: JSON's 1e999 is infinite, and its integers have no end."""
+    return 0 < value <= sys.float_info.max
 
 
 def _head(raw: Mapping[str, Any], kind: ModelType, where: str) -> str:
@@ -314,7 +315,7 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> float:
             if name == "rope_theta":
                 found[f"{key}.rope_theta"] = inner
             elif (name, inner) not in [("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)]:
-                raise ValueError(f"{where}: {key}: {name} = {inner!r:.60} is not supported")
+                raise ValueError(f"{where}: {key}: {shown(name)} = {inner!r:.60} is not supported")
     for name, value in found.items():
         if type(value) not in (int, float) or not _is_positive(value):
             raise ValueError(f"{where}: {name}: expected a number above 0, got {value!r:.60}")

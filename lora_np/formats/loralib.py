@@ -24,6 +24,7 @@ from ..run import adapted_shapes, fused_parts
 from .about import KEY, check_about, check_savable, read_about, write_about
 from .apart import put_together, stored_apart, take_apart
 from .atomic import new_file, write_tensors
+from .base import Base
 from .layout import Slot, checked_groups, read_params, whole_slots
 from .names import family_of, module_names
 from .peft_config import SAME, described, most_common
@@ -53,7 +54,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
 
 
 def load_adapter(
-    path: str | os.PathLike[str], model: Model, *, alpha: float | None = None, enabled: Sequence[str] | None = None
+    path: str | os.PathLike[str], model: Base, *, alpha: float | None = None, enabled: Sequence[str] | None = None
 ) -> Adapter:
     """Reads an adapter of `model` from a state dict of loralib's, or a file that `save_adapter` wrote, bit for bit.
 
@@ -81,7 +82,7 @@ def load_adapter(
         return Adapter(lora_config, put_together(model.config, params, names, str(path)))
 
 
-def slots(model: Model, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:
+def slots(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:
     """The tensors of the file that holds the parameters `names`, by their keys. Errors as `param_shapes` has them."""
     full = module_names(model.config)
     result: dict[str, Slot] = {}
@@ -91,7 +92,7 @@ def slots(model: Model, lora_config: LoRAConfig, names: Collection[str]) -> dict
     return result | {f"{full[module]}.{kind}": slot for (module, kind), slot in whole_slots(model, names).items()}
 
 
-def _factor_slots(model: Model, lora_config: LoRAConfig, module: str, parts: list[str]) -> tuple[Slot, Slot]:
+def _factor_slots(model: Base, lora_config: LoRAConfig, module: str, parts: list[str]) -> tuple[Slot, Slot]:
     """The tensors of one module's A and B: those of its parts, one below the other."""
     r, s = lora_config.rank(parts[0]), lora_config.scale(parts[0])
     for part in parts:
@@ -112,7 +113,7 @@ def _factor_slots(model: Model, lora_config: LoRAConfig, module: str, parts: lis
 # --- Files of loralib's own ------------------------------------------------------------------------------------------
 
 
-def _read_theirs(file: TensorFile, model: Model, alpha: float | None, enabled: Sequence[str] | None) -> Adapter:
+def _read_theirs(file: TensorFile, model: Base, alpha: float | None, enabled: Sequence[str] | None) -> Adapter:
     """An adapter from a file that holds tensors alone."""
     config, where = model.config, str(file.path)
     if alpha is None:
@@ -196,7 +197,7 @@ def _parts(
 
 
 def _with_biases(
-    model: Model, lora_config: LoRAConfig, factors: Mapping[str, Array], biases: dict[str, Array]
+    model: Base, lora_config: LoRAConfig, factors: Mapping[str, Array], biases: dict[str, Array]
 ) -> Adapter:
     """The adapter with the biases that the file has: those of adapted matrices, or else all."""
     adapter = Adapter(lora_config, factors)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from ..model import Config
 from .atomic import new_folder
 from .base import LazyWeights
+from .brought import label_names
 from .folder import CONFIG, own_header, weights_hash
 from .huggingface import MODEL_TYPES
-from .labels import label_names
 from .merging import Plan, plan_merge
 from .opened import own_places
 from .plain import read_json, write_json
@@ -117,7 +117,7 @@ def _write_config(plan: Plan, adapters: Sequence[Path], new: Path) -> None:
         write_json(new / CONFIG, raw)
 
 
-def _labels(config: Config, adapters: Sequence[Path]) -> list[str] | None:
+def _labels(config: Config, adapters: Sequence[Path]) -> tuple[str, ...] | None:
     """The names of the labels, from the first adapter that has them."""
     return next((labels for path in adapters if (labels := label_names(path, config)) is not None), None)
 

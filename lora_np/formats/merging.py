@@ -18,11 +18,11 @@ from ..adapter import Change, merge_plan
 from ..backend import Array, asnumpy, blocks, xp
 from ..lora import Adapter, Update, merge_matrix
 from ..model import Config
+from .adapters import load_adapter
 from .heads import taken
 from .huggingface import Place
 from .names import family_of
 from .opened import Opened, check_complete, open_base
-from .peft import load_adapter
 from .rounding import numpy_dtype, rounded
 from .shards import WEIGHTS, Stored
 from .stream import METADATA, Header, new_header, read_header, tensor_bytes

@@ -18,6 +18,7 @@ from ..lora import Adapter
 from ..model import Model
 from .about import check_about, check_savable, read_about, write_about
 from .atomic import new_file
+from .base import Base
 from .layout import param_shapes
 from .plain import MAX_JSON_BYTES
 from .safe import DTYPES, check_widens, shown
@@ -46,7 +47,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
         np.savez(file, **{HEADER: header}, **arrays)  # type: ignore[arg-type]
 
 
-def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
+def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
     """Reads an adapter of `model` from a file that `save_adapter` wrote: the same bits, float32 widened for float64.
 
     A FileNotFoundError or ValueError, in one line, says what is missing, damaged, or made for another base. Nothing in

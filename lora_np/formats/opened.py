@@ -15,11 +15,10 @@ from ..backend import Array, asnumpy
 from ..lora import Adapter
 from ..model import Config, init_weights
 from .base import LazyWeights
+from .brought import Brought, brought_by
 from .folder import CONFIG, MODEL_TYPE, WEIGHTS, check_own, read_header, read_own, weights_hash
 from .heads import taken, with_head
 from .huggingface import Files, Place, open_huggingface, places, with_old_names
-from .pair import brought_by
-from .peft import WEIGHTS as ADAPTER_WEIGHTS
 from .safe import open_tensors
 from .shards import Stored, stored_tensors
 
@@ -72,8 +71,9 @@ def open_base(path: str | os.PathLike[str], adapters: Sequence[Path] = ()) -> Op
         )
     raw = read_header(folder)
     is_own = raw["model_type"] == MODEL_TYPE
-    files = (_open_own if is_own else open_huggingface)(folder, raw, **_brought(adapters))
-    dtype = "float64" if any(map(_is_double, adapters)) else files.dtype
+    brought = [brought_by(adapter) for adapter in adapters]
+    files = (_open_own if is_own else open_huggingface)(folder, raw, **_one_head(brought, adapters))
+    dtype = "float64" if any(one.is_double for one in brought) else files.dtype
     readers: dict[str, Callable[[], Array]] = {}
     for key, place in files.places.items():
         readers |= {name: partial(_read, files.tensors[key], place, dtype, name) for name in place.parts}
@@ -85,17 +85,12 @@ def open_base(path: str | os.PathLike[str], adapters: Sequence[Path] = ()) -> Op
     return Opened(folder, raw, files, np.dtype(dtype), weights, lacking)
 
 
-def _brought(adapters: Sequence[Path]) -> dict[str, Any]:
-    """The one head that the adapters bring, if they do: `load_model`'s head and n_labels."""
-    options = [found for adapter in adapters if (found := brought_by(adapter).options)["head"] is not None]
+def _one_head(brought: Sequence[Brought], where: Sequence[Path]) -> dict[str, Any]:
+    """The one head that adapters bring, if they do: `load_model`'s head and n_labels."""
+    options = [one.options for one in brought if one.options["head"] is not None]
     if any(other != options[0] for other in options):
-        raise ValueError(f"{adapters[0]}: it and the other adapters have different heads")
+        raise ValueError(f"{where[0]}: it and the other adapters have different heads")
     return options[0] if options else {"head": None, "n_labels": None}
-
-
-def _is_double(adapter: Path) -> bool:
-    with open_tensors(adapter / ADAPTER_WEIGHTS) as file:
-        return "F64" in file.dtypes.values()
 
 
 def check_complete(base: Opened, adapters: list[Adapter]) -> None:

@@ -312,6 +312,7 @@ REFUSED = {
         {"rope_parameters": "default"}, {"rope_theta": 7.0}, {"rope_parameters": None, "rope_theta": [1]},
         {"rope_parameters": {"rope_theta": "1e999"}}, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 16},
         {"hidden_act": "gelu"}, {"num_key_value_heads": 2}, {"num_key_value_heads": 3}, {"num_key_value_heads": 0},
+        {"rope_parameters": {"rope_theta": 10**400}}, {"rope_parameters": {"a\nb": 1}}, {"rms_norm_eps": "1e999"},
         {"partial_rotary_factor": 0.5}, {"rms_norm_eps": -1e-5}, {"tie_word_embeddings": False},
     ],
 }  # fmt: skip

@@ -153,7 +153,7 @@ def test_a_classifier_on_minilm_opens_in_transformers(tmp_path, capsys):
     model = ln.load_model(base, head="classify", n_labels=2, seed=0)
     adapter = trained_adapter(model, lora("q", "v", train_head=True), seed=1)
     ln.save_adapter(tmp_path / "ad", adapter, model)
-    (tmp_path / "ad" / "task.json").write_text(json.dumps({"task": "classify", "labels": ["bad", "good"]}))
+    (tmp_path / "ad" / "task.json").write_text(json.dumps({"name": "classify", "labels": ["bad", "good"]}))
     argv = ["--base", str(base), "--adapter", str(tmp_path / "ad")]
     assert cli.main(["merge", *argv, "--out", str(tmp_path / "out")]) == 0
     module = opens_in_transformers(tmp_path / "out", CLASS, model, adapter, np.arange(1000, 1020)[None])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hostile import GPT2, edit_json, tensors_and_metadata
+from hostile import GPT2, edit_json, edit_tensors, tensors_and_metadata
 from safetensors.numpy import save_file
 from strategies import random_model, same_bits, trained_adapter
 
@@ -65,7 +65,7 @@ def test_a_pooler_that_neither_has(tmp_path):
     ln.save_model(tmp_path / "base", trunk_of(model, BERT))
     adapter = trained_adapter(model, ln.LoRAConfig(r=2, train_head=True), seed=2)
     ln.save_adapter(tmp_path / "a.npz", adapter, model)
-    with pytest.raises(ValueError, match=r"base: lacks pooler\.bias pooler\.weight, and so does .*a\.npz"):
+    with pytest.raises(ValueError, match=r"base: lacks pooler\.weight \(8, 8\), and .*a\.npz lacks it too"):
         load_base_for(tmp_path / "a.npz", tmp_path / "base")
 
 
@@ -100,3 +100,25 @@ def test_what_an_untrusted_adapter_says(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="any code"):
         load_base_for(tmp_path / "a.pt", tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((), "expected a matrix"),
+        ((0, 8), "expected a matrix"),
+        ((3, 0), "expected a matrix"),
+        ((10**9, 0), "expected a matrix"),  # which no memory holds
+        ((10**5, 1), r"lacks head\.weight \(100000, 8\), and .*has it as \(100000, 1\)"),
+    ],
+)
+def test_the_shape_of_a_head_that_the_adapter_brings(tmp_path, shape, message):
+    model = random_model(replace(GPT2, head="classify", n_labels=3), seed=1)
+    ln.save_model(tmp_path / "base", trunk_of(model, GPT2))
+    path = tmp_path / "a"
+    ln.save_adapter(path, trained_adapter(model, ln.LoRAConfig(r=2, train_head=True), seed=2), model)
+    edit_tensors(
+        path / "adapter_model.safetensors", lambda t: t.update({"base_model.model.score.weight": np.zeros(shape)})
+    )
+    with pytest.raises(ValueError, match=message):
+        load_base_for(path, tmp_path / "base")

@@ -357,10 +357,6 @@ def test_a_bias_that_peft_writes_three_times(tmp_path):
         ({"peft_type": "A" * 10**5}, "peft_type: expected 'LORA'"),
         ({"a\nb": 1}, "not known"),
         ({"target_modules": ["a" * 10**5]}, "this model has no such module"),
-        ({"target_modules": ".*nothing"}, "no module of this model fits"),
-        ({"target_modules": "("}, "target_modules: '(': no regular expression"),
-        ({"exclude_modules": "(a{1000}){1000}"}, "exclude_modules: '(a{1000}){1000}': expected fewer or smaller"),
-        ({"rank_pattern": {"c_attn|(": 4}}, "rank_pattern: "),
         ({"alpha_pattern": {"c_attn\n": "x"}}, "expected a number"),
         ({"use_dora": True}, "use_dora: not supported"),
         ({"use_dora": None}, "use_dora: not supported"),
@@ -406,6 +402,23 @@ def test_a_bias_that_peft_writes_three_times(tmp_path):
     ids=str,
 )
 def test_what_pefts_configuration_may_not_say(folder, model, values, message):
+    as_peft_writes(folder, **values)
+    assert message in refusal(folder, model)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"target_modules": ".*nothing"}, "no module of this model fits"),
+        ({"target_modules": "("}, "target_modules: '(': no regular expression"),
+        ({"exclude_modules": "(a{1000}){1000}"}, "exclude_modules: '(a{1000}){1000}': expected fewer or smaller"),
+        ({"rank_pattern": {"c_attn|(": 4}}, "rank_pattern: "),
+        ({"rank_pattern": {"c_(fc|x)": 4}}, "rank_pattern: 'c_(fc|x)': no adapted module fits"),
+    ],
+    ids=str,
+)
+def test_expressions_that_are_refused(folder, model, values, message):
+    pytest.importorskip("regex", reason="regular expressions need regex: pip install lora-np[models]")
     as_peft_writes(folder, **values)
     assert message in refusal(folder, model)
 
