@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from .adapter import count_parameters, init_adapter
+from .checkpoint import load_checkpoint, save_checkpoint
 from .formats.folder import model_hash
 from .formats.peft import save_adapter
 from .formats.task import Task, save_task
@@ -19,10 +21,9 @@ from .train import (
     Score,
     Settings,
     State,
+    TrainingError,
     evaluate,
-    load_checkpoint,
     placed,
-    save_checkpoint,
     start,
     train,
 )
@@ -93,6 +94,10 @@ def finetune(model: Model, data: Data, out: Path, job: Job, *, resume: bool, rep
         measured = None
         if r.step % job.every == 0 or r.step == job.settings.steps:
             measured = evaluate(*placed(model, adapter, r.state), data.held_out)
+            if not math.isfinite(measured.loss):
+                raise TrainingError(
+                    f"step {r.step}: the held-out loss is {measured.loss}: the learning rate is too high"
+                )
             curve.append(Point(r.step, *measured))
             save_checkpoint(out / CHECKPOINT, r.state, {**about, "curve": curve})
         report(Seen(r.step, job.settings.steps, r.loss, measured))

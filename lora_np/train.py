@@ -1,19 +1,13 @@
-"""The loop: batches in, an adapter out; evaluation, checkpoints. It reports to a callback and prints nothing."""
+"""The loop: batches in, an adapter out; evaluation. It reports to a callback and prints nothing."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from .backend import Array, asnumpy, xp
+from .backend import Array, xp
 from .batch import BatchDict, check_batch
 from .lora import Adapter
 from .model import Model
@@ -184,65 +178,3 @@ def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]
     if count == 0:
         raise ValueError("evaluate: expected at least one batch")
     return Score(sum(loss for loss, _, _ in scores) / count, sum(hits for _, hits, _ in scores) / count)
-
-
-# --- Checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: str | Path, state: State, about: Mapping[str, Any]) -> None:
-    """Writes the state to a file, whole or not at all: to a temporary file beside it, which then takes its name.
-
-    about: what the caller needs to know it by, kept as JSON: settings, the base's hash, the losses so far.
-    """
-    path = Path(path)
-    arrays = {f"param/{name}": asnumpy(value) for name, value in state.params.items()}
-    if state.optimizer is not None:
-        arrays |= {f"m/{name}": asnumpy(value) for name, value in state.optimizer.m.items()}
-        arrays |= {f"v/{name}": asnumpy(value) for name, value in state.optimizer.v.items()}
-    header = json.dumps({"format": 1, "step": state.step, "about": about})
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: str | Path, like: Mapping[str, Array]) -> tuple[State, dict[str, Any]]:
-    """Reads what save_checkpoint wrote: the state, and what the caller wrote about it.
-
-    like: the parameters that are trained; a file that holds others, or other shapes or dtypes, is a ValueError, and so
-    is one that is damaged. Nothing in the file is executed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as members:  # savez does not compress: a file that says so might swell without end
-            if sum(member.file_size for member in members.infolist()) > path.stat().st_size:
-                raise ValueError("it says that it holds more than its own size")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes())
-        step, about = int(header["step"]), dict(header["about"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a whole checkpoint: {error}") from error
-    groups: dict[str, dict[str, Array]] = {"param": {}, "m": {}, "v": {}}
-    for name, value in arrays.items():
-        group, _, stem = name.partition("/")
-        if group not in groups or stem not in like:
-            raise ValueError(f"{path}: {name}: this training has no such parameter")
-        if value.shape != like[stem].shape or value.dtype != like[stem].dtype:
-            raise ValueError(
-                f"{path}: {name}: expected {like[stem].dtype} {like[stem].shape}, got {value.dtype} {value.shape}"
-            )
-        groups[group][stem] = xp.asarray(value)
-    sizes = {len(group) for group in groups.values()}
-    if sizes != {len(like)} and not (step == 0 and len(groups["param"]) == len(like)):
-        raise ValueError(f"{path}: not a whole checkpoint: it lacks parameters of this training")
-    params = {name: groups["param"][name] for name in like}
-    optimizer = None if step == 0 else AdamWState(step, groups["m"], groups["v"])
-    return State(step, params, optimizer), about

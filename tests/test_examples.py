@@ -133,6 +133,22 @@ def test_each_words_tag_is_asked_of_its_first_token(words, longest):
     assert targets.tolist() == expected[:longest].tolist()
 
 
+def test_what_has_no_token_to_score_is_refused():
+    """An empty text; words of which no first token is left."""
+
+    class Deaf(ByteTokenizer):
+        def encode(self, text, *, special=True):
+            return []
+
+        def encode_words(self, words):
+            return [1, 2], [None, None]
+
+    with pytest.raises(ValueError, match="expected a text with a token in it, got 'abc'"):
+        examples.encode_labelled(Deaf(), "abc", 0, 8)
+    with pytest.raises(ValueError, match="expected a word with a token in it, got 'a b'"):
+        examples.encode_tagged(Deaf(), ["a", "b"], [0, 1], 8)
+
+
 def test_an_example_that_cannot_be_encoded_is_named(tmp_path):
     path = tmp_path / "a.txt"
     pairs = [Pair("a", "b"), Pair("prompt", "b")]
@@ -184,6 +200,12 @@ def test_each_example_comes_once_an_epoch_among_those_of_its_length(lengths, N, 
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
     again = epoch_of(made(lengths), N, seed, epoch)
     assert all((one["tokens"] == other["tokens"]).all() for one, other in zip(batches, again, strict=True))
+
+
+def test_each_example_comes_once_an_epoch_of_several_pools():
+    many = made([1 + i % 7 for i in range(2 * examples.POOL * 3 + 5)])
+    seen = [int(n) for batch in epoch_of(many, 3, 0, 0) for n in batch["targets"]]
+    assert sorted(seen) == list(range(len(many)))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():

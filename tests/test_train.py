@@ -1,7 +1,5 @@
-"""The training loop: the bits of a resumed run, what is trained and what is not, checkpoints, and failures."""
+"""The training loop: the bits of a resumed run, what is trained and what is not, and failures."""
 
-import os
-import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -12,16 +10,14 @@ from hypothesis import strategies as st
 import lora_np as ln
 from lora_np import train as training
 from lora_np.backend import asnumpy
+from lora_np.checkpoint import load_checkpoint, save_checkpoint
 from lora_np.gradcheck import perturbed
 from lora_np.optim import learning_rates
 from lora_np.train import (
     Settings,
-    State,
     TrainingError,
     evaluate,
-    load_checkpoint,
     placed,
-    save_checkpoint,
     start,
     train,
 )
@@ -190,79 +186,6 @@ def test_settings_say_what_they_expect():
             Settings(**{"steps": 4, "lr": 1e-3} | wrong)
     with pytest.raises(ValueError, match="weight_decay: expected 0 or more, got nan"):
         Settings(steps=1, lr=1, weight_decay=float("nan"))
-
-
-# --- Checkpoints ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    model, adapter = make()
-    state = train(model, adapter, batches, Settings(steps=2, lr=1e-2))
-    save_checkpoint(tmp_path / "c.npz", state, {"a": [1, None]})
-    return tmp_path / "c.npz", adapter, state
-
-
-@pytest.mark.parametrize("failing", ["os.replace", "os.fsync", "numpy.savez"])
-def test_a_write_that_fails_leaves_the_last_checkpoint_and_nothing_else(checkpoint, monkeypatch, failing):
-    path, adapter, _state = checkpoint
-    before = path.read_bytes()
-
-    def fail(*_args, **_kwargs):
-        raise OSError("disk full")
-
-    module, name = failing.split(".")
-    monkeypatch.setattr({"os": os, "numpy": np}[module], name, fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, start(*make()), {})
-    monkeypatch.undo()
-    assert path.read_bytes() == before
-    assert os.listdir(path.parent) == [path.name]
-    assert load_checkpoint(path, adapter.params)[0].step == 2
-
-
-@given(st.floats(0, 1, exclude_max=True))
-@settings(max_examples=20)
-def test_a_truncated_checkpoint_is_refused_in_one_line(tmp_path_factory, part):
-    folder = tmp_path_factory.mktemp("cut")
-    model, adapter = make()
-    save_checkpoint(folder / "c.npz", start(model, adapter), {})
-    whole = (folder / "c.npz").read_bytes()
-    (folder / "c.npz").write_bytes(whole[: int(part * len(whole))])
-    with pytest.raises(ValueError, match=r"c\.npz: not a whole checkpoint"):
-        load_checkpoint(folder / "c.npz", adapter.params)
-
-
-def test_a_checkpoint_of_another_training_is_refused(checkpoint):
-    path, adapter, state = checkpoint
-    name = "layers.0.attn.q.A"
-    with pytest.raises(ValueError, match="this training has no such parameter"):
-        load_checkpoint(path, {n: p for n, p in adapter.params.items() if n != name})
-    with pytest.raises(ValueError, match="lacks parameters"):
-        load_checkpoint(path, {**adapter.params, "head.weight": adapter.params[name]})
-    with pytest.raises(ValueError, match=r"layers\.0\.attn\.q\.A: expected float32 \(1, 8\), got float32 \(2, 8\)"):
-        load_checkpoint(path, {**adapter.params, name: adapter.params[name][:1]})
-    with pytest.raises(ValueError, match="expected float64"):
-        load_checkpoint(path, make("float64")[1].params)
-    save_checkpoint(path, State(1, state.params, None), {})
-    with pytest.raises(ValueError, match="lacks parameters"):
-        load_checkpoint(path, adapter.params)
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        load_checkpoint(path.with_name("none.npz"), adapter.params)
-
-
-def test_hostile_checkpoints_are_refused_and_nothing_in_them_is_run(checkpoint):
-    path, adapter, _ = checkpoint
-    np.savez(path, header=np.array([print], dtype=object))
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
-        load_checkpoint(path, adapter.params)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("header.npy", bytes(10_000_000))
-    with pytest.raises(ValueError, match="holds more than its own size"):
-        load_checkpoint(path, adapter.params)
-    path.write_bytes(b"\x80\x04K\x01.")
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
-        load_checkpoint(path, adapter.params)
 
 
 def test_the_loop_prints_nothing(capsys):

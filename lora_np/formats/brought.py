@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from ..model import Config
 from .about import KEY, read_about
 from .adapters import kind_of
+from .arrays import HEADER, open_arrays
 from .layout import PREFIX
-from .npz import open_arrays
 from .peft import CONFIG, WEIGHTS
 from .plain import read_json
 from .safe import open_tensors
@@ -57,9 +57,10 @@ def _read(path: Path) -> Brought:
     kind = kind_of(path)
     if kind == "npz":
         with open_arrays(path) as arrays:
+            about = read_about(arrays.header(), f"{path}: {HEADER}")
             doubles = any(member.dtype == "float64" for member in arrays.members.values())
             shapes = {name: member.shape for name, member in arrays.members.items()}
-            return Brought(arrays.about().get("head"), shapes, doubles)
+            return Brought(about.get("head"), shapes, doubles)
     raw = read_json(path / CONFIG) if kind == "peft" else {}
     with open_tensors(path / WEIGHTS if kind == "peft" else path) as file:
         about = read_about(file.metadata[KEY], f"{file.path}: metadata") if KEY in file.metadata else {}
