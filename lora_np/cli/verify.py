@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import Array
 from ..effect import Effect, effect
+from ..formats.adapters import load_adapter
 from ..formats.folder import load_model
-from ..formats.merging import Plan, plan_merge
-from ..formats.opened import open_base
+from ..formats.merging import plan_merge
+from ..formats.pair import load_base_for
 from ..formats.survey import survey
-from ..formats.verifying import Comparison, compare, explained, records_base, trained, worst
-from ..model import Config
+from ..formats.verifying import Comparison, compare, explained, is_trained, records_base, worst
+from ..lora import Adapter
+from ..model import Config, Model
 from ..transformer import forward
 from .base import AddCommand, tokenizer_of
 from .output import emit
@@ -26,24 +29,27 @@ def run_verify(args: argparse.Namespace) -> int:
     if args.ulps < 0:
         raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
     survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
-    open_base(args.base)
+    load_model(args.base)
     try:
-        plan = plan_merge(args.base, [args.adapter], [1.0])
+        base = load_base_for(args.adapter, args.base)
+        adapter = load_adapter(args.adapter, base)
+        plan = None if args.merged is None else plan_merge(args.base, [args.adapter], [1.0])
     except ValueError as error:
         emit(args, {"holds": False, "fits": False, "reason": str(error)}, f"fits: no. {error}")
         return 1
-    has_hash, is_trained = records_base(args.adapter), trained(plan)
-    found = None if args.merged is None else compare(plan, args.merged, args.ulps)
-    effects = _effects(args, plan, loads=found is not None and found.loads)
-    holds = is_trained and (found is None or found.holds)
-    result: dict[str, Any] = {"holds": holds, "fits": True, "base_hash": has_hash, "trained": is_trained}
+    has_hash, changes = records_base(args.adapter), is_trained(adapter, base)
+    found = None if plan is None else compare(plan, args.merged, args.ulps)
+    merged = load_model(args.merged, dtype=str(base.dtype)) if found is not None and found.loads else None
+    effects = _effects(base, adapter, merged, _tokens(args, base.config))
+    holds = changes and (found is None or found.holds)
+    result: dict[str, Any] = {"holds": holds, "fits": True, "base_hash": has_hash, "trained": changes}
     seen = (
         "names, shapes and the recorded hash of the base"
         if has_hash
         else ("names and shapes; the file records no hash of its base, as PEFT's do not")
     )
-    lines = [f"fits: yes ({seen})", f"trained: {_trained_line(is_trained)}"]
-    if found is not None:
+    lines = [f"fits: yes ({seen})", f"trained: {_trained_line(changes)}"]
+    if found is not None and plan is not None:
         looks_like = explained(found, plan)
         result["merged"] = {**_as_json(found), "looks_like": looks_like}
         lines += _merged_lines(found, looks_like, args.ulps)
@@ -53,8 +59,8 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0 if holds else 1
 
 
-def _trained_line(is_trained: bool) -> str:
-    return "yes" if is_trained else "no: B is zero throughout, and what is trained whole equals the base"
+def _trained_line(changes: bool) -> str:
+    return "yes" if changes else "no: B is zero throughout, and what is trained whole equals the base"
 
 
 def _as_json(found: Comparison) -> dict[str, Any]:
@@ -96,20 +102,16 @@ def _merged_lines(found: Comparison, looks_like: str | None, ulps: int) -> list[
     return [f"merged: {verdict}", *lines]
 
 
-def _effects(args: argparse.Namespace, plan: Plan, *, loads: bool) -> dict[str, Effect]:
+def _effects(base: Model, adapter: Adapter, merged: Model | None, tokens: Array) -> dict[str, Effect]:
     """How far outputs move: from the base to the adapted model, and from that to the merged one, if it loads."""
-    config, dtype = plan.base.config, str(plan.base.dtype)
-    tokens = _tokens(args, config)
-    model = load_model(args.base, dtype=dtype, head=config.head, n_labels=config.n_labels, seed=0)
-    before, after = forward(model, tokens), forward(model, tokens, plan.adapters[0])
-    effects = {"effect of the adapter": effect(config, before, after)}
-    if loads:
-        merged = forward(load_model(args.merged, dtype=dtype), tokens)
-        effects["merged beside unmerged"] = effect(config, after, merged)
+    before, after = forward(base, tokens), forward(base, tokens, adapter)
+    effects = {"effect of the adapter": effect(base.config, before, after)}
+    if merged is not None:
+        effects["merged beside unmerged"] = effect(base.config, after, forward(merged, tokens))
     return effects
 
 
-def _tokens(args: argparse.Namespace, config: Config) -> np.ndarray[Any, Any]:
+def _tokens(args: argparse.Namespace, config: Config) -> Array:
     """(1,T): the prompt's, or a few fixed ones."""
     if args.prompt is None:
         tokens = np.arange(1, 9) * 37 % config.vocab_size
@@ -132,7 +134,9 @@ def _effect_line(one: Effect) -> str:
 def add_commands(command: AddCommand) -> None:
     """The command of this file, and its arguments."""
     p = command("verify", run_verify, "does an adapter fit a base, is it trained, is a folder the merge of the two")
-    p.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base model's folder")
+    p.add_argument(
+        "--base", type=Path, required=True, metavar="DIR", help="the base: a model's folder, or a .gguf file"
+    )
     p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter's folder")
     p.add_argument("--merged", type=Path, metavar="DIR", help="a folder that should be the merge of the two")
     p.add_argument("--ulps", type=int, default=1, help="how far apart an element may be (default: %(default)s)")

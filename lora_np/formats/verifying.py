@@ -13,6 +13,7 @@ from ..backend import Array, asnumpy
 from ..lora import Adapter
 from ..model import Config
 from .about import KEY
+from .base import Base
 from .folder import CONFIG, MODEL_TYPE, read_header, read_own
 from .huggingface import left_out, places, read_config, with_old_names
 from .merging import Plan, Rows, Target
@@ -95,15 +96,10 @@ def records_base(adapter: Path) -> bool:
         return KEY in file.metadata
 
 
-def trained(plan: Plan) -> bool:
+def is_trained(adapter: Adapter, base: Base) -> bool:
     """Whether an adapter changes anything: a B that is not zero, or a weight trained whole that is not the base's."""
-    return any(_is_trained(adapter, plan) for adapter in plan.adapters)
-
-
-def _is_trained(adapter: Adapter, plan: Plan) -> bool:
     if any(bool((adapter.params[f"{name}.B"] != 0).any()) for name in adapter.matrices):
         return True
-    base = plan.base
     return any(
         not np.array_equal(asnumpy(value), asnumpy(base.weights[name if name in base.weights else "embed.tokens"]))
         for name, value in adapter.whole.items()
