@@ -29,8 +29,12 @@ SHARD_TOKENS = 256  # a shard has at least so many tokens: smaller products are 
 
 
 def default_shards(N: int, T: int) -> int:
-    """The shards of a batch (N,T): from its shape alone, so that the same batch gives the same bits on any machine."""
-    return 1 if backend_name == "cupy" else max(1, min(N, N * T // SHARD_TOKENS))
+    """The shards of a batch (N,T): from its shape alone, so that the same batch gives the same bits on any machine.
+
+    A power of two, so that as many cores have as much to do each; on a GPU one.
+    """
+    most = max(1, min(N, N * T // SHARD_TOKENS))
+    return 1 if backend_name == "cupy" else 1 << (most.bit_length() - 1)
 
 
 def shard_rows(N: int, shards: int) -> list[slice]:
