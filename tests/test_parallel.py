@@ -107,7 +107,7 @@ def test_shards_are_all_rows_in_order(N, data):
     ("N", "T", "shards"), [(1, 1024, 1), (4, 256, 4), (4, 255, 2), (8, 64, 2), (3, 10, 1), (64, 1024, 64)]
 )
 def test_the_default_number_of_shards_comes_from_the_shape(N, T, shards, monkeypatch):
-    """The power of two that leaves 256 tokens a shard, a row at least, on any machine; on a GPU the batch stays whole."""
+    """A power of two that leaves each 256 tokens and a row, on any machine; on a GPU the batch stays whole."""
     for cores in (1, 96):
         monkeypatch.setattr("lora_np.parallel.os.cpu_count", lambda cores=cores: cores)
         assert parallel.default_shards(N, T) == (1 if backend_name == "cupy" else shards)
