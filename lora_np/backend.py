@@ -21,8 +21,9 @@ __all__ = ["Array", "DType", "asnumpy", "backend_name", "blocks", "read_only", "
 Array: TypeAlias = npt.NDArray[Any]
 DType: TypeAlias = npt.DTypeLike
 
-# Elements of one temporary. Half a dozen of them stay in a core's second-level cache.
-CACHE_ELEMENTS = 32768
+# Elements of one temporary: few enough that some of them stay in a core's second-level cache, and so many that threads
+# seldom meet at the interpreter's lock, which each step of a block takes once.
+CACHE_ELEMENTS = 131072
 
 
 def _import_cupy() -> Any:

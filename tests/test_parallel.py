@@ -113,6 +113,14 @@ def test_the_default_number_of_shards_comes_from_the_shape(N, T, shards, monkeyp
         assert parallel.default_shards(N, T) == (1 if backend_name == "cupy" else shards)
 
 
+def test_the_interpreter_switches_threads_as_before_when_a_step_is_done():
+    before = sys.getswitchinterval()
+    assert parallel.threaded(lambda part: part + 1, [1, 2, 3]) == [2, 3, 4]
+    with pytest.raises(ZeroDivisionError):
+        parallel.threaded(lambda part: 1 / part, [1, 0])
+    assert sys.getswitchinterval() == before
+
+
 @proves("O4")
 def test_the_default_is_used():
     config = ln.Config(7, 300, 1, 1, 4, 4)
