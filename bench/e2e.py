@@ -19,7 +19,7 @@ import numpy as np
 import lora_np as ln
 from lora_np.batch import BatchDict
 from lora_np.examples import Example, bucketed, encode_pair, in_order, read_pairs
-from lora_np.formats.tokenizer import Tokenizer
+from lora_np.formats.models.tokenizer import Tokenizer
 from lora_np.train import Score, Settings, evaluate, placed, train
 
 from .timing import environment

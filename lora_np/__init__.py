@@ -16,11 +16,11 @@ __version__ = "0.1.0"
 
 # What few programs use is imported on first use.
 _LAZY = {
-    "load_adapter": "formats.adapters",
-    "save_adapter": "formats.adapters",
-    "load_model": "formats.folder",
-    "load_tokenizer": "formats.tokenizer",
-    "save_model": "formats.folder",
+    "load_adapter": "formats.adapters.adapter",
+    "save_adapter": "formats.adapters.adapter",
+    "load_model": "formats.models.folder",
+    "load_tokenizer": "formats.models.tokenizer",
+    "save_model": "formats.models.folder",
     "gradcheck": "gradcheck",
 }
 

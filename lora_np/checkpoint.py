@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, asnumpy, xp
-from .formats.arrays import HEADER, ArrayFile, open_arrays
-from .formats.atomic import replaced_files
-from .formats.plain import parse_json, to_json
-from .formats.safe import shown
+from .formats.files.arrays import HEADER, ArrayFile, open_arrays
+from .formats.files.atomic import replaced_files
+from .formats.files.plain import parse_json, to_json
+from .formats.files.safe import shown
 from .optim import AdamWState
 from .train import State
 

@@ -24,8 +24,8 @@ from .backend import Array, asnumpy, xp
 from .batch import BatchDict
 from .data import BYTES, all_windows, decode, encode, language_reference, random_windows, split, standard_library
 from .decode import generate_on
-from .formats.adapters import load_adapter, save_adapter
-from .formats.folder import load_model, model_hash, save_model
+from .formats.adapters.adapter import load_adapter, save_adapter
+from .formats.models.folder import load_model, model_hash, save_model
 from .lora import Adapter, LoRAConfig
 from .model import Config, Model, init_weights
 from .train import Report, Settings, evaluate, placed, train

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from .adapter import count_parameters, init_adapter
 from .checkpoint import load_checkpoint, save_checkpoint
-from .formats.folder import model_hash
-from .formats.peft import save_adapter
-from .formats.task import Task, save_task
+from .formats.adapters.peft import save_adapter
+from .formats.adapters.task import Task, save_task
+from .formats.models.folder import model_hash
 from .lora import Adapter, LoRAConfig
 from .model import Model
 from .tasks import Data

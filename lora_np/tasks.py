@@ -27,7 +27,7 @@ from .examples import (
     read_tagged,
     steps_an_epoch,
 )
-from .formats.task import Task
+from .formats.adapters.task import Task
 
 EVALUATED = 32  # texts in a batch of what is held out
 WINDOWS = 64  # at most so many of a plain text are held out

@@ -9,7 +9,7 @@ import lora_np as ln
 from lora_np import finetune, tasks
 from lora_np.backend import asnumpy
 from lora_np.data import ByteTokenizer
-from lora_np.formats.task import Task, load_task, save_task
+from lora_np.formats.adapters.task import Task, load_task, save_task
 from lora_np.train import Settings, TrainingError, evaluate
 
 SMALL = {"n_positions": 24, "n_layer": 2, "n_head": 2, "d_model": 16, "d_ff": 32}

@@ -10,10 +10,10 @@ from typing import TypeAlias
 from .. import demo
 from ..data import BYTES, ByteTokenizer
 from ..examples import Tokens
-from ..formats.adapters import load_adapter
-from ..formats.folder import load_model
-from ..formats.pair import load_base_for
-from ..formats.tokenizer import TOKENIZER, load_tokenizer
+from ..formats.adapters.adapter import load_adapter
+from ..formats.adapters.pair import load_base_for
+from ..formats.models.folder import load_model
+from ..formats.models.tokenizer import TOKENIZER, load_tokenizer
 from ..lora import Adapter
 from ..model import Config, Model
 from .output import Bar

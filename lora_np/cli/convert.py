@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..formats.adapters import kind_of, load_adapter, save_adapter
-from ..formats.atomic import refuse_existing
-from ..formats.pair import load_base_for
+from ..formats.adapters.adapter import kind_of, load_adapter, save_adapter
+from ..formats.adapters.pair import load_base_for
+from ..formats.files.atomic import refuse_existing
 from .base import AddCommand, add_base, base_path
 from .output import Bar, emit
 

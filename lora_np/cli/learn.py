@@ -14,8 +14,8 @@ from .. import finetune, plot, tasks
 from ..data import ByteTokenizer
 from ..decode import generate_on
 from ..examples import Tokens
-from ..formats.folder import load_model
-from ..formats.task import Task, load_task
+from ..formats.adapters.task import Task, load_task
+from ..formats.models.folder import load_model
 from ..lora import TARGETS, Adapter, LoRAConfig
 from ..model import Model
 from ..train import Score, Settings, evaluate

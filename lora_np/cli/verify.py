@@ -10,12 +10,12 @@ import numpy as np
 
 from ..backend import Array
 from ..effect import Effect, effect
-from ..formats.adapters import load_adapter
-from ..formats.folder import load_model
-from ..formats.merging import plan_merge
-from ..formats.pair import load_base_for
-from ..formats.survey import survey
-from ..formats.verifying import Comparison, compare, explained, is_trained, records_base, worst
+from ..formats.adapters.adapter import load_adapter
+from ..formats.adapters.pair import load_base_for
+from ..formats.merged.merging import plan_merge
+from ..formats.merged.survey import survey
+from ..formats.merged.verifying import Comparison, compare, explained, is_trained, records_base, worst
+from ..formats.models.folder import load_model
 from ..lora import Adapter
 from ..model import Config, Model
 from ..transformer import forward

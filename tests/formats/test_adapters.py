@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from strategies import configs, dtypes, lora_configs, random_model, same_bits, seeds, trained_adapter
 
 import lora_np as ln
-from lora_np.formats import atomic
-from lora_np.formats.names import family_of
+from lora_np.formats.files import atomic
+from lora_np.formats.models.names import family_of
 
 ENDINGS = [".safetensors", ".npz"]
 each_kind = pytest.mark.parametrize("ending", ENDINGS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import lora_np as ln
-from lora_np.formats import expressions
-from lora_np.formats.expressions import Expressions
+from lora_np.formats.files import expressions
+from lora_np.formats.files.expressions import Expressions
 
 NAMES = ["transformer.h.0.attn.c_attn", "transformer.h.10.mlp.c_proj", "lm_head"]
 needs_regex = pytest.mark.skipif(
@@ -68,7 +68,7 @@ def test_no_expression_takes_the_memory_or_the_time(text):
     assert resource.RLIMIT_AS
     code = (
         "import regex, resource, sys\n"
-        "from lora_np.formats.expressions import Expressions\n"
+        "from lora_np.formats.files.expressions import Expressions\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "limit = pages * resource.getpagesize() + 200 * 2**20\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from strategies import bits, configs, device, dtypes, random_model, same_bits, seeds
 
 import lora_np as ln
-from lora_np.formats import atomic
-from lora_np.formats.folder import model_hash
+from lora_np.formats.files import atomic
+from lora_np.formats.models.folder import model_hash
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, model, monkeypatch, step):
     def fail(*args, **kwargs):
         raise OSError("no space left")
 
-    import lora_np.formats.folder as module
+    import lora_np.formats.models.folder as module
 
     where = {"write_tensors": module, "_sync": atomic, "rename": atomic.os}[step]
     monkeypatch.setattr(where, step, fail)

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_np as ln
-from lora_np.formats import gguf_file
-from lora_np.formats.gguf import file_name
-from lora_np.formats.gguf_file import open_gguf
+from lora_np.formats.models import gguf_file
+from lora_np.formats.models.gguf import file_name
+from lora_np.formats.models.gguf_file import open_gguf
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
 KINDS = {kind.name: gguf.GGMLQuantizationType[kind.name] for kind in gguf_file.TENSOR_TYPES.values()}

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from strategies import bits, deviation, random_model
 
 import lora_np as ln
-from lora_np.formats.huggingface import places
+from lora_np.formats.models.huggingface import places
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
 
@@ -189,7 +189,7 @@ def test_another_head_and_other_labels(tmp_path):
 
 
 def test_the_only_weights_drawn_are_those_missing(tmp_path, monkeypatch):
-    from lora_np.formats import heads
+    from lora_np.formats.models import heads
 
     saved(tmp_path, "gpt2", peers.GPT2)
     asked = []
@@ -509,7 +509,7 @@ def test_any_byte_changed_gives_a_model_or_one_line(tmp_path_factory, data):
 
 MEASURE = """
 import json, pathlib, resource, sys
-import lora_np.formats.folder, ml_dtypes, safetensors.numpy
+import lora_np.formats.models.folder, ml_dtypes, safetensors.numpy
 import lora_np as ln
 
 def peak():

@@ -18,7 +18,7 @@ from strategies import bits, same_bits, seeds, trained_adapter
 from test_rounding import FORMATS, dtype_of, nearest
 
 import lora_np as ln
-from lora_np.formats.merged_folder import merge_folder
+from lora_np.formats.merged.merged_folder import merge_folder
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 D, F = GPT2.d_model, GPT2.d_ff
@@ -321,7 +321,7 @@ def test_an_existing_folder_is_not_written_over(home):
 
 @pytest.mark.parametrize("at", [0, 1, 7])
 def test_a_merge_that_fails_in_the_middle_leaves_nothing(home, monkeypatch, at):
-    from lora_np.formats import merging
+    from lora_np.formats.merged import merging
 
     read = merging.tensor_bytes
     seen = []
@@ -340,8 +340,8 @@ def test_a_merge_that_fails_in_the_middle_leaves_nothing(home, monkeypatch, at):
 
 SLOWLY = """
 import sys, time
-from lora_np.formats import merging
-from lora_np.formats.merged_folder import merge_folder
+from lora_np.formats.merged import merging
+from lora_np.formats.merged.merged_folder import merge_folder
 
 read = merging.tensor_bytes
 
@@ -376,7 +376,7 @@ def test_a_merge_that_is_killed_leaves_no_folder_that_looks_whole(home):
 
 MEASURE = """
 import pathlib, resource, sys
-import lora_np.formats.merged_folder, ml_dtypes, safetensors.numpy
+import lora_np.formats.merged.merged_folder, ml_dtypes, safetensors.numpy
 
 def peak():
     # Linux hands ru_maxrss on from the process that started this one; VmHWM starts anew.
@@ -386,7 +386,7 @@ def peak():
     return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
 
 before = peak()
-lora_np.formats.merged_folder.merge_folder(sys.argv[1], [sys.argv[2]], [1.0], sys.argv[3])
+lora_np.formats.merged.merged_folder.merge_folder(sys.argv[1], [sys.argv[2]], [1.0], sys.argv[3])
 print(peak() - before)
 """
 LARGE = ln.Config(20000, 64, 12, 8, 512, 2048)

@@ -14,10 +14,10 @@ from strategies import trained_adapter
 
 import lora_np as ln
 from lora_np import cli
-from lora_np.formats.merged_folder import merge_folder
-from lora_np.formats.merging import plan_merge
-from lora_np.formats.rounding import NAMES, rounded, ulps_apart
-from lora_np.formats.verifying import compare
+from lora_np.formats.files.rounding import NAMES, rounded, ulps_apart
+from lora_np.formats.merged.merged_folder import merge_folder
+from lora_np.formats.merged.merging import plan_merge
+from lora_np.formats.merged.verifying import compare
 
 pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
 

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from strategies import random_model, same_bits, trained_adapter
 
 import lora_np as ln
-from lora_np.formats.pair import load_base_for
+from lora_np.formats.adapters.pair import load_base_for
 
 BERT = replace(ln.PRESETS["bert-base"], vocab_size=11, n_positions=10, n_layer=2, n_head=2, d_model=8, d_ff=12)
 ROBERTA = replace(BERT, position_offset=2, pooler_in_head=True, n_positions=12)

@@ -14,11 +14,12 @@ from safetensors.numpy import save_file
 from strategies import bits, configs, dtypes, lora_configs, random_model, same_bits, seeds, trained_adapter
 
 import lora_np as ln
-from lora_np.formats import atomic, peft
-from lora_np.formats.folder import model_hash
-from lora_np.formats.names import GPT2 as GPT2_FAMILY
-from lora_np.formats.names import family_of
-from lora_np.formats.peft_config import OFF
+from lora_np.formats.adapters import peft
+from lora_np.formats.adapters.peft_config import OFF
+from lora_np.formats.files import atomic
+from lora_np.formats.models.folder import model_hash
+from lora_np.formats.models.names import GPT2 as GPT2_FAMILY
+from lora_np.formats.models.names import family_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LAYER = "base_model.model.transformer.h.0."

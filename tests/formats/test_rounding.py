@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_np.formats.rounding import NAMES, numpy_dtype, rounded, ulps_apart
+from lora_np.formats.files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 
 # Bits of precision, the exponent of the smallest number, the largest number.
 FORMATS = {

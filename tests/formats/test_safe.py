@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from lora_np.formats.plain import MAX_JSON_BYTES, parse_json, read_json
-from lora_np.formats.safe import open_tensors, refuse_pickle
+from lora_np.formats.files.plain import MAX_JSON_BYTES, parse_json, read_json
+from lora_np.formats.files.safe import open_tensors, refuse_pickle
 
 GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 

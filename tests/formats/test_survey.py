@@ -6,7 +6,7 @@ from hostile import GPT2, edit_json, edit_tensors
 from strategies import random_model, trained_adapter
 
 import lora_np as ln
-from lora_np.formats.survey import survey
+from lora_np.formats.merged.survey import survey
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_np.formats.tokenizer import MAX_TOKENIZER_BYTES, MAX_WHOLE, load_tokenizer
+from lora_np.formats.models.tokenizer import MAX_TOKENIZER_BYTES, MAX_WHOLE, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="models' own tokenizers: pip install lora-np[models]")
 

@@ -16,7 +16,7 @@ from test_rounding import dtype_of
 import lora_np as ln
 from lora_np import cli
 from lora_np.effect import effect
-from lora_np.formats.merged_folder import merge_folder
+from lora_np.formats.merged.merged_folder import merge_folder
 
 CONFIG, WEIGHTS, TENSORS = "config.json", "model.safetensors", "adapter_model.safetensors"
 D, F = GPT2.d_model, GPT2.d_ff
@@ -130,8 +130,8 @@ def test_one_element_two_ulps_off_is_found(tmp_path_factory, steps, at):
             flat[at] = np.nextafter(flat[at], np.float32(np.inf * steps))
 
     edit_tensors(home / "merged" / WEIGHTS, change)
-    from lora_np.formats.merging import plan_merge
-    from lora_np.formats.verifying import compare
+    from lora_np.formats.merged.merging import plan_merge
+    from lora_np.formats.merged.verifying import compare
 
     plan = plan_merge(home / "base", [home / "ad"], [1.0])
     found = compare(plan, home / "merged", 1)
@@ -186,8 +186,8 @@ def test_nan_another_adapter_and_another_model(home, capsys):
 
 
 def test_a_number_that_is_none_is_a_fault(home):
-    from lora_np.formats.merging import plan_merge
-    from lora_np.formats.verifying import compare, explained
+    from lora_np.formats.merged.merging import plan_merge
+    from lora_np.formats.merged.verifying import compare, explained
 
     edit_tensors(home / "merged" / WEIGHTS, nan)
     plan = plan_merge(home / "base", [home / "ad"], [1.0])

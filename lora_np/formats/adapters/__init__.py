@@ -1,0 +1,1 @@
+"""Adapters in PEFT's format, loralib's and our own."""

@@ -1,0 +1,134 @@
+"""Adapters in PEFT's own format: adapter_config.json and adapter_model.safetensors.
+
+A GPT-2, BERT, RoBERTa or Llama gets transformers' names and loads into PEFT; every other model gets the package's own
+names in the same layout. What PEFT's configuration has no field for stands in the safetensors metadata, under one key:
+our own configuration, the names of the parameters, which say how a fused tensor is split, and the base's hash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from ...adapter import trained_whole
+from ...backend import Array, asnumpy
+from ...lora import Adapter, LoRAConfig
+from ...model import Model
+from ..files.atomic import new_folder, replaced_files, write_tensors
+from ..files.plain import read_json, to_json, write_json
+from ..files.safe import TensorFile, open_tensors, refuse_pickle
+from ..models.base import Base
+from ..models.names import module_names
+from .about import KEY, check_about, check_savable, read_about, write_about
+from .apart import put_together, stored_apart, take_apart
+from .layout import PREFIX, read_params, slots
+from .peft_config import check_keys, check_same, read_config, write_config
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -> None:
+    """Writes an adapter of `model` as a folder that PEFT reads; `load_adapter` gives it back, bit for bit.
+
+    GPT-2's separate q, k, v become one c_attn of their summed rank, use_rslora false (L1): the same update. In an
+    existing folder the two files are replaced, the configuration last; until both are on the disk, nothing is. A
+    ValueError or TypeError if the adapter does not fit the model, trains what PEFT has no place for, or gives q, k, v
+    of one c_attn different scales. Where q, k and v are three modules, qkv becomes three updates with the same A.
+    """
+    check_savable(adapter, model)
+    apart = take_apart(model.config, adapter)
+    config = write_config(model.config, apart.config, apart.matrices)
+    tensors = {key: slot.write(apart.params, model) for key, slot in slots(model, apart.config, apart.params).items()}
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target}: expected a folder, or nothing, got a file")
+    writing = replaced_files(target, last=CONFIG) if target.exists() else new_folder(target)
+    with writing as folder:
+        write_tensors(folder / WEIGHTS, tensors, {KEY: write_about(adapter, model)})
+        write_json(folder / CONFIG, config)
+
+
+def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
+    """Reads an adapter of `model` from a folder that `save_adapter` or PEFT wrote.
+
+    A file of save_adapter's gives the same configuration and the same bits. In a file of PEFT's own, GPT-2's c_attn is
+    target qkv. float32 tensors are widened for a float64 model; the other way round is an error. save_adapter records a
+    hash of the base, in the adapter's dtype: the same base widened has the same; weights that the adapter has whole
+    take no part, so a new head may be another's. A FileNotFoundError or ValueError, in one line, names the file, and
+    the key or tensor, that is missing, damaged, not supported, or made for another base.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    refuse_pickle(folder, WEIGHTS)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected an adapter's folder, with {CONFIG} and {WEIGHTS}, got a file")
+    where = str(folder / CONFIG)
+    raw = read_json(folder / CONFIG)
+    check_keys(raw, where)
+    with open_tensors(folder / WEIGHTS) as file:
+        if KEY not in file.metadata:
+            lora_config, matrices = read_config(raw, model.config, where)
+            names = [f"{matrix}.{factor}" for matrix in matrices for factor in "AB"]
+            names += trained_whole(model.config, lora_config, matrices)
+            return Adapter(lora_config, _read_params(file, model, lora_config, names, copies=_copies(model)))
+        about = read_about(file.metadata[KEY], f"{file.path}: metadata")
+        lora_config, names = check_about(about, model, file.dtypes.values(), f"{file.path}: metadata")
+        stored_config, stored = stored_apart(model.config, lora_config, names, f"{file.path}: metadata")
+        params = _read_params(file, model, stored_config, stored)
+        matrices = Adapter(stored_config, params).matrices
+        check_same(raw, json.loads(to_json(write_config(model.config, stored_config, matrices))), where)
+        return Adapter(lora_config, put_together(model.config, params, names, str(file.path)))
+
+
+def _read_params(
+    file: TensorFile,
+    model: Base,
+    lora_config: LoRAConfig,
+    names: Sequence[str],
+    copies: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Array]:
+    """The parameters `names`, from a file that holds exactly them, and perhaps `copies` (key -> our name)."""
+    try:
+        places = slots(model, lora_config, names)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+    copies = {key: name for key, name in copies.items() if key in file.shapes and key not in places}
+    shapes = {key: model.weights[name].shape for key, name in copies.items()}
+    file.check_names(shapes | {key: slot.shape for key, slot in places.items()})
+    params = read_params(file, model, places)
+    for key, name in copies.items():
+        source = params.get(name) if ".modules_to_save." in key else asnumpy(model.weights[name])
+        if source is None or not np.array_equal(file.read_as(key, model.dtype), source):
+            raise ValueError(f"{file.path}: {key}: expected a copy of {name}, got other values: not supported")
+    return {name: params[name] for name in names}
+
+
+def _copies(model: Base) -> dict[str, str]:
+    """The keys under which PEFT writes what it has already, or what it left alone -> our names.
+
+    The base's token table and head, when either is adapted; and with bias="all" the biases of a head trained whole
+    once more, and the base's.
+    """
+    full, weights = module_names(model.config), model.weights
+    head = PREFIX + full.get("head", "")
+    table = PREFIX + full["embed.tokens"]
+    names = {
+        f"{table}.weight": "embed.tokens",
+        f"{table}.base_layer.weight": "embed.tokens",
+        f"{head}.weight": model.config.head_weight,
+        f"{head}.base_layer.weight": model.config.head_weight,
+    }
+    for stem in ("pooler", "head") if model.config.pooler_in_head else ("head",):
+        if stem in full:
+            whole, _, inner = full[stem].partition(".")
+            end = f"{inner}.bias" if inner else "bias"
+            names[f"{PREFIX}{whole}.original_module.{end}"] = f"{stem}.bias"
+            # PEFT takes its name of the adapter out of a key only where it stands last but one.
+            names[f"{PREFIX}{whole}.modules_to_save.{'default.' if inner else ''}{end}"] = f"{stem}.bias"
+    return {key: name for key, name in names.items() if name in weights}

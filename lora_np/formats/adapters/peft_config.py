@@ -1,0 +1,364 @@
+"""adapter_config.json: PEFT's description of an adapter, written from ours and read into it.
+
+Every key is in one of the tables below. A key that is not, or one that asks for what is not supported, is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ...adapter import trained_whole
+from ...lora import TARGETS, LoRAConfig, target_of
+from ...model import Config
+from ...run import adapted_shapes
+from ..files.expressions import Expressions
+from ..files.plain import from_fields
+from ..files.safe import shown
+from ..models.names import family_of, module_names, saved_whole, short_names
+from .layout import grouped
+
+# What says how the adapter is built: read, and written. The values that stand for a key that is absent.
+READ: Mapping[str, Any] = {
+    "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "rank_pattern": {},
+    "alpha_pattern": {}, "target_modules": None, "exclude_modules": None, "layers_to_transform": None,
+    "layers_pattern": None, "modules_to_save": None, "init_lora_weights": True,
+}  # fmt: skip
+# What is supported only when it is off, and the values that mean so.
+OFF: Mapping[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,), "arrow_config": (None,), "corda_config": (None,), "enable_lora": (None,),
+    "ensure_weight_tying": (False, None), "eva_config": (None,), "kasa_config": (None,), "layer_replication": (None,),
+    "loftq_config": (None, {}), "lora_bias": (False,), "lora_ga_config": (None,), "megatron_config": (None,),
+    "merge_weights": (False,), "monteclora_config": (None,), "target_parameters": (None, []),
+    "trainable_token_indices": (None,), "use_bdlora": (None, False), "use_dora": (False,), "use_qalora": (False,),
+    "velora_config": (None,),
+}  # fmt: skip
+# What has no bearing on the update. (fan_in_fan_out says how the base is stored, which the base itself knows.)
+FREE = (
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "task_type",
+)  # fmt: skip
+# Starts that leave the base as it is; the others (PiSSA, OLoRA, ...) change the base's own weights.
+STARTS = (True, False, "gaussian", "orthogonal")
+# PEFT adds these itself, for whichever of them the model has.
+AUTO_SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+ALL_LINEAR = "all-linear"
+SAME = 2**-50  # scales are equal that differ by no more than alpha / sqrt(r) may be off
+
+
+class Selection(NamedTuple):
+    """Which modules are adapted, as PEFT's configuration says it."""
+
+    target_modules: Collection[str]
+    layers_to_transform: Collection[int] | None = None
+    layers_pattern: Collection[str] = ()
+    exclude_modules: Collection[str] = ()
+
+    def takes(self, name: str) -> bool:
+        """Whether PEFT would adapt the module of this full name."""
+        if _ends_in(name, self.exclude_modules):
+            return False
+        if name in self.target_modules or not self.layers_to_transform:
+            return _ends_in(name, self.target_modules)
+        return _ends_in(name, self.target_modules) and self._layer(name) in self.layers_to_transform
+
+    def _layer(self, name: str) -> int | None:
+        """The layer of a module: the first number in its name that follows a name of layers_pattern, or any name."""
+        parts = name.split(".")
+        for place in range(1, len(parts) - 1):
+            # Without a pattern, PEFT wants one more name before that of the list of layers.
+            fits = parts[place - 1] in self.layers_pattern if self.layers_pattern else place > 1
+            if fits and parts[place].isdecimal():
+                return int(parts[place])
+        return None
+
+
+def _ends_in(name: str, endings: Collection[str]) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+# --- Writing -------------------------------------------------------------------------------------------------------
+
+
+def write_config(config: Config, lora_config: LoRAConfig, matrices: Collection[str]) -> dict[str, Any]:
+    """adapter_config.json for an adapter of these matrices. A ValueError if scales differ within one module of PEFT's.
+
+    A module that holds several of our matrices has their summed rank R, and alpha = s R.
+    """
+    groups = grouped(config, matrices)
+    full, short = module_names(config), short_names(config)
+    fuses = any(parts != [module] for module, parts in groups.items())
+    rslora = lora_config.rslora and not fuses
+    ranks, alphas = {}, {}
+    for module, parts in groups.items():
+        ranks[module] = sum(lora_config.rank(part) for part in parts)
+        alphas[module] = _alpha(lora_config, module, parts, as_it_is=rslora == lora_config.rslora)
+    r, alpha = most_common(ranks.values(), lora_config.r), most_common(alphas.values(), lora_config.alpha)
+    saved = trained_whole(config, lora_config, matrices) if lora_config.train_head else []
+    heads = [saved_whole(config, stem) for stem in ("pooler", "head") if f"{stem}.weight" in saved]
+    return {
+        "peft_type": "LORA",
+        "task_type": _task(config, lora_config),
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": lora_config.dropout,
+        "bias": lora_config.bias,
+        "use_rslora": rslora,
+        "rank_pattern": _patterns(ranks, r, full, short),
+        "alpha_pattern": _patterns(alphas, alpha, full, short),
+        **{key: value or None for key, value in _select(config, groups)._asdict().items()},
+        "modules_to_save": list(dict.fromkeys(heads)) or None,
+        "init_lora_weights": True if lora_config.init == "uniform" else "gaussian",
+        "fan_in_fan_out": family_of(config).fan_in_fan_out,
+        "use_dora": False,
+    }
+
+
+def _alpha(lora_config: LoRAConfig, module: str, parts: list[str], *, as_it_is: bool) -> float:
+    """PEFT's alpha of a module."""
+    scales = {part: lora_config.scale(part) for part in parts}
+    if not all(math.isclose(s, scales[parts[0]], rel_tol=SAME) for s in scales.values()):
+        raise ValueError(
+            f"save_adapter: {module}: PEFT gives one scale to q, k and v of a fused matrix, but here they differ: "
+            + ", ".join(f"s = {s!r} for {part}" for part, s in scales.items())
+        )
+    if as_it_is and len(parts) == 1:
+        patterns = lora_config.alpha_pattern
+        return _whole_number(patterns.get(parts[0], patterns.get(target_of(parts[0]), lora_config.alpha)))
+    return _whole_number(scales[parts[0]] * sum(lora_config.rank(part) for part in parts))
+
+
+def _whole_number(value: float) -> float:
+    """An integer where the value is one, as PEFT writes lora_alpha."""
+    return int(value) if float(value).is_integer() and abs(value) < 2**53 else float(value)
+
+
+def most_common(values: Iterable[Any], otherwise: Any) -> Any:
+    """The value that occurs most often, the first of several."""
+    return next((value for value, _ in Counter(values).most_common(1)), otherwise)
+
+
+def _patterns(values: Mapping[str, Any], default: Any, full: Mapping[str, str], short: Mapping[str, str]) -> Any:
+    """What differs from the default: by a short name where all that end in it agree, else by full names."""
+    result: dict[str, Any] = {}
+    for ending in dict.fromkeys(short[name] for name in values):
+        group = {name: value for name, value in values.items() if short[name] == ending}
+        others = {value for name, value in values.items() if name not in group and _ends_in(full[name], [ending])}
+        if len({*group.values(), *others}) == 1:
+            value = next(iter(group.values()))
+            result |= {ending: value} if value != default else {}
+        else:
+            result |= {full[name]: value for name, value in group.items() if value != default}
+    return result
+
+
+def _select(config: Config, groups: Collection[str]) -> Selection:
+    """The shortest description that takes exactly these modules."""
+    full, short = module_names(config), short_names(config)
+    wanted = {full[name] for name in groups}
+    endings = list(dict.fromkeys(short[name] for name in groups))
+    layers = sorted({int(name.split(".")[1]) for name in groups if name.startswith("layers.")})
+    lists = [full[name].split(".")[0] for name in groups if name.startswith("layers.")]
+    for selection in (Selection(endings), Selection(endings, layers), Selection(endings, layers, lists[:1])):
+        if {name for name in _adaptable(config).values() if selection.takes(name)} == wanted:
+            return selection
+    return Selection([full[name] for name in groups])
+
+
+def _adaptable(config: Config) -> dict[str, str]:
+    """Our name -> the full name of each module that may be adapted."""
+    full = module_names(config)
+    return {name: full[name] for name in adapted_shapes(config) if name in full}
+
+
+def _task(config: Config, lora_config: LoRAConfig) -> str | None:
+    """PEFT's task type. A classifier's makes PEFT train the head whole, so it is left out where that is not so."""
+    if config.head == "lm" and config.causal:
+        return "CAUSAL_LM"
+    return {"classify": "SEQ_CLS", "tag": "TOKEN_CLS"}.get(config.head) if lora_config.train_head else None
+
+
+# --- Reading -------------------------------------------------------------------------------------------------------
+
+
+def check_keys(raw: Mapping[str, Any], where: str) -> None:
+    """A ValueError that names a key of the file which is not known, or asks for what is not supported."""
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type: expected 'LORA', got {raw.get('peft_type')!r:.60}")
+    for key, value in raw.items():
+        if key not in READ and key not in OFF and key not in FREE:
+            raise ValueError(f"{where}: {shown(key)}: not known, so not supported (value {value!r:.60})")
+        if key in OFF and not any(value is off or (value == off and type(value) is type(off)) for off in OFF[key]):
+            raise ValueError(f"{where}: {key}: not supported (expected it to be off, got {value!r:.60})")
+    start = raw.get("init_lora_weights", True)
+    if not any(start is known or (start == known and isinstance(start, str)) for known in STARTS):
+        raise ValueError(f"{where}: init_lora_weights: {start!r:.60} is not supported: such starts change the base")
+
+
+def check_same(raw: Mapping[str, Any], written: Mapping[str, Any], where: str) -> None:
+    """A ValueError unless the file says what it said when it was written with the tensors beside it."""
+    for key, default in READ.items():
+        if raw.get(key, default) != written.get(key, default):
+            raise ValueError(
+                f"{where}: {key}: the tensors beside it were saved with {written.get(key, default)!r:.60}, "
+                f"got {raw.get(key, default)!r:.60}"
+            )
+
+
+def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoRAConfig, list[str]]:
+    """A file of PEFT's own: our configuration, and the matrices that it says are adapted.
+
+    target_modules, exclude_modules and the patterns may be regular expressions, as PEFT has them. What it names must be
+    there: a target or a pattern that no module fits is a ValueError.
+    """
+    adaptable = _adaptable(config)
+    selection = _selection(raw, config, adaptable, where)
+    # PEFT never adapts what it trains whole.
+    heads = _names(raw, "modules_to_save", where)
+    names = {
+        ours: theirs
+        for ours, theirs in adaptable.items()
+        if selection.takes(theirs) and not (ours == "head" and saved_whole(config) in heads)
+    }
+    if not names:
+        raise ValueError(f"{where}: target_modules: {raw.get('target_modules')!r:.60}: no module of this model fits")
+    r, alpha = raw.get("r", READ["r"]), raw.get("lora_alpha", READ["lora_alpha"])
+    ranks = resolved(raw, "rank_pattern", names, r, where)
+    alphas = resolved(raw, "alpha_pattern", names, alpha, where)
+    fields = described(config, ranks, alphas, r, alpha) | {
+        "dropout": raw.get("lora_dropout", READ["lora_dropout"]),
+        "bias": raw.get("bias", READ["bias"]),
+        "train_head": _trains_head(raw, config, heads, where),
+        "rslora": raw.get("use_rslora", READ["use_rslora"]),
+    }
+    if raw.get("init_lora_weights") == "gaussian" and r > 0:
+        fields |= {"init": "normal", "sigma": 1 / r}  # PEFT's
+    return from_fields(LoRAConfig, fields, where), list(names)
+
+
+def described(
+    config: Config, ranks: Mapping[str, int], alphas: Mapping[str, float], r: Any, alpha: Any
+) -> dict[str, Any]:
+    """LoRAConfig's fields for matrices of these ranks and alphas, r and alpha those that most have."""
+    short, ours = {name: target_of(name) for name in ranks}, {name: name for name in ranks}
+    return {
+        "r": r,
+        "alpha": alpha,
+        "targets": [target for target in TARGETS if target in short.values()],
+        "rank_pattern": _patterns(ranks, r, ours, short),
+        "alpha_pattern": _patterns(alphas, alpha, ours, short),
+        "layers": _common_layers(config, ranks),
+    }
+
+
+def _selection(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], where: str) -> Selection:
+    """What is adapted; a regular expression becomes the full names that it fits."""
+    layers, pattern = _layers(raw, where), _names(raw, "layers_pattern", where)
+    targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
+    if isinstance(excluded, str):
+        excluded = Expressions(f"{where}: exclude_modules").fitting(excluded, adaptable.values())
+    else:
+        excluded = _names(raw, "exclude_modules", where)
+    if isinstance(targets, str):
+        if layers is not None or raw.get("layers_pattern") is not None:
+            raise ValueError(f"{where}: target_modules: a regular expression and layers_to_transform or layers_pattern")
+        return Selection(_fitting_targets(raw, config, adaptable, where), exclude_modules=excluded)
+    targets = _names(raw, "target_modules", where)
+    for name in targets:
+        if not any(_ends_in(module, [name]) for module in adaptable.values()):
+            raise ValueError(f"{where}: target_modules: {name!r:.60}: this model has no such module to adapt")
+    return Selection(targets, layers, pattern, excluded)
+
+
+def _fitting_targets(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], where: str) -> set[str]:
+    """The full names that target_modules means: by a regular expression, or all linears but the output."""
+    text = raw["target_modules"]
+    if text.lower() != ALL_LINEAR:
+        return Expressions(f"{where}: target_modules").fitting(text, adaptable.values())
+    output = adaptable.get("head", "")
+    # PEFT knows a language model's output, and a classifier's by its name, which RoBERTa's does not have.
+    named = raw.get("task_type") == "SEQ_CLS" and output in AUTO_SAVED["SEQ_CLS"]
+    left_out = {adaptable["embed.tokens"], *([output] if config.head == "lm" or named else [])}
+    return set(adaptable.values()) - left_out
+
+
+def _names(raw: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """A list of dotted names."""
+    value = raw.get(key)
+    value = [] if value is None else [value] if isinstance(value, str) and key == "layers_pattern" else value
+    if not isinstance(value, list) or not all(isinstance(name, str) and _is_dotted(name) for name in value):
+        raise ValueError(f"{where}: {key}: expected a list of names, got {value!r:.60}")
+    return value
+
+
+def _is_dotted(name: str) -> bool:
+    return all(part.isidentifier() or part.isdecimal() for part in name.split("."))
+
+
+def _layers(raw: Mapping[str, Any], where: str) -> list[int] | None:
+    value = raw.get("layers_to_transform")
+    layers = [value] if isinstance(value, int) else value
+    if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+        raise ValueError(f"{where}: layers_to_transform: expected a list of integers, got {value!r:.60}")
+    return layers
+
+
+def resolved(raw: Mapping[str, Any], key: str, names: Mapping[str, str], default: Any, where: str) -> dict[str, Any]:
+    """The value of each module under a pattern: the first that fits, as in PEFT. Every pattern must fit one."""
+    patterns = raw.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{where}: {key}: expected an object, got {type(patterns).__name__}")
+    for what, number in [(key.replace("pattern", "default"), default), *patterns.items()]:
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got {number!r:.60}")
+        if not abs(number) <= sys.float_info.max:
+            raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got one that is too large")
+    expressions = Expressions(f"{where}: {key}")
+    fitting = {}
+    for pattern in patterns:
+        fitting[pattern] = _fitting(pattern, names.values(), expressions)
+        if not fitting[pattern]:
+            raise ValueError(f"{where}: {key}: {pattern!r:.60}: no adapted module fits")
+    return {
+        ours: next((value for pattern, value in patterns.items() if theirs in fitting[pattern]), default)
+        for ours, theirs in names.items()
+    }
+
+
+def _fitting(pattern: str, names: Collection[str], expressions: Expressions) -> set[str]:
+    """The names that a pattern fits, at their ends. A leading ^ asks for the full name."""
+    if not _is_dotted(pattern.removeprefix("^")):
+        return expressions.fitting(rf"(.*\.)?({pattern})$", names, whole=False)
+    return {name for name in names if (name == pattern[1:] if pattern[0] == "^" else _ends_in(name, [pattern]))}
+
+
+def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str], where: str) -> bool:
+    """Whether modules_to_save names the head. No other module can be trained whole."""
+    if not heads:
+        return False
+    if config.head == "none":
+        raise ValueError(f"{where}: modules_to_save: this model has no head, got {heads!r:.60}")
+    head = saved_whole(config)
+    known = {head, *([saved_whole(config, "pooler")] if config.pooler_in_head and config.has_pooler else [])}
+    task = raw.get("task_type")
+    added = AUTO_SAVED.get(task, ()) if isinstance(task, str) else ()
+    for name in heads:
+        if name not in known and name not in added:
+            raise ValueError(f"{where}: modules_to_save: {name!r:.60}: only the head, {head}, can be trained whole")
+    return head in heads
+
+
+def _common_layers(config: Config, names: Iterable[str]) -> list[int] | None:
+    """The layers adapted, if they are the same for every target and not all; else None."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        if name.startswith("layers."):
+            layers.setdefault(target_of(name), []).append(int(name.split(".")[1]))
+    first = next(iter(layers.values()), [])
+    alike = all(value == first for value in layers.values())
+    return first if alike and 0 < len(first) < config.n_layer else None

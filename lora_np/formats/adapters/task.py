@@ -1,0 +1,50 @@
+"""task.json: what an adapter was trained for, which PEFT's files have no place for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..files.plain import from_fields, read_json, to_fields, to_json
+
+TASK = "task.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, the names of the labels in the order of their logits, and how long a text is at most.
+
+    name    "lm", the next token; "classify", a label for each text; "tag", one for each word
+    """
+
+    name: Literal["lm", "classify", "tag"]
+    labels: tuple[str, ...] = ()
+    longest: int = 64
+
+    def __post_init__(self) -> None:
+        if self.name not in ("lm", "classify", "tag"):
+            raise ValueError(f"Task.name: expected lm, classify or tag, got {self.name!r:.60}")
+        if self.longest < 1:
+            raise ValueError(f"Task.longest: expected at least 1, got {self.longest}")
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if len(set(self.labels)) < len(self.labels) or (self.name != "lm" and not self.labels):
+            raise ValueError(f"Task.labels: expected different names, got {self.labels!r:.60}")
+
+
+def save_task(folder: Path, task: Task) -> None:
+    """Writes task.json into a folder, whole or not at all."""
+    temporary = folder / f".{TASK}.{os.getpid()}.partial"
+    try:
+        temporary.write_text(to_json(to_fields(task), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / TASK)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_task(folder: Path) -> Task | None:
+    """The task in a folder, or None where it says nothing. A ValueError names what is wrong with the file."""
+    if not (folder / TASK).is_file():
+        return None
+    return from_fields(Task, read_json(folder / TASK), str(folder / TASK))

@@ -1,0 +1,143 @@
+"""What is in an adapter's folder, read without its base."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...backend import Array, asnumpy, xp
+from ...lora import singular_values
+from ...model import Config
+from ...run import adapted_shapes, fused_parts
+from ..adapters.layout import PREFIX
+from ..adapters.peft import CONFIG, WEIGHTS
+from ..adapters.peft_config import READ, check_keys, resolved
+from ..files.plain import read_json
+from ..files.safe import TensorFile, open_tensors, refuse_pickle
+from ..models.names import module_names
+from .opened import open_base
+
+FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+
+
+class Module(NamedTuple):
+    """An adapted module, under the file's own name, and the Frobenius norms of its A, its B and s B A (L1).
+
+    effective_rank: how many of B A's singular values count: e to the power of the entropy of their shares of their sum
+    (Roy and Vetterli 2007); from 1 to the rank, and 0 where B A = 0.
+    """
+
+    name: str
+    n_out: int
+    n_in: int
+    rank: int
+    scale: float
+    norm_A: float
+    norm_B: float
+    norm_update: float
+    effective_rank: float
+
+
+class Survey(NamedTuple):
+    """An adapter: what adapter_config.json says, its modules, and the tensors that are trained whole."""
+
+    config: dict[str, Any]
+    modules: list[Module]
+    whole: list[str]
+
+
+def survey(path: str | os.PathLike[str]) -> Survey:
+    """Reads an adapter's folder. A FileNotFoundError or ValueError, in one line, says what is missing or damaged."""
+    folder = Path(path)
+    refuse_pickle(folder, WEIGHTS)
+    raw = read_json(folder / CONFIG)
+    check_keys(raw, str(folder / CONFIG))
+    with open_tensors(folder / WEIGHTS) as file:
+        pairs = {
+            key.removeprefix(PREFIX).removesuffix(ending): (key, key.removesuffix(ending) + other)
+            for key in file.shapes
+            for ending, other in FACTORS.items()
+            if key.endswith(ending)
+        }
+        factors = {key for pair in pairs.values() for key in pair}
+        for key in sorted(factors - file.shapes.keys()):
+            raise ValueError(f"{file.path}: the tensor {key} is missing")
+        scales = _scales(raw, list(pairs), str(folder / CONFIG))
+        modules = [
+            _module(name, _matrix(file, A), _matrix(file, B), scales[name], file) for name, (A, B) in pairs.items()
+        ]
+        return Survey(raw, modules, sorted(key.removeprefix(PREFIX) for key in file.shapes.keys() - factors))
+
+
+def _scales(raw: dict[str, Any], names: list[str], where: str) -> dict[str, float]:
+    """s of each module (L1)."""
+    same = {name: name for name in names}
+    ranks = resolved(raw, "rank_pattern", same, raw.get("r", READ["r"]), where)
+    alphas = resolved(raw, "alpha_pattern", same, raw.get("lora_alpha", READ["lora_alpha"]), where)
+    power = 0.5 if raw.get("use_rslora") else 1.0
+    return {name: alphas[name] / max(ranks[name], 1) ** power for name in names}
+
+
+def _matrix(file: TensorFile, key: str) -> Array:
+    if len(file.shapes[key]) != 2:
+        raise ValueError(f"{file.path}: {key}: expected a matrix, got shape {file.shapes[key]}")
+    return file.read_finite(key).astype(np.float64)
+
+
+def _module(name: str, A: Array, B: Array, s: float, file: TensorFile) -> Module:
+    if len(A) != B.shape[1]:
+        raise ValueError(f"{file.path}: {name}: A {A.shape} and B {B.shape} do not fit together")
+    # Of A and B of size 1, as squares of numbers that a file may hold overflow.
+    (a, A), (b, B) = _scaled(A), _scaled(B)
+    sigma = asnumpy(singular_values(xp.asarray(A), xp.asarray(B)))
+    size = abs(s) * a * b * float(np.linalg.norm(sigma))
+    norms = a * float(np.linalg.norm(A)), b * float(np.linalg.norm(B)), size
+    return Module(name, len(B), A.shape[1], len(A), s, *norms, _effective_rank(sigma))
+
+
+def _scaled(matrix: Array) -> tuple[float, Array]:
+    """A matrix as its largest element times another."""
+    largest = float(np.abs(matrix).max(initial=0.0)) or 1.0
+    return largest, matrix / largest
+
+
+def _effective_rank(sigma: Array) -> float:
+    total = float(sigma.sum())
+    shares = sigma[sigma > 0] / total if total > 0 else sigma[:0]
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
+
+
+def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], modules: Sequence[Module]) -> list[float]:
+    """The Frobenius norm of each module's W0, read one by one from the base's folder.
+
+    A ValueError names a module that the base lacks, or that has another shape there.
+    """
+    opened = open_base(base, [Path(adapter)])
+    config = opened.config
+    names = {theirs: ours for ours, theirs in module_names(config).items()}
+    shapes = adapted_shapes(config)
+    norms = []
+    for module in modules:
+        ours = names.get(module.name, "")
+        if shapes.get(ours) != (module.n_out, module.n_in):
+            raise ValueError(
+                f"{adapter}: {module.name}: expected a module of {opened.folder}, got "
+                + (f"shape {module.n_out} x {module.n_in}, there it is {shapes[ours]}" if ours in shapes else "another")
+            )
+        weights = [_weight_of(config, part) for part in fused_parts(config, ours)]
+        norms.append(math.sqrt(sum(float(np.vdot(W, W)) for W in (_wide(opened.weights[name]) for name in weights))))
+    return norms
+
+
+def _weight_of(config: Config, matrix: str) -> str:
+    """The name of a matrix's weight; a tied head's is the token table's."""
+    return {"embed.tokens": "embed.tokens", "head": config.head_weight}.get(matrix, f"{matrix}.weight")
+
+
+def _wide(values: Array) -> Array:
+    return asnumpy(values).astype(np.float64, copy=False)

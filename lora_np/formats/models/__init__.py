@@ -1,0 +1,1 @@
+"""Other people's models and tokenizers, and our own in a folder."""

@@ -1,0 +1,148 @@
+"""A model's folder: config.json and model.safetensors. The package's own, with our names, and the way to others'."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...backend import Array, asnumpy
+from ...model import Config, Model
+from ..files.atomic import new_folder, write_tensors
+from ..files.plain import from_fields, read_json, to_fields, write_json
+from ..files.safe import TensorFile, open_tensors, refuse_pickle
+from .base import Base
+from .gguf import load_gguf
+from .heads import completed, taken, with_head
+from .huggingface import MODEL_TYPES, load_huggingface
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_TYPE, FORMAT = "lora_np", 1
+SUPPORTED = (MODEL_TYPE, *MODEL_TYPES)
+
+
+def model_hash(model: Base) -> str:
+    """The SHA-256 of a model's weights, by which an adapter knows its base. -> 64 hexadecimal digits.
+
+    Over each weight, in the order of their names: a line with its name, dtype and shape, then its bytes, row by row,
+    the least significant byte of a number first. The configuration is no part of it.
+    """
+    return weights_hash(model.weights)
+
+
+def weights_hash(weights: Mapping[str, Array], dtype: str | None = None) -> str:
+    """`model_hash` of a flat dict of weights. dtype: as they were in it, where it holds each number of a weight."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = np.ascontiguousarray(asnumpy(weights[name]))
+        if dtype is not None:
+            value = _unwidened(value, dtype)
+        digest.update(f"{name} {value.dtype.name} {'x'.join(map(str, value.shape))}\n".encode())
+        digest.update(value.astype(value.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _unwidened(value: Array, dtype: str) -> Array:
+    """The same numbers in `dtype`; the array as it is where one of them would be rounded."""
+    with np.errstate(over="ignore"):
+        narrow = value.astype(dtype, copy=False)
+    return narrow if np.array_equal(narrow, value) else value
+
+
+def save_model(path: str | os.PathLike[str], model: Model) -> None:
+    """Writes a model as a new folder, in its own dtype, bit for bit. `load_model` reads it.
+
+    All is written beside it first and renamed at the end: an interrupted write leaves nothing at `path`. A
+    FileExistsError if there is anything at `path`; a TypeError if the weights are complex.
+    """
+    if model.dtype.name not in ("float32", "float64"):
+        raise TypeError(f"save_model: expected float32 or float64 weights, got {model.dtype}")
+    with new_folder(Path(path)) as folder:
+        write_tensors(folder / WEIGHTS, {name: asnumpy(value) for name, value in model.weights.items()})
+        write_json(folder / CONFIG, own_header(model.config, model_hash(model)))
+
+
+def own_header(config: Config, base_sha256: str) -> dict[str, Any]:
+    """config.json of a folder of our own."""
+    return {"model_type": MODEL_TYPE, "format": FORMAT, "config": to_fields(config), "base_sha256": base_sha256}
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    head: str | None = None,
+    n_labels: int | None = None,
+    seed: int | None = None,
+) -> Model:
+    """Reads a folder that `save_model` wrote, one of Hugging Face's (GPT-2, BERT, RoBERTa, Llama), or a .gguf file.
+
+    Weights of our own are checked against the hash that was recorded; those of others must be finite, and all have a
+    place in the model.
+    dtype: float32 or float64; None keeps the file's, float16 and bfloat16 widened to float32.
+    head, n_labels: another head than the file's (lm, classify, tag, none; labels). Weights of the file that it has no
+    use for are left out; those that the file lacks are init_weights' for `seed`, which must then be given.
+    A FileNotFoundError or ValueError, in one line, says which file is missing, of another model type, or damaged, and
+    which key or tensor is at fault.
+    """
+    if Path(path).suffix.lower() == ".gguf":
+        return load_gguf(path, dtype=dtype, head=head, n_labels=n_labels, seed=seed)
+    folder = Path(path)
+    if dtype is not None and dtype not in ("float32", "float64"):
+        raise ValueError(f"load_model: dtype: expected float32 or float64, got {dtype!r}")
+    header = read_header(folder)
+    if header["model_type"] in MODEL_TYPES:
+        return load_huggingface(folder, header, dtype=dtype, head=head, n_labels=n_labels, seed=seed)
+    saved, expected_hash = read_own(header, str(folder / CONFIG))
+    refuse_pickle(folder, WEIGHTS)
+    with open_tensors(folder / WEIGHTS) as file:
+        check_own(file, saved)
+        weights = {name: file.read(name) for name in saved.weight_shapes()}
+    if weights_hash(weights) != expected_hash:
+        raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
+    config = with_head(saved, head, n_labels)
+    kept = {name: weights[name] for name in taken(saved, config) if name in weights}
+    del weights
+    kept = completed(config, kept, seed, str(folder))
+    if dtype is not None:
+        for name in kept:  # one by one, so that both copies of one weight alone are held
+            kept[name] = kept[name].astype(dtype, copy=False)
+    return Model(config, kept)
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """config.json, of a model type that is supported."""
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    refuse_pickle(folder, WEIGHTS)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, got a file")
+    header = read_json(folder / CONFIG)
+    found = header.get("model_type")
+    if found not in SUPPORTED:
+        raise ValueError(
+            f"{folder / CONFIG}: model type {found!r:.60} is not supported; supported: {' '.join(SUPPORTED)}"
+        )
+    return header
+
+
+def read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:
+    """The Config in a header of our own, and its weights' hash."""
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{where}: format: expected {FORMAT}, got {header.get('format')!r:.60}")
+    if not isinstance(header.get("base_sha256"), str):
+        raise ValueError(f"{where}: base_sha256: expected the weights' hash, got {header.get('base_sha256')!r:.60}")
+    return from_fields(Config, header.get("config"), where), header["base_sha256"]
+
+
+def check_own(file: TensorFile, config: Config) -> None:
+    """A ValueError unless the tensors are exactly the configuration's weights, all of one dtype."""
+    if config.n_layer > len(file.shapes):  # before a list of weights is made that no memory holds
+        raise ValueError(f"{file.path}: {CONFIG} says {config.n_layer} layers, the file has {len(file.shapes)} tensors")
+    file.check_names(config.weight_shapes())
+    if len(set(file.dtypes.values())) > 1:
+        raise ValueError(f"{file.path}: expected one dtype, got {' and '.join(sorted(set(file.dtypes.values())))}")

@@ -1,0 +1,141 @@
+"""Models of the llama architecture in GGUF files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ...model import Config, Model
+from .gguf_file import GGUFFile, open_gguf
+from .heads import completed, taken, with_head
+
+ARCHITECTURE = "llama"
+NAMES = {
+    "embed.tokens": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "head.weight": "output.weight",
+}
+LAYER_NAMES = {
+    "norm1": "attn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.o": "attn_output",
+    "norm2": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down",
+}  # fmt: skip
+# Keys of the architecture that are read; any other must have the value given here, with which it changes nothing.
+READ = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
+    "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
+    "rope.freq_base", "rope.dimension_count",
+)  # fmt: skip
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",), "rope.scaling.factor": (1, 0), "rope.scale_linear": (1,), "expert_count": (0,),
+    "expert_used_count": (0,), "attention.causal": (True,), "use_parallel_residual": (False,),
+    "tensor_data_layout": ("Meta AI original pth",), "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,),
+    "logit_scale": (1,), "embedding_scale": (1,), "residual_scale": (1,),
+}  # fmt: skip
+
+
+def load_gguf(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    head: str | None = None,
+    n_labels: int | None = None,
+    seed: int | None = None,
+) -> Model:
+    """Reads a .gguf file of the llama architecture.
+
+    Tensors of type F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K and Q6_K; the head is tied where the file has none. They are
+    read one by one: no more is held than the weights in `dtype`, and one tensor as the file has it.
+    dtype: float32 or float64; None: float32.
+    head, n_labels, seed: as `load_model` has them.
+    A ValueError, in one line, names what is damaged or not supported: the file, and the key or the tensor.
+    """
+    if dtype is not None and dtype not in ("float32", "float64"):
+        raise ValueError(f"load_model: dtype: expected float32 or float64, got {dtype!r}")
+    dtype = dtype or "float32"
+    with open_gguf(Path(path)) as file:
+        saved = read_config(file)
+        _check_tensors(file, saved)
+        config = with_head(saved, head, n_labels)
+        weights = {
+            name: file.read(file_name(name), dtype, heads=_paired_heads(name, config)) for name in taken(saved, config)
+        }
+    return Model(config, completed(config, weights, seed, str(path)))
+
+
+def read_config(file: GGUFFile) -> Config:
+    """The Config in a file's metadata; a ValueError names what is not supported."""
+    architecture = file.get("general.architecture", str)
+    if architecture != ARCHITECTURE:
+        raise ValueError(f"{file.path}: architecture {architecture!r:.100} is not supported; {ARCHITECTURE} is")
+    _check_keys(file)
+
+    def value(key: str, kind: type = int, default: Any = None) -> Any:
+        return file.get(f"{ARCHITECTURE}.{key}", kind, default)
+
+    n_layer, n_head = value("block_count"), value("attention.head_count")
+    if n_layer > len(file.tensors):  # before a list of weights is made that no memory holds
+        raise ValueError(f"{file.path}: block_count says {n_layer} layers, the file has {len(file.tensors)} tensors")
+    table = file.tensors.get("token_embd.weight")
+    if table is None or not table.shape:
+        raise ValueError(f"{file.path}: the tensor token_embd.weight is missing")
+    fields: dict[str, Any] = {
+        "vocab_size": value("vocab_size", default=table.shape[0]),
+        "n_positions": value("context_length"),
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_kv_head": value("attention.head_count_kv", default=n_head),
+        "d_model": value("embedding_length"),
+        "d_ff": value("feed_forward_length"),
+        "tie_head": "output.weight" not in file.tensors,
+        "eps": value("attention.layer_norm_rms_epsilon", float),
+        "rope_theta": value("rope.freq_base", float, 10000.0),
+    }
+    try:
+        config = Config(**fields, norm="rms", positions="rotary", activation="silu_gated", bias=False)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+    for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
+        if value(key, default=config.head_width) != config.head_width:
+            raise ValueError(f"{file.path}: {key}: expected a head's width, {config.head_width}, got {value(key)}")
+    return config
+
+
+def file_name(name: str) -> str:
+    """The file's name of one of our weights."""
+    if name in NAMES:
+        return NAMES[name]
+    _, layer, part = name.removesuffix(".weight").split(".", 2)
+    return f"blk.{layer}.{LAYER_NAMES[part]}.weight"
+
+
+def _paired_heads(name: str, config: Config) -> int:
+    """How many heads have their rows in pairs (2j, 2j+1) in the file, where T11 turns (j, j + K/2); 0: in order."""
+    if name.endswith("attn.q.weight"):
+        return config.n_head
+    return config.kv_heads if name.endswith("attn.k.weight") else 0
+
+
+def _check_keys(file: GGUFFile) -> None:
+    """A ValueError if a key asks for what is not computed here."""
+    for key, value in file.metadata.items():
+        name = key.removeprefix(f"{ARCHITECTURE}.")
+        if name != key and name not in READ and (name not in NEUTRAL or value not in NEUTRAL[name]):
+            raise ValueError(f"{file.path}: {key!r:.100} = {value!r:.100} is not supported")
+    if file.metadata.get("split.count", 0) not in (0, 1):
+        raise ValueError(f"{file.path}: split.count: a model in several files is not supported; merge them first")
+    if "rope_freqs.weight" in file.tensors:
+        raise ValueError(f"{file.path}: rope_freqs.weight: rope scaling is not supported")
+
+
+def _check_tensors(file: GGUFFile, config: Config) -> None:
+    """A ValueError that names a tensor: one that is missing, belongs nowhere, has another shape, or cannot be read."""
+    shapes = {file_name(name): shape for name, shape in config.weight_shapes().items()}
+    for name in sorted(shapes.keys() - file.tensors.keys()):
+        raise ValueError(f"{file.path}: the tensor {name} is missing")
+    for name in sorted(file.tensors.keys() - shapes.keys()):
+        raise ValueError(f"{file.path}: the tensor {name} has no place in this model")
+    for name, shape in shapes.items():
+        if file.tensors[name].shape != shape:
+            raise ValueError(f"{file.path}: {name}: expected shape {shape}, got {file.tensors[name].shape}")
+    file.check_tensors()

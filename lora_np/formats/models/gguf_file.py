@@ -1,0 +1,302 @@
+"""GGUF files, read as what they are: bytes that anyone may have written.
+
+The whole header is checked against the file's size before anything is made of it: no count or length is believed. What
+is wrong with a file is one ValueError that names the file, and the key or tensor if it is one's fault.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from ...backend import Array, DType
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+MAX_HEADER_BYTES = 64 * 2**20
+MAX_TEXT_BYTES = 2**20
+MAX_ENTRIES = 2**16  # keys, and tensors
+MAX_STRINGS = 2**21  # in all arrays together
+MAX_DIMS = 4  # the format's own limit
+BLOCK_ELEMENTS = 2**18  # that are decoded at once
+
+# How struct reads each type of value; STRING and ARRAY are read by hand.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+
+class TensorType(NamedTuple):
+    """How numbers are stored: blocks of so many elements in so many bytes."""
+
+    name: str
+    elements: int
+    bytes: int
+
+
+TENSOR_TYPES = {
+    0: TensorType("F32", 1, 4),
+    1: TensorType("F16", 1, 2),
+    30: TensorType("BF16", 1, 2),
+    2: TensorType("Q4_0", 32, 18),
+    3: TensorType("Q4_1", 32, 20),
+    8: TensorType("Q8_0", 32, 34),
+    12: TensorType("Q4_K", 256, 144),
+    14: TensorType("Q6_K", 256, 210),
+}
+
+
+class ValueList(NamedTuple):
+    """An array among the metadata, left in the file: so many values of one type, from the byte `start` on."""
+
+    kind: int
+    length: int
+    start: int
+
+
+class Tensor(NamedTuple):
+    """A tensor's entry in the header. shape: as NumPy has it, the last axis together; offset: from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+    @property
+    def rows(self) -> int:
+        """All axes but the last."""
+        return int(np.prod(self.shape[:-1], dtype=object))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.shape[-1] // TENSOR_TYPES[self.kind].elements * TENSOR_TYPES[self.kind].bytes
+
+
+def import_gguf() -> Any:
+    """The gguf package's quantisations; an ImportError says how to get it."""
+    try:
+        import gguf.quants
+    except ImportError as error:
+        raise ImportError("reading the weights of a GGUF file needs gguf: pip install 'lora-np[models]'") from error
+    return gguf
+
+
+class GGUFFile:
+    """An open GGUF file: its metadata, what tensors it has, and their values.
+
+    metadata: numbers, booleans and strings by key; arrays are `ValueList`, which `array` reads.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, data: mmap.mmap) -> None:
+        self.path = path
+        self._file, self._data = file, data
+        self._size = len(data)
+        self._at = 0
+        self._strings = 0
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._read_header()
+
+    def array(self, key: str, kind: type, most: int) -> list[Any]:
+        """The values of an array; a ValueError if there is none, one of another type, or a longer one."""
+        values = self.get(key, ValueList)
+        if values.length > most:
+            raise ValueError(f"{self.path}: {key}: expected at most {most} values, got {values.length}")
+        if (values.kind == STRING) != (kind is str) or SCALARS.get(values.kind) in ("f", "d", "?"):
+            raise ValueError(f"{self.path}: {key}: expected an array of {kind.__name__}, got type {values.kind}")
+        self._at = values.start
+        if values.kind == STRING:
+            return [self._text(f"a string of {key}") for _ in range(values.length)]
+        return list(struct.unpack_from(f"<{values.length}{SCALARS[values.kind]}", self._data, values.start))
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """A value of the metadata; a ValueError if it is missing, without a default, or of another type."""
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise ValueError(f"{self.path}: the key {key} is missing")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{self.path}: {key}: expected {kind.__name__}, got {_shown(value)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{self.path}: {key}: expected a finite number, got {value}")
+        return value
+
+    def read(self, name: str, dtype: DType, *, heads: int = 0) -> Array:
+        """A tensor's values, in host memory, decoded by the gguf package a few rows at a time.
+
+        heads: if not 0, the rows of each of so many heads come in pairs (2j, 2j+1), and are put back (j, j + K/2).
+        A ValueError if an element is NaN or infinite.
+        """
+        gguf = import_gguf()
+        tensor = self.tensors[name]
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        self._file.seek(tensor.offset)
+        raw = np.fromfile(self._file, np.uint8, tensor.rows * tensor.row_bytes)
+        if raw.size < tensor.rows * tensor.row_bytes:
+            raise ValueError(f"{self.path}: {name}: the file ends within it")
+        raw = raw.reshape(tensor.rows, tensor.row_bytes)
+        if heads:
+            raw = raw.reshape(heads, -1, 2, tensor.row_bytes).swapaxes(1, 2).reshape(raw.shape)
+        values = np.empty((tensor.rows, tensor.shape[-1]), dtype)
+        step = max(1, BLOCK_ELEMENTS // tensor.shape[-1])
+        for start in range(0, tensor.rows, step):
+            rows = slice(start, start + step)
+            with np.errstate(all="ignore"):  # what overflows is found below
+                values[rows] = gguf.quants.dequantize(raw[rows], kind)
+            if not np.isfinite(values[rows]).all():
+                raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
+        return values.reshape(tensor.shape)
+
+    def check_tensors(self) -> None:
+        """A ValueError that names a tensor which cannot be read: its type, its shape, where it lies."""
+        end, last = 0, ""
+        for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
+            where = f"{self.path}: {tensor.name}"
+            if tensor.kind not in TENSOR_TYPES:
+                supported = " ".join(kind.name for kind in TENSOR_TYPES.values())
+                raise ValueError(f"{where}: tensor type {_type_name(tensor.kind)} is not supported; {supported} are")
+            if not tensor.shape or 0 in tensor.shape:
+                raise ValueError(f"{where}: expected a shape without 0, got {tensor.shape}")
+            if tensor.shape[-1] % TENSOR_TYPES[tensor.kind].elements:
+                raise ValueError(f"{where}: {tensor.shape} does not fill blocks of {TENSOR_TYPES[tensor.kind]}")
+            if tensor.offset % self.alignment:
+                raise ValueError(f"{where}: expected an offset that is a multiple of {self.alignment}")
+            if tensor.offset < end:
+                raise ValueError(f"{where}: overlaps {last}")
+            end, last = tensor.offset + tensor.rows * tensor.row_bytes, tensor.name
+            if end > self._size:
+                raise ValueError(f"{where}: truncated: it ends at byte {end}, the file has {self._size}")
+
+    # --- The header: one pass, each step checked against the end ---------------------------------------------------
+
+    def _read_header(self) -> None:
+        if self._data[: len(MAGIC)] != MAGIC:
+            raise ValueError(f"{self.path}: not a GGUF file: it starts with {self._data[: len(MAGIC)]!r}")
+        self._take(len(MAGIC), "the magic")
+        version = self._number("I", "the version")
+        if version not in VERSIONS:
+            raise ValueError(f"{self.path}: GGUF version {version} is not supported; 2 and 3, little-endian, are")
+        n_tensors = self._count("tensors", MAX_ENTRIES)
+        n_keys = self._count("keys", MAX_ENTRIES)
+        for _ in range(n_keys):
+            key = self._text("a key")
+            if key in self.metadata:
+                raise ValueError(f"{self.path}: the key {_shown(key)} stands there twice")
+            self.metadata[key] = self._value(key)
+        self.alignment = self._alignment()
+        entries = [self._tensor() for _ in range(n_tensors)]
+        data = -(-self._at // self.alignment) * self.alignment  # the tensors' data start here
+        for tensor in entries:
+            if tensor.name in self.tensors:
+                raise ValueError(f"{self.path}: {tensor.name}: the tensor stands there twice")
+            self.tensors[tensor.name] = tensor._replace(offset=data + tensor.offset)
+
+    def _alignment(self) -> int:
+        alignment: int = self.get("general.alignment", int, 32)
+        if alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"{self.path}: general.alignment: expected a power of two, got {alignment}")
+        return alignment
+
+    def _take(self, size: int, what: str) -> int:
+        """Where the next `size` bytes start; they are there, and they still are the header."""
+        start, self._at = self._at, self._at + size
+        if self._at > self._size:
+            raise ValueError(
+                f"{self.path}: truncated: {what} takes {size} bytes from byte {start} on, the file has {self._size}"
+            )
+        if self._at > MAX_HEADER_BYTES:
+            raise ValueError(f"{self.path}: {what}: expected a header of at most {MAX_HEADER_BYTES} bytes")
+        return start
+
+    def _number(self, code: str, what: str) -> Any:
+        return struct.unpack_from(f"<{code}", self._data, self._take(struct.calcsize(f"<{code}"), what))[0]
+
+    def _count(self, what: str, most: int) -> int:
+        count: int = self._number("Q", f"the number of {what}")
+        if count > min(most, self._size):
+            raise ValueError(f"{self.path}: expected at most {min(most, self._size)} {what}, got {count}")
+        return count
+
+    def _bytes(self, what: str) -> bytes:
+        length = self._number("Q", f"the length of {what}")
+        start = self._take(length, what)
+        if length > MAX_TEXT_BYTES:
+            raise ValueError(f"{self.path}: expected at most {MAX_TEXT_BYTES} bytes as {what}, got {length}")
+        return self._data[start : start + length]
+
+    def _text(self, what: str) -> str:
+        try:
+            return self._bytes(what).decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path}: {what} is not UTF-8") from None
+
+    def _value(self, key: str) -> Any:
+        what = f"the value of {_shown(key)}"
+        kind = self._number("I", f"the type of {_shown(key)}")
+        if kind == STRING:
+            return self._text(what)
+        if kind == ARRAY:
+            return self._array(key, what)
+        if kind not in SCALARS:
+            raise ValueError(f"{self.path}: {what}: type {kind} is not known")
+        return self._number(SCALARS[kind], what)
+
+    def _array(self, key: str, what: str) -> ValueList:
+        """An array's place; its values are passed over."""
+        kind = self._number("I", f"the type of {_shown(key)}'s values")
+        count = self._number("Q", f"the length of {_shown(key)}")
+        if kind in SCALARS:
+            return ValueList(kind, count, self._take(count * struct.calcsize(f"<{SCALARS[kind]}"), what))
+        if kind != STRING:
+            raise ValueError(f"{self.path}: {what}: an array of type {kind} is not supported")
+        self._strings += count
+        if self._strings > min(MAX_STRINGS, self._size):
+            raise ValueError(f"{self.path}: {what}: more strings than {min(MAX_STRINGS, self._size)}: {self._strings}")
+        start, read, last = self._at, struct.Struct("<Q").unpack_from, min(self._size, MAX_HEADER_BYTES) - 8
+        for _ in range(count):  # the one long loop
+            if self._at > last:
+                self._take(8, what)  # says that there is no room for another
+            self._at += 8 + read(self._data, self._at)[0]
+        self._take(0, what)
+        return ValueList(kind, count, start)
+
+    def _tensor(self) -> Tensor:
+        name = self._text("a tensor's name")
+        if not name.isprintable() or len(name) > 200:
+            raise ValueError(f"{self.path}: {_shown(name)}: expected a tensor's name")
+        n_dims = self._number("I", f"the shape of {name}")
+        if n_dims > MAX_DIMS:
+            raise ValueError(f"{self.path}: {name}: expected at most {MAX_DIMS} axes, got {n_dims}")
+        shape = tuple(self._number("Q", f"the shape of {name}") for _ in range(n_dims))
+        kind = self._number("I", f"the type of {name}")
+        return Tensor(name, shape[::-1], kind, self._number("Q", f"the offset of {name}"))
+
+
+@contextmanager
+def open_gguf(path: Path) -> Iterator[GGUFFile]:
+    """A GGUF file, its header checked against its size before anything is made of it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path}: truncated: the file is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield GGUFFile(path, file, data)
+
+
+def _shown(value: object) -> str:
+    """A value in an error's one line."""
+    return f"{value!r:.100}"
+
+
+def _type_name(kind: int) -> str:
+    """The name of a tensor type that is not supported, as far as the gguf package knows it."""
+    try:
+        return f"{import_gguf().GGMLQuantizationType(kind).name}"
+    except (ImportError, ValueError):
+        return str(kind)

@@ -1,0 +1,92 @@
+"""A model's tensors in one safetensors file, or in several that an index names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ...backend import Array
+from ..files.plain import read_json
+from ..files.safe import DTYPES, import_bfloat16, open_tensors, refuse_pickle, shown
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PLAIN = r"[\w-][\w.-]{0,200}\.safetensors"  # a name that leads nowhere else
+WIDENED = {**DTYPES, "F16": "float32", "BF16": "float32"}  # what we compute in
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies, and what the file's header says about it."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path}: {shown(self.name)}"
+
+    def read_raw(self) -> Array:
+        """The tensor in its own dtype, in host memory.
+
+        The file is opened for it alone: pages of a mapped file count as memory in use until it is closed.
+        """
+        if self.dtype == "BF16":
+            import_bfloat16()
+        with open_tensors(self.path) as file:
+            if (file.dtypes.get(self.name), file.shapes.get(self.name)) != (self.dtype, self.shape):
+                raise ValueError(f"{self}: the file was changed while it was read")
+            return file.read(self.name)
+
+    def read(self, dtype: str) -> Array:
+        """The tensor as float32 or float64, in host memory; a ValueError if a number is NaN, infinite or too large."""
+        values = self.read_raw()
+        with np.errstate(over="ignore"):  # float64 beyond float32's range is refused below
+            values = values.astype(dtype, copy=False)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{self}: holds numbers that are NaN, infinite, or too large for {dtype}")
+        return values
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder, by its name. A single file goes before an index.
+
+    A ValueError or FileNotFoundError names the file, and the tensor, that is missing, in two files or in none.
+    """
+    refuse_pickle(folder, WEIGHTS)
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return _in_file(folder / WEIGHTS)
+    places = _index(folder / INDEX)
+    tensors: dict[str, Stored] = {}
+    for file_name in sorted(set(places.values())):
+        found = _in_file(folder / file_name)
+        for name, stored in found.items():
+            if name in tensors:
+                raise ValueError(f"{stored}: in {tensors[name].path.name} too")
+            if places.get(name) != file_name:
+                raise ValueError(f"{stored}: {INDEX} does not say that it is there")
+            tensors[name] = stored
+    for name in sorted(places.keys() - tensors.keys()):
+        raise ValueError(f"{folder / places[name]}: the tensor {shown(name)} is missing, which {INDEX} says is there")
+    return tensors
+
+
+def _in_file(path: Path) -> dict[str, Stored]:
+    with open_tensors(path) as file:
+        return {name: Stored(path, name, file.dtypes[name], shape) for name, shape in file.shapes.items()}
+
+
+def _index(path: Path) -> Mapping[str, str]:
+    """The name of each tensor's file, which must lie in the index's own folder."""
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{path}: weight_map: expected an object of files by their tensors' names")
+    for name, file_name in places.items():
+        if not isinstance(file_name, str) or not re.fullmatch(PLAIN, file_name):
+            raise ValueError(
+                f"{path}: {shown(name)}: expected a .safetensors file in this folder, got {file_name!r:.80}"
+            )
+    return places
