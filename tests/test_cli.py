@@ -128,6 +128,7 @@ def test_a_task_and_its_data_that_do_not_fit_are_refused(tmp_path, home, capsys)
         ("finetune", text, ["--epochs", "2", *out], "--epochs: windows of a plain text"),
         ("finetune", text, ["--task", "classify", *out], "text.txt:1: expected a text, a tab and a label"),
         ("eval", labelled, ["--task", "classify"], "base: expected a model for task classify with 2 labels"),
+        ("finetune", text, ["--every", "0", *out], "every: expected at least 1, got 0"),
     ]:
         argv = [command, "--base", home / "base", "--data", data, *more]
         status, out, err = run(capsys, *argv)

@@ -38,7 +38,7 @@ def run_finetune(args: argparse.Namespace) -> int:
     with Bar() as bar:
         path = base_path(args, bar)
         model = load_model(path, **head)
-        task = _fitting(args, task, model)
+        task = _fitting(args, task, model, path)
         tokenizer = tokenizer_of(path, model.config)
         data = tasks.learn_from(
             args.data, args.dev, task, tokenizer, N=args.batch, held_out=args.held_out, seed=args.seed
@@ -77,8 +77,18 @@ def _task(args: argparse.Namespace) -> Task:
     return tasks.task_of(args.task, args.data, longest)
 
 
-def _fitting(args: argparse.Namespace, task: Task, model: Model) -> Task:
-    """The task with texts no longer than the model's, where the arguments do not say how long."""
+def _fitting(args: argparse.Namespace, task: Task, model: Model, path: Path) -> Task:
+    """The task with texts no longer than the model's, where the arguments do not say how long.
+
+    A ValueError if the model is for another task, or other labels.
+    """
+    config = model.config
+    if config.head != task.name or (task.labels and config.n_labels != len(task.labels)):
+        labels = f" with {len(task.labels)} labels, as the data has" if task.labels else ""
+        raise ValueError(
+            f"{path}: expected a model for task {task.name}{labels}, got head {config.head!r} with "
+            f"{config.n_labels or 'no'} labels"
+        )
     return task if args.window is not None else replace(task, longest=min(task.longest, model.config.longest))
 
 
@@ -89,6 +99,9 @@ def _job(args: argparse.Namespace, task: Task, epoch: int | None) -> finetune.Jo
     steps = args.steps
     if steps is None:
         steps = STEPS if epoch is None else epoch * (EPOCHS if args.epochs is None else args.epochs)
+    every = args.every
+    if every is None:
+        every = EVERY if epoch is None else epoch
     lr = (1e-2 if args.base is None else 1e-3) if args.lr is None else args.lr
     return finetune.Job(
         task=task,
@@ -99,7 +112,7 @@ def _job(args: argparse.Namespace, task: Task, epoch: int | None) -> finetune.Jo
             steps=steps, lr=lr, b_ratio=args.b_ratio, weight_decay=args.weight_decay, warmup=min(args.warmup, steps),
             accumulate=args.accumulate, seed=args.seed,
         ),
-        every=args.every or (EVERY if epoch is None else epoch),
+        every=every,
     )  # fmt: skip
 
 
@@ -120,13 +133,8 @@ def run_eval(args: argparse.Namespace) -> int:
     with Bar() as bar:
         path = base_path(args, bar)
     model, adapter = adapted(args, path)
-    task, config = _fitting(args, task, model), model.config
-    if config.head != task.name or (task.labels and config.n_labels != len(task.labels)):
-        raise ValueError(
-            f"{path}: expected a model for task {task.name} with {len(task.labels)} labels, as the data has, "
-            f"got head {config.head!r} with {config.n_labels or 0}"
-        )
-    tokenizer = tokenizer_of(path, config)
+    task = _fitting(args, task, model, path)
+    tokenizer = tokenizer_of(path, model.config)
     batches = tasks.evaluation(args.data, task, tokenizer, most=args.windows)
     # A classifier's or tagger's base alone has a head that nobody trained.
     kinds: dict[str, Adapter | None] = {"base": None} if adapter is None or task.name == "lm" else {}
