@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FLOAT64, cases, device, farthest, gradient_scale, random_model, same_bits, seeds, trained_adapter
+from strategies import (
+    FLOAT64,
+    cases,
+    device,
+    farthest,
+    gradient_scale,
+    largest,
+    random_model,
+    same_bits,
+    seeds,
+    trained_adapter,
+)
 
 import lora_np as ln
 from lora_np import parallel
@@ -46,7 +57,8 @@ def test_shards_change_nothing_beyond_rounding(case, dropout_seed, data):
     sharded_loss, sharded_grads = sharded(case, shards=shards, dropout_seed=dropout_seed)
     assert abs(loss - sharded_loss) <= 1e-13 * (1 + abs(loss))
     assert list(sharded_grads) == list(adapter.params)
-    assert farthest(grads, sharded_grads) <= 1e-12 * gradient_scale(model, batch)
+    # The base's gradients are not those of the adapted model, whose own may be larger by far.
+    assert farthest(grads, sharded_grads) <= 1e-12 * max(gradient_scale(model, batch), largest(grads))
 
 
 @proves("O4")
@@ -113,6 +125,7 @@ def test_the_default_number_of_shards_comes_from_the_shape(N, T, shards, monkeyp
         assert parallel.default_shards(N, T) == (1 if backend_name == "cupy" else shards)
 
 
+@proves("O4")
 def test_the_interpreter_switches_threads_as_before_when_a_step_is_done():
     before = sys.getswitchinterval()
     assert parallel.threaded(lambda part: part + 1, [1, 2, 3]) == [2, 3, 4]
