@@ -2,7 +2,8 @@
 
 A forward gives its result and what its backward needs; each backward stands beneath its forward and takes the saved
 values apart as it goes, so memory falls as it runs. Letters: N batch, T tokens, D width, H heads, K = D/H, F
-feed-forward width, V vocabulary, r rank; P places that get logits: T, or 1 for a classifier.
+feed-forward width, V vocabulary, r rank; P places that get logits: T, or 1 for a classifier. A state is (N,T,D), and
+(M,D) where there is padding, M the true tokens, or (N,1,D) where one token a text is read (`places`): `..., D`.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def project_backward(run: Run, name: str, dy: Array, saved: Any, grads: Grads, *
 
 
 def norm(run: Run, name: str, x: Array) -> tuple[Array, Any]:
-    """T3 or T4, as the configuration says. x (N,T,D) -> (N,T,D)."""
+    """T3 or T4, as the configuration says. x (..., D) -> (..., D)."""
     w, eps = run.weights[f"{name}.weight"], run.config.eps
     if run.config.norm == "rms":
         return rms_norm(x, w, eps)
@@ -99,7 +100,7 @@ def norm(run: Run, name: str, x: Array) -> tuple[Array, Any]:
 
 
 def norm_backward(run: Run, name: str, dy: Array, saved: Any, grads: Grads) -> Array:
-    """T3 or T4: the gradients of what is trained here, into grads, and dx. dy (N,T,D) -> (N,T,D)."""
+    """T3 or T4: the gradients of what is trained here, into grads, and dx. dy (..., D) -> (..., D)."""
     if f"{name}.weight" in run.trained:
         grads[f"{name}.weight"] = norm_weight_backward(dy, saved)
     if f"{name}.bias" in run.trained:
@@ -206,7 +207,7 @@ ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu_gated": silu}
 
 
 def feed_forward(run: Run, i: int, x: Array) -> tuple[Array, Saved]:
-    """T5 to T7: down(act(up(x))), or down(silu(gate(x)) * up(x)). x (N,T,D) -> (N,T,F) -> (N,T,D)."""
+    """T5 to T7: down(act(up(x))), or down(silu(gate(x)) * up(x)). x (..., D) -> (..., F) -> (..., D)."""
     run, name, saved = run.beyond(i), f"layers.{i}.mlp", {}
     activation = ACTIVATIONS[run.config.activation]
     up, saved["up"] = project(run, f"{name}.up", x, run.dropout_mask(f"{name}.up", x.shape))
@@ -222,7 +223,7 @@ def feed_forward(run: Run, i: int, x: Array) -> tuple[Array, Saved]:
 
 
 def feed_forward_backward(run: Run, i: int, dy: Array, saved: Saved, grads: Grads, *, need_dx: bool) -> Array | None:
-    """T5 to T7: dy (N,T,D) -> dx (N,T,D), or None where it is not needed."""
+    """T5 to T7: dy (..., D) -> dx (..., D), or None where it is not needed."""
     name = f"layers.{i}.mlp"
     go_on = need_dx or any(n.startswith((f"{name}.up.", f"{name}.gate.")) for n in run.trained)
     dh = project_backward(run, f"{name}.down", dy, saved.pop("down"), grads, need_dx=go_on)
@@ -352,7 +353,7 @@ def states(run: Run, batch: Batch) -> tuple[Array, list[Saved]]:
 
 
 def states_backward(run: Run, dx: Array, stack: list[Saved], grads: Grads) -> None:
-    """T13: dx (N,T,D), down to the lowest trained parameter."""
+    """T13: dx (..., D), down to the lowest trained parameter."""
     depths = 2 * run.config.n_layer
     if run.config.norm_first and run.lowest <= depths:
         dx = norm_backward(run, "norm", dx, stack.pop()["norm"], grads)

@@ -11,7 +11,7 @@ import lora_np as ln
 from lora_np import train as training
 from lora_np.backend import asnumpy
 from lora_np.checkpoint import load_checkpoint, save_checkpoint
-from lora_np.gradcheck import perturbed
+from lora_np.gradcheck import example_batch, perturbed
 from lora_np.optim import learning_rates
 from lora_np.train import (
     Settings,
@@ -178,6 +178,24 @@ def test_an_update_that_overflows_is_never_reported_as_a_state():
     model, adapter = make()
     with pytest.raises(TrainingError, match=r"step 1: the update overflows: the learning rate, 1e\+38, is too high"):
         train(model, adapter, batches, Settings(steps=50, lr=1e38), report=lambda r: pytest.fail(str(r)))
+
+
+@pytest.mark.proves("T15")
+@pytest.mark.parametrize("head", ["lm", "tag", "classify"])
+def test_accuracy_is_how_often_the_target_has_the_largest_logit(head):
+    """Counted by hand over padded batches, targets left out left out; the loss beside it is `loss`'s."""
+    fields = {} if head == "lm" else {"n_labels": 3}
+    config = replace(CONFIG, head=head, **fields)
+    weights = ln.init_weights(config, seed=0, dtype="float64")
+    model = ln.Model(config, {name: 10 * w if w.ndim == 2 else w for name, w in weights.items()})
+    given_batches = [example_batch(config, seed=seed, N=3 + seed, T=6) for seed in range(3)]
+    hits = []
+    for batch in given_batches:
+        logits = asnumpy(ln.forward(model, batch["tokens"], mask=batch["mask"]))
+        counted = batch["targets"] != -100
+        hits += (logits.argmax(axis=-1) == batch["targets"])[counted].tolist()
+    assert 0 < sum(hits) < len(hits)
+    assert evaluate(model, None, given_batches).accuracy == sum(hits) / len(hits)
 
 
 def test_settings_say_what_they_expect():
