@@ -122,3 +122,15 @@ def test_the_shape_of_a_head_that_the_adapter_brings(tmp_path, shape, message):
     )
     with pytest.raises(ValueError, match=message):
         load_base_for(path, tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", ["a", "a.npz", "a.safetensors"])
+def test_an_adapter_made_in_float64_gets_its_base_so(tmp_path, name):
+    """The base's file is float32: widened, it is what the adapter was made for."""
+    ln.save_model(tmp_path / "base", random_model(GPT2, seed=1, dtype="float32"))
+    model = ln.load_model(tmp_path / "base", dtype="float64")
+    adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=2)
+    ln.save_adapter(tmp_path / name, adapter, model)
+    found = load_base_for(tmp_path / name, tmp_path / "base")
+    assert found.dtype == "float64"
+    assert same_bits(dict(ln.load_adapter(tmp_path / name, found).params), dict(adapter.params))
