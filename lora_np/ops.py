@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
-from .backend import Array, DType, blocks, xp
+from .backend import Array, DType, backend_name, blocks, xp
 
 Saved: TypeAlias = tuple[Array, ...]
 
@@ -28,25 +28,14 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _by_blocks(f: Callable[..., Saved], *arrays: Array) -> Saved:
-    """f over the rows of arrays (..., D), a block that stays in cache at a time.
+def _in_blocks(*arrays: Array) -> Iterator[Saved]:
+    """The same rows of arrays (..., D), a block that stays in cache at a time: views (m, D) to read and to fill.
 
-    f takes blocks (m, D) and gives blocks of m rows; the results come back with the leading axes of the arrays.
+    What is filled must be contiguous, as `xp.empty` gives it.
     """
-    lead = arrays[0].shape[:-1]
     matrices = [_rows(a) for a in arrays]
-    parts = list(blocks(*matrices[0].shape))
-    first = f(*(a[parts[0]] for a in matrices))
-    if len(parts) == 1:
-        results = first
-    else:
-        results = tuple(xp.empty((len(matrices[0]), *y.shape[1:]), dtype=y.dtype) for y in first)
-        for y, block in zip(results, first, strict=True):
-            y[parts[0]] = block
-        for part in parts[1:]:
-            for y, block in zip(results, f(*(a[part] for a in matrices)), strict=True):
-                y[part] = block
-    return tuple(y.reshape(*lead, *y.shape[1:]) for y in results)
+    for part in blocks(*matrices[0].shape):
+        yield tuple(a[part] for a in matrices)
 
 
 # --- T2: linear --------------------------------------------------------------------------------------------------
@@ -123,52 +112,50 @@ def pick_backward(dy: Array, index: Array, shape: tuple[int, ...]) -> Array:
 def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Saved]:
     """T3: y = w * xhat + b, xhat = (x - mean) / sqrt(var + eps), over the last axis.
 
-    x (..., D), w, b (D,) -> (..., D).
+    x (..., D), w, b (D,) -> (..., D). b (N,1,D) holds a bias for each row of the batch.
     """
-
-    def normalise(x: Array) -> Saved:
-        centred = x - x.mean(axis=-1, keepdims=True)
-        rstd = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)  # (m,1)
-        return centred * rstd, rstd
-
-    xhat, rstd = _by_blocks(normalise, x)
-    y = xhat * w
+    y, xhat, rstd = xp.empty_like(x), xp.empty_like(x), xp.empty_like(x[..., :1])
+    for x_, y_, xhat_, rstd_ in _in_blocks(x, y, xhat, rstd):
+        xp.subtract(x_, x_.mean(axis=-1, keepdims=True), out=xhat_)
+        rstd_[...] = 1 / xp.sqrt((xhat_ * xhat_).mean(axis=-1, keepdims=True) + eps)  # (m,D) -> (m,1)
+        xhat_ *= rstd_
+        xp.multiply(xhat_, w, out=y_)
     y += b
     return y, (xhat, rstd, w)
 
 
 def layer_norm_backward(dy: Array, saved: Saved) -> Array:
     """T3: with g = w * dy, dx = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(var + eps)."""
-    w = saved[2]
-
-    def backward(dy: Array, xhat: Array, rstd: Array) -> Saved:
-        g = dy * w
-        along = (g * xhat).mean(axis=-1, keepdims=True)
-        return ((g - g.mean(axis=-1, keepdims=True) - xhat * along) * rstd,)
-
-    return _by_blocks(backward, dy, *saved[:2])[0]
+    xhat, rstd, w = saved
+    dx = xp.empty_like(xhat)
+    for dy_, xhat_, rstd_, dx_ in _in_blocks(dy, xhat, rstd, dx):
+        g = xp.multiply(dy_, w, out=dx_)
+        along = (g * xhat_).mean(axis=-1, keepdims=True)
+        g -= g.mean(axis=-1, keepdims=True)
+        g -= xhat_ * along
+        g *= rstd_
+    return dx
 
 
 def rms_norm(x: Array, w: Array, eps: float) -> tuple[Array, Saved]:
     """T4: y = w * xhat, xhat = x / sqrt(mean(x^2) + eps), over the last axis. x (..., D), w (D,) -> (..., D)."""
-
-    def normalise(x: Array) -> Saved:
-        rstd = 1 / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)  # (m,1)
-        return x * rstd, rstd
-
-    xhat, rstd = _by_blocks(normalise, x)
-    return xhat * w, (xhat, rstd, w)
+    y, xhat, rstd = xp.empty_like(x), xp.empty_like(x), xp.empty_like(x[..., :1])
+    for x_, y_, xhat_, rstd_ in _in_blocks(x, y, xhat, rstd):
+        rstd_[...] = 1 / xp.sqrt((x_ * x_).mean(axis=-1, keepdims=True) + eps)  # (m,D) -> (m,1)
+        xp.multiply(x_, rstd_, out=xhat_)
+        xp.multiply(xhat_, w, out=y_)
+    return y, (xhat, rstd, w)
 
 
 def rms_norm_backward(dy: Array, saved: Saved) -> Array:
     """T4: with g = w * dy, dx = (g - xhat * mean(g * xhat)) / sqrt(mean(x^2) + eps)."""
-    w = saved[2]
-
-    def backward(dy: Array, xhat: Array, rstd: Array) -> Saved:
-        g = dy * w
-        return ((g - xhat * (g * xhat).mean(axis=-1, keepdims=True)) * rstd,)
-
-    return _by_blocks(backward, dy, *saved[:2])[0]
+    xhat, rstd, w = saved
+    dx = xp.empty_like(xhat)
+    for dy_, xhat_, rstd_, dx_ in _in_blocks(dy, xhat, rstd, dx):
+        g = xp.multiply(dy_, w, out=dx_)
+        g -= xhat_ * (g * xhat_).mean(axis=-1, keepdims=True)
+        g *= rstd_
+    return dx
 
 
 def norm_weight_backward(dy: Array, saved: Saved) -> Array:
@@ -223,39 +210,44 @@ def erf(x: Array) -> Array:
 
 def gelu(x: Array) -> tuple[Array, Array]:
     """T5: y = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2, elementwise. Saves dy/dx = Phi(x) + x phi(x)."""
-
-    def forward(x: Array) -> Saved:
-        Phi = 0.5 * (1 + erf(x * math.sqrt(0.5)))
-        phi = xp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-        return x * Phi, Phi + x * phi
-
-    y, dydx = _by_blocks(forward, x)
+    y, dydx = xp.empty_like(x), xp.empty_like(x)
+    for x_, y_, dydx_ in _in_blocks(x, y, dydx):
+        Phi = erf(x_ * math.sqrt(0.5))
+        Phi += 1
+        Phi *= 0.5
+        phi = xp.exp(x_ * x_ * -0.5) * (1 / math.sqrt(2 * math.pi))
+        xp.multiply(x_, Phi, out=y_)
+        xp.multiply(x_, phi, out=dydx_)
+        dydx_ += Phi
     return y, dydx
 
 
 def gelu_tanh(x: Array) -> tuple[Array, Array]:
     """T6: y = x P, P = (1 + tanh u) / 2, u = sqrt(2/pi) (x + 0.044715 x^3), elementwise. Saves dy/dx = P + x P'."""
     c = math.sqrt(2 / math.pi)
-
-    def forward(x: Array) -> Saved:
-        x2 = x * x
-        P = 0.5 * (1 + xp.tanh(x * (c + (c * 0.044715) * x2)))
-        dP = 2 * P * (1 - P) * (c + (3 * c * 0.044715) * x2)  # tanh' = 1 - tanh^2 = 4 P (1 - P)
-        return x * P, P + x * dP
-
-    y, dydx = _by_blocks(forward, x)
+    y, dydx = xp.empty_like(x), xp.empty_like(x)
+    for x_, y_, dydx_ in _in_blocks(x, y, dydx):
+        x2 = x_ * x_
+        P = xp.tanh(x_ * (c + (c * 0.044715) * x2))
+        P += 1
+        P *= 0.5
+        xp.multiply(x_, P, out=y_)
+        xp.multiply(y_, 1 - P, out=dydx_)  # tanh' = 1 - tanh^2 = 4 P (1 - P), so x P' = 2 x P (1 - P) u'
+        dydx_ *= (2 * c) + (6 * c * 0.044715) * x2
+        dydx_ += P
     return y, dydx
 
 
 def silu(x: Array) -> tuple[Array, Array]:
     """T7: y = x S, S = 1 / (1 + exp(-x)) = (1 + tanh(x/2)) / 2, elementwise. Saves dy/dx = S + x S (1 - S)."""
-
-    def forward(x: Array) -> Saved:
-        S = 0.5 * (1 + xp.tanh(0.5 * x))  # tanh overflows for no x
-        y = x * S
-        return y, S + y * (1 - S)
-
-    y, dydx = _by_blocks(forward, x)
+    y, dydx = xp.empty_like(x), xp.empty_like(x)
+    for x_, y_, dydx_ in _in_blocks(x, y, dydx):
+        S = xp.tanh(x_ * 0.5)  # tanh overflows for no x
+        S += 1
+        S *= 0.5
+        xp.multiply(x_, S, out=y_)
+        xp.multiply(y_, 1 - S, out=dydx_)
+        dydx_ += S
     return y, dydx
 
 
@@ -276,9 +268,10 @@ def activation_backward(dy: Array, dydx: Array) -> Array:
 def softmax(x: Array) -> tuple[Array, Array]:
     """T8: p = exp(x) / sum exp(x), over the last axis. x (..., S) -> p (..., S). A row of -inf alone gives zeros."""
     largest = x.real.max(axis=-1, keepdims=True)
-    p = xp.exp(x - xp.maximum(largest, xp.finfo(largest.dtype).min))  # so that -inf is never taken from -inf
+    p = x - xp.maximum(largest, xp.finfo(largest.dtype).min)  # so that -inf is never taken from -inf
+    xp.exp(p, out=p)
     total = p.sum(axis=-1, keepdims=True)
-    p /= xp.where(total == 0, 1, total)
+    p *= 1 / xp.where(total == 0, 1, total)
     return p, p
 
 
@@ -289,21 +282,40 @@ def softmax_backward(dp: Array, p: Array) -> Array:
     return dx
 
 
-def _head_tiles(shape: tuple[int, int, int, int, int]) -> list[tuple[slice, slice]]:
-    """Cuts scores (N,G,R,T,S) along N and G into tiles that stay in cache; on a GPU there is one."""
-    N, G, R, T, S = shape
-    return [(n, g) for n in blocks(N, G * R * T * S) for g in blocks(G, R * T * S)]
+QUERY_ROWS = 64  # queries of a tile: of causal attention's masked half, all but a triangle of so many is left out
 
 
-def _attention_bias(T: int, S: int, causal: bool, mask: Array | None, dtype: DType) -> Array | None:
-    """What is added to scores (n,G,R,T,S): 0 where the query sees the key, else -inf. None where all see all."""
-    visible = None
-    if causal and T > 1:
-        visible = xp.arange(S) <= xp.arange(S - T, S)[:, None]  # (T,S): query t stands at place S - T + t
-    if mask is not None:
-        keys = mask[:, None, None, None, :]  # (N,1,1,1,S)
-        visible = keys if visible is None else visible & keys
-    return None if visible is None else xp.where(visible, 0.0, -math.inf).astype(dtype)
+class Tile(NamedTuple):
+    """A part of the scores (N,G,R,T,S): texts n, groups g, queries t, and the first `seen` keys, all that t may see."""
+
+    n: slice
+    g: slice
+    t: slice
+    seen: int
+
+
+def _tiles(N: int, G: int, R: int, T: int, S: int, *, causal: bool) -> Iterator[Tile]:
+    """Scores (N,G,R,T,S) cut into tiles that stay in cache; on a GPU there is one."""
+    rows = T if backend_name == "cupy" else QUERY_ROWS
+    for start in range(0, T, rows):
+        t = slice(start, min(start + rows, T))
+        seen = S - T + t.stop if causal else S  # query t stands at place S - T + t
+        size = R * (t.stop - start) * seen
+        for n in blocks(N, G * size):
+            for g in blocks(G, size):
+                yield Tile(n, g, t, seen)
+
+
+def _hide(scores: Array, hidden: Array | None, *, causal: bool) -> None:
+    """Puts -inf where a query does not see a key. scores (n,g,R,t,s), whose queries are the last t of s places.
+
+    hidden (n,1,1,1,s): -inf at keys that do not count, else 0.
+    """
+    t, s = scores.shape[-2:]
+    if causal and t > 1:
+        scores[..., s - t :] += xp.triu(xp.full((t, t), -math.inf, dtype=scores.real.dtype), 1)
+    if hidden is not None:
+        scores += hidden
 
 
 class AttentionSaved(NamedTuple):
@@ -312,7 +324,7 @@ class AttentionSaved(NamedTuple):
     q: Array  # (N,G,R,T,K)
     k: Array  # (N,G,1,S,K)
     v: Array  # (N,G,1,S,K)
-    tiles: list[tuple[slice, slice, Array]]  # places n and g, p (n,g,R,T,S)
+    tiles: list[tuple[Tile, Array]]  # with p (n,g,R,t,s)
 
 
 def attention(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None = None) -> tuple[Array, AttentionSaved]:
@@ -325,18 +337,18 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None 
     (N, H, T, K), (G, S) = q.shape, k.shape[1:3]
     R = H // G
     q, k, v = q.reshape(N, G, R, T, K), k[:, :, None], v[:, :, None]  # (N,H,T,K) -> (N,G,R,T,K); (N,G,1,S,K)
-    bias = _attention_bias(T, S, causal, mask, q.real.dtype)
+    hidden = None if mask is None else xp.where(mask, 0, -math.inf).astype(q.real.dtype)[:, None, None, None]
     out = xp.empty((N, T, H, K), dtype=q.dtype)
     heads = out.reshape(N, T, G, R, K).transpose(0, 2, 3, 1, 4)  # a view (N,G,R,T,K)
     tiles = []
-    for n, g in _head_tiles((N, G, R, T, S)):
-        scores = q[n, g] @ k[n, g].swapaxes(-1, -2)  # (n,g,R,T,K) (n,g,1,K,S) -> (n,g,R,T,S)
-        scores *= 1 / math.sqrt(K)
-        if bias is not None:
-            scores += bias if bias.ndim == 2 else bias[n]
+    for tile in _tiles(N, G, R, T, S, causal=causal):
+        n, g, t, seen = tile
+        q_ = q[n, g, :, t] * (1 / math.sqrt(K))
+        scores = q_ @ k[n, g, :, :seen].swapaxes(-1, -2)  # (n,g,R,t,K) (n,g,1,K,s) -> (n,g,R,t,s)
+        _hide(scores, None if hidden is None else hidden[n, ..., :seen], causal=causal)
         p, _ = softmax(scores)
-        heads[n, g] = p @ v[n, g]  # (n,g,R,T,S) (n,g,1,S,K) -> (n,g,R,T,K)
-        tiles.append((n, g, p))
+        heads[n, g, :, t] = p @ v[n, g, :, :seen]  # (n,g,R,t,s) (n,g,1,s,K) -> (n,g,R,t,K)
+        tiles.append((tile, p))
     return out.transpose(0, 2, 1, 3), AttentionSaved(q, k, v, tiles)
 
 
@@ -347,15 +359,15 @@ def attention_backward(dy: Array, saved: AttentionSaved) -> tuple[Array, Array, 
     S = k.shape[3]
     dy = dy.reshape(N, G, R, T, K)
     dq = xp.empty((N, T, G, R, K), dtype=dy.dtype).transpose(0, 2, 3, 1, 4)  # laid out as the projections want them
-    dk = xp.empty((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
-    dv = xp.empty_like(dk)
-    for n, g, p in tiles:
-        pT = p.swapaxes(-1, -2)
-        dv[n, g] = (pT @ dy[n, g]).sum(axis=2)  # (n,g,R,S,T) (n,g,R,T,K) -> (n,g,R,S,K) -> (n,g,S,K)
-        dscores = softmax_backward(dy[n, g] @ v[n, g].swapaxes(-1, -2), p)
-        dscores *= 1 / math.sqrt(K)
-        dq[n, g] = dscores @ k[n, g]
-        dk[n, g] = (dscores.swapaxes(-1, -2) @ q[n, g]).sum(axis=2)
+    dk = xp.zeros((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
+    dv = xp.zeros((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
+    for (n, g, t, seen), p in tiles:
+        dy_ = dy[n, g, :, t]
+        dv[n, g, :seen] += (p.swapaxes(-1, -2) @ dy_).sum(axis=2)  # (n,g,R,s,t) (n,g,R,t,K) -> (n,g,s,K)
+        dscores = softmax_backward(dy_ @ v[n, g, :, :seen].swapaxes(-1, -2), p)  # (n,g,R,t,s)
+        dq[n, g, :, t] = (dscores @ k[n, g, :, :seen]) * (1 / math.sqrt(K))
+        q_ = q[n, g, :, t] * (1 / math.sqrt(K))
+        dk[n, g, :seen] += (dscores.swapaxes(-1, -2) @ q_).sum(axis=2)
     return dq.reshape(N, G * R, T, K), dk, dv
 
 
@@ -431,23 +443,23 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, tuple[Array, Ar
     """T15: -log softmax(logits)[target], a row at a time. logits (M,V), targets (M,) in 0..V-1 -> losses (M,).
 
     Every target here counts. Those of -100 never come: `pick` leaves their rows out before logits are computed.
+    The softmax takes the memory of logits, the largest array of a step: their values are lost.
     """
-    p = xp.empty_like(logits)
     losses = xp.empty(len(logits), dtype=logits.dtype)
     for m in blocks(*logits.shape):
         x = logits[m]
-        x = x - x.real.max(axis=-1, keepdims=True)
+        x -= x.real.max(axis=-1, keepdims=True)
         at_target = x[xp.arange(len(x)), targets[m]]
-        x = xp.exp(x)
+        xp.exp(x, out=x)
         total = x.sum(axis=-1)  # (m,V) -> (m,)
         losses[m] = xp.log(total) - at_target
-        p[m] = x / total[:, None]
-    return losses, (p, targets)
+        x *= (1 / total)[:, None]
+    return losses, (logits, targets)
 
 
 def cross_entropy_backward(dlosses: Array, saved: tuple[Array, Array]) -> Array:
-    """T15: dlogits = (softmax(logits) - onehot(target)) * dloss. dlosses (M,) -> (M,V)."""
-    p, targets = saved
-    dlogits = p * dlosses[:, None]
-    dlogits[xp.arange(len(p)), targets] -= dlosses
+    """T15: dlogits = (softmax(logits) - onehot(target)) * dloss. dlosses (M,) -> (M,V), in the softmax's memory."""
+    dlogits, targets = saved
+    dlogits *= dlosses[:, None]
+    dlogits[xp.arange(len(targets)), targets] -= dlosses
     return dlogits

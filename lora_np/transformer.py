@@ -417,8 +417,8 @@ def head_score(run: Run, h: Array, index: Array, targets: Array) -> tuple[Array,
     for start in range(0, len(rows), HEAD_ROWS):
         m = slice(start, start + HEAD_ROWS)
         logits, _ = project(run, "head", rows[m])  # (m,D) -> (m,V)
-        loss = loss + cross_entropy(logits, targets[m])[0].sum()
         hits = hits + (logits.argmax(axis=-1) == targets[m]).sum()
+        loss = loss + cross_entropy(logits, targets[m])[0].sum()
     return loss, hits
 
 
