@@ -98,6 +98,7 @@ def sharded_loss_and_grads(
     token_types: Any = None,
     dropout_seed: int | None = None,
     trainable: Trainable = "adapter",
+    recompute: bool = False,
     shards: int | None = None,
 ) -> tuple[float, Grads]:
     """O4: `loss_and_grads`, the rows of the batch cut into shards that run in threads.
@@ -106,7 +107,9 @@ def sharded_loss_and_grads(
     batch is cut. shards: at most N; None: from tokens.shape alone. -> as loss_and_grads.
     """
     batch = check_batch(model.config, tokens, targets, mask, token_types)
-    run = training_run(model, adapter, trainable=trainable, rows=len(batch.tokens), dropout_seed=dropout_seed)
+    run = training_run(
+        model, adapter, trainable=trainable, rows=len(batch.tokens), dropout_seed=dropout_seed, recompute=recompute
+    )
     total, grads = sharded_sums(run, batch, count=len(batch.counted), shards=shards)
     return total.item(), trained_grads(model, adapter, grads)
 

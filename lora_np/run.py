@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 from .backend import Array, xp
@@ -49,8 +50,9 @@ class Run:
     dropout_seed: int | None = None
     first_row: int = 0  # this shard's first row in the whole batch
     cache: Cache | None = None
+    recompute: bool = False  # whether backward computes each half block again, from its input, rather than keep it
 
-    @property
+    @cached_property
     def lowest(self) -> int:
         """The depth of the lowest trained parameter: what lies below it needs no gradient."""
         return min((_depth(self.config, name) for name in self.trained), default=2 * self.config.n_layer + 3)

@@ -28,6 +28,7 @@ class Settings:
     clip          the joint norm that gradients are cut to (O3)
     accumulate    micro-batches that a step's batch is cut into, one behind the other (O4)
     seed          of the dropout masks
+    recompute     whether backward computes each half block again rather than keep it: less memory, the same bits
     """
 
     steps: int
@@ -39,6 +40,7 @@ class Settings:
     clip: float = 1.0
     accumulate: int = 1
     seed: int = 0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup", 0), ("accumulate", 1), ("seed", 0)):
@@ -119,7 +121,10 @@ def _step(
     N, count = len(batch.tokens), len(batch.counted)
     trainable = "all" if adapter is None else "adapter"
     seed = (settings.seed << 32) + state.step
-    run = training_run(model, adapter, trainable=trainable, rows=N, dropout_seed=seed)  # type: ignore[arg-type]
+    run = training_run(
+        model, adapter, trainable=trainable, rows=N, dropout_seed=seed,  # type: ignore[arg-type]
+        recompute=settings.recompute,
+    )  # fmt: skip
     total: Array | None = None
     sums: Grads = {}
     for rows in shard_rows(N, min(settings.accumulate, N)):

@@ -344,8 +344,13 @@ def states(run: Run, batch: Batch) -> tuple[Array, list[Saved]]:
     x, saved = embed(run, tokens, types)
     stack.append(saved if run.lowest < 0 else {})
     for depth in range(depths):
-        x, saved = half_block(run, depth, x)
-        stack.append(saved if run.lowest <= depth else {})
+        below = x
+        x, saved = half_block(run, depth, below)
+        if run.lowest > depth:
+            saved = {}
+        elif run.recompute:
+            saved = {"below": below}
+        stack.append(saved)
     if run.config.norm_first:
         x, norm_saved = norm(run, "norm", x)
         stack.append({"norm": norm_saved} if run.lowest <= depths else {})
@@ -360,7 +365,10 @@ def states_backward(run: Run, dx: Array, stack: list[Saved], grads: Grads) -> No
     d: Array | None = dx
     for depth in reversed(range(max(run.lowest, 0), depths)):
         assert d is not None
-        d = half_block_backward(run, depth, d, stack.pop(), grads)
+        saved = stack.pop()
+        if run.recompute:
+            _, saved = half_block(run, depth, saved["below"])
+        d = half_block_backward(run, depth, d, saved, grads)
     if run.lowest < 0 and d is not None:
         embed_backward(run, d, stack.pop(), grads)
 
@@ -515,21 +523,31 @@ def loss_and_grads(
     token_types: Any = None,
     dropout_seed: int | None = None,
     trainable: Trainable = "adapter",
+    recompute: bool = False,
 ) -> tuple[float, Grads]:
     """L4, T15: the loss and its gradients by what is trained: the adapter's parameters, or with "all" every weight.
 
-    Arguments as for `loss`. dropout_seed: the seed of the dropout masks; None: no dropout.
+    Arguments as for `loss`. dropout_seed: the seed of the dropout masks; None: no dropout. recompute: of each half
+    block only the input is kept, and backward computes the rest again: less memory, more time, the same bits.
     -> (float, {name: array like the parameter}), with exactly the names of what is trained. No gradient of a frozen
     weight is formed.
     """
     batch = check_batch(model.config, tokens, targets, mask, token_types)
-    run = training_run(model, adapter, trainable=trainable, rows=len(batch.tokens), dropout_seed=dropout_seed)
+    run = training_run(
+        model, adapter, trainable=trainable, rows=len(batch.tokens), dropout_seed=dropout_seed, recompute=recompute
+    )
     total, grads = batch_loss_and_grads(run, batch, count=len(batch.counted))
     return total.item(), trained_grads(model, adapter, grads)
 
 
 def training_run(
-    model: Model, adapter: Adapter | None, *, trainable: Trainable, rows: int, dropout_seed: int | None
+    model: Model,
+    adapter: Adapter | None,
+    *,
+    trainable: Trainable,
+    rows: int,
+    dropout_seed: int | None,
+    recompute: bool = False,
 ) -> Run:
     """The run of a training step; a ValueError unless it is either one adapter or all weights that are trained."""
     if trainable not in ("adapter", "all"):
@@ -538,7 +556,8 @@ def training_run(
         raise ValueError("expected an adapter to train, or None and trainable='all' to train every weight")
     if adapter is not None and not isinstance(adapter, Adapter):
         raise TypeError(f"adapter: one adapter is trained at a time, got {type(adapter).__name__}")
-    return replace(bind(model, adapter, rows=rows, trainable=trainable), dropout_seed=dropout_seed)
+    run = bind(model, adapter, rows=rows, trainable=trainable)
+    return replace(run, dropout_seed=dropout_seed, recompute=recompute)
 
 
 def trained_grads(model: Model, adapter: Adapter | None, grads: Grads) -> Grads:

@@ -1,6 +1,7 @@
 """The whole model: against a plain one written a text at a time, and the properties that LoRA promises of it."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +31,7 @@ from strategies import (
 
 import lora_np as ln
 from lora_np import decode, gradcheck, transformer
-from lora_np.backend import asnumpy
+from lora_np.backend import asnumpy, backend_name
 from lora_np.gradcheck import FLOOR, complex_step, relative_error
 from lora_np.run import adapted_shapes
 
@@ -723,3 +724,36 @@ def test_a_list_of_adapters_of_the_wrong_length_is_refused():
     model, one, batch, _ = case_of(GPT2)
     with pytest.raises(ValueError, match="for each of 3 rows, got a list of 2"):
         ln.forward(model, batch["tokens"], [one, None])
+
+
+@proves("T13", "T12")
+@given(cases(dropout=True), seeds, st.booleans())
+def test_recomputing_changes_no_bit(case, dropout_seed, every_weight):
+    options = {"trainable": "all"} if every_weight else {"dropout_seed": dropout_seed}
+    adapter = None if every_weight else case.adapter
+    loss, grads = ln.loss_and_grads(case.model, adapter, **case.batch, **options)
+    again, grads_again = ln.loss_and_grads(case.model, adapter, **case.batch, **options, recompute=True)
+    assert loss == again
+    assert same_bits(grads, grads_again)
+
+
+@proves("T13")
+@pytest.mark.skipif(backend_name == "cupy", reason="tracemalloc sees the host's memory alone")
+def test_recomputing_keeps_the_inputs_of_half_blocks_alone():
+    """A layer more costs the inputs of its two halves, D floats a token each; kept whole it costs far more."""
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 64))
+    inputs_of_a_layer = 2 * 4 * tokens.size * 64
+
+    def peak(n_layer, recompute):
+        config = ln.Config(64, 64, n_layer, 2, 64, 256, activation="gelu")
+        model = random_model(config, seed=0, dtype="float32")
+        adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
+        tracemalloc.start()
+        ln.loss_and_grads(model, adapter, tokens, tokens, recompute=recompute)
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    whole, less = ((peak(8, recompute) - peak(2, recompute)) / 6 for recompute in (False, True))
+    assert less < 1.1 * inputs_of_a_layer
+    assert whole > 4 * less

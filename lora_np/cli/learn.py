@@ -110,7 +110,7 @@ def _job(args: argparse.Namespace, task: Task, epoch: int | None) -> finetune.Jo
         ),
         settings=Settings(
             steps=steps, lr=lr, b_ratio=args.b_ratio, weight_decay=args.weight_decay, warmup=min(args.warmup, steps),
-            accumulate=args.accumulate, seed=args.seed,
+            accumulate=args.accumulate, seed=args.seed, recompute=args.recompute,
         ),
         every=every,
     )  # fmt: skip
@@ -212,6 +212,7 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("--warmup", type=int, default=20, help="steps of warm-up (default: %(default)s)")
     p.add_argument("--batch", type=int, default=16, help="examples or windows a step (default: %(default)s)")
     p.add_argument("--accumulate", type=int, default=1, help="parts that a batch is run in (default: %(default)s)")
+    p.add_argument("--recompute", action="store_true", help="keep less for backward and compute it again: less memory")
     p.add_argument("--held-out", type=float, default=0.1, help="part of the data, without --dev (default: %(default)s)")
     p.add_argument(
         "--every", type=int, help=f"steps between evaluations, each with a checkpoint (default: an epoch, or {EVERY})"
