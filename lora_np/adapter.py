@@ -12,6 +12,7 @@ import numpy as np
 from .backend import Array, xp
 from .lora import Adapter, LoRAConfig, Update, init_factors, merge_matrix, target_of
 from .model import Config, Model
+from .ops import widened
 from .run import adapted_shapes, check_adapter, fused_parts, matrix_updates
 
 
@@ -65,7 +66,7 @@ def init_adapter(model: Model, lora_config: LoRAConfig, *, seed: int) -> Adapter
         params |= {f"{name}.A": A, f"{name}.B": B}
     for name in trained_whole(model.config, lora_config, adapted):
         source = name if name in model.weights else model.config.head_weight
-        params[name] = model.weights[source].copy()
+        params[name] = widened(model.weights[source]).copy()
     return Adapter(lora_config, params)
 
 

@@ -21,6 +21,7 @@ from .ops import (
     linear,
     linear_backward,
     linear_weight_backward,
+    widened,
 )
 
 TARGETS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head", "qkv")
@@ -294,11 +295,14 @@ def lora_embedding_backward(dh: Array, saved: EmbeddingSaved) -> tuple[Array, Ar
 
 
 def merge_matrix(W0: Array, *updates: Update) -> Array:
-    """L5 (paper 4.1): W' = round(W0 + sum_i s_i B_i A_i), summed in float64, rounded once to W0's dtype (out, in)."""
+    """L5 (paper 4.1): W' = round(W0 + sum_i s_i B_i A_i), summed in float64, rounded once to W0's dtype (out, in).
+
+    A W0 that is held in bfloat16 gives float32: the sum is no number of bfloat16's.
+    """
     factors = [(u.A.astype(xp.float64, copy=False), u.B.astype(xp.float64, copy=False), u.s) for u in updates]
-    W = xp.empty_like(W0)
+    W = xp.empty_like(W0, dtype=widened(W0[:0]).dtype)
     for rows in blocks(*W0.shape):
-        total = W0[rows].astype(xp.float64)
+        total = widened(W0[rows]).astype(xp.float64)
         for A, B, s in factors:
             total += (B[rows] @ A) * s  # (rows,r) (r,in) -> (rows,in)
         W[rows] = total

@@ -217,12 +217,16 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
 )  # fmt: skip
 
 
+_DTYPE_OF = "layers.0.norm1.weight"  # no matrix, so never held in bfloat16
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A configuration and its weights, frozen: under NumPy the arrays are read-only views of the caller's own.
 
     weights: a flat dict with exactly the names and shapes of config.weight_shapes(), all of one dtype, float32 or
-    float64 (or complex, for derivatives by complex step). A ValueError or TypeError says which weight does not fit.
+    float64 (or complex, for derivatives by complex step); matrices of a float32 model may be held in bfloat16, as
+    `ops.narrowed` makes them. A ValueError or TypeError says which weight does not fit.
     merged_from, merged_adapter: what `merge` made this model of (L5, L6); None for any other model.
     """
 
@@ -240,19 +244,18 @@ class Model:
         for name, shape in shapes.items():
             if weights[name].shape != shape:
                 raise ValueError(f"Model: {name}: expected shape {shape}, got {weights[name].shape}")
-            if weights[name].dtype != weights["embed.tokens"].dtype:
-                raise TypeError(
-                    f"Model: {name}: expected {weights['embed.tokens'].dtype}, as embed.tokens has, "
-                    f"got {weights[name].dtype}"
-                )
-        if weights["embed.tokens"].dtype.name not in ("float32", "float64", "complex64", "complex128"):
-            raise TypeError(f"Model: expected float32 or float64 weights, got {weights['embed.tokens'].dtype}")
+            dtype = weights[_DTYPE_OF].dtype
+            held_narrow = weights[name].dtype == "uint16" and len(shape) == 2 and dtype == "float32"
+            if weights[name].dtype != dtype and not held_narrow:
+                raise TypeError(f"Model: {name}: expected {dtype}, as {_DTYPE_OF} has, got {weights[name].dtype}")
+        if weights[_DTYPE_OF].dtype.name not in ("float32", "float64", "complex64", "complex128"):
+            raise TypeError(f"Model: expected float32 or float64 weights, got {weights[_DTYPE_OF].dtype}")
         object.__setattr__(self, "weights", MappingProxyType(weights))
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The one dtype of all weights."""
-        return self.weights["embed.tokens"].dtype
+        """The one dtype of all weights, however they are held."""
+        return self.weights[_DTYPE_OF].dtype
 
 
 def init_weights(

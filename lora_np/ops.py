@@ -39,6 +39,29 @@ def _in_blocks(*arrays: Array) -> Iterator[Saved]:
 
 
 # --- T2: linear --------------------------------------------------------------------------------------------------
+#
+# A frozen matrix may be held in bfloat16, as the upper halves of its float32 numbers (uint16): half the memory, the
+# same numbers. It is widened a block at a time, where it is used.
+
+
+def narrowed(W: Array) -> Array:
+    """float32 numbers that bfloat16 holds, as their upper halves (uint16). A ValueError if one would be rounded."""
+    halves = xp.empty_like(W, dtype=xp.uint16)
+    for rows in blocks(*W.shape):
+        bits = W[rows].view(xp.uint32) if W.dtype == xp.float32 else None
+        if bits is None or (bits & 0xFFFF).any():
+            raise ValueError(f"expected float32 numbers that bfloat16 holds, got others ({W.dtype})")
+        halves[rows] = bits >> 16
+    return halves
+
+
+def widened(W: Array) -> Array:
+    """What `narrowed` made, as float32 again; any other array as it is."""
+    if W.dtype != xp.uint16:
+        return W
+    bits = W.astype(xp.uint32)
+    bits <<= 16
+    return bits.view(xp.float32)
 
 
 def linear(x: Array, W: Array, b: Array | None = None) -> Array:
@@ -50,15 +73,42 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Array:
         y = x @ W.swapaxes(-1, -2)  # (N,T,in) -> (N,T,out)
     else:
         # One product for all rows: a batched one would go through memory once for each.
-        y = (_rows(x) @ W.T).reshape(*x.shape[:-1], W.shape[0])  # (..., in) -> (M,in) -> (M,out) -> (..., out)
+        y = _times_transposed(_rows(x), W).reshape(
+            *x.shape[:-1], len(W)
+        )  # (..., in) -> (M,in) -> (M,out) -> (..., out)
     if b is not None:
         y += b
     return y
 
 
+def _times_transposed(x: Array, W: Array) -> Array:
+    """x W^T. x (M,in), W (out,in) -> (M,out)."""
+    if W.dtype != xp.uint16:
+        return x @ W.T
+    y = xp.empty((len(x), len(W)), dtype=x.dtype)
+    for rows in _wide_blocks(W):
+        y[:, rows] = x @ widened(W[rows]).T
+    return y
+
+
 def linear_backward(dy: Array, W: Array) -> Array:
     """T2: dx = dy W. dy (..., out), W (out, in) -> dx (..., in)."""
-    return (_rows(dy) @ W).reshape(*dy.shape[:-1], W.shape[1])
+    return _times(_rows(dy), W).reshape(*dy.shape[:-1], W.shape[1])
+
+
+def _times(dy: Array, W: Array) -> Array:
+    """dy W. dy (M,out), W (out,in) -> (M,in)."""
+    if W.dtype != xp.uint16:
+        return dy @ W
+    dx = xp.zeros((len(dy), W.shape[1]), dtype=dy.dtype)
+    for rows in _wide_blocks(W):
+        dx += dy[:, rows] @ widened(W[rows])
+    return dx
+
+
+def _wide_blocks(W: Array) -> Iterator[slice]:
+    """Rows of W (out,in) that are widened together: enough of them for products to run at full speed."""
+    return blocks(len(W), W.shape[1] // 4)
 
 
 def linear_weight_backward(dy: Array, x: Array) -> Array:
@@ -80,7 +130,7 @@ def embedding(tokens: Array, E: Array) -> Array:
     E (N,V,D) holds a table for each row of the batch: tokens (N,T) -> (N,T,D).
     """
     if E.ndim == 2:
-        return E[tokens]
+        return widened(E[tokens])
     return xp.take_along_axis(E, tokens[..., None], axis=1)  # (N,V,D) -> (N,T,D)
 
 

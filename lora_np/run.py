@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from .backend import Array, xp
 from .lora import Adapter, Update, stack_updates, target_of
 from .model import Config, Model
-from .ops import dropout_mask
+from .ops import dropout_mask, widened
 from .places import Places, Reading
 
 Trainable: TypeAlias = Literal["adapter", "all"]
@@ -102,6 +102,9 @@ def bind(model: Model, adapter: AnyAdapter, *, rows: int, trainable: Trainable =
     if config.disentangled:
         raise ValueError("this Config is DeBERTa's: its disentangled attention is counted here, not run")
     if trainable == "all":
+        narrow = [name for name, weight in model.weights.items() if weight.dtype != model.dtype]
+        if narrow:
+            raise ValueError(f"trainable='all': {narrow[0]} is held in bfloat16, which is for frozen weights")
         return Run(config, model.weights, {}, frozenset(model.weights))
     if adapter is None:
         return Run(config, model.weights, {}, frozenset())
@@ -131,7 +134,7 @@ def _bind_rows(model: Model, adapters: Sequence[Adapter | None]) -> Run:
     }
     weights = dict(model.weights)
     for name in dict.fromkeys(name for adapter in adapters if adapter is not None for name in adapter.whole):
-        rows = [run.weights[name if name in run.weights else model.config.head_weight] for run in runs]
+        rows = [widened(run.weights[name if name in run.weights else model.config.head_weight]) for run in runs]
         weights[name] = xp.stack([w if w.ndim > 1 else w[None] for w in rows])  # (N,out,in) or (N,1,D)
     by_row = any(adapter is not None for adapter in adapters)
     return Run(model.config, weights, updates, frozenset(), by_row=by_row)

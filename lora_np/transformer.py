@@ -323,7 +323,7 @@ def place(run: Run, batch: Batch, *, past: int = 0, read: Array | None = None) -
 
 def _angles(run: Run, positions: Array) -> tuple[Array, Array]:
     """T11: rotary's cos and sin. positions (...,T) -> two (...,T,K/2)."""
-    config, dtype = run.config, run.weights["embed.tokens"].real.dtype
+    config, dtype = run.config, run.weights["layers.0.norm1.weight"].real.dtype
     return rotary_angles(positions, config.head_width, config.rope_theta, dtype)
 
 

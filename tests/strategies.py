@@ -199,6 +199,17 @@ def random_model(config, *, seed, dtype="float64", scale=0.3):
     return ln.Model(config, {name: w.astype(dtype) for name, w in weights.items()})
 
 
+def in_bfloat16(model):
+    """A float32 model with its matrices cut down to numbers of bfloat16. -> that model, and one that holds them so."""
+    cut = {
+        name: (asnumpy(w).view("uint32") & 0xFFFF0000).view("float32") if w.ndim == 2 else asnumpy(w)
+        for name, w in model.weights.items()
+    }
+    held = {name: (w.view("uint32") >> 16).astype("uint16") if w.ndim == 2 else w for name, w in cut.items()}
+    wide, narrow = (ln.Model(model.config, {name: device(w) for name, w in weights.items()}) for weights in (cut, held))
+    return wide, narrow
+
+
 def trained_adapter(model, lora_config, *, seed, scale=0.3):
     """An adapter as after training: B is not zero, and what is trained whole is not the base's."""
     adapter = perturbed(ln.init_adapter(model, lora_config, seed=seed), seed=seed)

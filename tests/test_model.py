@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import configs, dtypes, host_weights, random_model, same_bits, seeds
+from strategies import configs, device, dtypes, host_weights, random_model, same_bits, seeds
 
 import lora_np as ln
-from lora_np.backend import asnumpy, backend_name
+from lora_np.backend import asnumpy, backend_name, xp
 
 SMALL = ln.Config(7, 8, 2, 2, 8, 6)
 no_flag = pytest.mark.skipif(backend_name == "cupy", reason="CuPy's arrays have no writeable flag")
@@ -194,7 +194,7 @@ def test_a_model_has_the_weights_in_the_order_of_its_configuration():
         (
             {"norm.bias": np.zeros(8, "float32")},
             TypeError,
-            "norm.bias: expected float64, as embed.tokens has, got float32",
+            "norm.bias: expected float64, as layers.0.norm1.weight has, got float32",
         ),
     ],
 )
@@ -208,3 +208,15 @@ def test_weights_of_another_dtype_are_refused():
     weights = {name: w.astype("float16") for name, w in host_weights(random_model(SMALL, seed=0)).items()}
     with pytest.raises(TypeError, match="expected float32 or float64 weights, got float16"):
         ln.Model(SMALL, weights)
+
+
+def test_halves_stand_for_float32_matrices_alone():
+    config = ln.Config(7, 8, 1, 1, 4, 4)
+    weights = {name: device(w) for name, w in ln.init_weights(config, seed=0).items()}
+    halves = xp.zeros((7, 4), "uint16")
+    assert ln.Model(config, {**weights, "embed.tokens": halves}).dtype == "float32"
+    with pytest.raises(TypeError, match=r"norm.bias: expected float32, as layers.0.norm1.weight has, got uint16"):
+        ln.Model(config, {**weights, "norm.bias": xp.zeros(4, "uint16")})
+    double = {name: w.astype("float64") for name, w in weights.items()}
+    with pytest.raises(TypeError, match=r"embed.tokens: expected float64"):
+        ln.Model(config, {**double, "embed.tokens": halves})

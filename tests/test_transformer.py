@@ -19,6 +19,7 @@ from strategies import (
     device,
     farthest,
     gradient_scale,
+    in_bfloat16,
     inputs,
     largest,
     lora_configs,
@@ -30,7 +31,7 @@ from strategies import (
 )
 
 import lora_np as ln
-from lora_np import decode, gradcheck, transformer
+from lora_np import decode, gradcheck, ops, transformer
 from lora_np.backend import asnumpy, backend_name
 from lora_np.gradcheck import FLOOR, complex_step, relative_error
 from lora_np.run import adapted_shapes
@@ -757,3 +758,38 @@ def test_recomputing_keeps_the_inputs_of_half_blocks_alone():
     whole, less = ((peak(8, recompute) - peak(2, recompute)) / 6 for recompute in (False, True))
     assert less < 1.1 * inputs_of_a_layer
     assert whole > 4 * less
+
+
+# --- A base held in bfloat16 -----------------------------------------------------------------------------------------
+
+
+@proves("L2", "L4", "T13")
+@given(cases(dtype=st.just("float32"), dropout=True), seeds)
+def test_a_base_held_in_bfloat16_gives_the_same_bits(case, dropout_seed):
+    """These matrices are of one block each: their products are the same, and so are their roundings."""
+    wide, narrow = in_bfloat16(case.model)
+    adapter = ln.init_adapter(wide, case.adapter.config, seed=0)
+    assert same_bits(ln.init_adapter(narrow, case.adapter.config, seed=0).params, adapter.params)
+    loss, grads = ln.loss_and_grads(wide, adapter, **case.batch, dropout_seed=dropout_seed)
+    held, held_grads = ln.loss_and_grads(narrow, adapter, **case.batch, dropout_seed=dropout_seed)
+    assert loss == held
+    assert same_bits(grads, held_grads)
+    rows = [adapter if n % 2 == 0 else None for n in range(len(case.batch["tokens"]))]
+    wide_rows, held_rows = (ln.forward(model, adapter=rows, **inputs(case.batch)) for model in (wide, narrow))
+    assert same_bits(wide_rows, held_rows)
+
+
+@proves("L5", "L6")
+@given(cases(dtype=st.just("float32")))
+def test_a_base_held_in_bfloat16_merges_in_float32(case):
+    wide, narrow = in_bfloat16(case.model)
+    merged = ln.merge(narrow, case.adapter)
+    got = {name: ops.widened(w) for name, w in merged.weights.items()}
+    assert same_bits(got, dict(ln.merge(wide, case.adapter).weights))
+    assert ln.unmerge(merged, case.adapter) is narrow
+
+
+def test_what_is_held_in_bfloat16_is_not_trained():
+    _, narrow = in_bfloat16(random_model(ln.Config(7, 8, 1, 1, 4, 4), seed=0, dtype="float32"))
+    with pytest.raises(ValueError, match=r"trainable='all': embed.tokens is held in bfloat16, which is for frozen"):
+        ln.loss_and_grads(narrow, None, [[1]], [[2]], trainable="all")

@@ -30,6 +30,14 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    """The argument --storage."""
+    parser.add_argument(
+        "--storage", choices=["bfloat16"],
+        help="hold the base's matrices so, in half the memory, where its file has them in bfloat16 (default: float32)",
+    )  # fmt: skip
+
+
 def base_path(args: argparse.Namespace, bar: Bar) -> Path:
     """--base, or the folder of the embedded base, which is made first if need be."""
     if args.base is not None:
@@ -40,8 +48,8 @@ def base_path(args: argparse.Namespace, bar: Bar) -> Path:
 def adapted(args: argparse.Namespace, path: Path) -> tuple[Model, Adapter | None]:
     """The base in `path`, with the head that --adapter brings, and that adapter, if there is one."""
     if args.adapter is None:
-        return load_model(path), None
-    model = load_base_for(args.adapter, path)
+        return load_model(path, storage=args.storage), None
+    model = load_base_for(args.adapter, path, storage=args.storage)
     return model, load_adapter(args.adapter, model)
 
 

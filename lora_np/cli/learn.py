@@ -19,7 +19,7 @@ from ..formats.models.folder import load_model
 from ..lora import TARGETS, Adapter, LoRAConfig
 from ..model import Model
 from ..train import Score, Settings, evaluate
-from .base import AddCommand, adapted, add_base, base_path, tokenizer_of
+from .base import AddCommand, adapted, add_base, add_storage, base_path, tokenizer_of
 from .output import Bar, emit
 
 EPOCHS, STEPS, EVERY = 3, 200, 50  # defaults: of examples; of windows of a plain text
@@ -37,7 +37,7 @@ def run_finetune(args: argparse.Namespace) -> int:
         head = {"head": task.name, "n_labels": len(task.labels), "seed": args.seed}
     with Bar() as bar:
         path = base_path(args, bar)
-        model = load_model(path, **head)
+        model = load_model(path, storage=args.storage, **head)
         task = _fitting(args, task, model, path)
         tokenizer = tokenizer_of(path, model.config)
         data = tasks.learn_from(
@@ -193,6 +193,7 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("--data", type=Path, required=True, metavar="FILE", help=DATA)
     p.add_argument("--dev", type=Path, metavar="FILE", help="what is held out (default: a part of --data)")
     add_base(p)
+    add_storage(p)
     _add_task(p)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the adapter")
     p.add_argument("--r", type=int, default=8, help="rank (default: %(default)s)")
@@ -224,6 +225,7 @@ def add_commands(command: AddCommand) -> None:
     p = command("eval", run_eval, "the loss on a file, without and with an adapter; the accuracy of labels")
     p.add_argument("--data", type=Path, required=True, metavar="FILE", help="as for finetune")
     add_base(p)
+    add_storage(p)
     _add_task(p)
     p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter's folder")
     p.add_argument(
@@ -232,6 +234,7 @@ def add_commands(command: AddCommand) -> None:
 
     p = command("generate", run_generate, "text after a prompt")
     add_base(p)
+    add_storage(p)
     p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter's folder")
     p.add_argument("--prompt", required=True, help="the text to go on from")
     p.add_argument("-n", type=int, default=200, help="tokens (default: %(default)s)")

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peers import torch, transformers
 from safetensors.numpy import load_file, save_file
-from strategies import bits, deviation, random_model
+from strategies import bits, deviation, random_model, same_bits
 
 import lora_np as ln
+from lora_np.formats.models.folder import model_hash
 from lora_np.formats.models.huggingface import places
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
@@ -215,6 +216,34 @@ def test_half_precision_is_widened_to_the_bit(tmp_path, name, theirs):
         assert loaded.weights.keys() == state.keys()
         for weight, value in state.items():
             assert bits(loaded.weights[weight]) == value.astype(dtype or "float32").tobytes(), weight
+
+
+@pytest.mark.parametrize("name", ["gpt2-lm", "bert-tag", "llama-lm"])
+def test_bfloat16_is_held_as_it_is(tmp_path, name):
+    """The file's own bits, which are widened where they are used: the same model, with the same hash."""
+    family, config = MODELS[name]
+    peers.make(family, config, seed=1).module.to(torch.bfloat16).save_pretrained(str(tmp_path))
+    wide, narrow = ln.load_model(tmp_path), ln.load_model(tmp_path, storage="bfloat16")
+    for weight, value in wide.weights.items():
+        held = value.astype(ml_dtypes.bfloat16).view("uint16") if value.ndim == 2 else value
+        assert narrow.weights[weight].dtype == held.dtype
+        assert np.array_equal(narrow.weights[weight], held), weight
+    tokens = np.array([[1, 2, 3]])
+    assert deviation(ln.forward(narrow, tokens), ln.forward(wide, tokens)) < 1e-6
+    assert model_hash(narrow) == model_hash(wide)
+    ln.save_model(tmp_path / "own", narrow)
+    again = ln.load_model(tmp_path / "own", storage="bfloat16")
+    assert same_bits(dict(again.weights), dict(narrow.weights))
+    classifier = ln.load_model(tmp_path, head="classify", n_labels=2, seed=0, storage="bfloat16")
+    assert classifier.weights["head.weight"].dtype == "float32"  # drawn here, not the file's
+
+
+def test_what_bfloat16_would_round_is_not_held_so(tmp_path):
+    saved(tmp_path, *MODELS["gpt2-lm"])
+    with pytest.raises(ValueError, match=r"wte.weight: storage bfloat16: expected float32 numbers that bfloat16 holds"):
+        ln.load_model(tmp_path, dtype="float32", storage="bfloat16")
+    with pytest.raises(ValueError, match="storage: expected bfloat16 or None, got 'float16'"):
+        ln.load_model(tmp_path, storage="float16")
 
 
 def test_the_dtype_asked_for_and_a_mixture(tmp_path):
@@ -553,8 +582,8 @@ def write_large(folder, dtype):
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [("float32", {}), (ml_dtypes.bfloat16, {}), ("float32", {"dtype": "float64"}),
-     ("float32", {"head": "tag", "n_labels": 3, "seed": 0})],
-    ids=["float32", "bfloat16", "widened", "head"],
+     ("float32", {"head": "tag", "n_labels": 3, "seed": 0}), (ml_dtypes.bfloat16, {"storage": "bfloat16"})],
+    ids=["float32", "bfloat16", "widened", "head", "held in bfloat16"],
 )  # fmt: skip
 def test_peak_memory_is_the_weights_and_one_tensor(tmp_path, dtype, options):
     write_large(tmp_path / "m", dtype)
@@ -564,8 +593,10 @@ def test_peak_memory_is_the_weights_and_one_tensor(tmp_path, dtype, options):
     ).stdout  # fmt: skip
     grown, weights = map(int, out.split())
     largest = LARGE.vocab_size * 512 * (8 if options.get("dtype") == "float64" else 4)
+    if "storage" in options:  # the tensor as the file has it, and widened, are more than what is held of it
+        largest += LARGE.vocab_size * 512 * 2
     print(f"{grown / 2**20:.0f} MiB for {weights / 2**20:.0f} MiB of weights, the largest {largest / 2**20:.0f}")
-    assert weights > 180e6
+    assert weights > (90e6 if "storage" in options else 180e6)
     assert weights * 0.9 < grown < weights + largest + 8 * 2**20
 
 

@@ -6,23 +6,28 @@ import os
 from pathlib import Path
 
 from ...model import Model
+from ..models.base import Storage
 from ..models.folder import load_model
 from ..models.heads import LacksWeights
 from .brought import brought_by
 
 
 def load_base_for(
-    adapter_path: str | os.PathLike[str], base_path: str | os.PathLike[str], dtype: str | None = None
+    adapter_path: str | os.PathLike[str],
+    base_path: str | os.PathLike[str],
+    dtype: str | None = None,
+    storage: Storage | None = None,
 ) -> Model:
     """The model that an adapter is for: `load_model` with the head that the adapter was trained with.
 
-    dtype: None: the file's, or float64 where the adapter has that. An adapter that has a classifier's or tagger's head
-    whole makes the base one of as many labels; what the base's file then lacks is made up (seed 0), as the adapter's
-    own stands in its place. A ValueError if neither has it; errors of the files themselves are those of `load_model`
-    and `load_adapter`.
+    dtype: None: the file's, or float64 where the adapter has that. storage: as `load_model` has it. An adapter that has
+    a classifier's or tagger's head whole makes the base one of as many labels; what the base's file then lacks is made
+    up (seed 0), as the adapter's own stands in its place. A ValueError if neither has it; errors of the files
+    themselves are those of `load_model` and `load_adapter`.
     """
     brought = brought_by(Path(adapter_path))
-    options = {"dtype": "float64" if dtype is None and brought.is_double else dtype, **brought.options}
+    dtype = "float64" if dtype is None and brought.is_double else dtype
+    options = {"dtype": dtype, "storage": storage, **brought.options}
     try:
         return load_model(base_path, **options)
     except LacksWeights as error:

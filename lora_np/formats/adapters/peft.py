@@ -19,6 +19,7 @@ from ...adapter import trained_whole
 from ...backend import Array, asnumpy
 from ...lora import Adapter, LoRAConfig
 from ...model import Model
+from ...ops import widened
 from ..files.atomic import new_folder, replaced_files, write_tensors
 from ..files.plain import read_json, to_json, write_json
 from ..files.safe import TensorFile, open_tensors, refuse_pickle
@@ -103,7 +104,7 @@ def _read_params(
     file.check_names(shapes | {key: slot.shape for key, slot in places.items()})
     params = read_params(file, model, places)
     for key, name in copies.items():
-        source = params.get(name) if ".modules_to_save." in key else asnumpy(model.weights[name])
+        source = params.get(name) if ".modules_to_save." in key else asnumpy(widened(model.weights[name]))
         if source is None or not np.array_equal(file.read_as(key, model.dtype), source):
             raise ValueError(f"{file.path}: {key}: expected a copy of {name}, got other values: not supported")
     return {name: params[name] for name in names}

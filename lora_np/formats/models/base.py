@@ -1,14 +1,17 @@
-"""What an adapter's file is read against: a model in memory, or a base whose weights are read when asked for."""
+"""A base: a model in memory, or one whose weights are read when asked for; and how a model in memory holds them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from ...backend import Array
 from ...model import Config
+from ...ops import narrowed
+
+Storage: TypeAlias = Literal["bfloat16"]
 
 
 class Base(Protocol):
@@ -41,3 +44,15 @@ class LazyWeights(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._readers)
+
+
+def held(value: Array, storage: Storage | None, where: str) -> Array:
+    """A weight as a model is to hold it: with storage "bfloat16" a matrix is narrowed. `where` names it in errors."""
+    if storage not in (None, "bfloat16"):
+        raise ValueError(f"load_model: storage: expected bfloat16 or None, got {storage!r}")
+    if storage is None or value.ndim != 2:
+        return value
+    try:
+        return narrowed(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: storage bfloat16: {error}") from None

@@ -12,10 +12,11 @@ import numpy as np
 
 from ...backend import Array, asnumpy
 from ...model import Config, Model
+from ...ops import widened
 from ..files.atomic import new_folder, write_tensors
 from ..files.plain import from_fields, read_json, to_fields, write_json
 from ..files.safe import TensorFile, open_tensors, refuse_pickle
-from .base import Base
+from .base import Base, Storage, held
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
 from .huggingface import MODEL_TYPES, load_huggingface
@@ -29,7 +30,8 @@ def model_hash(model: Base) -> str:
     """The SHA-256 of a model's weights, by which an adapter knows its base. -> 64 hexadecimal digits.
 
     Over each weight, in the order of their names: a line with its name, dtype and shape, then its bytes, row by row,
-    the least significant byte of a number first. The configuration is no part of it.
+    the least significant byte of a number first; what is held in bfloat16 counts as float32. The configuration is no
+    part of it.
     """
     return weights_hash(model.weights)
 
@@ -38,7 +40,7 @@ def weights_hash(weights: Mapping[str, Array], dtype: str | None = None) -> str:
     """`model_hash` of a flat dict of weights. dtype: as they were in it, where it holds each number of a weight."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        value = np.ascontiguousarray(asnumpy(weights[name]))
+        value = np.ascontiguousarray(asnumpy(widened(weights[name])))
         if dtype is not None:
             value = _unwidened(value, dtype)
         digest.update(f"{name} {value.dtype.name} {'x'.join(map(str, value.shape))}\n".encode())
@@ -62,7 +64,7 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
     if model.dtype.name not in ("float32", "float64"):
         raise TypeError(f"save_model: expected float32 or float64 weights, got {model.dtype}")
     with new_folder(Path(path)) as folder:
-        write_tensors(folder / WEIGHTS, {name: asnumpy(value) for name, value in model.weights.items()})
+        write_tensors(folder / WEIGHTS, {name: asnumpy(widened(value)) for name, value in model.weights.items()})
         write_json(folder / CONFIG, own_header(model.config, model_hash(model)))
 
 
@@ -78,6 +80,7 @@ def load_model(
     head: str | None = None,
     n_labels: int | None = None,
     seed: int | None = None,
+    storage: Storage | None = None,
 ) -> Model:
     """Reads a folder that `save_model` wrote, one of Hugging Face's (GPT-2, BERT, RoBERTa, Llama), or a .gguf file.
 
@@ -86,17 +89,19 @@ def load_model(
     dtype: float32 or float64; None keeps the file's, float16 and bfloat16 widened to float32.
     head, n_labels: another head than the file's (lm, classify, tag, none; labels). Weights of the file that it has no
     use for are left out; those that the file lacks are init_weights' for `seed`, which must then be given.
+    storage: "bfloat16" holds the file's matrices so, in half the memory, and widens them where they are used: the same
+    results, to the bit of a product's rounding. Only for float32, and where the file's numbers are bfloat16's.
     A FileNotFoundError or ValueError, in one line, says which file is missing, of another model type, or damaged, and
     which key or tensor is at fault.
     """
     if Path(path).suffix.lower() == ".gguf":
-        return load_gguf(path, dtype=dtype, head=head, n_labels=n_labels, seed=seed)
+        return load_gguf(path, dtype=dtype, head=head, n_labels=n_labels, seed=seed, storage=storage)
     folder = Path(path)
     if dtype is not None and dtype not in ("float32", "float64"):
         raise ValueError(f"load_model: dtype: expected float32 or float64, got {dtype!r}")
     header = read_header(folder)
     if header["model_type"] in MODEL_TYPES:
-        return load_huggingface(folder, header, dtype=dtype, head=head, n_labels=n_labels, seed=seed)
+        return load_huggingface(folder, header, dtype=dtype, head=head, n_labels=n_labels, seed=seed, storage=storage)
     saved, expected_hash = read_own(header, str(folder / CONFIG))
     refuse_pickle(folder, WEIGHTS)
     with open_tensors(folder / WEIGHTS) as file:
@@ -107,11 +112,10 @@ def load_model(
     config = with_head(saved, head, n_labels)
     kept = {name: weights[name] for name in taken(saved, config) if name in weights}
     del weights
-    kept = completed(config, kept, seed, str(folder))
-    if dtype is not None:
-        for name in kept:  # one by one, so that both copies of one weight alone are held
-            kept[name] = kept[name].astype(dtype, copy=False)
-    return Model(config, kept)
+    for name in kept:  # one by one, so that both copies of one weight alone are held
+        value = kept[name].astype(dtype or kept[name].dtype, copy=False)
+        kept[name] = held(value, storage, f"{folder / WEIGHTS}: {name}")
+    return Model(config, completed(config, kept, seed, str(folder)))
 
 
 def read_header(folder: Path) -> dict[str, Any]:

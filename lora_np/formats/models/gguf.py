@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...model import Config, Model
+from .base import Storage, held
 from .gguf_file import GGUFFile, open_gguf
 from .heads import completed, taken, with_head
 
@@ -41,13 +42,14 @@ def load_gguf(
     head: str | None = None,
     n_labels: int | None = None,
     seed: int | None = None,
+    storage: Storage | None = None,
 ) -> Model:
     """Reads a .gguf file of the llama architecture.
 
     Tensors of type F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K and Q6_K; the head is tied where the file has none. They are
     read one by one: no more is held than the weights in `dtype`, and one tensor as the file has it.
     dtype: float32 or float64; None: float32.
-    head, n_labels, seed: as `load_model` has them.
+    head, n_labels, seed, storage: as `load_model` has them.
     A ValueError, in one line, names what is damaged or not supported: the file, and the key or the tensor.
     """
     if dtype is not None and dtype not in ("float32", "float64"):
@@ -58,7 +60,12 @@ def load_gguf(
         _check_tensors(file, saved)
         config = with_head(saved, head, n_labels)
         weights = {
-            name: file.read(file_name(name), dtype, heads=_paired_heads(name, config)) for name in taken(saved, config)
+            name: held(
+                file.read(file_name(name), dtype, heads=_paired_heads(name, config)),
+                storage,
+                f"{file.path}: {file_name(name)}",
+            )
+            for name in taken(saved, config)
         }
     return Model(config, completed(config, weights, seed, str(path)))
 

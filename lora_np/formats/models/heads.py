@@ -8,6 +8,7 @@ from typing import Any
 
 from ...backend import Array
 from ...model import Config, init_weights
+from ...ops import widened
 
 
 class LacksWeights(ValueError):
@@ -46,5 +47,5 @@ def completed(config: Config, weights: Mapping[str, Array], seed: int | None, wh
         return dict(weights)
     if seed is None:
         raise LacksWeights(where, missing, config)
-    dtype = str(weights["embed.tokens"].dtype)
+    dtype = str(widened(weights["embed.tokens"][:0]).dtype)
     return {**weights, **init_weights(config, seed=seed, dtype=dtype, names=missing)}

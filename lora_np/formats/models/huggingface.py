@@ -17,9 +17,11 @@ import numpy as np
 
 from ...backend import Array, asnumpy, xp
 from ...model import Config, Model
+from ...ops import widened
 from ...run import fused_parts
 from ..files.plain import from_fields
 from ..files.safe import shown
+from .base import Storage, held
 from .heads import completed, taken, with_head
 from .names import family_of, module_names, module_of
 from .shards import WIDENED, Stored, stored_tensors
@@ -211,6 +213,7 @@ def load_huggingface(
     head: str | None = None,
     n_labels: int | None = None,
     seed: int | None = None,
+    storage: Storage | None = None,
 ) -> Model:
     """The model in a folder whose config.json says `raw`; the arguments are load_model's.
 
@@ -220,8 +223,9 @@ def load_huggingface(
     dtype = dtype or files.dtype
     weights: dict[str, Array] = {}
     for key, place in files.places.items():
-        weights |= place.split(files.tensors[key].read(dtype))
-    files.check_tied(asnumpy(weights["embed.tokens"]), dtype, str(folder / CONFIG))
+        parts = place.split(files.tensors[key].read(dtype))
+        weights |= {name: held(part, storage, str(files.tensors[key])) for name, part in parts.items()}
+    files.check_tied(asnumpy(widened(weights["embed.tokens"])), dtype, str(folder / CONFIG))
     return Model(files.config, completed(files.config, weights, seed, str(folder)))
 
 
