@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from .adapter import count_parameters, init_adapter
+from .backend import Array, asnumpy
 from .checkpoint import load_checkpoint, save_checkpoint
 from .formats.adapters.peft import save_adapter
 from .formats.adapters.task import Task, save_task
 from .formats.models.folder import model_hash
 from .lora import Adapter, LoRAConfig
 from .model import Model
+from .ranks import ALONE, Ranks
 from .tasks import Data
 from .train import (
     Report,
@@ -66,49 +69,83 @@ class Seen(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The adapter, the held-out scores from before the first step on, and how many parameters were trained."""
+    """The adapter, the held-out scores from before the first step on, and how many parameters were trained.
+
+    bytes_a_step: of sums of gradients that all ranks together got from others, in one step
+    """
 
     adapter: Adapter
     curve: Curve
     parameters: int
+    bytes_a_step: int
 
 
-def finetune(model: Model, data: Data, out: Path, job: Job, *, resume: bool, report: Callable[[Seen], None]) -> Result:
+def finetune(
+    model: Model,
+    data: Data,
+    out: Path,
+    job: Job,
+    *,
+    resume: bool,
+    report: Callable[[Seen], None],
+    ranks: Ranks = ALONE,
+) -> Result:
     """Trains an adapter and writes it to the folder `out`, in PEFT's format, with task.json beside it.
 
     Meanwhile `out` holds a checkpoint, made anew every job.every steps; with resume, training goes on from it, to the
-    same bits as without the break. A FileExistsError if out holds anything without resume; a ValueError if the
-    checkpoint is of another job; a TrainingError as of `train`.
+    same bits as without the break, on any number of ranks. All ranks compute; the first alone reads and writes `out`.
+    A FileExistsError if out holds anything without resume; a ValueError if the checkpoint is of another job, or if the
+    ranks have different jobs, or different bits, as machines of different kinds may; a TrainingError as of `train`.
     """
     adapter = init_adapter(model, job.lora, seed=job.settings.seed)
     about = _identity(model, data, job)
+    for name, value in about.items():
+        ranks.check_same(name, value)
     if resume:
-        state, curve = _resume(out / CHECKPOINT, adapter, about)
-    elif out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out}: the folder is not empty; name another, or go on with --resume")
+        state, curve = ranks.of_first(lambda: _resume(out / CHECKPOINT, adapter, about))
     else:
-        state, curve = start(model, adapter), [Point(0, *evaluate(model, adapter, data.held_out))]
-    out.mkdir(parents=True, exist_ok=True)
+        ranks.of_first(lambda: _refuse_used(out))
+        state, curve = start(model, adapter), [Point(0, *evaluate(model, adapter, data.held_out, ranks))]
+    ranks.of_first(lambda: out.mkdir(parents=True, exist_ok=True))
+    steps = job.settings.steps - state.step
 
     def after_step(r: Report) -> None:
         measured = None
         if r.step % job.every == 0 or r.step == job.settings.steps:
-            measured = evaluate(*placed(model, adapter, r.state), data.held_out)
+            ranks.check_same(f"the parameters after step {r.step}", _digest(r.state.params))
+            measured = evaluate(*placed(model, adapter, r.state), data.held_out, ranks)
             if not math.isfinite(measured.loss):
                 raise TrainingError(
                     f"step {r.step}: the held-out loss is {measured.loss}: the learning rate is too high"
                 )
             curve.append(Point(r.step, *measured))
-            save_checkpoint(out / CHECKPOINT, r.state, {**about, "curve": curve})
+            if ranks.is_first:
+                save_checkpoint(out / CHECKPOINT, r.state, {**about, "curve": curve})
         report(Seen(r.step, job.settings.steps, r.loss, measured))
 
-    state = train(model, adapter, data.batch, job.settings, state=state, report=after_step)
+    state = train(model, adapter, data.batch, job.settings, state=state, report=after_step, ranks=ranks)
     _, trained = placed(model, adapter, state)
     assert trained is not None
-    save_task(out, job.task)
-    save_adapter(out, trained, model)
-    (out / CHECKPOINT).unlink()
-    return Result(trained, curve, count_parameters(model.config, job.lora))
+    if ranks.is_first:
+        save_task(out, job.task)
+        save_adapter(out, trained, model)
+        (out / CHECKPOINT).unlink()
+    received = sum(ranks.gather([ranks.received])) // max(1, steps)
+    return Result(trained, curve, count_parameters(model.config, job.lora), received)
+
+
+def _refuse_used(out: Path) -> None:
+    """A FileExistsError if the folder holds anything."""
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out}: the folder is not empty; name another, or go on with --resume")
+
+
+def _digest(params: Mapping[str, Array]) -> str:
+    """SHA-256 of the parameters' bytes."""
+    digest = hashlib.sha256()
+    for value in params.values():
+        digest.update(asnumpy(value).tobytes())
+    return digest.hexdigest()
 
 
 def _identity(model: Model, data: Data, job: Job) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""One step over many shards of a batch (O4).
+"""One step over many shards of a batch: in threads, and over MPI's ranks (O4).
 
 Each shard runs its whole forward and backward alone, in a thread of its own; NumPy lets go of the interpreter's lock in
 products and elementwise steps. Only the gradients of what is trained meet, summed along one fixed tree: the result
-depends on the shards, never on how many threads ran them or which was done first.
+depends on the shards, never on how many threads or ranks ran them or which was done first.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, TypeVar
 
 from .backend import Array, backend_name
 from .batch import Batch, check_batch
 from .lora import Adapter
 from .model import Model
+from .ranks import ALONE, Ranks
 from .run import Run, Trainable
 from .transformer import Grads, batch_loss_and_grads, trained_grads, training_run
+from .tree import Node, cut
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -36,12 +37,6 @@ def default_shards(N: int, T: int) -> int:
     """
     most = max(1, min(N, N * T // SHARD_TOKENS))
     return 1 if backend_name == "cupy" else 1 << (most.bit_length() - 1)
-
-
-def shard_rows(N: int, shards: int) -> list[slice]:
-    """N rows in `shards` parts whose sizes differ by one at the most."""
-    edges = [N * i // shards for i in range(shards + 1)]
-    return [slice(start, end) for start, end in pairwise(edges)]
 
 
 @contextmanager
@@ -67,25 +62,19 @@ def quick_switches() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def threaded(f: Callable[[S], R], parts: Iterable[S]) -> list[R]:
-    """f of each part, in order: each in a thread, with one BLAS thread; one part alone as it is. On a GPU, in turn."""
+def threaded(f: Callable[[S], R], parts: Iterable[S], ranks: Ranks = ALONE) -> Iterator[R]:
+    """f of each of this rank's share of the parts, in order, as they are done.
+
+    Each in a thread, with one BLAS thread; where there is one part in all, as it is. On a GPU, in turn.
+    """
     parts = list(parts)
+    mine = parts[ranks.share(len(parts))]
     if len(parts) <= 1 or backend_name == "cupy":
-        return [f(part) for part in parts]
-    with one_blas_thread(), quick_switches(), ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as pool:
-        return list(pool.map(f, parts))
-
-
-def tree_sum(parts: list[tuple[Array, Grads]]) -> tuple[Array, Grads]:
-    """O4: neighbours are added, then the sums of neighbours, and so on: one fixed order for any number of threads."""
-    while len(parts) > 1:
-        pairs = [_add(parts[i], parts[i + 1]) for i in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[len(pairs) * 2 :]
-    return parts[0]
-
-
-def _add(one: tuple[Array, Grads], other: tuple[Array, Grads]) -> tuple[Array, Grads]:
-    return one[0] + other[0], {name: one[1][name] + other[1][name] for name in one[1]}
+        yield from map(f, mine)
+        return
+    threads = max(1, min(len(mine), ranks.threads or os.cpu_count() or 1))
+    with one_blas_thread(), quick_switches(), ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(f, mine)
 
 
 def sharded_loss_and_grads(
@@ -110,24 +99,24 @@ def sharded_loss_and_grads(
     run = training_run(
         model, adapter, trainable=trainable, rows=len(batch.tokens), dropout_seed=dropout_seed, recompute=recompute
     )
-    total, grads = sharded_sums(run, batch, count=len(batch.counted), shards=shards)
-    return total.item(), trained_grads(model, adapter, grads)
+    total, grads = sharded_sums(run, model, adapter, batch, shards=shards)
+    return total.item(), grads
 
 
 def sharded_sums(
-    run: Run, batch: Batch, *, count: int, first_row: int = 0, shards: int | None = None
+    run: Run, model: Model, adapter: Adapter | None, batch: Batch, *, shards: int | None, ranks: Ranks = ALONE
 ) -> tuple[Array, Grads]:
-    """O4: the sums of loss and gradients over a batch's rows, over `count`.
-
-    The batch may be a part of the whole: then count is the whole's, and first_row is its first row there, by which
-    dropout masks are numbered. shards: at most N; None: from the batch's shape alone.
-    """
+    """O4: the loss of a checked batch (a 0-d array) and its gradients, each rank computing its share of the shards."""
     N, T = batch.tokens.shape
     shards = default_shards(N, T) if shards is None else shards
     if not 1 <= shards <= N:
         raise ValueError(f"shards: expected 1 to {N}, the rows of the batch, got {shards}")
+    rows, count = cut(N, shards), len(batch.counted)
 
-    def one(n: slice) -> tuple[Array, Grads]:
-        return batch_loss_and_grads(replace(run, first_row=first_row + n.start), batch.rows(n), count=count)
+    def one(shard: int) -> Node:
+        n = rows[shard]
+        loss, grads = batch_loss_and_grads(replace(run, first_row=n.start), batch.rows(n), count=count)
+        return Node(shard, 1, loss, trained_grads(model, adapter, grads))
 
-    return tree_sum(threaded(one, shard_rows(N, shards)))
+    like = model.weights if adapter is None else adapter.params
+    return ranks.sum(threaded(one, range(shards), ranks), shards, like)

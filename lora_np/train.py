@@ -12,9 +12,10 @@ from .batch import BatchDict, check_batch
 from .lora import Adapter
 from .model import Model
 from .optim import AdamWState, adamw, clip, learning_rates, warmup_cosine
-from .parallel import shard_rows, sharded_sums, threaded
+from .parallel import sharded_sums, threaded
+from .ranks import ALONE, Ranks
 from .run import bind
-from .transformer import Grads, batch_score, trained_grads, training_run
+from .transformer import batch_score, training_run
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Settings:
     b_ratio       B's rate over A's (LoRA+); head_ratio: a trained head's
     weight_decay  decoupled (O1)
     clip          the joint norm that gradients are cut to (O3)
-    accumulate    micro-batches that a step's batch is cut into, one behind the other (O4)
     seed          of the dropout masks
     recompute     whether backward computes each half block again rather than keep it: less memory, the same bits
+    shards        parts of a step's batch that are computed alone (O4): in threads and on ranks, and on a GPU in turn;
+                  fewer where a batch has fewer rows; None: from its shape
     """
 
     steps: int
@@ -38,13 +40,15 @@ class Settings:
     weight_decay: float = 0.0
     warmup: int = 0
     clip: float = 1.0
-    accumulate: int = 1
     seed: int = 0
     recompute: bool = False
+    shards: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("warmup", 0), ("accumulate", 1), ("seed", 0)):
+        for name, least in (("steps", 1), ("warmup", 0), ("seed", 0), ("shards", 1)):
             value = getattr(self, name)
+            if name == "shards" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Settings.{name}: expected an integer of at least {least}, got {value!r}")
         for name in ("lr", "b_ratio", "head_ratio", "clip"):
@@ -98,41 +102,37 @@ def train(
     *,
     state: State | None = None,
     report: Callable[[Report], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> State:
     """Trains the adapter, or without one every weight (O1 to O4). -> the state after the last step.
 
     batches(step) gives the batch of a step, from 0: as it depends on the step alone, k steps, and then the rest from
-    the state after them, end in the same bits as all at once. report is called after each step.
+    the state after them, end in the same bits as all at once. report is called after each step. On several ranks each
+    has the same arguments, computes its rows of each batch, and ends in the same bits as one alone would.
     A TrainingError says at which step the numbers ceased to be finite, and why that may be; ValueErrors as of `loss`.
     """
     state = start(model, adapter) if state is None else state
     while state.step < settings.steps:
-        state, seen = _step(model, adapter, batches(state.step), settings, state)
+        state, seen = _step(model, adapter, batches(state.step), settings, state, ranks)
         report(seen)
     return state
 
 
 def _step(
-    model: Model, adapter: Adapter | None, given: BatchDict, settings: Settings, state: State
+    model: Model, adapter: Adapter | None, given: BatchDict, settings: Settings, state: State, ranks: Ranks
 ) -> tuple[State, Report]:
     """One step: the gradients of the whole batch, clipped, and AdamW."""
     model, adapter = placed(model, adapter, state)
     batch = check_batch(model.config, given["tokens"], given["targets"], given.get("mask"), given.get("token_types"))
-    N, count = len(batch.tokens), len(batch.counted)
-    trainable = "all" if adapter is None else "adapter"
+    N, trainable = len(batch.tokens), "all" if adapter is None else "adapter"
     seed = (settings.seed << 32) + state.step
     run = training_run(
         model, adapter, trainable=trainable, rows=N, dropout_seed=seed,  # type: ignore[arg-type]
         recompute=settings.recompute,
     )  # fmt: skip
-    total: Array | None = None
-    sums: Grads = {}
-    for rows in shard_rows(N, min(settings.accumulate, N)):
-        part, part_sums = sharded_sums(run, batch.rows(rows), count=count, first_row=rows.start)
-        total = part if total is None else total + part
-        sums = {name: g + sums[name] if sums else g for name, g in part_sums.items()}
-    assert total is not None
-    grads, norm_before = clip(trained_grads(model, adapter, sums), settings.clip)
+    shards = None if settings.shards is None else min(settings.shards, N)
+    total, sums = sharded_sums(run, model, adapter, batch, shards=shards, ranks=ranks)
+    grads, norm_before = clip(sums, settings.clip)
     loss, norm = float(total), float(norm_before)
     lr = settings.lr * warmup_cosine(state.step, warmup=settings.warmup, total=settings.steps)
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -167,8 +167,9 @@ class Score(NamedTuple):
     accuracy: float
 
 
-def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]) -> Score:
-    """T15: what a model is worth on batches; no dropout. Each batch is run in a thread of its own."""
+def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict], ranks: Ranks = ALONE) -> Score:
+    """T15: what a model is worth on batches; no dropout. Each batch is run in a thread of its own, on one of the ranks;
+    the batches' sums are added in their order on each rank."""
 
     def one(given: BatchDict) -> tuple[float, int, int]:
         batch = check_batch(
@@ -178,7 +179,7 @@ def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]
         loss, hits = batch_score(run, batch)
         return float(loss), int(hits), len(batch.counted)
 
-    scores = threaded(one, batches)
+    scores = ranks.gather(threaded(one, batches, ranks))
     count = sum(counted for _, _, counted in scores)
     if count == 0:
         raise ValueError("evaluate: expected at least one batch")

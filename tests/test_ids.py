@@ -12,7 +12,7 @@ PACKAGE = TESTS.parent / "lora_np"
 ID = re.compile(r"\b(?:L[1-9]|T1[0-6]|T[1-9]|O[1-4]|A[12])\b(?!\s*[(=])")
 
 # In these every test names an id, but for those of input that is refused.
-FILES = ("ops", "lora", "adapter", "transformer", "run", "optim", "parallel", "decode")
+FILES = ("ops", "lora", "adapter", "transformer", "run", "optim", "tree", "parallel", "decode")
 MATHEMATICS = {f"test_{name}" for name in FILES}
 REFUSED = re.compile(r"_(is|are)_refused$")
 

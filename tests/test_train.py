@@ -43,13 +43,18 @@ def same(one, other):
 
 
 @settings(max_examples=8)
-@given(k=st.integers(0, 6), accumulate=st.integers(1, 3), dropout=st.sampled_from([0.0, 0.3]), full=st.booleans())
+@given(
+    k=st.integers(0, 6),
+    shards=st.sampled_from([None, 1, 3, 9]),
+    dropout=st.sampled_from([0.0, 0.3]),
+    full=st.booleans(),
+)
 @pytest.mark.proves("O1", "O2", "O4", "T12")
-def test_a_resumed_run_ends_in_the_same_bits(tmp_path_factory, k, accumulate, dropout, full):
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path_factory, k, shards, dropout, full):
     """n steps = k steps, a checkpoint, and n - k steps from it: identical parameters."""
     model, adapter = make(dropout=dropout)
     adapter = None if full else adapter
-    plan = Settings(steps=6, lr=1e-2, warmup=2, weight_decay=0.1, accumulate=accumulate, seed=3)
+    plan = Settings(steps=6, lr=1e-2, warmup=2, weight_decay=0.1, shards=shards, seed=3)
     path = tmp_path_factory.mktemp("run") / "checkpoint.npz"
     states = {0: start(model, adapter)}
     straight = train(model, adapter, batches, plan, report=lambda r: states.update({r.step: r.state}))
@@ -77,16 +82,16 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was():
     assert state.params.keys() == adapter.params.keys()
 
 
-@given(accumulate=st.integers(2, 5), dropout=st.sampled_from([0.0, 0.4]))
+@given(shards=st.integers(2, 7), dropout=st.sampled_from([0.0, 0.4]))
 @settings(max_examples=8)
 @pytest.mark.proves("O4", "T15")
-def test_accumulated_micro_batches_are_the_whole_batch(accumulate, dropout):
+def test_the_shards_of_a_step_are_the_whole_batch(shards, dropout):
     """Uneven parts, uncounted targets and dropout included: the mean is over the whole batch's counted targets."""
     model, adapter = make("float64", dropout=dropout)
     plan = Settings(steps=1, lr=1e-2, seed=5)
     seen = []
-    for parts in (1, accumulate):
-        train(model, adapter, batches, replace(plan, accumulate=parts), report=seen.append)
+    for parts in (1, shards):
+        train(model, adapter, batches, replace(plan, shards=parts), report=seen.append)
     assert seen[0].loss == pytest.approx(seen[1].loss, rel=1e-13)
     assert seen[0].norm == pytest.approx(seen[1].norm, rel=1e-11)
 
@@ -199,7 +204,7 @@ def test_accuracy_is_how_often_the_target_has_the_largest_logit(head):
 
 
 def test_settings_say_what_they_expect():
-    for wrong in ({"steps": 0}, {"steps": 2.5}, {"warmup": 5}, {"accumulate": 0}, {"seed": -1}, {"lr": 0}, {"clip": 0}):
+    for wrong in ({"steps": 0}, {"steps": 2.5}, {"warmup": 5}, {"shards": 0}, {"seed": -1}, {"lr": 0}, {"clip": 0}):
         with pytest.raises(ValueError, match=f"Settings.{next(iter(wrong))}: expected"):
             Settings(**{"steps": 4, "lr": 1e-3} | wrong)
     with pytest.raises(ValueError, match="weight_decay: expected 0 or more, got nan"):

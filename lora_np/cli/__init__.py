@@ -13,14 +13,15 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backend import backend_name
-from ..train import TrainingError
 from . import convert, demonstrate, files, learn, verify
 from .base import Run
+from .output import FAILURES, failure
 
 EXAMPLES = """\
 examples:
   lora-np demo --plot losses.png                       LoRA and full fine-tuning side by side, nothing to download
   lora-np finetune --data notes.txt --out adapter      adapt the embedded base to your text
+  mpirun -n 4 lora-np finetune ...                     the same adapter from four processes, or machines (extra mpi)
   lora-np eval --data notes.txt --adapter adapter      its loss, with the adapter and without
   lora-np generate --adapter adapter --prompt "The "   text from it
   lora-np inspect adapter                              what is in it
@@ -58,12 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Numbers that overflow end in a TrainingError, which says more than NumPy's warnings on the way there.
             warnings.simplefilter("ignore", RuntimeWarning)
             return int(args.run(args))
-    except TrainingError as error:
-        print(f"lora-np: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"lora-np: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("lora-np: interrupted; what was written is whole", file=sys.stderr)
-        return 130
+    except FAILURES as error:
+        status, text = failure(error)
+        print(f"lora-np: {text}", file=sys.stderr)
+        return status

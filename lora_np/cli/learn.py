@@ -18,9 +18,11 @@ from ..formats.adapters.task import Task, load_task
 from ..formats.models.folder import load_model
 from ..lora import TARGETS, Adapter, LoRAConfig
 from ..model import Model
+from ..parallel import default_shards
+from ..ranks import Ranks, world
 from ..train import Score, Settings, evaluate
 from .base import AddCommand, adapted, add_base, add_storage, base_path, tokenizer_of
-from .output import Bar, emit
+from .output import Bar, emit, one_end
 
 EPOCHS, STEPS, EVERY = 3, 200, 50  # defaults: of examples; of windows of a plain text
 LONGEST = {"lm": 256, "classify": 64, "tag": 128}
@@ -28,6 +30,14 @@ WINDOW = 64
 
 
 def run_finetune(args: argparse.Namespace) -> int:
+    """All ranks run this, if a launcher started several; the first alone shows and writes anything."""
+    ranks = world()
+    with one_end(ranks):
+        _finetune(args, ranks)
+    return 0
+
+
+def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
     if args.plot:
         plot.check_matplotlib()
     began = time.perf_counter()
@@ -35,8 +45,8 @@ def run_finetune(args: argparse.Namespace) -> int:
     head: dict[str, Any] = {}
     if task.name != "lm":
         head = {"head": task.name, "n_labels": len(task.labels), "seed": args.seed}
-    with Bar() as bar:
-        path = base_path(args, bar)
+    with Bar(shown=ranks.is_first) as bar:
+        path = ranks.of_first(lambda: base_path(args, bar))
         model = load_model(path, storage=args.storage, **head)
         task = _fitting(args, task, model, path)
         tokenizer = tokenizer_of(path, model.config)
@@ -44,12 +54,15 @@ def run_finetune(args: argparse.Namespace) -> int:
             args.data, args.dev, task, tokenizer, N=args.batch, held_out=args.held_out, seed=args.seed
         )
         job = _job(args, task, data.epoch)
+        _check_ranks(args, task, ranks)
 
         def report(seen: finetune.Seen) -> None:
             held_out = "" if seen.held_out is None else f", held out {_shown(task, seen.held_out)}"
             bar.show("fine-tuning", seen.step, seen.steps, f"loss {seen.loss:.3f}{held_out}")
 
-        done = finetune.finetune(model, data, args.out, job, resume=args.resume, report=report)
+        done = finetune.finetune(model, data, args.out, job, resume=args.resume, report=report, ranks=ranks)
+    if not ranks.is_first:
+        return
     first, last, unit = done.curve[0], done.curve[-1], _unit(task, tokenizer)
     if args.plot:
         curve = [(point.step, point.loss) for point in done.curve]
@@ -58,14 +71,26 @@ def run_finetune(args: argparse.Namespace) -> int:
         "out": str(args.out), "steps": job.settings.steps, "parameters": done.parameters,
         "curve": [point._asdict() for point in done.curve], "seconds": time.perf_counter() - began,
         "loss": {"base": first.loss, "adapter": last.loss}, "labels": list(task.labels),
+        "ranks": ranks.size, "bytes_a_step": done.bytes_a_step,
     }  # fmt: skip
-    emit(
-        args,
-        result,
-        f"held-out loss, {unit}: before {_shown(task, first)}, adapted {_shown(task, last)}\n"
+    lines = [
+        f"held-out loss, {unit}: before {_shown(task, first)}, adapted {_shown(task, last)}",
         f"trained {done.parameters:,} parameters in {job.settings.steps} steps; the adapter is in {args.out}",
-    )
-    return 0
+    ]
+    if ranks.size > 1:
+        lines.append(f"{ranks.size} ranks, which got {done.bytes_a_step:,} bytes from each other in each step")
+    emit(args, result, "\n".join(lines))
+
+
+def _check_ranks(args: argparse.Namespace, task: Task, ranks: Ranks) -> None:
+    """A ValueError where even the largest batch leaves some rank with nothing to do."""
+    N, T = args.batch, task.longest
+    shards = default_shards(N, T) if args.shards is None else min(args.shards, N)
+    if shards < ranks.size:
+        raise ValueError(
+            f"expected a shard of the batch at least for each of the {ranks.size} ranks, got {shards}, of {N} rows of "
+            f"at most {T} tokens; see --batch and --shards"
+        )
 
 
 def _task(args: argparse.Namespace) -> Task:
@@ -110,7 +135,7 @@ def _job(args: argparse.Namespace, task: Task, epoch: int | None) -> finetune.Jo
         ),
         settings=Settings(
             steps=steps, lr=lr, b_ratio=args.b_ratio, weight_decay=args.weight_decay, warmup=min(args.warmup, steps),
-            accumulate=args.accumulate, seed=args.seed, recompute=args.recompute,
+            seed=args.seed, recompute=args.recompute, shards=args.shards,
         ),
         every=every,
     )  # fmt: skip
@@ -212,8 +237,11 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("--weight-decay", type=float, default=0.0, help="decoupled (default: %(default)s)")
     p.add_argument("--warmup", type=int, default=20, help="steps of warm-up (default: %(default)s)")
     p.add_argument("--batch", type=int, default=16, help="examples or windows a step (default: %(default)s)")
-    p.add_argument("--accumulate", type=int, default=1, help="parts that a batch is run in (default: %(default)s)")
     p.add_argument("--recompute", action="store_true", help="keep less for backward and compute it again: less memory")
+    p.add_argument(
+        "--shards", type=int,
+        help="parts of a batch that are computed alone: in threads, on ranks, on a GPU in turn (default: by its shape)",
+    )  # fmt: skip
     p.add_argument("--held-out", type=float, default=0.1, help="part of the data, without --dev (default: %(default)s)")
     p.add_argument(
         "--every", type=int, help=f"steps between evaluations, each with a checkpoint (default: an epoch, or {EVERY})"

@@ -6,15 +6,24 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+
+from ..ranks import Ranks
+from ..train import TrainingError
+
+FAILURES = (TrainingError, ValueError, TypeError, OSError, ImportError, KeyboardInterrupt)  # said in one line
+GRACE = 1.0  # seconds
 
 
 class Bar:
     """Progress on standard error: tqdm's bar where it is installed and somebody watches, else a line now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shown: bool = True) -> None:
+        self.shown = shown
         self.stage = ""
         self.bar: Any = None
         self.last_line = 0.0
@@ -28,6 +37,8 @@ class Bar:
 
     def show(self, stage: str, step: int, steps: int, text: str) -> None:
         """Shows that a stage is at `step` of `steps`."""
+        if not self.shown:
+            return
         if stage != self.stage:
             self._start(stage, steps)
         if self.bar is not None:
@@ -48,6 +59,30 @@ class Bar:
             except ImportError:
                 return
             self.bar = tqdm(total=steps, desc=stage, file=sys.stderr, leave=True)
+
+
+def failure(error: BaseException) -> tuple[int, str]:
+    """The exit status, and what is said: a line, or the traceback of what should not happen."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; what was written is whole"
+    if isinstance(error, TrainingError):
+        return 1, str(error)
+    return (2, str(error)) if isinstance(error, FAILURES) else (1, "".join(traceback.format_exception(error)))
+
+
+@contextmanager
+def one_end(ranks: Ranks) -> Iterator[None]:
+    """An exception in one rank ends them all: they would wait for it for ever."""
+    try:
+        yield
+    except BaseException as error:
+        if ranks.size == 1:
+            raise
+        if not ranks.is_first:
+            time.sleep(GRACE)  # where all fail alike, the first says it, and once
+        status, text = failure(error)
+        print(f"lora-np: rank {ranks.rank} of {ranks.size}: {text}", file=sys.stderr, flush=True)
+        ranks.end(status)
 
 
 def emit(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
