@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypeVar
 
 from .backend import Array, backend_name
@@ -39,15 +40,21 @@ def default_shards(N: int, T: int) -> int:
     return 1 if backend_name == "cupy" else 1 << (most.bit_length() - 1)
 
 
+@cache
+def _blas() -> Any:
+    """threadpoolctl's hold on NumPy's BLAS, which takes a while to find; None where it is not installed."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController().select(user_api="blas")
+
+
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """One BLAS thread for each product meanwhile, where threadpoolctl is installed: the shards are the parallelism."""
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        yield
-        return
-    with threadpool_limits(1, user_api="blas"):
+    blas = _blas()
+    with nullcontext() if blas is None else blas.limit(limits=1):
         yield
 
 
