@@ -789,6 +789,7 @@ def test_a_base_held_in_bfloat16_merges_in_float32(case):
     assert ln.unmerge(merged, case.adapter) is narrow
 
 
+@proves("T2")
 def test_what_is_held_in_bfloat16_is_not_trained():
     _, narrow = in_bfloat16(random_model(ln.Config(7, 8, 1, 1, 4, 4), seed=0, dtype="float32"))
     with pytest.raises(ValueError, match=r"trainable='all': embed.tokens is held in bfloat16, which is for frozen"):
