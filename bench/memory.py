@@ -1,0 +1,72 @@
+"""The most memory that a whole process holds in training, each in a process of its own; the optimizer's bytes; against B.
+
+Two steps and more with AdamW: LoRA here, every weight here, PyTorch + PEFT eager and compiled. Then the peak of a LoRA
+step against the batch: it holds the shards in flight, one a thread, and does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .figures import Figure
+from .measure import Side, measure
+from .models import work
+from .options import Options
+from .step import COMPILED, EAGER, FULL, LORA, OURS, Training
+from .timing import Cases
+
+BATCHES, T = (2, 4, 8, 16, 32), 128
+EAGER_UP_TO = 8  # texts: its peak grows
+
+
+def ours(name: str, full: bool, **sizes: Any) -> Cases:
+    """A step of training; what it gives is the optimizer's bytes."""
+    w = work(name, **sizes)
+    training = Training(w, w.model(), full=full)
+
+    def run() -> int:
+        training.step()
+        return training.optimizer_bytes()
+
+    return {"step": run}
+
+
+def figures(o: Options) -> Iterator[Figure]:
+    """Peaks of GPT-2 small, beside the peers and full fine-tuning, and against the batch."""
+    w = work("gpt2", quick=o.quick)
+    common = {"name": "gpt2", "quick": o.quick}
+    theirs = {EAGER: False, COMPILED: True} if o.compile else {EAGER: False}
+    sides = [Side(kind, "bench.memory:ours", {**common, "full": kind == FULL}) for kind in (LORA, FULL)]
+    if not o.alone:
+        sides += [
+            Side(kind, "bench.peft_side:step", {**common, "compiled": compiled, "optimizer": True})
+            for kind, compiled in theirs.items()
+        ]
+    peaks: dict[str, Figure] = {}
+    for side in sides:
+        title = f"{OURS}: {side.name}" if side.name in (LORA, FULL) else side.name
+        for timing in _alone(side):
+            peaks[side.name] = Figure("memory", w.case, title, "B", [timing.peak])
+            yield peaks[side.name]
+            if side.name in (LORA, FULL):
+                yield Figure("memory", w.case, f"{title}, the optimizer's", "B", [timing.value])
+    yield from (peaks[LORA].over(peak, f"{LORA} / {kind}") for kind, peak in peaks.items() if kind != LORA)
+    yield from _against_batch(o)
+
+
+def _alone(side: Side) -> list[Any]:
+    """Its timings, measured with no other process beside it; none where its packages are missing."""
+    return [timing for cases in measure([side], rounds=1).values() for timing in cases.values()]
+
+
+def _against_batch(o: Options) -> Iterator[Figure]:
+    """The peak of a LoRA step for growing batches."""
+    length, batches = (8, BATCHES[:3]) if o.quick else (T, BATCHES)
+    ways = [(OURS, "bench.memory:ours", {"full": False}, batches[-1])]
+    ways += [] if o.alone else [(EAGER, "bench.peft_side:step", {"optimizer": True}, EAGER_UP_TO)]
+    for side, make, given, most in ways:
+        for N in (N for N in batches if N <= most):
+            arguments = {"name": "gpt2", "quick": o.quick, "N": N, "T": length, **given}
+            for timing in _alone(Side(side, make, arguments)):
+                yield Figure("memory", f"against the batch, T={length}, {side}", f"N={N}", "B", [timing.peak])
