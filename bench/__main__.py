@@ -21,7 +21,7 @@ def run(names: Sequence[str], o: Options) -> figures.Run:
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         found += import_module(f"bench.{name}").figures(o)
-    return figures.Run(environment(), found)
+    return figures.Run({**environment(), **({"sizes": "tiny"} if o.quick else {})}, found)
 
 
 def listed() -> str:

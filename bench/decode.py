@@ -1,8 +1,8 @@
 """Greedy decoding with a cache: tokens a second beside transformers and the memory's limit; 8 adapters in one batch.
 
 Batch 1, float32, random weights, a prompt of 8 tokens. The limit: the bytes of weights that a token must read, at the
-speed at which the machine reads. Then a batch of 8 rows with an adapter for each, beside 8 calls and beside one adapter:
-decoding from a prompt of one token (T = 1), and the logits of texts of 256.
+speed at which the machine reads. Then a batch of 8 rows with an adapter for each, beside 8 calls and beside one
+adapter: decoding from a prompt of one token (T = 1), and the logits of texts of 256.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .timing import Cases
 
 PROMPT, NEW = 8, 48
 ROWS, ROWS_NEW, ROWS_T = 8, 16, 256
-PEER = "transformers"
+PEER, LIMIT = "transformers", "the memory's limit"
 EACH, APART, ONE = "8 rows, 8 adapters", "8 calls of one row", "8 rows, one adapter"
 
 
@@ -73,14 +73,19 @@ def figures(o: Options) -> Iterator[Figure]:
     yield from _rows(o)
 
 
+def greedy_case(w: Work) -> str:
+    """What a table calls it."""
+    return f"{w.title}, greedy, batch 1"
+
+
 def _greedy(name: str, o: Options) -> Iterator[Figure]:
     w, (n, prompt) = work(name, quick=o.quick), (8, 4) if o.quick else (NEW, PROMPT)
     given = {"name": name, "quick": o.quick, "n": n, "prompt": prompt}
     sides = [Side(OURS, "bench.decode:ours", given), *roofline.sides(o.quick)]
     if not o.alone:
         sides.append(Side(PEER, "bench.peft_side:decode", given))
-    measured = measure(sides, rounds=o.rounds)
-    case = f"{w.title}, batch 1"
+    measured = measure(sides, o)
+    case = greedy_case(w)
     speeds = {
         side: Figure("decode", case, side, "s", measured[side]["greedy"].seconds).rate(n, side, "tokens/s")
         for side in (OURS, PEER)
@@ -88,24 +93,24 @@ def _greedy(name: str, o: Options) -> Iterator[Figure]:
     }
     yield from speeds.values()
     if PEER in measured:
-        yield speeds[OURS].over(speeds[PEER], f"{OURS} / {PEER}")
+        yield speeds[OURS].over(speeds[PEER])
         pairs = zip(measured[OURS]["greedy"].value, measured[PEER]["greedy"].value, strict=True)
         yield Figure("decode", case, "tokens that agree", "share", [sum(a == b for a, b in pairs) / n])
     memory = roofline.best_memory(roofline.figures("decode", measured, o.quick))
-    limit = memory._replace(case=case, what="the memory's limit", unit="tokens/s")
+    limit = memory._replace(case=case, what=LIMIT, unit="tokens/s")
     limit = limit._replace(values=[speed * 1e9 / bytes_a_token(w.config) for speed in limit.values])
-    yield from (memory._replace(case=case), limit, speeds[OURS].over(limit, "share of the memory's limit", "share"))
+    yield from (memory._replace(case=case), limit, speeds[OURS].over(limit, "share"))
 
 
 def _rows(o: Options) -> Iterator[Figure]:
     N, T, n = (4, 8, 4) if o.quick else (ROWS, ROWS_T, ROWS_NEW)
     w: Work = work("gpt2", quick=o.quick, N=N, T=T)
     given = {"name": "gpt2", "quick": o.quick, "n": n, "N": N, "T": T}
-    timings = measure([Side(OURS, "bench.decode:rows", given)], rounds=o.rounds)[OURS]
+    timings = measure([Side(OURS, "bench.decode:rows", given)], o)[OURS]
     for what, case in (("decoding", f"{w.title}, {n} tokens a row"), ("texts", w.case)):
         seconds = {
             kind: Figure("decode", case, kind, "s", timings[f"{what}, {kind}"].seconds) for kind in (EACH, APART, ONE)
         }
         yield from seconds.values()
-        yield seconds[APART].over(seconds[EACH], f"{APART} / {EACH}")
-        yield seconds[EACH].over(seconds[ONE], f"{EACH} / {ONE}")
+        yield seconds[APART].over(seconds[EACH])
+        yield seconds[EACH].over(seconds[ONE])

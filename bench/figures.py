@@ -38,8 +38,9 @@ class Figure(NamedTuple):
     def most(self) -> float:
         return max(self.values)
 
-    def over(self, other: Figure, what: str, unit: str = "x") -> Figure:
-        """The quotients of two figures, round by round: drift cancels."""
+    def over(self, other: Figure, unit: str = "x") -> Figure:
+        """The quotients of two figures, round by round: drift cancels. It is named "this / other"."""
+        what = f"{self.what} / {other.what}"
         return self._replace(
             what=what, unit=unit, values=[a / b for a, b in zip(self.values, other.values, strict=True)]
         )
@@ -58,6 +59,10 @@ class Run(NamedTuple):
     def find(self, bench: str, case: str, what: str) -> Figure | None:
         """The figure of that key, if it was measured."""
         return next((figure for figure in self.figures if figure.key == (bench, case, what)), None)
+
+    def ratio(self, bench: str, case: str, one: str, other: str) -> Figure | None:
+        """The quotient of two figures, whichever stands above."""
+        return self.find(bench, case, f"{one} / {other}") or self.find(bench, case, f"{other} / {one}")
 
     def of(self, bench: str) -> list[Figure]:
         """The figures of a benchmark."""
@@ -99,7 +104,7 @@ def shown(value: float, unit: str) -> str:
 def text(run: Run) -> str:
     """All figures as a table: the median, and in brackets the least and the most."""
     lines = [f"{key}: {value}" for key, value in run.environment.items()]
-    for (bench, case), group in groupby(run.figures, key=lambda figure: figure.key[:2]):
+    for (bench, case), group in groupby(run.figures, key=lambda figure: (figure.bench, figure.case)):
         lines += ["", f"{bench}: {case}"]
         for f in group:
             spread = f"({shown(f.least, f.unit)} to {shown(f.most, f.unit)})" if len(f.values) > 1 else ""
@@ -107,7 +112,7 @@ def text(run: Run) -> str:
     return "\n".join(lines)
 
 
-# --- One run beside another --------------------------------------------------------------------------------------------
+# --- One run beside another ------------------------------------------------------------------------------------------
 
 
 class Change(NamedTuple):

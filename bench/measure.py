@@ -1,4 +1,4 @@
-"""Measuring: each side of a comparison in a process of its own, all of them in turn, so that drift falls on all alike."""
+"""Measuring: each side of a comparison in a process of its own, all in turn, so that drift falls on all alike."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from .options import Options
+
+ROOT = Path(__file__).resolve().parents[1]
+AT_LEAST = 0.05  # seconds that one timing of a case fills with calls of it
 PAUSE = 0.05  # seconds between two sides: idle threads of the one before go to sleep
 ONE_THREAD = dict.fromkeys(
     ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
@@ -45,16 +50,14 @@ Measured = Mapping[str, Mapping[str, Timing]]  # by side and case
 class Worker:
     """The process of a side; see bench.worker."""
 
-    def __init__(self, side: Side) -> None:
-        command = [sys.executable, "-m", "bench.worker", side.make, json.dumps(side.arguments), str(side.threads or 1)]
+    def __init__(self, side: Side, at_least: float) -> None:
+        given = [side.make, json.dumps(side.arguments), str(side.threads or 1), str(at_least)]
+        command = [sys.executable, "-m", "bench.worker", *given]
         environment = {**os.environ, **({} if side.threads is None else ONE_THREAD)}
         self.side = side
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT, text=True
         )
-        first = self._answer()
-        self.cases: list[str] = first.get("cases", [])
-        self.missing: str | None = first.get("missing")
 
     def __enter__(self) -> Worker:
         return self
@@ -65,6 +68,13 @@ class Worker:
         if kind is not None:
             self.process.kill()
         self.process.communicate()  # the end of its input ends it
+
+    def cases(self) -> list[str]:
+        """The names of its cases, once it is ready: none where a package is missing, which is said."""
+        first = self._answer()
+        if "missing" in first:
+            print(f"{self.side.name}: left out: {first['missing']}", file=sys.stderr)
+        return first.get("cases", [])
 
     def ask(self, case: str) -> dict[str, Any]:
         """Warms the case up, the first time; then times it."""
@@ -81,25 +91,26 @@ class Worker:
         return json.loads(line)
 
 
-def measure(sides: Iterable[Side], *, rounds: int) -> Measured:
-    """The times of all cases of all sides, each once a round. A side whose packages are missing is said and left out."""
+def measure(sides: Iterable[Side], o: Options) -> Measured:
+    """The times of all cases of all sides, each once a round. A side whose packages are missing is named, left out."""
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(side)) for side in sides]
-        for worker in workers:
-            if worker.missing is not None:
-                print(f"{worker.side.name}: left out: {worker.missing}", file=sys.stderr)
-        asked = [(worker, case) for worker in workers for case in worker.cases]
-        for worker, case in asked:
-            worker.ask(case)
-        answers = [[_after_a_pause(worker, case) for worker, case in asked] for _ in range(rounds)]
-    measured: dict[str, dict[str, Timing]] = {}
-    for i, (worker, case) in enumerate(asked):
-        mine = [answers_of_round[i] for answers_of_round in answers]
-        timing = Timing([answer["seconds"] for answer in mine], mine[-1]["value"], mine[-1]["peak"])
-        measured.setdefault(worker.side.name, {})[case] = timing
-    return measured
+        workers = [stack.enter_context(Worker(side, 0 if o.quick else AT_LEAST)) for side in sides]
+        asked = [(worker, worker.cases()) for worker in workers]
+        for worker, cases in asked:
+            for case in cases:
+                worker.ask(case)
+        answers = [[_after_a_pause(worker, cases) for worker, cases in asked] for _ in range(o.rounds)]
+    return {
+        worker.side.name: {
+            case: Timing([one[i][case]["seconds"] for one in answers], last["value"], last["peak"])
+            for case, last in answers[-1][i].items()
+        }
+        for i, (worker, cases) in enumerate(asked)
+        if cases
+    }
 
 
-def _after_a_pause(worker: Worker, case: str) -> dict[str, Any]:
+def _after_a_pause(worker: Worker, cases: list[str]) -> dict[str, dict[str, Any]]:
+    """One round of a side."""
     time.sleep(PAUSE)
-    return worker.ask(case)
+    return {case: worker.ask(case) for case in cases}

@@ -1,4 +1,4 @@
-"""The most memory that a whole process holds in training, each in a process of its own; the optimizer's bytes; against B.
+"""The most memory that a whole process holds in training, each in one of its own; the optimizer's bytes; against B.
 
 Two steps and more with AdamW: LoRA here, every weight here, PyTorch + PEFT eager and compiled. Then the peak of a LoRA
 step against the batch: it holds the shards in flight, one a thread, and does not grow with the batch.
@@ -17,7 +17,6 @@ from .step import COMPILED, EAGER, FULL, LORA, OURS, Training
 from .timing import Cases
 
 BATCHES, T = (2, 4, 8, 16, 32), 128
-EAGER_UP_TO = 8  # texts: its peak grows
 
 
 def ours(name: str, full: bool, **sizes: Any) -> Cases:
@@ -44,29 +43,30 @@ def figures(o: Options) -> Iterator[Figure]:
             for kind, compiled in theirs.items()
         ]
     peaks: dict[str, Figure] = {}
+    kept: list[Figure] = []
     for side in sides:
-        title = f"{OURS}: {side.name}" if side.name in (LORA, FULL) else side.name
-        for timing in _alone(side):
-            peaks[side.name] = Figure("memory", w.case, title, "B", [timing.peak])
-            yield peaks[side.name]
+        for timing in _alone(side, o):
+            peaks[side.name] = Figure("memory", w.case, side.name, "B", [timing.peak])
             if side.name in (LORA, FULL):
-                yield Figure("memory", w.case, f"{title}, the optimizer's", "B", [timing.value])
-    yield from (peaks[LORA].over(peak, f"{LORA} / {kind}") for kind, peak in peaks.items() if kind != LORA)
+                kept.append(Figure("memory", w.case, f"{side.name}, the optimizer's", "B", [timing.value]))
+    yield from (*peaks.values(), *kept)
+    yield from (peaks[LORA].over(peak) for kind, peak in peaks.items() if kind != LORA)
+    yield kept[0].over(kept[1])
     yield from _against_batch(o)
 
 
-def _alone(side: Side) -> list[Any]:
+def _alone(side: Side, o: Options) -> list[Any]:
     """Its timings, measured with no other process beside it; none where its packages are missing."""
-    return [timing for cases in measure([side], rounds=1).values() for timing in cases.values()]
+    return [timing for cases in measure([side], o._replace(rounds=1)).values() for timing in cases.values()]
 
 
 def _against_batch(o: Options) -> Iterator[Figure]:
     """The peak of a LoRA step for growing batches."""
     length, batches = (8, BATCHES[:3]) if o.quick else (T, BATCHES)
-    ways = [(OURS, "bench.memory:ours", {"full": False}, batches[-1])]
-    ways += [] if o.alone else [(EAGER, "bench.peft_side:step", {"optimizer": True}, EAGER_UP_TO)]
-    for side, make, given, most in ways:
-        for N in (N for N in batches if N <= most):
+    ways = [(OURS, "bench.memory:ours", {"full": False}, batches)]
+    ways += [] if o.alone else [(EAGER, "bench.peft_side:step", {"optimizer": True}, batches[:3])]
+    for side, make, given, sizes in ways:
+        for N in sizes:  # of the peer not the largest: its peak grows
             arguments = {"name": "gpt2", "quick": o.quick, "N": N, "T": length, **given}
-            for timing in _alone(Side(side, make, arguments)):
+            for timing in _alone(Side(side, make, arguments), o):
                 yield Figure("memory", f"against the batch, T={length}, {side}", f"N={N}", "B", [timing.peak])

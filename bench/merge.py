@@ -39,10 +39,10 @@ def figures(o: Options) -> Iterator[Figure]:
     """GPT-2 small: the times, and their ratios to the base's."""
     w, n = work("gpt2", quick=o.quick), 4 if o.quick else NEW
     side = Side(OURS, "bench.merge:cases", {"name": "gpt2", "quick": o.quick, "n": n})
-    timings = measure([side], rounds=o.rounds)[OURS]
+    timings = measure([side], o)[OURS]
     for what, case in (("logits", w.case), ("decoding", f"{w.title}, {n} tokens, batch 1")):
         kinds = (BASE, MERGED, UNMERGED)
         seconds = {kind: Figure("merge", case, kind, "s", timings[f"{what}, {kind}"].seconds) for kind in kinds}
         yield from seconds.values()
-        yield from (seconds[kind].over(seconds[BASE], f"{kind} / {BASE}") for kind in (MERGED, UNMERGED))
+        yield from (seconds[kind].over(seconds[BASE]) for kind in (MERGED, UNMERGED))
     yield Figure("merge", w.title, "merging", "s", timings["merging"].seconds)

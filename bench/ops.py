@@ -108,7 +108,7 @@ def figures(o: Options) -> Iterator[Figure]:
     sizes = TINY if o.quick else SIZES
     at_once = cores()
     sides = [Side("ops", "bench.ops:cases", sizes, threads=at_once), *roofline.sides(o.quick)]
-    measured = measure(sides, rounds=o.rounds)
+    measured = measure(sides, o)
     found = roofline.figures("ops", measured, o.quick)
     yield from found.values()
     products, memory = found[roofline.EACH_CORE].median, roofline.best_memory(found).median

@@ -1,4 +1,4 @@
-"""One adapted matrix beside PEFT's and loralib's; how long each package takes to import, and how large it is installed."""
+"""One adapted matrix beside PEFT's and loralib's; how long packages take to import, and their size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .timing import Cases
 
 LAYER, TINY = {"M": 1024, "D": 768, "r": 8}, {"M": 8, "D": 12, "r": 2}
 PEERS = {"PEFT": "bench.peft_side:layer", "loralib": "bench.peft_side:loralib_layer"}
-THEIRS = ("torch", "peft")  # what a user imports; what these need is installed with them
+THEIRS, TORCH_PEFT = ("torch", "peft"), "torch + peft"  # what a user imports; what these need is installed with them
 
 
 def ours(M: int, D: int, r: int) -> Cases:
@@ -43,20 +43,20 @@ def figures(o: Options) -> Iterator[Figure]:
     sizes = TINY if o.quick else LAYER
     sides = [Side(OURS, "bench.peers:ours", sizes)]
     sides += [] if o.alone else [Side(name, make, sizes) for name, make in PEERS.items()]
-    measured = measure(sides, rounds=o.rounds)
+    measured = measure(sides, o)
     case = ", ".join(["one matrix, forward and backward", *(f"{name}={size}" for name, size in sizes.items())])
     mine, *others = (Figure("peers", case, side, "s", timing["layer"].seconds) for side, timing in measured.items())
     yield mine
     for theirs in others:
-        yield from (theirs, theirs.over(mine, f"{theirs.what} / {OURS}"))
+        yield from (theirs, theirs.over(mine))
     with_peers = not o.alone and all(util.find_spec(name) for name in THEIRS)
     yield from _imports(o.rounds, with_peers)
     yield from _sizes(with_peers)
 
 
 def _imports(rounds: int, with_peers: bool) -> Iterator[Figure]:
-    """Seconds of an import in a process that has just started; the first round, which warms the disk up, is left out."""
-    statements = {OURS: "import lora_np", **({"torch + peft": "import torch, peft"} if with_peers else {})}
+    """Seconds of an import in a process that has just started; one round more warms the disk up."""
+    statements = {OURS: "import lora_np", **({TORCH_PEFT: "import torch, peft"} if with_peers else {})}
     times: dict[str, list[float]] = {name: [] for name in statements}
     for round_number in range(rounds + 1):
         for name, statement in statements.items():
@@ -68,18 +68,18 @@ def _imports(rounds: int, with_peers: bool) -> Iterator[Figure]:
                 times[name].append(float(done.stdout.split()[-1]))
     mine, *others = (Figure("peers", "import", name, "s", seconds) for name, seconds in times.items())
     yield mine
-    yield from (figure for theirs in others for figure in (theirs, theirs.over(mine, f"{theirs.what} / {OURS}")))
+    yield from (figure for theirs in others for figure in (theirs, theirs.over(mine)))
 
 
 def _sizes(with_peers: bool) -> Iterator[Figure]:
     """Bytes of the files installed: each package with all that it requires, extras left out."""
     assert ln.__file__ is not None
     package = sum(path.stat().st_size for path in Path(ln.__file__).parent.rglob("*.py"))
-    mine = Figure("peers", "installed size", f"{OURS} + numpy", "B", [package + installed_bytes(["numpy"])])
+    mine = Figure("peers", "installed size", OURS, "B", [package + installed_bytes(["numpy"])])
     yield mine
     if with_peers:
-        theirs = Figure("peers", "installed size", "torch + peft", "B", [installed_bytes(THEIRS)])
-        yield from (theirs, theirs.over(mine, f"torch + peft / {OURS} + numpy"))
+        theirs = Figure("peers", "installed size", TORCH_PEFT, "B", [installed_bytes(THEIRS)])
+        yield from (theirs, theirs.over(mine))
 
 
 def installed_bytes(names: Iterator[str] | tuple[str, ...] | list[str]) -> int:

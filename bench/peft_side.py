@@ -136,7 +136,7 @@ def step(name: str, *, compiled: bool = False, optimizer: bool = False, **sizes:
             adamw.step()
         return found.item()
 
-    return {"LoRA": run}
+    return {"step": run}
 
 
 def decode(name: str, n: int, *, prompt: int, **sizes: Any) -> Cases:

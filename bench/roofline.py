@@ -1,4 +1,4 @@
-"""What the machine can do: the speed of large products, and of passes over memory, measured with what they are set beside.
+"""What the machine can do: the speed of large products and of passes over memory, in the same rounds as the rest.
 
 Large products: n x n x n in float32, one with a single thread on each core at once, and one product on all threads.
 Passes over memory, one on each core at once: a = b + c, three arrays; and a sum of products, which only reads.

@@ -1,4 +1,4 @@
-"""A LoRA step's time against the batch, the length of its texts, layers and rank: GPT-2 small, around N=4, T=128, r=8."""
+"""A LoRA step's time against the batch, the texts' length, layers and rank: GPT-2 small, around N=4, T=128, r=8."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import lora_np as ln
 
 from .figures import Figure
+from .flops import step_flops
 from .measure import Side, measure
 from .models import work
 from .options import Options
@@ -43,8 +44,10 @@ def cases(quick: bool) -> Cases:
 
 
 def figures(o: Options) -> Iterator[Figure]:
-    """A figure for each point."""
-    timings = measure([Side(OURS, "bench.scaling:cases", {"quick": o.quick})], rounds=o.rounds)[OURS]
-    for name, value, _ in points(o.quick):
-        point = f"{name}={value}"
+    """For each point the time, and the operations of the step's products: what the time would follow alone."""
+    timings = measure([Side(OURS, "bench.scaling:cases", {"quick": o.quick})], o)[OURS]
+    for name, value, sizes in points(o.quick):
+        point, w = f"{name}={value}", work("gpt2", quick=o.quick, **sizes)
         yield Figure("scaling", f"against {name}", point, "s", timings[point].seconds)
+        products = step_flops(w.config, w.N, w.T, w.lora) / 1e9
+        yield Figure("scaling", f"against {name}", f"{point}, products", "GFLOP", [products])

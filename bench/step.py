@@ -21,7 +21,9 @@ from .options import Options
 from .timing import Cases
 
 OURS, EAGER, COMPILED = "lora_np", "PyTorch + PEFT", "PyTorch + PEFT, compiled"
-LORA, FULL, FULL_ADAMW, LORA_ADAMW = "LoRA", "every weight", "every weight, with AdamW", "LoRA, with AdamW"
+LORA, FULL = "lora_np: LoRA", "lora_np: every weight"
+LORA_ADAMW, FULL_ADAMW = f"{LORA}, with AdamW", f"{FULL}, with AdamW"
+PRODUCTS = "the step's products"
 
 
 def ours(name: str, full: bool, **sizes: Any) -> Cases:
@@ -74,7 +76,8 @@ def peers(name: str, o: Options) -> list[Side]:
 
 def check_losses(measured: Measured) -> None:
     """A ValueError unless all sides found the same loss: then they did the same work."""
-    losses = {side: cases[LORA].value for side, cases in measured.items() if LORA in cases}
+    losses = {OURS: measured[OURS][LORA].value}
+    losses |= {side: measured[side]["step"].value for side in (EAGER, COMPILED) if side in measured}
     for side, loss in losses.items():
         if abs(loss - losses[OURS]) > 1e-4 * abs(losses[OURS]):
             raise ValueError(f"step: the sides differ: loss {losses[OURS]} here, {loss} with {side}")
@@ -89,24 +92,24 @@ def figures(o: Options) -> Iterator[Figure]:
             Side(OURS, "bench.step:ours", {"name": name, "quick": o.quick, "full": full}),
             *roofline.sides(o.quick),
         ]
-        measured = measure([*sides, *peers(name, o)], rounds=o.rounds)
+        measured = measure([*sides, *peers(name, o)], o)
         check_losses(measured)
-        mine = {case: Figure("step", w.case, f"{OURS}: {case}", "s", t.seconds) for case, t in measured[OURS].items()}
+        mine = {case: Figure("step", w.case, case, "s", timing.seconds) for case, timing in measured[OURS].items()}
         yield from mine.values()
         for side in (EAGER, COMPILED):
             if side in measured:
-                theirs = Figure("step", w.case, side, "s", measured[side][LORA].seconds)
-                yield from (theirs, theirs.over(mine[LORA], f"{side} / {OURS}"))
+                theirs = Figure("step", w.case, side, "s", measured[side]["step"].seconds)
+                yield from (theirs, theirs.over(mine[LORA]))
         if full:
-            yield mine[FULL].over(mine[LORA], f"{FULL} / {LORA}")
-            yield mine[FULL_ADAMW].over(mine[LORA_ADAMW], f"{FULL_ADAMW} / {LORA_ADAMW}")
+            yield mine[FULL].over(mine[LORA])
+            yield mine[FULL_ADAMW].over(mine[LORA_ADAMW])
         yield from _shares(w, mine[LORA], roofline.figures("step", measured, o.quick))
 
 
 def _shares(w: Work, lora: Figure, found: dict[str, Figure]) -> Iterator[Figure]:
     """The speed of the step's products, the machine's, and the share."""
-    speed = lora.rate(step_flops(w.config, w.N, w.T, w.lora) / 1e9, "the step's products", "GFLOP/s")
+    speed = lora.rate(step_flops(w.config, w.N, w.T, w.lora) / 1e9, PRODUCTS, "GFLOP/s")
     yield speed
     for way in (roofline.EACH_CORE, roofline.ALL_THREADS):
         roof = found[way]._replace(case=w.case)
-        yield from (roof, speed.over(roof, f"share of {roof.what}", "share"))
+        yield from (roof, speed.over(roof, "share"))

@@ -15,6 +15,9 @@ from .options import Options
 from .step import EAGER, OURS
 from .timing import Cases
 
+SWITCH, THEIRS = f"{OURS}: unmerge, merge", f"{EAGER}: unmerge, set_adapter, merge"
+SAME, ANOTHER = "unmerged: logits of a token, the same adapter", "unmerged: logits of a token, another adapter"
+
 
 def ours(name: str, **sizes: Any) -> Cases:
     """From one adapter to the other and back; the logits of one token with the same adapter again, and with another."""
@@ -42,18 +45,18 @@ def figures(o: Options) -> Iterator[Figure]:
     sides = [Side(OURS, "bench.switch:ours", given)]
     if not o.alone:
         sides.append(Side(EAGER, "bench.peft_side:switch", given))
-    measured = measure(sides, rounds=o.rounds)
+    measured = measure(sides, o)
     case = f"{w.title}, r={w.lora.r}"
     mine, same, another = (
         Figure("switch", case, what, "s", measured[OURS][name].seconds)
         for name, what in (
-            ("switch", f"{OURS}: unmerge, merge"),
-            ("same", "unmerged: logits of a token, the same adapter"),
-            ("another", "unmerged: logits of a token, another adapter"),
+            ("switch", SWITCH),
+            ("same", SAME),
+            ("another", ANOTHER),
         )
     )
     yield mine
     if EAGER in measured:
-        theirs = Figure("switch", case, f"{EAGER}: unmerge, set_adapter, merge", "s", measured[EAGER]["switch"].seconds)
-        yield from (theirs, theirs.over(mine, f"{EAGER} / {OURS}"))
-    yield from (same, another, another.over(same, "another / the same adapter"))
+        theirs = Figure("switch", case, THEIRS, "s", measured[EAGER]["switch"].seconds)
+        yield from (theirs, theirs.over(mine))
+    yield from (same, another, another.over(same))

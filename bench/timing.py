@@ -13,7 +13,6 @@ from lora_np.parallel import quick_switches
 
 Cases: TypeAlias = Mapping[str, Callable[[], Any]]  # what is timed, by name
 
-AT_LEAST = 0.05  # seconds that the calls of one timing fill
 SLOW = 1.0  # a first call of so many seconds says how long the next ones take; a shorter one may have been warming up
 
 
@@ -41,11 +40,11 @@ def timed(functions: Sequence[Callable[[], Any]], calls: int = 1) -> tuple[float
         return (time.perf_counter() - start) / calls, values[0]
 
 
-def warmed_up(functions: Sequence[Callable[[], Any]]) -> int:
-    """Calls them until the next call is an ordinary one. -> how many calls a timing should make."""
+def warmed_up(functions: Sequence[Callable[[], Any]], at_least: float) -> int:
+    """Calls them until the next call is an ordinary one. -> how many calls fill `at_least` seconds."""
     first, _ = timed(functions)
     seconds = first if first > SLOW else timed(functions)[0]
-    return max(1, round(AT_LEAST / max(seconds, 1e-9)))
+    return max(1, round(at_least / max(seconds, 1e-9)))
 
 
 def _repeat(function: Callable[[], Any], calls: int) -> Any:

@@ -1,8 +1,9 @@
-"""A process that times cases when it is told to: python -m bench.worker MODULE:FUNCTION ARGUMENTS THREADS.
+"""A process that times cases when it is told to: python -m bench.worker MODULE:FUNCTION ARGUMENTS THREADS SECONDS.
 
 FUNCTION(**ARGUMENTS), which are JSON, gives the cases; each of THREADS threads has cases of its own. It says the cases'
 names, or what is missing; then for each name that comes in, a line each, it says the seconds of a call, what the call
-gave if that is a number or a list, and the most memory that the process has held. The first time warms up.
+gave if that is a number or a list, and the most memory that the process has held. The first time warms up. The calls
+of one timing fill SECONDS.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def peak_bytes() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def serve(target: str, arguments: str, threads: int, out: TextIO) -> None:
+def serve(target: str, arguments: str, threads: int, at_least: float, out: TextIO) -> None:
     """Answers on `out` until standard input ends."""
 
     def say(message: dict[str, Any]) -> None:
@@ -40,13 +41,14 @@ def serve(target: str, arguments: str, threads: int, out: TextIO) -> None:
         make = getattr(import_module(module), function)
         sets = [make(**json.loads(arguments)) for _ in range(threads)]
     except ImportError as error:
-        return say({"missing": str(error)})
+        say({"missing": str(error)})
+        return
     say({"cases": list(sets[0])})
     calls: dict[str, int] = {}
     for line in sys.stdin:
         functions = [cases[line.strip()] for cases in sets]
         if line not in calls:
-            calls[line] = warmed_up(functions)
+            calls[line] = warmed_up(functions, at_least)
             say({})
             continue
         seconds, value = timed(functions, calls[line])
@@ -57,4 +59,4 @@ def serve(target: str, arguments: str, threads: int, out: TextIO) -> None:
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), answers)
+    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), answers)
