@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -15,18 +15,20 @@ from .options import Options
 BENCHES = ("ops", "step", "memory", "decode", "merge", "switch", "scaling", "peers")
 
 
-def run(names: Sequence[str], o: Options) -> figures.Run:
-    """The figures of these benchmarks, in their order."""
+def run(names: Sequence[str], o: Options) -> Iterator[figures.Run]:
+    """After each of these benchmarks, in their order, the figures so far."""
     found: list[figures.Figure] = []
+    on = {**environment(), **({"sizes": "tiny"} if o.quick else {})}
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         found += import_module(f"bench.{name}").figures(o)
-    return figures.Run({**environment(), **({"sizes": "tiny"} if o.quick else {})}, found)
+        yield figures.Run(on, found)
 
 
 def listed() -> str:
     """A line for each benchmark: the first of its docstring."""
-    return "\n".join(f"{name:8} {import_module(f'bench.{name}').__doc__.splitlines()[0]}" for name in BENCHES)
+    lines = {name: str(import_module(f"bench.{name}").__doc__).splitlines()[0] for name in BENCHES}
+    return "\n".join(f"{name:8} {line}" for name, line in lines.items())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="times that each is measured, in turn (default: 5)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs, not how fast")
     parser.add_argument("--alone", action="store_true", help="without the peers")
-    parser.add_argument("--compile", action="store_true", help="torch.compile among the peers: a minute more for each")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile among the peers, on GPT-2: some minutes more"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there as JSON")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draws them into PNG files there")
     parser.add_argument(
@@ -76,10 +80,10 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--rounds: expected 1 or more, got {args.rounds}")
     if args.plot is not None:
         from . import plots  # before anything is measured: it says what is missing
-    found = run(names, Options(args.rounds, args.quick, args.alone, args.compile))
+    for found in run(names, Options(args.rounds, args.quick, args.alone, args.compile)):
+        if args.json is not None:  # after each: what was measured is kept if a later one fails
+            args.json.write_text(figures.to_json(found) + "\n")
     print(figures.text(found))
-    if args.json is not None:
-        args.json.write_text(figures.to_json(found) + "\n")
     if args.plot is not None:
         plots.draw(args.plot, found)
 

@@ -13,7 +13,7 @@ from .figures import Figure
 from .measure import Side, measure
 from .models import work
 from .options import Options
-from .step import COMPILED, EAGER, FULL, LORA, OURS, Training
+from .step import EAGER, FULL, LORA, OURS, Training, peers
 from .timing import Cases
 
 BATCHES, T = (2, 4, 8, 16, 32), 128
@@ -34,14 +34,9 @@ def ours(name: str, full: bool, **sizes: Any) -> Cases:
 def figures(o: Options) -> Iterator[Figure]:
     """Peaks of GPT-2 small, beside the peers and full fine-tuning, and against the batch."""
     w = work("gpt2", quick=o.quick)
-    common = {"name": "gpt2", "quick": o.quick}
-    theirs = {EAGER: False, COMPILED: True} if o.compile else {EAGER: False}
-    sides = [Side(kind, "bench.memory:ours", {**common, "full": kind == FULL}) for kind in (LORA, FULL)]
-    if not o.alone:
-        sides += [
-            Side(kind, "bench.peft_side:step", {**common, "compiled": compiled, "optimizer": True})
-            for kind, compiled in theirs.items()
-        ]
+    given = {"name": "gpt2", "quick": o.quick}
+    sides = [Side(kind, "bench.memory:ours", {**given, "full": kind == FULL}) for kind in (LORA, FULL)]
+    sides += peers("gpt2", o, optimizer=True)
     peaks: dict[str, Figure] = {}
     kept: list[Figure] = []
     for side in sides:

@@ -128,14 +128,11 @@ def main() -> None:
                 flush=True,
             )
     given = {"base": str(args.base.resolve()), "folder": str(args.data.resolve())}
-    side = Side("lora_np", "bench.sst2:parts", given)
-    table = measure([side], Options(rounds=args.rounds))[side.name] if args.rounds else {}
+    whole = Side("lora_np", "bench.sst2:parts", given)
+    table = measure([whole], Options(rounds=args.rounds))[whole.name] if args.rounds else {}
     if args.json:
-        print(
-            json.dumps(
-                {"environment": environment(), "runs": runs, "step": {name: t.seconds for name, t in table.items()}}
-            )
-        )
+        step = {name: t.seconds for name, t in table.items()}
+        print(json.dumps({"environment": environment(), "runs": runs, "step": step}))
         return
     print(", ".join(f"{key} {value}" for key, value in environment().items()))
     for name in sides:

@@ -63,15 +63,13 @@ class Training:
         return sum(value.nbytes for moments in (self.state.m, self.state.v) for value in moments.values())
 
 
-def peers(name: str, o: Options) -> list[Side]:
-    """The other sides' processes."""
+def peers(name: str, o: Options, **arguments: Any) -> list[Side]:
+    """The other sides' processes; torch.compile on GPT-2 alone: it takes a minute."""
     if o.alone:
         return []
-    ways = {EAGER: False, COMPILED: True} if o.compile else {EAGER: False}
-    return [
-        Side(title, "bench.peft_side:step", {"name": name, "quick": o.quick, "compiled": compiled})
-        for title, compiled in ways.items()
-    ]
+    ways = {EAGER: False, COMPILED: True} if o.compile and name == "gpt2" else {EAGER: False}
+    given = {"name": name, "quick": o.quick, **arguments}
+    return [Side(way, "bench.peft_side:step", {**given, "compiled": compiled}) for way, compiled in ways.items()]
 
 
 def check_losses(measured: Measured) -> None:
