@@ -62,11 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif command in ("compare", "table"):
         if len(files) != (2 if command == "compare" else 1):
             parser.error(f"{command}: expected {'two files' if command == 'compare' else 'a file'} that --json wrote")
-        runs = [figures.read(Path(file)) for file in files]
-        if command == "compare":
-            print(figures.comparison(*runs))
-        else:
-            readme.write(args.readme, runs[0])
+        try:
+            runs = [figures.read(Path(file)) for file in files]
+            if command == "compare":
+                print(figures.comparison(*runs))
+            else:
+                readme.write(args.readme, runs[0])
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
     else:
         _measure(parser, args)
 

@@ -78,6 +78,11 @@ def greedy_case(w: Work) -> str:
     return f"{w.title}, greedy, batch 1"
 
 
+def rows_case(w: Work, n: int = ROWS_NEW) -> str:
+    """What a table calls it."""
+    return f"{w.title}, {n} tokens a row"
+
+
 def _greedy(name: str, o: Options) -> Iterator[Figure]:
     w, (n, prompt) = work(name, quick=o.quick), (8, 4) if o.quick else (NEW, PROMPT)
     given = {"name": name, "quick": o.quick, "n": n, "prompt": prompt}
@@ -107,7 +112,7 @@ def _rows(o: Options) -> Iterator[Figure]:
     w: Work = work("gpt2", quick=o.quick, N=N, T=T)
     given = {"name": "gpt2", "quick": o.quick, "n": n, "N": N, "T": T}
     timings = measure([Side(OURS, "bench.decode:rows", given)], o)[OURS]
-    for what, case in (("decoding", f"{w.title}, {n} tokens a row"), ("texts", w.case)):
+    for what, case in (("decoding", rows_case(w, n)), ("texts", w.case)):
         seconds = {
             kind: Figure("decode", case, kind, "s", timings[f"{what}, {kind}"].seconds) for kind in (EACH, APART, ONE)
         }

@@ -9,7 +9,7 @@ import lora_np as ln
 
 from .figures import Figure
 from .measure import Side, measure
-from .models import work
+from .models import Work, work
 from .options import Options
 from .step import OURS
 from .timing import Cases
@@ -35,12 +35,17 @@ def cases(name: str, n: int, **sizes: Any) -> Cases:
     }
 
 
+def decoding_case(w: Work, n: int = NEW) -> str:
+    """What a table calls it."""
+    return f"{w.title}, {n} tokens, batch 1"
+
+
 def figures(o: Options) -> Iterator[Figure]:
     """GPT-2 small: the times, and their ratios to the base's."""
     w, n = work("gpt2", quick=o.quick), 4 if o.quick else NEW
     side = Side(OURS, "bench.merge:cases", {"name": "gpt2", "quick": o.quick, "n": n})
     timings = measure([side], o)[OURS]
-    for what, case in (("logits", w.case), ("decoding", f"{w.title}, {n} tokens, batch 1")):
+    for what, case in (("logits", w.case), ("decoding", decoding_case(w, n))):
         kinds = (BASE, MERGED, UNMERGED)
         seconds = {kind: Figure("merge", case, kind, "s", timings[f"{what}, {kind}"].seconds) for kind in kinds}
         yield from seconds.values()

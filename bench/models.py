@@ -72,4 +72,4 @@ def work(name: str, *, quick: bool = False, r: int | None = None, layers: int | 
         found = found._replace(config=replace(found.config, n_layer=layers))
     if r is not None:
         found = found._replace(lora=replace(found.lora, r=r))
-    return found._replace(**sizes)
+    return found._replace(**sizes)  # type: ignore[arg-type]  # N and T

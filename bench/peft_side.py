@@ -125,7 +125,7 @@ def step(name: str, *, compiled: bool = False, optimizer: bool = False, **sizes:
         logits = net(input_ids=tokens, **options).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
-    loss_of_batch = torch.compile(loss) if compiled else loss
+    loss_of_batch = _compiled(loss) if compiled else loss
 
     def run() -> float:
         found = loss_of_batch()
@@ -137,6 +137,16 @@ def step(name: str, *, compiled: bool = False, optimizer: bool = False, **sizes:
         return found.item()
 
     return {"step": run}
+
+
+def _compiled(loss: Callable[[], Any]) -> Callable[[], Any]:
+    """torch.compile's version, compiled; an ImportError where it cannot: it needs a C++ compiler."""
+    compiled = torch.compile(loss)
+    try:
+        compiled()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise ImportError(f"torch.compile: {str(error).splitlines()[0]}") from error
+    return compiled
 
 
 def decode(name: str, n: int, *, prompt: int, **sizes: Any) -> Cases:

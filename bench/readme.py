@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,78 +15,89 @@ BEGIN, END = "<!-- written by python -m bench table -->", "<!-- end of what it w
 GPT2, MINILM, SMOLLM2 = work("gpt2"), work("minilm"), work("smollm2")
 
 
-class Row(NamedTuple):
-    """A line: the work; the figures of it and of what it is beside, by bench, case and names; the ratio aimed at."""
+class Group(NamedTuple):
+    """Lines of the table on one piece of work: where its figures are, and pairs (ours, what it is beside, the aim)."""
 
     work: str
     bench: str
     case: str
-    ours: str
-    beside: str
-    aim: str = ""
+    pairs: Sequence[tuple[str, str, str]]
 
 
-def _rows() -> list[Row]:
-    rows_case = f"{GPT2.title}, {decode.ROWS_NEW} tokens a row"
-    texts_case = GPT2._replace(N=decode.ROWS, T=decode.ROWS_T).case
-    decoding_case = f"{GPT2.title}, {merge.NEW} tokens, batch 1"
-    switch_case = f"{SMOLLM2.title}, r={SMOLLM2.lora.r}"
-    roof = f"products, {EACH_CORE}"
+def _groups() -> list[Group]:
+    """The lines in their order."""
+    roof, kept = f"products, {EACH_CORE}", "the optimizer's"
     return [
-        Row(f"LoRA step, {GPT2.case}", "step", GPT2.case, step.LORA, step.EAGER, "1.4x"),
-        Row("the same", "step", GPT2.case, step.LORA, step.COMPILED, "1.22x"),
-        Row("its products beside large ones", "step", GPT2.case, step.PRODUCTS, roof, "88 %"),
-        Row("peak memory of its process", "memory", GPT2.case, step.LORA, step.EAGER, "at most 0.30x"),
-        Row("the same", "memory", GPT2.case, step.LORA, step.COMPILED),
-        Row(f"LoRA step, {MINILM.case}", "step", MINILM.case, step.LORA, step.EAGER, "1.2x"),
-        Row(f"LoRA step, {SMOLLM2.case}", "step", SMOLLM2.case, step.LORA, step.EAGER, "1.35x"),
-        Row("LoRA beside full fine-tuning, GPT-2 small: gradients", "step", GPT2.case, step.LORA, step.FULL, "1.5x"),
-        Row("gradients and AdamW", "step", GPT2.case, step.LORA_ADAMW, step.FULL_ADAMW),
-        Row("peak memory", "memory", GPT2.case, step.LORA, step.FULL, "at most 0.40x"),
-        Row(
-            "the optimizer's memory",
-            "memory",
-            GPT2.case,
-            f"{step.LORA}, the optimizer's",
-            f"{step.FULL}, the optimizer's",
+        Group(
+            f"LoRA step, {GPT2.case}", "step", GPT2.case,
+            [(step.LORA, step.EAGER, "1.4x"), (step.LORA, step.COMPILED, "1.22x"), (step.PRODUCTS, roof, "88 %")],
+        ),
+        Group(
+            "peak memory of its process", "memory", GPT2.case,
+            [(step.LORA, step.EAGER, "at most 0.30x"), (step.LORA, step.COMPILED, "")],
+        ),
+        Group(f"LoRA step, {MINILM.case}", "step", MINILM.case, [(step.LORA, step.EAGER, "1.2x")]),
+        Group(f"LoRA step, {SMOLLM2.case}", "step", SMOLLM2.case, [(step.LORA, step.EAGER, "1.35x")]),
+        Group(
+            f"LoRA beside full fine-tuning, {GPT2.title}", "step", GPT2.case,
+            [(step.LORA, step.FULL, "1.5x"), (step.LORA_ADAMW, step.FULL_ADAMW, "")],
+        ),
+        Group(
+            "their peak memory, and the optimizer's part", "memory", GPT2.case,
+            [(step.LORA, step.FULL, "at most 0.40x"), (f"{step.LORA}, {kept}", f"{step.FULL}, {kept}", "")],
         ),
         *(
-            row
-            for w, aim in ((GPT2, "1.3x"), (SMOLLM2, "1.5x"))
-            for row in (
-                Row(decode.greedy_case(w), "decode", decode.greedy_case(w), step.OURS, decode.PEER, aim),
-                Row("the same", "decode", decode.greedy_case(w), step.OURS, decode.LIMIT, "near it"),
+            Group(case, "decode", case, [(step.OURS, decode.PEER, aim), (step.OURS, decode.LIMIT, "")])
+            for case, aim in ((decode.greedy_case(GPT2), "1.3x"), (decode.greedy_case(SMOLLM2), "1.5x"))
+        ),
+        *(
+            Group(
+                f"inference: {what}, {case}", "merge", case,
+                [(merge.MERGED, merge.BASE, "1.00x"), (merge.UNMERGED, merge.BASE, "")],
+            )
+            for what, case in (("logits", GPT2.case), ("decoding", merge.decoding_case(GPT2)))
+        ),
+        Group(
+            f"to another adapter, {switch.case(SMOLLM2)}", "switch", switch.case(SMOLLM2),
+            [(switch.SWITCH, switch.THEIRS, "faster"), (switch.ANOTHER, switch.SAME, "1.00x")],
+        ),
+        *(
+            Group(
+                f"{what}, {case}", "decode", case,
+                [(decode.EACH, decode.APART, aim), (decode.EACH, decode.ONE, "at most 1.15x")],
+            )
+            for what, case, aim in (
+                ("decoding", decode.rows_case(GPT2), "2.2x"),
+                ("logits", GPT2._replace(N=decode.ROWS, T=decode.ROWS_T).case, "1.00x"),
             )
         ),
-        Row(f"logits, {GPT2.case}", "merge", GPT2.case, merge.MERGED, merge.BASE, "1.00x"),
-        Row("the same", "merge", GPT2.case, merge.UNMERGED, merge.BASE),
-        Row("decoding, GPT-2 small", "merge", decoding_case, merge.MERGED, merge.BASE, "1.00x"),
-        Row("the same", "merge", decoding_case, merge.UNMERGED, merge.BASE),
-        Row(f"to another adapter, {switch_case}", "switch", switch_case, switch.SWITCH, switch.THEIRS, "faster"),
-        Row("the same", "switch", switch_case, switch.ANOTHER, switch.SAME, "1.00x"),
-        Row("decoding, GPT-2 small", "decode", rows_case, decode.EACH, decode.APART, "2.2x"),
-        Row("the same", "decode", rows_case, decode.EACH, decode.ONE, "at most 1.15x"),
-        Row(f"logits, {texts_case}", "decode", texts_case, decode.EACH, decode.APART, "1.00x"),
-        Row("the same", "decode", texts_case, decode.EACH, decode.ONE, "at most 1.15x"),
-        Row("import", "peers", "import", step.OURS, peers.TORCH_PEFT, "20x"),
-        Row("installed, with all that is required", "peers", "installed size", step.OURS, peers.TORCH_PEFT, "10x"),
-    ]
+        Group("import", "peers", "import", [(step.OURS, peers.TORCH_PEFT, "20x")]),
+        Group("installed with what it requires", "peers", "installed size", [(step.OURS, peers.TORCH_PEFT, "10x")]),
+    ]  # fmt: skip
 
 
 def table(run: Run) -> str:
-    """The table in Markdown: a line for each row of which both figures were measured; then the machine and the date."""
-    lines = ["| work | here | beside it | ratio (least to most) | aim |", "| --- | --- | --- | --- | --- |"]
-    for row in _rows():
-        found = [run.find(row.bench, row.case, what) for what in (row.ours, row.beside)]
-        ratio = run.ratio(row.bench, row.case, row.ours, row.beside)
-        if ratio is None or None in found:
-            continue
-        ours, beside = (f"{f.what}: {shown(f.median, f.unit)}" for f in found if f is not None)
-        spread = (
-            f" ({shown(ratio.least, ratio.unit)} to {shown(ratio.most, ratio.unit)})" if len(ratio.values) > 1 else ""
-        )
-        lines.append(f"| {row.work} | {ours} | {beside} | {shown(ratio.median, ratio.unit)}{spread} | {row.aim} |")
+    """The table in Markdown: a line for each pair of which both were measured; then the machine and the date."""
+    lines = ["| work | here | beside | ratio (least to most) | aim |", "| --- | --- | --- | --- | --- |"]
+    for group in _groups():
+        label = group.work
+        for ours, beside, aim in group.pairs:
+            cells = _cells(run, group, ours, beside)
+            if cells is not None:
+                lines.append(f"| {label} | {cells} | {aim} |")
+                label = ""
     return "\n".join([*lines, "", machine(run)])
+
+
+def _cells(run: Run, group: Group, *names: str) -> str | None:
+    """The two figures of a line and their ratio; None if one of them was not measured."""
+    found = [run.find(group.bench, group.case, name) for name in names]
+    ratio = run.ratio(group.bench, group.case, *names)
+    if ratio is None or None in found:
+        return None
+    values = [f"{f.what}, {shown(f.median, f.unit)}" for f in found if f is not None]
+    spread = f" ({shown(ratio.least, ratio.unit)} to {shown(ratio.most, ratio.unit)})" if len(ratio.values) > 1 else ""
+    return " | ".join([*values, shown(ratio.median, ratio.unit) + spread])
 
 
 def machine(run: Run) -> str:

@@ -10,7 +10,7 @@ import lora_np as ln
 
 from .figures import Figure
 from .measure import Side, measure
-from .models import work
+from .models import Work, work
 from .options import Options
 from .step import EAGER, OURS
 from .timing import Cases
@@ -39,6 +39,11 @@ def ours(name: str, **sizes: Any) -> Cases:
     return {"switch": switch, "same": lambda: ln.forward(model, token, adapters[0]), "another": another}
 
 
+def case(w: Work) -> str:
+    """What a table calls it."""
+    return f"{w.title}, r={w.lora.r}"
+
+
 def figures(o: Options) -> Iterator[Figure]:
     """SmolLM2-135M, whose adapter is the same file on both sides."""
     w, given = work("smollm2", quick=o.quick), {"name": "smollm2", "quick": o.quick}
@@ -46,9 +51,8 @@ def figures(o: Options) -> Iterator[Figure]:
     if not o.alone:
         sides.append(Side(EAGER, "bench.peft_side:switch", given))
     measured = measure(sides, o)
-    case = f"{w.title}, r={w.lora.r}"
     mine, same, another = (
-        Figure("switch", case, what, "s", measured[OURS][name].seconds)
+        Figure("switch", case(w), what, "s", measured[OURS][name].seconds)
         for name, what in (
             ("switch", SWITCH),
             ("same", SAME),
@@ -57,6 +61,6 @@ def figures(o: Options) -> Iterator[Figure]:
     )
     yield mine
     if EAGER in measured:
-        theirs = Figure("switch", case, THEIRS, "s", measured[EAGER]["switch"].seconds)
+        theirs = Figure("switch", case(w), THEIRS, "s", measured[EAGER]["switch"].seconds)
         yield from (theirs, theirs.over(mine))
     yield from (same, another, another.over(same))
