@@ -138,10 +138,10 @@ def main() -> None:
     for name in sides:
         mine = [run for run in runs if run["side"] == name]
         if mine:
-            accuracy, seconds = (np.array([run[key] for run in mine]) for key in ("accuracy", "seconds"))
+            accuracy, times = (np.array([run[key] for run in mine]) for key in ("accuracy", "seconds"))
             print(
                 f"{name:16} mean accuracy {accuracy.mean():.2%} ({accuracy.min():.2%} to {accuracy.max():.2%}), "
-                f"{np.median(seconds) / args.epochs:.1f} s an epoch"
+                f"{np.median(times) / args.epochs:.1f} s an epoch"
             )
     for name, t in table.items():
         print(f"{name:40} {np.median(t.seconds) / STEPS * 1e3:7.1f} ms a step")
