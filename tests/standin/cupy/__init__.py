@@ -98,6 +98,8 @@ class _Answers:
 
 
 class _MemoryPool:
+    """It holds nothing: arrays are the host's."""
+
     def total_bytes(self):
         return 1
 
