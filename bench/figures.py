@@ -98,7 +98,9 @@ def shown(value: float, unit: str) -> str:
         return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
     if unit == "share":
         return f"{value:.1%}"
-    return f"{value:.2f}x" if unit == "x" else f"{value:.1f} {unit}"
+    if unit == "x":
+        return f"{value:.2f}x" if value >= 0.1 else f"{value:.2g}x"
+    return f"{value:.1f} {unit}"
 
 
 def text(run: Run) -> str:

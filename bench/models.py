@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,8 +28,12 @@ class Work(NamedTuple):
         """What a table calls it."""
         return f"{self.title}, N={self.N}, T={self.T}, r={self.lora.r}"
 
+    def weights(self, names: Collection[str] | None = None) -> dict[str, Array]:
+        """Those of `model`, or some of them."""
+        return ln.init_weights(self.config, seed=0, names=names)
+
     def model(self) -> ln.Model:
-        return ln.Model(self.config, ln.init_weights(self.config, seed=0))
+        return ln.Model(self.config, self.weights())
 
     def adapter(self, model: ln.Model) -> ln.Adapter:
         """As training starts: B = 0."""

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 import lora_np as ln
-from lora_np.backend import asnumpy, backend_name
+from lora_np.backend import backend_name
 from lora_np.formats.models.huggingface import places
 from lora_np.optim import warmup_cosine
 
-from .models import work
+from .models import Work, work
 from .timing import Cases
 
 with warnings.catch_warnings():
@@ -82,22 +82,16 @@ def their_config(family: str, c: ln.Config, *, pad: int, **options: Any) -> Any:
     )
 
 
-def twin(model: ln.Model) -> Any:
-    """The same model in transformers, with its weights."""
-    config = model.config
-    name = family(config)
-    net = getattr(transformers, CLASSES[name, config.head])(their_config(name, config, pad=0))
-    net.load_state_dict(_state(model), strict=False)  # a tied head is the token table
+def twin(w: Work) -> Any:
+    """The same model in transformers, with its weights, of which one at a time is made: memory is measured here."""
+    name = family(w.config)
+    net = getattr(transformers, CLASSES[name, w.config.head])(their_config(name, w.config, pad=0))
+    state = net.state_dict()
+    for key, place in places(w.config, in_trunk=True).items():
+        weights = w.weights(place.parts)
+        value = np.concatenate([weights[part] for part in place.parts])
+        state[key].copy_(torch.from_numpy(value.T if place.transposed else value))
     return net.to(DEVICE)
-
-
-def _state(model: ln.Model) -> dict[str, torch.Tensor]:
-    """The weights under their names, laid out as they have them."""
-    state = {}
-    for key, place in places(model.config, in_trunk=True).items():
-        value = np.concatenate([asnumpy(model.weights[name]) for name in place.parts])
-        state[key] = torch.tensor(value.T if place.transposed else value)
-    return state
 
 
 def adapted(net: Any, lora: ln.LoRAConfig, config: ln.Config) -> Any:
@@ -115,7 +109,7 @@ def step(name: str, *, compiled: bool = False, optimizer: bool = False, **sizes:
     """A LoRA step: the loss and its gradients by A and B; compiled: by torch.compile; optimizer: and AdamW's step."""
     torch.set_num_threads(os.cpu_count() or 1)
     w = work(name, **sizes)
-    net = adapted(twin(w.model()), w.lora, w.config).train()
+    net = adapted(twin(w), w.lora, w.config).train()
     tokens, targets = (torch.tensor(a, device=DEVICE) for a in w.batch())
     trained = [p for p in net.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=1e-4) if optimizer else None
@@ -153,7 +147,7 @@ def decode(name: str, n: int, *, prompt: int, **sizes: Any) -> Cases:
     """Greedy decoding of n tokens after a prompt, with their cache."""
     torch.set_num_threads(os.cpu_count() or 1)
     w = work(name, **sizes)
-    net = twin(w.model()).eval()
+    net = twin(w).eval()
     tokens = torch.tensor(w.batch()[0][:1, :prompt], device=DEVICE)
     mask = torch.ones_like(tokens)
 
@@ -172,7 +166,7 @@ def switch(name: str, **sizes: Any) -> Cases:
     torch.set_num_threads(os.cpu_count() or 1)
     w = work(name, **sizes)
     model = w.model()
-    net = twin(model)
+    net = twin(w)
     with tempfile.TemporaryDirectory() as folder:
         for seed in (0, 1):
             ln.save_adapter(Path(folder) / str(seed), w.trained_adapter(model, seed), model)

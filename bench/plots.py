@@ -13,6 +13,7 @@ from .roofline import EACH_CORE, READ, STREAM
 from .step import COMPILED, EAGER, OURS
 
 BLUE, ORANGE, GREEN, GREY = "#0b6e99", "#c2541b", "#4a7c2c", "#777777"
+_OFFSET: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "#444444"}
 PEERS = (EAGER, COMPILED, "transformers", "PEFT", "loralib")
 
 
@@ -35,6 +36,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
     picture = Picture(figsize=(width, height), dpi=150, layout="constrained")
     axes = picture.subplots(rows, columns, squeeze=False).ravel()
     for one in axes:
+        one.set_axisbelow(True)
         one.grid(alpha=0.25)
         one.spines[["top", "right"]].set_visible(False)
     return picture, axes
@@ -54,27 +56,35 @@ def roofline(run: Run) -> Any:
     limits = {f.what: f.median for f in run.of("ops") if f.case == "the machine"}
     products = limits[f"products, {EACH_CORE}"]
     memory = max(limits[f"memory, {STREAM}"], limits[f"memory, {READ}"])
-    picture, (axes,) = _figure(9, 6.5)
+    picture, (axes, bars) = _figure(13, 6.5, 1, 2)
     ridge, left, right = products / memory, min(intensity.values()) / 1.6, max(intensity.values()) * 3
     axes.loglog([left, ridge, right], [memory * left, products, products], color=GREY, linewidth=1.5)
-    axes.annotate(
-        f"{products:.0f} GFLOP/s, large products",
-        (right, products),
-        (0, 4),
-        textcoords="offset points",
-        ha="right",
-        color=GREY,
-    )
-    axes.annotate(f"{memory:.0f} GB/s", (left, memory * left), (14, 26), textcoords="offset points", color=GREY)
-    for name, point in points.items():
-        colour = ORANGE if "backward" in name or ", d" in name else BLUE
-        x, y = intensity[name], point.median
-        axes.errorbar(x, y, [[side] for side in _spread(point)], fmt="o", color=colour, markersize=4)
-        axes.annotate(name, (x, y), (6, -3), textcoords="offset points", fontsize=7)
+    axes.annotate(f"{products:.0f} GFLOP/s, large products", (right, products), (0, 6), **_OFFSET, ha="right")
+    axes.annotate(f"{memory:.0f} GB/s", (left, memory * left), (-4, 14), **_OFFSET)
+    places = ((5, 3), (5, -10), (-14, 3), (-14, -10))  # where a point's number stands, so that neighbours keep theirs
+    names = sorted(points, key=lambda name: (intensity[name], points[name].median))
+    for number, name in enumerate(names, 1):
+        x, y, spread = intensity[name], points[name].median, [[side] for side in _spread(points[name])]
+        axes.errorbar(x, y, spread, fmt="o", color=_colour(name), markersize=4, linewidth=1)
+        axes.annotate(str(number), (x, y), places[number % 4], **_OFFSET)
     axes.set_xlabel("operations a byte (FLOP/B)")
     axes.set_ylabel("speed, all cores together (GFLOP/s)")
-    axes.set_title("Each primitive below the machine's limits (orange: backward)", fontsize=11)
+    shares = {f.case: f for f in run.of("ops") if f.what == "share of the roofline"}
+    spreads = [list(side) for side in zip(*(_spread(shares[name]) for name in names), strict=True)]
+    labels = [f"{number}  {name}" for number, name in enumerate(names, 1)]
+    bars.barh(
+        labels, [shares[name].median for name in names], xerr=spreads, color=[_colour(name) for name in names],
+        height=0.6, error_kw={"ecolor": GREY},
+    )  # fmt: skip
+    bars.axvline(1, color=GREY, linewidth=1.5)
+    bars.margins(y=0.01)
+    bars.tick_params(axis="y", labelsize=8)
+    bars.set_xlabel("share of the roofline (above 1: its data was in the cache); orange: backward")
     return picture
+
+
+def _colour(name: str) -> str:
+    return ORANGE if "backward" in name or ", d" in name else BLUE
 
 
 def peers(run: Run) -> Any:
@@ -94,7 +104,7 @@ def peers(run: Run) -> Any:
     axes.axvline(1, color=ORANGE, linewidth=1.2)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7.5)
-    axes.set_xlabel(f"times as fast ({OURS} over the peer; bars: median, lines: least to most)")
+    axes.set_xlabel(f"{OURS}: times as fast (medians; lines: least to most)")
     return picture
 
 
