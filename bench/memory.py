@@ -13,16 +13,16 @@ from .figures import Figure
 from .measure import Side, measure
 from .models import work
 from .options import Options
-from .step import EAGER, FULL, LORA, OURS, Training, peers
+from .step import EAGER, FULL, LORA, OURS, RECOMPUTED, Training, peers
 from .timing import Cases
 
 BATCHES, T = (2, 4, 8, 16, 32), 128
 
 
-def ours(name: str, full: bool, **sizes: Any) -> Cases:
+def ours(name: str, kind: str, **sizes: Any) -> Cases:
     """A step of training; what it gives is the optimizer's bytes."""
     w = work(name, **sizes)
-    training = Training(w, w.model(), full=full)
+    training = Training(w, w.model(), full=kind == FULL, recompute=kind == RECOMPUTED)
 
     def run() -> int:
         training.step()
@@ -35,7 +35,7 @@ def figures(o: Options) -> Iterator[Figure]:
     """Peaks of GPT-2 small, beside the peers and full fine-tuning, and against the batch."""
     w = work("gpt2", quick=o.quick)
     given = {"name": "gpt2", "quick": o.quick}
-    sides = [Side(kind, "bench.memory:ours", {**given, "full": kind == FULL}) for kind in (LORA, FULL)]
+    sides = [Side(kind, "bench.memory:ours", {**given, "kind": kind}) for kind in (LORA, RECOMPUTED, FULL)]
     sides += peers("gpt2", o, optimizer=True)
     peaks: dict[str, Figure] = {}
     kept: list[Figure] = []
@@ -45,7 +45,8 @@ def figures(o: Options) -> Iterator[Figure]:
             if side.name in (LORA, FULL):
                 kept.append(Figure("memory", w.case, f"{side.name}, the optimizer's", "B", [timing.value]))
     yield from (*peaks.values(), *kept)
-    yield from (peaks[LORA].over(peak) for kind, peak in peaks.items() if kind != LORA)
+    yield from (peaks[LORA].over(peak) for kind, peak in peaks.items() if kind not in (LORA, RECOMPUTED))
+    yield peaks[RECOMPUTED].over(peaks[LORA])
     yield kept[0].over(kept[1])
     yield from _against_batch(o)
 
@@ -58,7 +59,9 @@ def _alone(side: Side, o: Options) -> list[Any]:
 def _against_batch(o: Options) -> Iterator[Figure]:
     """The peak of a LoRA step for growing batches."""
     length, batches = (8, BATCHES[:3]) if o.quick else (T, BATCHES)
-    ways = [(OURS, "bench.memory:ours", {"full": False}, batches)]
+    ways: list[tuple[str, str, dict[str, Any], tuple[int, ...]]] = [
+        (OURS, "bench.memory:ours", {"kind": LORA}, batches)
+    ]
     ways += [] if o.alone else [(EAGER, "bench.peft_side:step", {"optimizer": True}, batches[:3])]
     for side, make, given, sizes in ways:
         for N in sizes:  # of the peer not the largest: its peak grows

@@ -23,16 +23,18 @@ from .timing import Cases
 OURS, EAGER, COMPILED = "lora_np", "PyTorch + PEFT", "PyTorch + PEFT, compiled"
 LORA, FULL = "lora_np: LoRA", "lora_np: every weight"
 LORA_ADAMW, FULL_ADAMW = f"{LORA}, with AdamW", f"{FULL}, with AdamW"
+RECOMPUTED = f"{LORA}, blocks computed again"
 PRODUCTS = "the step's products"
 
 
 def ours(name: str, full: bool, **sizes: Any) -> Cases:
-    """LoRA; and with `full`, every weight, with the optimizer and without."""
+    """LoRA; and with `full`, LoRA that keeps less for backward, and every weight, with the optimizer and without."""
     w = work(name, **sizes)
     model, batch = w.model(), w.batch()
     adapter = w.adapter(model)
     cases: dict[str, Callable[[], Any]] = {LORA: lambda: ln.sharded_loss_and_grads(model, adapter, *batch)[0]}
     if full:
+        cases[RECOMPUTED] = lambda: ln.sharded_loss_and_grads(model, adapter, *batch, recompute=True)[0]
         cases[FULL] = lambda: ln.sharded_loss_and_grads(model, None, *batch, trainable="all")[0]
         cases |= {LORA_ADAMW: Training(w, model, full=False).step, FULL_ADAMW: Training(w, model, full=True).step}
     return cases
@@ -41,8 +43,8 @@ def ours(name: str, full: bool, **sizes: Any) -> Cases:
 class Training:
     """Steps of training, the optimizer's among them."""
 
-    def __init__(self, w: Work, model: ln.Model, *, full: bool) -> None:
-        self.batch, self.model = w.batch(), model
+    def __init__(self, w: Work, model: ln.Model, *, full: bool, recompute: bool = False) -> None:
+        self.batch, self.model, self.recompute = w.batch(), model, recompute
         self.adapter = None if full else w.adapter(model)
         self.state: Any = None
 
@@ -53,7 +55,7 @@ class Training:
             params, self.state = ln.adamw(self.model.weights, grads, self.state, lr=1e-4)
             self.model = ln.Model(self.model.config, params)
         else:
-            loss, grads = ln.sharded_loss_and_grads(self.model, self.adapter, *self.batch)
+            loss, grads = ln.sharded_loss_and_grads(self.model, self.adapter, *self.batch, recompute=self.recompute)
             params, self.state = ln.adamw(self.adapter.params, grads, self.state, lr=1e-4)
             self.adapter = replace(self.adapter, params=params)
         return loss
@@ -99,7 +101,7 @@ def figures(o: Options) -> Iterator[Figure]:
                 theirs = Figure("step", w.case, side, "s", measured[side]["step"].seconds)
                 yield from (theirs, theirs.over(mine[LORA]))
         if full:
-            yield mine[FULL].over(mine[LORA])
+            yield from (mine[kind].over(mine[LORA]) for kind in (FULL, RECOMPUTED))
             yield mine[FULL_ADAMW].over(mine[LORA_ADAMW])
         yield from _shares(w, mine[LORA], roofline.figures("step", measured, o.quick))
 
