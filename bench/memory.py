@@ -59,12 +59,11 @@ def _alone(side: Side, o: Options) -> list[Any]:
 def _against_batch(o: Options) -> Iterator[Figure]:
     """The peak of a LoRA step for growing batches."""
     length, batches = (8, BATCHES[:3]) if o.quick else (T, BATCHES)
-    ways: list[tuple[str, str, dict[str, Any], tuple[int, ...]]] = [
-        (OURS, "bench.memory:ours", {"kind": LORA}, batches)
-    ]
-    ways += [] if o.alone else [(EAGER, "bench.peft_side:step", {"optimizer": True}, batches[:3])]
-    for side, make, given, sizes in ways:
-        for N in sizes:  # of the peer not the largest: its peak grows
-            arguments = {"name": "gpt2", "quick": o.quick, "N": N, "T": length, **given}
-            for timing in _alone(Side(side, make, arguments), o):
-                yield Figure("memory", f"against the batch, T={length}, {side}", f"N={N}", "B", [timing.peak])
+    given = {"name": "gpt2", "quick": o.quick, "T": length}
+    sides = [Side(OURS, "bench.memory:ours", {**given, "kind": LORA, "N": N}) for N in batches]
+    if not o.alone:  # not the largest batches: its peak grows with them
+        sides += [Side(EAGER, "bench.peft_side:step", {**given, "optimizer": True, "N": N}) for N in batches[:3]]
+    for side in sides:
+        for timing in _alone(side, o):
+            case = f"against the batch, T={length}, {side.name}"
+            yield Figure("memory", case, f"N={side.arguments['N']}", "B", [timing.peak])

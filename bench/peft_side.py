@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -162,26 +163,29 @@ def decode(name: str, n: int, *, prompt: int, **sizes: Any) -> Cases:
 
 
 def switch(name: str, **sizes: Any) -> Cases:
-    """From one adapter, merged, to another and back: unmerge, set_adapter, merge."""
+    """From one adapter, merged, to the other, and back."""
     torch.set_num_threads(os.cpu_count() or 1)
-    w = work(name, **sizes)
-    model = w.model()
-    net = twin(w)
+    net, turns = with_two_adapters(work(name, **sizes)), cycle("10")
+    return {"switch": lambda: go_over(net, next(turns))}
+
+
+def with_two_adapters(w: Work) -> Any:
+    """The model with two adapters of ours, "0" and "1", of which the first is merged."""
+    model, net = w.model(), twin(w)
     with tempfile.TemporaryDirectory() as folder:
         for seed in (0, 1):
             ln.save_adapter(Path(folder) / str(seed), w.trained_adapter(model, seed), model)
         net = peft.PeftModel.from_pretrained(net, Path(folder) / "0", adapter_name="0")
         net.load_adapter(Path(folder) / "1", adapter_name="1")
     net.base_model.merge_adapter()
-    active = ["0"]
+    return net
 
-    def run() -> None:
-        active[0] = "1" if active[0] == "0" else "0"
-        net.base_model.unmerge_adapter()
-        net.set_adapter(active[0])
-        net.base_model.merge_adapter()
 
-    return {"switch": run}
+def go_over(net: Any, name: str) -> None:
+    """A merged model to another of its adapters: unmerge, set_adapter, merge."""
+    net.base_model.unmerge_adapter()
+    net.set_adapter(name)
+    net.base_model.merge_adapter()
 
 
 def layer(M: int, D: int, r: int) -> Cases:
@@ -197,21 +201,17 @@ def loralib_layer(M: int, D: int, r: int) -> Cases:
     import loralib
 
     torch.set_num_threads(os.cpu_count() or 1)
-    return {"layer": forward_and_backward(loralib.Linear(D, D, r=r, lora_alpha=16).to(DEVICE), M, D)}
+    module = loralib.Linear(D, D, r=r, lora_alpha=16).to(DEVICE)
+    loralib.mark_only_lora_as_trainable(module)
+    return {"layer": forward_and_backward(module, M, D)}
 
 
-def forward_and_backward(module: torch.nn.Module, M: int, D: int) -> Callable[[], None]:
+def forward_and_backward(module: torch.nn.Module, M: int, D: int) -> Callable[[], Any]:
     """h, and its gradients by x and by what is trained."""
     x = torch.randn(M, D, device=DEVICE, requires_grad=True)
     dh = torch.randn(M, D, device=DEVICE)
     trained = [x, *(p for p in module.parameters() if p.requires_grad)]
-    if any(p is getattr(module, "weight", None) for p in trained):
-        raise ValueError("expected the base's weight to be frozen")
-
-    def run() -> None:
-        torch.autograd.grad(module(x), trained, dh, allow_unused=True)
-
-    return run
+    return lambda: torch.autograd.grad(module(x), trained, dh)
 
 
 # --- Real models -----------------------------------------------------------------------------------------------------
