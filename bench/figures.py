@@ -108,9 +108,11 @@ def text(run: Run) -> str:
     lines = [f"{key}: {value}" for key, value in run.environment.items()]
     for (bench, case), group in groupby(run.figures, key=lambda figure: (figure.bench, figure.case)):
         lines += ["", f"{bench}: {case}"]
-        for f in group:
+        found = list(group)
+        width = max(len(f.what) for f in found)
+        for f in found:
             spread = f"({shown(f.least, f.unit)} to {shown(f.most, f.unit)})" if len(f.values) > 1 else ""
-            lines.append(f"  {f.what:44} {shown(f.median, f.unit):>16}  {spread}".rstrip())
+            lines.append(f"  {f.what:{width}} {shown(f.median, f.unit):>16}  {spread}".rstrip())
     return "\n".join(lines)
 
 
