@@ -7,5 +7,6 @@ models, peft_side        what is measured; the same in PyTorch + PEFT, transform
 flops, roofline          the products of a step, counted; what the machine can do
 figures, environment     what was found, as text and JSON, and beside another run; what it depends on
 plots, readme            pictures; the README's table
+ranks                    steps on MPI's ranks, with a command line of its own
 sst2, e2e                trainings on real data beside PyTorch + PEFT, each with a command line of its own
 """
