@@ -1,42 +1,95 @@
-"""python -m bench ops | step: a table of times, or with --json the figures and what they depend on."""
+"""python -m bench: lists the benchmarks and runs them; compares two runs; writes the README's table."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
 
-from . import ops, step
-from .timing import Times, environment, measure
+from . import figures, readme
+from .environment import environment
+from .options import Options
+
+BENCHES = ("ops", "step", "memory", "decode", "merge", "switch", "scaling", "peers")
 
 
-def main() -> None:
-    """Runs what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Micro-benchmarks on the backend in use.")
-    parser.add_argument("what", choices=["ops", "step"], help="each primitive; or a whole training step")
+def run(names: Sequence[str], o: Options) -> Iterator[figures.Run]:
+    """After each of these benchmarks, in their order, the figures so far."""
+    found: list[figures.Figure] = []
+    on = {**environment(), **({"sizes": "tiny"} if o.quick else {})}
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        found += import_module(f"bench.{name}").figures(o)
+        yield figures.Run(on, found)
+
+
+def listed() -> str:
+    """A line for each benchmark: the first of its docstring."""
+    lines = {name: str(import_module(f"bench.{name}").__doc__).splitlines()[0] for name in BENCHES}
+    return "\n".join(f"{name:8} {line}" for name, line in lines.items())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="list: what there is. NAMES, or all: runs them. compare A B: what changed from one run to another. "
+        "table A: writes the README's table of figures.",
+    )
+    parser.add_argument("what", nargs="+", metavar="list | NAMES | all | compare A B | table A")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is measured, in turn (default: 5)")
-    parser.add_argument("--preset", default="gpt2", help="the model of `step` (default: gpt2)")
-    parser.add_argument("-N", type=int, default=4, help="texts in the batch of `step` (default: 4)")
-    parser.add_argument("-T", type=int, default=256, help="tokens in each (default: 256)")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    args = parser.parse_args()
-    flops: dict[str, float] = {}
-    if args.what == "ops":
-        cases = ops.cases()
-        functions, flops = {name: f for name, (f, _) in cases.items()}, {name: n for name, (_, n) in cases.items()}
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs, not how fast")
+    parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile among the peers, on GPT-2: some minutes more"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there as JSON")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draws them into PNG files there")
+    parser.add_argument(
+        "--readme", type=Path, default=Path("README.md"), help="where `table` writes (default: README.md)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Does what the command line asks for."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    command, *files = args.what
+    if command == "list":
+        print(listed())
+    elif command in ("compare", "table"):
+        if len(files) != (2 if command == "compare" else 1):
+            parser.error(f"{command}: expected {'two files' if command == 'compare' else 'a file'} that --json wrote")
+        try:
+            runs = [figures.read(Path(file)) for file in files]
+            if command == "compare":
+                print(figures.comparison(*runs))
+            else:
+                readme.write(args.readme, runs[0])
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
     else:
-        functions = step.cases(args.preset, args.N, args.T)
-    times = measure(functions, rounds=args.rounds)
-    if args.json:
-        figures = {name: {**t._asdict(), "flops": flops.get(name)} for name, t in times.items()}
-        print(json.dumps({"environment": environment(), "seconds": figures}, indent=2))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in environment().items()))
-        print("\n".join(_line(name, t, flops.get(name, 0)) for name, t in times.items()))
+        _measure(parser, args)
 
 
-def _line(name: str, t: Times, flops: float) -> str:
-    rate = f"{flops / t.median / 1e9:7.1f} GFLOP/s" if flops else ""
-    return f"{name:24} {t.median * 1e3:9.3f} ms  ({t.least * 1e3:.3f} to {t.most * 1e3:.3f})  {rate}".rstrip()
+def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    names = BENCHES if args.what == ["all"] else tuple(args.what)
+    unknown = [name for name in names if name not in BENCHES]
+    if unknown:
+        parser.error(f"expected all or some of {' '.join(BENCHES)}, got {' '.join(unknown)}")
+    if args.rounds < 1:
+        parser.error(f"--rounds: expected 1 or more, got {args.rounds}")
+    if args.plot is not None:
+        from . import plots  # before anything is measured: it says what is missing
+    for found in run(names, Options(args.rounds, args.quick, args.alone, args.compile)):
+        if args.json is not None:  # after each: what was measured is kept if a later one fails
+            args.json.write_text(figures.to_json(found) + "\n")
+    print(figures.text(found))
+    if args.plot is not None:
+        plots.draw(args.plot, found)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ from lora_np.examples import Example, bucketed, encode_pair, in_order, read_pair
 from lora_np.formats.models.tokenizer import Tokenizer
 from lora_np.train import Score, Settings, evaluate, placed, train
 
-from .timing import environment
+from .environment import environment
 
 LONGEST, LR, SEED = 160, 1e-3, 0
 R, ALPHA = 8, 16

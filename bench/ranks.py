@@ -20,7 +20,7 @@ from lora_np.batch import BatchDict
 from lora_np.ranks import Ranks, world
 from lora_np.train import Report, Settings, train
 
-from .timing import environment
+from .environment import environment
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from lora_np.parallel import sharded_loss_and_grads
 from lora_np.tasks import read_examples, task_of
 from lora_np.train import Score, Settings, evaluate, placed, train
 
-from .timing import environment, measure
+from .environment import environment
+from .measure import Side, measure
+from .options import Options
+from .timing import Cases
 
 N, LONGEST, LR = 32, 64, 1e-3
 STEPS = 8  # timed at once in the table of parts
@@ -59,19 +62,29 @@ def shuffled(examples: Sequence[Example], seed: int, step: int) -> BatchDict:
     return padded([examples[n] for n in order])
 
 
-def parts(base: Path, data: list[Example], steps: int) -> dict[str, Callable[[], Any]]:
-    """The first `steps` steps of training, with each of the three left out or not.
+def examples_in(base: Path, folder: Path) -> Iterator[list[Example]]:
+    """Those of train.tsv and of dev.tsv."""
+    tokenizer, task = ln.load_tokenizer(base), task_of("classify", folder / "train.tsv", LONGEST)
+    for name in ("train.tsv", "dev.tsv"):
+        found = read_examples(folder / name, task, tokenizer)
+        assert found is not None
+        yield found
+
+
+def parts(base: str, folder: str) -> Cases:
+    """The first STEPS steps of training, with each of the three left out or not.
 
     Without leaving padding out, it is told that every place is a token; without the last layer's saving, each token
     gets a label.
     """
+    data, _ = examples_in(Path(base), Path(folder))
     models = {head: ln.load_model(base, head=head, n_labels=2, seed=0) for head in ("classify", "tag")}
     lora = ln.LoRAConfig(alpha=16, train_head=True, **LORA)  # type: ignore[arg-type]
     adapters = {head: ln.init_adapter(model, lora, seed=0) for head, model in models.items()}
 
     def case(by_length: bool, skip: bool, one: bool) -> Callable[[], Any]:
         head = "classify" if one else "tag"
-        batches = [bucketed(data, N=N, seed=0, step=i) if by_length else shuffled(data, 0, i) for i in range(steps)]
+        batches = [bucketed(data, N=N, seed=0, step=i) if by_length else shuffled(data, 0, i) for i in range(STEPS)]
 
         def run() -> None:
             for i, given in enumerate(batches):
@@ -102,11 +115,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without PyTorch + PEFT")
     parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args()
-    tokenizer = ln.load_tokenizer(args.base)
-    task = task_of("classify", args.data / "train.tsv", LONGEST)
-    data, dev = (read_examples(args.data / name, task, tokenizer) for name in ("train.tsv", "dev.tsv"))
-    assert data is not None
-    assert dev is not None
+    data, dev = examples_in(args.base, args.data)
     steps = args.epochs * steps_an_epoch(data, N)
     sides = {"lora_np": ours} if args.alone else {"lora_np": ours, "PyTorch + PEFT": theirs}
     runs: list[dict[str, Any]] = []
@@ -118,23 +127,24 @@ def main() -> None:
                 f"seed {seed}  {name:16} accuracy {score.accuracy:.2%}  loss {score.loss:.4f}  {seconds:.1f} s",
                 flush=True,
             )
-    table = measure(parts(args.base, data, STEPS), rounds=args.rounds) if args.rounds else {}
+    given = {"base": str(args.base.resolve()), "folder": str(args.data.resolve())}
+    whole = Side("lora_np", "bench.sst2:parts", given)
+    table = measure([whole], Options(rounds=args.rounds))[whole.name] if args.rounds else {}
     if args.json:
-        print(
-            json.dumps({"environment": environment(), "runs": runs, "step": {k: t._asdict() for k, t in table.items()}})
-        )
+        step = {name: t.seconds for name, t in table.items()}
+        print(json.dumps({"environment": environment(), "runs": runs, "step": step}))
         return
     print(", ".join(f"{key} {value}" for key, value in environment().items()))
     for name in sides:
         mine = [run for run in runs if run["side"] == name]
         if mine:
-            accuracy, seconds = (np.array([run[key] for run in mine]) for key in ("accuracy", "seconds"))
+            accuracy, times = (np.array([run[key] for run in mine]) for key in ("accuracy", "seconds"))
             print(
                 f"{name:16} mean accuracy {accuracy.mean():.2%} ({accuracy.min():.2%} to {accuracy.max():.2%}), "
-                f"{np.median(seconds) / args.epochs:.1f} s an epoch"
+                f"{np.median(times) / args.epochs:.1f} s an epoch"
             )
     for name, t in table.items():
-        print(f"{name:40} {t.median / STEPS * 1e3:7.1f} ms a step")
+        print(f"{name:40} {np.median(t.seconds) / STEPS * 1e3:7.1f} ms a step")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,115 @@
-"""One training step of a whole model: LoRA on q and v, and every weight."""
+"""One training step: LoRA here and in PyTorch + PEFT, eager and compiled; full fine-tuning here; the roofline's share.
+
+A LoRA step is the loss and its gradients by A and B, float32, no dropout; both sides have the same weights and batch,
+and their losses must agree. The share: the step's products at the speed of large products, over the step's time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 import lora_np as ln
 
+from . import roofline
+from .figures import Figure
+from .flops import step_flops
+from .measure import Measured, Side, measure
+from .models import Work, work
+from .options import Options
+from .timing import Cases
 
-def cases(preset: str, N: int, T: int) -> dict[str, Callable[[], Any]]:
-    """Functions to time: forward alone, a LoRA step, a step of full fine-tuning, of random weights."""
-    config = ln.PRESETS[preset]
-    model = ln.Model(config, ln.init_weights(config, seed=0))
-    adapter = ln.init_adapter(model, ln.LoRAConfig(r=8), seed=0)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (N, T + 1))
-    batch = tokens[:, :-1], tokens[:, 1:]
-    return {
-        "loss alone": lambda: ln.loss(model, *batch, adapter),
-        "LoRA": lambda: ln.sharded_loss_and_grads(model, adapter, *batch),
-        "every weight": lambda: ln.sharded_loss_and_grads(model, None, *batch, trainable="all"),
-    }
+OURS, EAGER, COMPILED = "lora_np", "PyTorch + PEFT", "PyTorch + PEFT, compiled"
+LORA, FULL = "lora_np: LoRA", "lora_np: every weight"
+LORA_ADAMW, FULL_ADAMW = f"{LORA}, with AdamW", f"{FULL}, with AdamW"
+RECOMPUTED = f"{LORA}, blocks computed again"
+PRODUCTS = "the step's products"
+
+
+def ours(name: str, full: bool, **sizes: Any) -> Cases:
+    """LoRA; and with `full`, LoRA that keeps less for backward, and every weight, with the optimizer and without."""
+    w = work(name, **sizes)
+    model, batch = w.model(), w.batch()
+    adapter = w.adapter(model)
+    cases: dict[str, Callable[[], Any]] = {LORA: lambda: ln.sharded_loss_and_grads(model, adapter, *batch)[0]}
+    if full:
+        cases[RECOMPUTED] = lambda: ln.sharded_loss_and_grads(model, adapter, *batch, recompute=True)[0]
+        cases[FULL] = lambda: ln.sharded_loss_and_grads(model, None, *batch, trainable="all")[0]
+        cases |= {LORA_ADAMW: Training(w, model, full=False).step, FULL_ADAMW: Training(w, model, full=True).step}
+    return cases
+
+
+class Training:
+    """Steps of training, the optimizer's among them."""
+
+    def __init__(self, w: Work, model: ln.Model, *, full: bool, recompute: bool = False) -> None:
+        self.batch, self.model, self.recompute = w.batch(), model, recompute
+        self.adapter = None if full else w.adapter(model)
+        self.state: Any = None
+
+    def step(self) -> float:
+        """One step. -> the loss before it."""
+        if self.adapter is None:
+            loss, grads = ln.sharded_loss_and_grads(self.model, None, *self.batch, trainable="all")
+            params, self.state = ln.adamw(self.model.weights, grads, self.state, lr=1e-4)
+            self.model = ln.Model(self.model.config, params)
+        else:
+            loss, grads = ln.sharded_loss_and_grads(self.model, self.adapter, *self.batch, recompute=self.recompute)
+            params, self.state = ln.adamw(self.adapter.params, grads, self.state, lr=1e-4)
+            self.adapter = replace(self.adapter, params=params)
+        return loss
+
+    def optimizer_bytes(self) -> int:
+        """What the optimizer keeps between steps."""
+        return sum(value.nbytes for moments in (self.state.m, self.state.v) for value in moments.values())
+
+
+def peers(name: str, o: Options, **arguments: Any) -> list[Side]:
+    """The other sides' processes; torch.compile on GPT-2 alone: it takes a minute."""
+    if o.alone:
+        return []
+    ways = {EAGER: False, COMPILED: True} if o.compile and name == "gpt2" else {EAGER: False}
+    given = {"name": name, "quick": o.quick, **arguments}
+    return [Side(way, "bench.peft_side:step", {**given, "compiled": compiled}) for way, compiled in ways.items()]
+
+
+def check_losses(measured: Measured) -> None:
+    """A ValueError unless all sides found the same loss: then they did the same work."""
+    losses = {OURS: measured[OURS][LORA].value}
+    losses |= {side: measured[side]["step"].value for side in (EAGER, COMPILED) if side in measured}
+    for side, loss in losses.items():
+        if abs(loss - losses[OURS]) > 1e-4 * abs(losses[OURS]):
+            raise ValueError(f"step: the sides differ: loss {losses[OURS]} here, {loss} with {side}")
+
+
+def figures(o: Options) -> Iterator[Figure]:
+    """The times of each model's step, the ratios to the peers and to full fine-tuning, and the roofline's share."""
+    for name in ("gpt2", "minilm", "smollm2"):
+        w = work(name, quick=o.quick)
+        full = name == "gpt2"
+        sides = [
+            Side(OURS, "bench.step:ours", {"name": name, "quick": o.quick, "full": full}),
+            *roofline.sides(o.quick),
+        ]
+        measured = measure([*sides, *peers(name, o)], o)
+        check_losses(measured)
+        mine = {case: Figure("step", w.case, case, "s", timing.seconds) for case, timing in measured[OURS].items()}
+        yield from mine.values()
+        for side in (EAGER, COMPILED):
+            if side in measured:
+                theirs = Figure("step", w.case, side, "s", measured[side]["step"].seconds)
+                yield from (theirs, theirs.over(mine[LORA]))
+        if full:
+            yield from (mine[kind].over(mine[LORA]) for kind in (FULL, RECOMPUTED))
+            yield mine[FULL_ADAMW].over(mine[LORA_ADAMW])
+        yield from _shares(w, mine[LORA], roofline.figures("step", measured, o.quick))
+
+
+def _shares(w: Work, lora: Figure, found: dict[str, Figure]) -> Iterator[Figure]:
+    """The speed of the step's products, the machine's, and the share."""
+    speed = lora.rate(step_flops(w.config, w.N, w.T, w.lora) / 1e9, PRODUCTS, "GFLOP/s")
+    yield speed
+    for way in (roofline.EACH_CORE, roofline.ALL_THREADS):
+        roof = found[way]._replace(case=w.case)
+        yield from (roof, speed.over(roof, "share"))

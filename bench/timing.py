@@ -1,61 +1,53 @@
-"""Times of functions, taken in turn, so that a drift of the machine's speed falls on all of them alike."""
+"""Times of functions: after a warm-up, as often as fills a while, and in threads where all cores are to be busy."""
 
 from __future__ import annotations
 
 import os
-import platform
-import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 from lora_np.backend import backend_name, xp
+from lora_np.parallel import quick_switches
+
+Cases: TypeAlias = Mapping[str, Callable[[], Any]]  # what is timed, by name
+
+SLOW = 1.0  # a first call of so many seconds says how long the next ones take; a shorter one may have been warming up
 
 
-class Times(NamedTuple):
-    """Seconds of one call: the median of all rounds, and the least and the most."""
-
-    median: float
-    least: float
-    most: float
+def cores() -> int:
+    """How many products run at once where each has one thread; on a GPU one."""
+    return 1 if backend_name == "cupy" else os.cpu_count() or 1
 
 
 def synchronise() -> None:
     """Waits until the device has done what it was given."""
     if backend_name == "cupy":
-        xp.cuda.Stream.null.synchronize()  # type: ignore[attr-defined]
+        xp.cuda.Device().synchronize()  # type: ignore[attr-defined]
 
 
-def measure(functions: Mapping[str, Callable[[], Any]], *, rounds: int, at_least: float = 0.02) -> dict[str, Times]:
-    """The times of functions, each called once a round, and in a round as often as fills `at_least` seconds."""
-    calls, seconds = {}, {name: list[float]() for name in functions}
-    for name, function in functions.items():  # the first call warms up, the second says how long one takes
-        _timed(function, 1)
-        calls[name] = max(1, round(at_least / max(_timed(function, 1), 1e-9)))
-    for _ in range(rounds):
-        for name, function in functions.items():
-            seconds[name].append(_timed(function, calls[name]))
-    return {name: Times(statistics.median(times), min(times), max(times)) for name, times in seconds.items()}
+def timed(functions: Sequence[Callable[[], Any]], calls: int = 1) -> tuple[float, Any]:
+    """Seconds of one call, each function called `calls` times in a thread of its own, and what the first one gave."""
+    with ThreadPoolExecutor(len(functions)) as pool, quick_switches():
+        synchronise()
+        start = time.perf_counter()
+        if len(functions) == 1:
+            values = [_repeat(functions[0], calls)]
+        else:
+            values = list(pool.map(lambda f: _repeat(f, calls), functions))
+        synchronise()
+        return (time.perf_counter() - start) / calls, values[0]
 
 
-def _timed(function: Callable[[], Any], calls: int) -> float:
-    synchronise()
-    start = time.perf_counter()
-    for _ in range(calls):
+def warmed_up(functions: Sequence[Callable[[], Any]], at_least: float) -> int:
+    """Calls them until the next call is an ordinary one. -> how many calls fill `at_least` seconds."""
+    first, _ = timed(functions)
+    seconds = first if first > SLOW else timed(functions)[0]
+    return max(1, round(at_least / max(seconds, 1e-9)))
+
+
+def _repeat(function: Callable[[], Any], calls: int) -> Any:
+    for _ in range(calls - 1):
         function()
-    synchronise()
-    return (time.perf_counter() - start) / calls
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
-        "backend": backend_name,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "not set"),
-    }
+    return function()

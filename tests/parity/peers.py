@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch", reason=REASON)
     transformers = pytest.importorskip("transformers", reason=REASON)
     peft = pytest.importorskip("peft", reason=REASON)
+    from bench import peft_side
 
 torch.set_num_threads(1)  # the models are small: more threads would only wait for each other
 
@@ -73,44 +74,6 @@ class Batch:
 
 
 # --- One model twice -------------------------------------------------------------------------------------------------
-
-_CLASSES = {
-    ("gpt2", "lm"): "GPT2LMHeadModel",
-    ("gpt2", "classify"): "GPT2ForSequenceClassification",
-    ("gpt2", "tag"): "GPT2ForTokenClassification",
-    ("bert", "none"): "BertModel",
-    ("bert", "classify"): "BertForSequenceClassification",
-    ("bert", "tag"): "BertForTokenClassification",
-    ("roberta", "classify"): "RobertaForSequenceClassification",
-    ("llama", "lm"): "LlamaForCausalLM",
-    ("llama", "classify"): "LlamaForSequenceClassification",
-}
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "silu_gated": "silu"}
-
-
-def _their_config(family: str, c: ln.Config) -> Any:
-    """Their configuration of our `c`."""
-    common = {
-        "vocab_size": c.vocab_size, "num_labels": c.n_labels, "pad_token_id": PAD, "bos_token_id": None,
-        "eos_token_id": None, "tie_word_embeddings": c.tie_head,
-    }  # fmt: skip
-    if family == "gpt2":
-        return transformers.GPT2Config(
-            n_positions=c.n_positions, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.d_ff,
-            layer_norm_epsilon=c.eps, activation_function=_ACTIVATIONS[c.activation], attn_implementation="eager",
-            **common,
-        )  # fmt: skip
-    common |= {
-        "hidden_size": c.d_model, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
-        "intermediate_size": c.d_ff, "max_position_embeddings": c.n_positions, "hidden_act": _ACTIVATIONS[c.activation],
-    }  # fmt: skip
-    if family == "llama":
-        return transformers.LlamaConfig(
-            num_key_value_heads=c.kv_heads, rms_norm_eps=c.eps, attn_implementation="sdpa",
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **common,
-        )  # fmt: skip
-    config_class = transformers.BertConfig if family == "bert" else transformers.RobertaConfig
-    return config_class(type_vocab_size=c.n_types, layer_norm_eps=c.eps, attn_implementation="eager", **common)
 
 
 def _rms_norm(self: Any, x: Any) -> Any:
@@ -173,9 +136,12 @@ def saved_by_peft(pair: Pair, settings: dict[str, Any], folder: Any) -> Pair:
 def make(family: str, config: ln.Config, *, seed: int) -> Pair:
     """A random model of this family and size, in transformers and here."""
     torch.manual_seed(seed)
-    model_class = getattr(transformers, _CLASSES[family, config.head])
+    model_class = getattr(transformers, peft_side.CLASSES[family, config.head])
+    their_config = peft_side.their_config(
+        family, config, pad=PAD, attn_implementation="sdpa" if family == "llama" else "eager"
+    )
     extra = {"add_pooling_layer": False} if config.head == "none" else {}
-    module = _in_float64(model_class(_their_config(family, config), **extra))
+    module = _in_float64(model_class(their_config, **extra))
     _shake(module, seed)
     state = {n: p.detach().numpy().copy() for n, p in module.named_parameters()}
     return Pair(family, module, ln.Model(config, weights.flat(family, state)))

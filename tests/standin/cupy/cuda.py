@@ -9,6 +9,10 @@ class runtime:
     def getDeviceCount():
         return 1
 
+    @staticmethod
+    def getDeviceProperties(device):
+        return {"name": b"stand-in"}
+
 
 class Device:
     def __init__(self, device=0):

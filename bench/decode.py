@@ -1,0 +1,121 @@
+"""Greedy decoding with a cache: tokens a second beside transformers and the memory's limit; 8 adapters in one batch.
+
+Batch 1, float32, random weights, a prompt of 8 tokens. The limit: the bytes of weights that a token must read, at the
+speed at which the machine reads. Then a batch of 8 rows with an adapter for each, beside 8 calls and beside one
+adapter: decoding from a prompt of one token (T = 1), and the logits of texts of 256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lora_np as ln
+
+from . import roofline
+from .figures import Figure
+from .measure import Side, measure
+from .models import Work, work
+from .options import Options
+from .step import OURS
+from .timing import Cases
+
+PROMPT, NEW = 8, 48
+ROWS, ROWS_NEW, ROWS_T = 8, 16, 256
+PEER, LIMIT = "transformers", "the memory's limit"
+EACH, APART, ONE = "8 rows, 8 adapters", "8 calls of one row", "8 rows, one adapter"
+
+
+def ours(name: str, n: int, prompt: int, **sizes: Any) -> Cases:
+    """n tokens after a prompt."""
+    w = work(name, **sizes)
+    model, tokens = w.model(), w.batch()[0][:1, :prompt]
+    return {"greedy": lambda: ln.generate(model, tokens, n=n)[0, prompt:].tolist()}
+
+
+def rows(name: str, n: int, **sizes: Any) -> Cases:
+    """N rows with N adapters, the N apart, and N with one: decoding n tokens each, and logits of texts of T."""
+    w = work(name, **sizes)
+    model, tokens = w.model(), w.batch()[0]
+    adapters = [w.trained_adapter(model, seed) for seed in range(w.N)]
+    starts = tokens[:, :1]
+
+    def decode_apart() -> None:
+        for i, adapter in enumerate(adapters):
+            ln.generate(model, starts[i : i + 1], adapter, n=n)
+
+    def texts_apart() -> None:
+        for i, adapter in enumerate(adapters):
+            ln.forward(model, tokens[i : i + 1], adapter)
+
+    return {
+        f"decoding, {EACH}": lambda: ln.generate(model, starts, adapters, n=n),
+        f"decoding, {APART}": decode_apart,
+        f"decoding, {ONE}": lambda: ln.generate(model, starts, adapters[0], n=n),
+        f"texts, {EACH}": lambda: ln.forward(model, tokens, adapters),
+        f"texts, {APART}": texts_apart,
+        f"texts, {ONE}": lambda: ln.forward(model, tokens, adapters[0]),
+    }
+
+
+def bytes_a_token(config: ln.Config) -> float:
+    """float32 weights that decoding one token reads: all matrices and vectors, of the look-ups a row alone."""
+    shapes = config.weight_shapes()
+    tables = {"embed.tokens", "embed.positions", "embed.types"} - {config.head_weight}
+    sizes = [shape[-1] if name in tables else shape[0] * shape[-1] for name, shape in shapes.items() if len(shape) == 2]
+    return 4.0 * (sum(sizes) + sum(shape[0] for shape in shapes.values() if len(shape) == 1))
+
+
+def figures(o: Options) -> Iterator[Figure]:
+    """Two models beside transformers, then rows with adapters of their own."""
+    for name in ("gpt2", "smollm2"):
+        yield from _greedy(name, o)
+    yield from _rows(o)
+
+
+def greedy_case(w: Work) -> str:
+    """What a table calls it."""
+    return f"{w.title}, greedy, batch 1"
+
+
+def rows_case(w: Work, n: int = ROWS_NEW) -> str:
+    """What a table calls it."""
+    return f"{w.title}, {n} tokens a row"
+
+
+def _greedy(name: str, o: Options) -> Iterator[Figure]:
+    w, (n, prompt) = work(name, quick=o.quick), (8, 4) if o.quick else (NEW, PROMPT)
+    given = {"name": name, "quick": o.quick, "n": n, "prompt": prompt}
+    sides = [Side(OURS, "bench.decode:ours", given), *roofline.sides(o.quick)]
+    if not o.alone:
+        sides.append(Side(PEER, "bench.peft_side:decode", given))
+    measured = measure(sides, o)
+    case = greedy_case(w)
+    speeds = {
+        side: Figure("decode", case, side, "s", measured[side]["greedy"].seconds).rate(n, side, "tokens/s")
+        for side in (OURS, PEER)
+        if side in measured
+    }
+    yield from speeds.values()
+    if PEER in measured:
+        yield speeds[OURS].over(speeds[PEER])
+        pairs = zip(measured[OURS]["greedy"].value, measured[PEER]["greedy"].value, strict=True)
+        yield Figure("decode", case, "tokens that agree", "share", [sum(a == b for a, b in pairs) / n])
+    memory = roofline.best_memory(roofline.figures("decode", measured, o.quick))
+    limit = memory._replace(case=case, what=LIMIT, unit="tokens/s")
+    limit = limit._replace(values=[speed * 1e9 / bytes_a_token(w.config) for speed in limit.values])
+    yield from (memory._replace(case=case), limit, speeds[OURS].over(limit, "share"))
+
+
+def _rows(o: Options) -> Iterator[Figure]:
+    N, T, n = (4, 8, 4) if o.quick else (ROWS, ROWS_T, ROWS_NEW)
+    w: Work = work("gpt2", quick=o.quick, N=N, T=T)
+    given = {"name": "gpt2", "quick": o.quick, "n": n, "N": N, "T": T}
+    timings = measure([Side(OURS, "bench.decode:rows", given)], o)[OURS]
+    for what, case in (("decoding", rows_case(w, n)), ("texts", w.case)):
+        seconds = {
+            kind: Figure("decode", case, kind, "s", timings[f"{what}, {kind}"].seconds) for kind in (EACH, APART, ONE)
+        }
+        yield from seconds.values()
+        yield seconds[APART].over(seconds[EACH])
+        yield seconds[EACH].over(seconds[ONE])

@@ -1,0 +1,88 @@
+"""What figures depend on: the machine, its threads, the BLAS and its kernel, versions, the date."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_np.backend import backend_name, xp
+
+PACKAGES = ("cupy", "torch", "peft", "transformers", "loralib")
+SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_NUM_THREADS")
+
+
+def environment() -> dict[str, Any]:
+    """By name; what is not set or not installed is left out."""
+    versions = {name: _version(name) for name in PACKAGES}
+    settings = {name: os.environ.get(name) for name in SETTINGS}
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory": _memory(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "backend": backend_name,
+        "device": _device(),
+        **_blas(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+    return {name: value for name, value in {**found, **versions, **settings}.items() if value is not None}
+
+
+def _version(package: str) -> str | None:
+    names = [package] if package != "cupy" else ["cupy", "cupy-cuda12x", "cupy-cuda13x"]
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _processor() -> str:
+    """The processor's name, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _memory() -> str | None:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+def _device() -> str | None:
+    """The GPU's name."""
+    if backend_name != "cupy":
+        return None
+    properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)  # type: ignore[attr-defined]
+    return properties["name"].decode()
+
+
+def _blas() -> dict[str, Any]:
+    """NumPy's BLAS, its version, the kernel that it chose for this processor, and its threads."""
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return {}
+    for library in threadpool_info():
+        if library["user_api"] == "blas":
+            return {
+                "blas": f"{library['internal_api']} {library['version']}",
+                "kernel": library.get("architecture"),
+                "threads": library["num_threads"],
+            }
+    return {}

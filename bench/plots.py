@@ -1,0 +1,165 @@
+"""Pictures of a run, with matplotlib (extra `plot`): the roofline, peers, time and memory against sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_np.plot import check_matplotlib
+
+from .figures import Figure, Run
+from .roofline import EACH_CORE, READ, STREAM
+from .step import COMPILED, EAGER, OURS
+
+BLUE, ORANGE, GREEN, GREY = "#0b6e99", "#c2541b", "#4a7c2c", "#777777"
+_OFFSET: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "#444444"}
+PEERS = (EAGER, COMPILED, "transformers", "PEFT", "loralib")
+
+
+def draw(folder: Path, run: Run) -> None:
+    """A PNG file for each picture of which there are figures."""
+    check_matplotlib()
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, Callable[[Run], Any]] = {
+        "roofline": roofline, "peers": peers, "scaling": scaling, "memory": memory,
+    }  # fmt: skip
+    for name, picture in pictures.items():
+        figure = picture(run)
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png")
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure as Picture
+
+    picture = Picture(figsize=(width, height), dpi=150, layout="constrained")
+    axes = picture.subplots(rows, columns, squeeze=False).ravel()
+    for one in axes:
+        one.set_axisbelow(True)
+        one.grid(alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
+    return picture, axes
+
+
+def _spread(figure: Figure) -> tuple[float, float]:
+    """How far the least and the most lie from the median."""
+    return figure.median - figure.least, figure.most - figure.median
+
+
+def roofline(run: Run) -> Any:
+    """Each primitive's speed against its operations a byte, below the machine's two limits; both axes logarithmic."""
+    points = {f.case: f for f in run.of("ops") if f.what == "operations"}
+    if not points:
+        return None
+    intensity = {f.case: f.median for f in run.of("ops") if f.what == "operations a byte"}
+    limits = {f.what: f.median for f in run.of("ops") if f.case == "the machine"}
+    products = limits[f"products, {EACH_CORE}"]
+    memory = max(limits[f"memory, {STREAM}"], limits[f"memory, {READ}"])
+    picture, (axes, bars) = _figure(13, 6.5, 1, 2)
+    ridge, left, right = products / memory, min(intensity.values()) / 1.6, max(intensity.values()) * 3
+    axes.loglog([left, ridge, right], [memory * left, products, products], color=GREY, linewidth=1.5)
+    axes.annotate(f"{products:.0f} GFLOP/s, large products", (right, products), (0, 6), **_OFFSET, ha="right")
+    axes.annotate(f"{memory:.0f} GB/s", (left, memory * left), (-4, 14), **_OFFSET)
+    places = ((5, 3), (5, -10), (-14, 3), (-14, -10))  # where a point's number stands, so that neighbours keep theirs
+    names = sorted(points, key=lambda name: (intensity[name], points[name].median))
+    for number, name in enumerate(names, 1):
+        x, y, spread = intensity[name], points[name].median, [[side] for side in _spread(points[name])]
+        axes.errorbar(x, y, spread, fmt="o", color=_colour(name), markersize=4, linewidth=1)
+        axes.annotate(str(number), (x, y), places[number % 4], **_OFFSET)
+    axes.set_xlabel("operations a byte (FLOP/B)")
+    axes.set_ylabel("speed, all cores together (GFLOP/s)")
+    shares = {f.case: f for f in run.of("ops") if f.what == "share of the roofline"}
+    spreads = [list(side) for side in zip(*(_spread(shares[name]) for name in names), strict=True)]
+    labels = [f"{number}  {name}" for number, name in enumerate(names, 1)]
+    bars.barh(
+        labels, [shares[name].median for name in names], xerr=spreads, color=[_colour(name) for name in names],
+        height=0.6, error_kw={"ecolor": GREY},
+    )  # fmt: skip
+    bars.axvline(1, color=GREY, linewidth=1.5)
+    bars.margins(y=0.01)
+    bars.tick_params(axis="y", labelsize=8)
+    bars.set_xlabel("share of the roofline (above 1: its data was in the cache); orange: backward")
+    return picture
+
+
+def _colour(name: str) -> str:
+    return ORANGE if "backward" in name or ", d" in name else BLUE
+
+
+def peers(run: Run) -> Any:
+    """How many times as fast as each peer, with the spread of the rounds."""
+    ratios = [
+        f for bench in ("step", "decode", "switch", "peers") for f in run.of(bench)
+        if f.unit == "x" and f.case not in ("import", "installed size") and _peer(f) is not None
+    ]  # fmt: skip
+    if not ratios:
+        return None
+    picture, (axes,) = _figure(8, 1.3 + 0.45 * len(ratios))
+    names = [f"{_peer(f)}\n{_work(f)}" for f in ratios]
+    spreads = [list(side) for side in zip(*map(_spread, ratios), strict=True)]
+    axes.barh(names, [f.median for f in ratios], xerr=spreads, color=BLUE, height=0.6, error_kw={"ecolor": GREY})
+    for i, f in enumerate(ratios):
+        axes.annotate(f"{f.median:.2f}", (f.most, i), (5, -3), textcoords="offset points", fontsize=8)
+    axes.axvline(1, color=ORANGE, linewidth=1.2)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7.5)
+    axes.set_xlabel(f"{OURS}: times as fast (medians; lines: least to most)")
+    return picture
+
+
+def _peer(ratio: Figure) -> str | None:
+    """The peer that a quotient is taken with, if it is one."""
+    sides = [side.split(":")[0] for side in ratio.what.split(" / ")]
+    return next((side for side in sides if side in PEERS), None)
+
+
+def _work(ratio: Figure) -> str:
+    return f"{ratio.bench}: {ratio.case}"
+
+
+def scaling(run: Run) -> Any:
+    """A step's time against batch, length, layers and rank; dashed: in proportion to its products, through the last."""
+    panels = {
+        "against N": "texts in the batch, N", "against T": "tokens in each, T", "against layers": "layers",
+        "against r": "rank, r",
+    }  # fmt: skip
+    if not run.of("scaling"):
+        return None
+    picture, all_axes = _figure(9, 6.5, 2, 2)
+    for axes, (case, label) in zip(all_axes, panels.items(), strict=True):
+        times, products = _curve(run, "scaling", case, "s"), _curve(run, "scaling", case, "GFLOP")
+        x = list(times)
+        y = [f.median for f in times.values()]
+        spreads = [list(side) for side in zip(*map(_spread, times.values()), strict=True)]
+        rate = y[-1] / products[x[-1]].median
+        axes.errorbar(x, y, spreads, fmt="o-", color=BLUE, markersize=4, label="measured")
+        axes.plot(x, [rate * products[n].median for n in x], "--", color=GREY, label="in proportion to the products")
+        axes.set_xlabel(label)
+        axes.set_ylabel("a LoRA step (s)")
+        axes.set_xlim(0)
+        axes.set_ylim(0, 1.15 * max(y))
+        axes.legend(frameon=False, fontsize=8)
+    return picture
+
+
+def memory(run: Run) -> Any:
+    """The peak of a LoRA step's process against the batch."""
+    curves = {f.case.rsplit(", ", 1)[-1]: f.case for f in run.of("memory") if f.case.startswith("against the batch")}
+    if not curves:
+        return None
+    picture, (axes,) = _figure(7, 4.2)
+    for (label, case), colour in zip(curves.items(), (BLUE, ORANGE), strict=False):
+        peaks = _curve(run, "memory", case, "B")
+        axes.plot(list(peaks), [f.median / 1e9 for f in peaks.values()], "o-", color=colour, markersize=4, label=label)
+    axes.set_xlabel("texts in the batch, N")
+    axes.set_ylabel("peak memory of the process (GB)")
+    axes.set_xlim(0)
+    axes.set_ylim(0)
+    axes.legend(frameon=False)
+    return picture
+
+
+def _curve(run: Run, bench: str, case: str, unit: str) -> dict[int, Figure]:
+    """The figures of a case in a unit, by the number in their names: N=4."""
+    return {int(f.what.split(",")[0].split("=")[1]): f for f in run.of(bench) if f.case == case and f.unit == unit}

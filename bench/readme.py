@@ -1,0 +1,130 @@
+"""The README's table of figures, written from a run: what was measured, beside what, and what it was to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import decode, merge, peers, step, switch
+from .figures import Run, shown
+from .models import work
+from .roofline import EACH_CORE
+
+BEGIN, END = "<!-- written by python -m bench table -->", "<!-- end of what it wrote -->"
+GPT2, MINILM, SMOLLM2 = work("gpt2"), work("minilm"), work("smollm2")
+
+
+class Group(NamedTuple):
+    """Lines of the table on one piece of work: where its figures are, and pairs (ours, what it is beside, the aim)."""
+
+    work: str
+    bench: str
+    case: str
+    pairs: Sequence[tuple[str, str, str]]
+
+
+def _groups() -> list[Group]:
+    """The lines in their order."""
+    roof, kept = f"products, {EACH_CORE}", "the optimizer's"
+    return [
+        Group(
+            f"LoRA step, {GPT2.case}", "step", GPT2.case,
+            [(step.LORA, step.EAGER, "1.4x"), (step.LORA, step.COMPILED, "1.22x"), (step.PRODUCTS, roof, "88 %")],
+        ),
+        Group(
+            "peak memory of its process", "memory", GPT2.case,
+            [(step.LORA, step.EAGER, "at most 0.30x"), (step.LORA, step.COMPILED, "")],
+        ),
+        Group("that step, blocks computed again in backward", "step", GPT2.case, [(step.RECOMPUTED, step.LORA, "")]),
+        Group("its peak memory", "memory", GPT2.case, [(step.RECOMPUTED, step.LORA, "")]),
+        Group(f"LoRA step, {MINILM.case}", "step", MINILM.case, [(step.LORA, step.EAGER, "1.2x")]),
+        Group(f"LoRA step, {SMOLLM2.case}", "step", SMOLLM2.case, [(step.LORA, step.EAGER, "1.35x")]),
+        Group(
+            f"LoRA beside full fine-tuning, {GPT2.title}", "step", GPT2.case,
+            [(step.LORA, step.FULL, "1.5x"), (step.LORA_ADAMW, step.FULL_ADAMW, "")],
+        ),
+        Group(
+            "their peak memory, and the optimizer's part", "memory", GPT2.case,
+            [(step.LORA, step.FULL, "at most 0.40x"), (f"{step.LORA}, {kept}", f"{step.FULL}, {kept}", "")],
+        ),
+        *(
+            Group(case, "decode", case, [(step.OURS, decode.PEER, aim), (step.OURS, decode.LIMIT, "")])
+            for case, aim in ((decode.greedy_case(GPT2), "1.3x"), (decode.greedy_case(SMOLLM2), "1.5x"))
+        ),
+        *(
+            Group(
+                f"inference: {what}, {case}", "merge", case,
+                [(merge.MERGED, merge.BASE, "1.00x"), (merge.UNMERGED, merge.BASE, "")],
+            )
+            for what, case in (("logits", GPT2.case), ("decoding", merge.decoding_case(GPT2)))
+        ),
+        Group(
+            f"to another adapter, {switch.case(SMOLLM2)}", "switch", switch.case(SMOLLM2),
+            [(switch.SWITCH, switch.THEIRS, "faster"), (switch.ANOTHER, switch.SAME, "1.00x")],
+        ),
+        *(
+            Group(
+                f"{what}, {case}", "decode", case,
+                [(decode.EACH, decode.APART, aim), (decode.EACH, decode.ONE, "at most 1.15x")],
+            )
+            for what, case, aim in (
+                ("decoding", decode.rows_case(GPT2), "2.2x"),
+                ("logits", GPT2._replace(N=decode.ROWS, T=decode.ROWS_T).case, "1.00x"),
+            )
+        ),
+        Group("import", "peers", "import", [(step.OURS, peers.TORCH_PEFT, "20x")]),
+        Group("installed with what it requires", "peers", "installed size", [(step.OURS, peers.TORCH_PEFT, "10x")]),
+    ]  # fmt: skip
+
+
+def table(run: Run) -> str:
+    """The table in Markdown: a line for each pair of which both were measured; then the machine and the date."""
+    lines = ["| work | here | beside | ratio (least to most) | aim |", "| --- | --- | --- | --- | --- |"]
+    for group in _groups():
+        label = group.work
+        for ours, beside, aim in group.pairs:
+            cells = _cells(run, group, ours, beside)
+            if cells is not None:
+                lines.append(f"| {label} | {cells} | {aim} |")
+                label = ""
+    return "\n".join([*lines, "", machine(run)])
+
+
+def _cells(run: Run, group: Group, *names: str) -> str | None:
+    """The two figures of a line and their ratio; None if one of them was not measured."""
+    found = [run.find(group.bench, group.case, name) for name in names]
+    ratio = run.ratio(group.bench, group.case, *names)
+    if ratio is None or None in found:
+        return None
+    values = [f"{f.what}, {shown(f.median, f.unit)}" for f in found if f is not None]
+    spread = f" ({shown(ratio.least, ratio.unit)} to {shown(ratio.most, ratio.unit)})" if len(ratio.values) > 1 else ""
+    return " | ".join([*values, shown(ratio.median, ratio.unit) + spread])
+
+
+def machine(run: Run) -> str:
+    """A sentence of what the figures depend on."""
+    found = dict(run.environment)
+    versions = [
+        f"{name} {found[name]}" for name in ("python", "numpy", "torch", "peft", "transformers") if name in found
+    ]
+    rounds = max((len(figure.values) for figure in run.figures), default=0)
+    parts = [
+        f"{found.get('date')}, {found.get('processor')}, {found.get('cores')} cores, {found.get('memory')}",
+        f"{found.get('blas')}, kernel {found.get('kernel')}" if "blas" in found else "",
+        ", ".join(versions),
+        f"medians of {rounds} rounds",
+    ]
+    return "Measured on " + "; ".join(filter(None, parts)) + "."
+
+
+def write(path: Path, run: Run) -> None:
+    """Puts the table between the two marks in the file; a ValueError if they are not there, or the run was quick."""
+    if "sizes" in run.environment:
+        raise ValueError(f"expected a run of the real sizes, got one of {run.environment['sizes']} ones")
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path}: expected the lines {BEGIN} and {END}, between which the table goes")
+    path.write_text(f"{before}{begin}\n\n{table(run)}\n\n{end}{after}", encoding="utf-8")

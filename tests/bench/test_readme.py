@@ -1,0 +1,31 @@
+"""The table of figures in the README."""
+
+import pytest
+
+from bench import readme
+from bench.figures import Figure, Run
+from bench.models import work
+
+
+def test_the_table_is_written_between_its_marks(tmp_path):
+    path, case = tmp_path / "README.md", work("gpt2").case
+    ours, theirs = (
+        Figure("step", case, what, "s", v) for what, v in (("lora_np: LoRA", [2.0]), ("PyTorch + PEFT", [3.0]))
+    )
+    run = Run({"date": "2026-01-02", "processor": "a processor"}, [ours, theirs, theirs.over(ours)])
+    path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    readme.write(path, run)
+    text = path.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "2.00 s" in text
+    assert "3.00 s" in text
+    assert "1.50x" in text
+    assert "2026-01-02" in text
+    readme.write(path, run)
+    assert path.read_text() == text  # the same again
+    path.write_text("no marks")
+    with pytest.raises(ValueError, match="README"):
+        readme.write(path, run)
+    assert path.read_text() == "no marks"
