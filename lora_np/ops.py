@@ -44,6 +44,9 @@ def _in_blocks(*arrays: Array) -> Iterator[Saved]:
 # same numbers. It is widened a block at a time, where it is used.
 
 
+FEW_ROWS = 32
+
+
 def narrowed(W: Array) -> Array:
     """float32 numbers that bfloat16 holds, as their upper halves (uint16). A ValueError if one would be rounded."""
     halves = xp.empty_like(W, dtype=xp.uint16)
@@ -84,7 +87,8 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Array:
 def _times_transposed(x: Array, W: Array) -> Array:
     """x W^T. x (M,in), W (out,in) -> (M,out)."""
     if W.dtype != xp.uint16:
-        return x @ W.T
+        # Few rows, as in decoding: BLAS goes through W faster as the left factor, and the result is small to turn.
+        return xp.ascontiguousarray((W @ x.T).T) if len(x) <= FEW_ROWS else x @ W.T
     y = xp.empty((len(x), len(W)), dtype=x.dtype)
     for rows in _wide_blocks(W):
         y[:, rows] = x @ widened(W[rows]).T
