@@ -1,0 +1,1 @@
+"""The specification as a document: `statements` and docstrings, with their source, tests and measured errors, as a page."""
