@@ -105,7 +105,7 @@ class LoRAConfig:
         return self.rank_pattern.get(name, self.rank_pattern.get(target_of(name), self.r))
 
     def scale(self, name: str) -> float:
-        """s of the matrix `name` (L1)."""
+        """L1: s of the matrix `name`."""
         alpha = self.alpha_pattern.get(name, self.alpha_pattern.get(target_of(name), self.alpha))
         return alpha / (math.sqrt(self.rank(name)) if self.rslora else self.rank(name))
 
@@ -147,7 +147,7 @@ class Adapter:
 
 
 class Update(NamedTuple):
-    """The update of one matrix, as forward and backward use it: dW = s B A (L1)."""
+    """L1: the update of one matrix, as forward and backward use it: dW = s B A."""
 
     A: Array  # (r, in), or (N, r, in): one for each row of the batch
     B: Array  # (out, r), or (N, out, r)

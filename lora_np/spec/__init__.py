@@ -1,1 +1,1 @@
-"""The specification as a document: `statements` and docstrings, with their source, tests and measured errors, as a page."""
+"""The specification as a page: its statements, each with docstrings, source, errors raised, tests, and errors measured."""

@@ -1,4 +1,4 @@
-"""What the document says, before it looks like anything: each statement with its source, errors, tests, measurements."""
+"""What the page says, before it looks like anything: each statement with its source, tests and measurements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from ..gradcheck import Row
 from .citations import Proof, proofs, stated
 from .definitions import PACKAGE, Definition, Module, read_package
-from .statements import PARTS, STATEMENTS, Part, Statement
+from .statements import PARTS, STATEMENTS, Statement
 
 TESTS = PACKAGE.parent / "tests"  # where a clone has them; an installed package has none
 
@@ -18,10 +18,10 @@ TESTS = PACKAGE.parent / "tests"  # where a clone has them; an installed package
 class Clause:
     """A statement, and what there is to it.
 
-        here       the definitions whose docstring states this id first
-        elsewhere  those that state it too, and stand in another clause
-        proofs     the tests that are marked with it
-        rows       the errors measured
+    here       the definitions whose docstring states this id first
+    elsewhere  those that state it too, and stand in another clause
+    proofs     the tests that are marked with it
+    rows       the errors measured
     """
 
     id: str
@@ -33,22 +33,28 @@ class Clause:
 
     @property
     def worst(self) -> Row | None:
-        """The row that comes nearest to its bound."""
-        return max(self.rows, key=lambda row: row.error / row.bound, default=None)
+        """The largest error of a derivative against complex steps."""
+        steps = [row for row in self.rows if row.method == "complex step"]
+        return max(steps, key=lambda row: row.error, default=None)
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error passes its bound."""
+        return any(not row.error <= row.bound for row in self.rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Document:
     """The whole specification.
 
-        parts     by letter, with the clauses of each
-        annex     by module, the definitions that the clauses' source rests on and that no clause states
-        modules   those of the package; what is imported stands before what imports it
-        tested    whether there were tests to be read
-        measured  whether errors were measured
+    parts     by letter, with the clauses of each
+    annex     by module, the definitions that the clauses' source rests on and that no clause states
+    modules   those of the package; what is imported stands before what imports it
+    tested    whether there were tests to be read
+    measured  whether errors were measured
     """
 
-    parts: Mapping[str, tuple[Part, Sequence[Clause]]]
+    parts: Mapping[str, tuple[Statement, Sequence[Clause]]]
     annex: Mapping[str, Sequence[Definition]]
     modules: Mapping[str, Module]
     tested: bool

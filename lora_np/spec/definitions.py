@@ -30,12 +30,12 @@ class Refusal(NamedTuple):
 class Definition:
     """What one name stands for.
 
-        lines            those of the file that it takes; a value's with the comment above it
-        docstring        as inspect.getdoc gives it; empty where there is none
-        docstring_lines  those of `lines` that the docstring takes
-        uses             where it names other definitions, and their keys
-        calls            the keys of those that it calls
-        refusals         the errors that it raises itself
+    lines            those of the file that it takes; a value's with the comment above it
+    docstring        as inspect.getdoc gives it; empty where there is none
+    docstring_lines  those of `lines` that the docstring takes
+    uses             where it names other definitions, and their keys
+    calls            the keys of those that it calls
+    refusals         the errors that it raises itself
     """
 
     module: str
@@ -56,7 +56,7 @@ class Definition:
 
 @dataclass(frozen=True, eq=False)
 class Module:
-    """A file: its name below the package (`ops`, `formats.files.atomic`), its text, and its definitions by their names."""
+    """A file: its name below the package (`ops`, `formats.files.atomic`), its text, its definitions by their names."""
 
     name: str
     text: str

@@ -21,26 +21,57 @@ from .definitions import Module
 
 Anchor: TypeAlias = Callable[[str], str | None]  # of what a name stands for; None where the page has no such thing
 
-# A shape in a text: (N,T,D), (..., in), (V,). What is in other brackets has blanks in it: (paper 4.1, eq. 3).
-_SIZE = r"(?:<= )?[\w*+/]+"
+# A shape in a text, escaped: (N,T,D), (..., in), (<= r,). What else stands in brackets has blanks: (paper 4.1, eq. 3).
+_SIZE = r"(?:&lt;= )?[\w*+/]+"
 SHAPE = re.compile(rf"\((?:\.\.\.|{_SIZE},|(?:\.\.\.|{_SIZE})(?:, ?{_SIZE})+)\)")
 
 COLOURED = {
     token.Keyword: "k", token.Operator.Word: "k", token.Name.Function: "f", token.Name.Class: "f",
-    token.Name.Decorator: "f", token.String: "s", token.Number: "n", token.Comment: "c",
+    token.Name.Decorator: "f", token.String: "s", token.Number: "m", token.Comment: "c",
 }  # fmt: skip
+
+
+# latex2mathml writes MathML 3. In MathML Core, which browsers draw, a bar needs to be told on which side it stands, no
+# width has a name, the d of a derivative would stand apart from its letter, and a tilde as a letter too near to others.
+FENCES = {
+    rf"\{side}{bar}": rf"\{word}\{side}{bar}"
+    for side, word in (("l", "left"), ("r", "right"))
+    for bar in ("vert", "Vert")
+}
+CORE = {
+    '<mspace width="thinmathspace" />': '<mspace width="0.167em" />',
+    "<mo>&#x02202;</mo>": "<mi>&#x02202;</mi>",
+    "<mi>&#x0007E;</mi>": "<mo>&#x0223C;</mo>",
+}
+
+
+def _replaced(text: str, by: Mapping[str, str]) -> str:
+    for old, new in by.items():
+        text = text.replace(old, new)
+    return text
 
 
 def math(latex: str, options: Mapping[str, Any]) -> str:
     """A formula as MathML, which keeps its LaTeX for whoever reads without seeing."""
-    mathml = convert(latex, display="block" if options["display_mode"] else "inline")
+    mathml = _replaced(
+        convert(_replaced(latex, FENCES), display="block" if options["display_mode"] else "inline"), CORE
+    )
     return mathml.replace("<math ", f'<math alttext="{escape(" ".join(latex.split()))}" ', 1)
+
+
+def _linked(text: str) -> str:
+    """The ids in a text as links to their clauses."""
+    return ID.sub(r'<a href="#\g<0>">\g<0></a>', text)
 
 
 def _text(_: RendererProtocol, tokens: Sequence[Token], i: int, __: Any, ___: MutableMapping[str, Any]) -> str:
     """Plain text, in which an id is a link to its clause, and a shape is set apart."""
-    text = SHAPE.sub(lambda m: f'<span class="shape">{m[0]}</span>', escape(tokens[i].content, quote=False))
-    return ID.sub(lambda m: f'<a href="#{m[0]}">{m[0]}</a>', text)
+
+    def shape(m: re.Match[str]) -> str:
+        return m[0] if ID.search(m[0]) else f'<span class="shape">{m[0]}</span>'
+
+    text = SHAPE.sub(shape, escape(tokens[i].content, quote=False))
+    return _linked(text)
 
 
 def _code(_: RendererProtocol, tokens: Sequence[Token], i: int, __: Any, env: MutableMapping[str, Any]) -> str:
@@ -49,13 +80,19 @@ def _code(_: RendererProtocol, tokens: Sequence[Token], i: int, __: Any, env: Mu
     return code if anchor is None else f'<a href="#{anchor}">{code}</a>'
 
 
+def _block(_: RendererProtocol, tokens: Sequence[Token], i: int, __: Any, ___: MutableMapping[str, Any]) -> str:
+    """A block that is set further in, as it stands."""
+    return f"<pre><code>{_linked(escape(tokens[i].content, quote=False))}</code></pre>\n"
+
+
 def _markdown(parser: MarkdownIt) -> Callable[[str, Anchor], Markup]:
     parser.add_render_rule("text", _text)
     parser.add_render_rule("code_inline", _code)
+    parser.add_render_rule("code_block", _block)
     return lambda text, anchor: Markup(parser.render(text, {"anchor": anchor}))
 
 
-# A statement is Markdown with formulas. A docstring is plain text: paragraphs, `code`, and blocks that are set further in.
+# A statement is Markdown with formulas. A docstring is plain: paragraphs, `code`, and blocks that are set further in.
 statement_html = _markdown(
     MarkdownIt("commonmark", {"html": False}).use(dollarmath_plugin, renderer=math, allow_labels=False)
 )
