@@ -1,1 +1,1 @@
-"""The specification as a page: its statements, each with docstrings, source, errors raised, tests, and errors measured."""
+"""The specification as a page: each statement with its docstrings, source, errors, tests and measurements."""

@@ -41,6 +41,7 @@ FENCES = {
 CORE = {
     '<mspace width="thinmathspace" />': '<mspace width="0.167em" />',
     "<mo>&#x02202;</mo>": "<mi>&#x02202;</mi>",
+    "<mo>&#x0221E;</mo>": "<mi>&#x0221E;</mi>",
     "<mi>&#x0007E;</mi>": "<mo>&#x0223C;</mo>",
 }
 
