@@ -142,8 +142,9 @@ def _calls(node: ast.stmt, scope: Scope) -> Iterator[str]:
 
 
 def _refusals(node: ast.stmt) -> Iterator[Refusal]:
-    for n in ast.walk(node):
-        if isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call):
+    raised = [n for n in ast.walk(node) if isinstance(n, ast.Raise)]
+    for n in sorted(raised, key=lambda n: n.lineno):
+        if isinstance(n.exc, ast.Call):
             yield Refusal(ast.unparse(n.exc.func), "".join(map(_message, n.exc.args)))
 
 

@@ -30,9 +30,8 @@ COLOURED = {
     token.Name.Decorator: "f", token.String: "s", token.Number: "m", token.Comment: "c",
 }  # fmt: skip
 
-
 # latex2mathml writes MathML 3. In MathML Core, which browsers draw, a bar needs to be told on which side it stands, no
-# width has a name, the d of a derivative would stand apart from its letter, and a tilde as a letter too near to others.
+# width has a name, a derivative's d and infinity are no operators, and a tilde is one.
 FENCES = {
     rf"\{side}{bar}": rf"\{word}\{side}{bar}"
     for side, word in (("l", "left"), ("r", "right"))
@@ -54,9 +53,8 @@ def _replaced(text: str, by: Mapping[str, str]) -> str:
 
 def math(latex: str, options: Mapping[str, Any]) -> str:
     """A formula as MathML, which keeps its LaTeX for whoever reads without seeing."""
-    mathml = _replaced(
-        convert(_replaced(latex, FENCES), display="block" if options["display_mode"] else "inline"), CORE
-    )
+    display = "block" if options["display_mode"] else "inline"
+    mathml = _replaced(convert(_replaced(latex, FENCES), display=display), CORE)
     return mathml.replace("<math ", f'<math alttext="{escape(" ".join(latex.split()))}" ', 1)
 
 

@@ -53,7 +53,7 @@ def render(document: Document) -> str:
         "refusing": lambda definition: refusing(definition, printed),
         "breakable": lambda name: Markup("_<wbr>").join(name.split("_")),
     }
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         document=document,
         version=__version__,
         machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, "
@@ -61,6 +61,7 @@ def render(document: Document) -> str:
         css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
     )
+    return f"{page.strip()}\n"
 
 
 def write(folder: Path, page: str) -> Path:
