@@ -33,8 +33,8 @@ def render(document: Document) -> str:
         return keys[0] if len(keys) == 1 else None
 
     source = {
-        name: source_html(module, lambda key: key if key in printed else None)
-        for name, module in document.modules.items()
+        name: source_html(document.modules[name], lambda key: key if key in printed else None)
+        for name in {definition.module for definition in printed.values()}
     }
 
     def lines(definition: Definition) -> Markup:

@@ -128,10 +128,10 @@ def test_errors_stand_with_what_raises_them(read):
     assert "lora_linear: expected x (..., in)" in read.texts["lora._check_shapes"]
 
 
-def test_an_error_beyond_its_bound_is_seen():
+def test_an_error_beyond_its_bound_is_seen(text):
     failed = page.render(gather([Row("T3", "layer_norm", "complex step", 2e-3, 1e-12)]))
     assert failed.count('class="failed"') == 2
-    assert 'class="failed"' not in page.render(gather(ROWS))
+    assert 'class="failed"' not in text
 
 
 def test_without_tests_and_measurements_it_says_so(tmp_path):
@@ -148,11 +148,9 @@ def test_the_same_sources_give_the_same_bytes(text):
         f"rows = [Row(*row) for row in {[tuple(row) for row in ROWS]}];"
         "sys.stdout.buffer.write(page.render(gather(rows)).encode())"
     )
-    for seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}
-        )
-        assert done.stdout.decode() == text
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+    assert done.stdout.decode() == text
 
 
 def test_it_is_written_whole_and_nothing_is_written_over(tmp_path):
