@@ -30,14 +30,19 @@ COLOURED = {
     token.Name.Decorator: "f", token.String: "s", token.Number: "m", token.Comment: "c",
 }  # fmt: skip
 
-# latex2mathml writes MathML 3. In MathML Core, which browsers draw, a bar needs to be told on which side it stands, no
-# width has a name, a derivative's d and infinity are no operators, and a tilde is one.
+# latex2mathml writes MathML 3. In MathML Core, which browsers draw, a bar needs to be told on which side it stands (by
+# \left and \right, but it need not grow), no width has a name, a derivative's d and infinity are no operators, and a
+# tilde is one.
 FENCES = {
     rf"\{side}{bar}": rf"\{word}\{side}{bar}"
     for side, word in (("l", "left"), ("r", "right"))
     for bar in ("vert", "Vert")
 }
 CORE = {
+    'stretchy="true" fence="true" form="prefix">&#x0007C;': 'stretchy="false" form="prefix">&#x0007C;',
+    'stretchy="true" fence="true" form="postfix">&#x0007C;': 'stretchy="false" form="postfix">&#x0007C;',
+    'stretchy="true" fence="true" form="prefix">&#x02016;': 'stretchy="false" form="prefix">&#x02016;',
+    'stretchy="true" fence="true" form="postfix">&#x02016;': 'stretchy="false" form="postfix">&#x02016;',
     '<mspace width="thinmathspace" />': '<mspace width="0.167em" />',
     "<mo>&#x02202;</mo>": "<mi>&#x02202;</mi>",
     "<mo>&#x0221E;</mo>": "<mi>&#x0221E;</mi>",
