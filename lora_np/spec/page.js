@@ -1,11 +1,13 @@
 "use strict";
 
-// A phone begins with the contents folded away, and print with all of them.
+// The contents stand open beside the text; where there is no room for that, and no print, they are folded away.
 const contents = document.getElementById("contents");
-contents.open = matchMedia("(min-width: 64rem)").matches;
-let before = contents.open;
-addEventListener("beforeprint", () => { before = contents.open; contents.open = true; });
-addEventListener("afterprint", () => { contents.open = before; });
+const wide = matchMedia("(min-width: 64rem)");
+const fold = () => { contents.open = wide.matches; };
+wide.addEventListener("change", fold);
+addEventListener("beforeprint", () => { contents.open = true; });
+addEventListener("afterprint", fold);
+fold();
 
 // Search: every word of the query, anywhere in a clause or a definition; those with all of them in the title come first.
 const query = document.getElementById("query");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -14,7 +15,7 @@ from ..backend import backend_name
 from ..formats.files.atomic import new_folder
 from .clauses import Document, refusing
 from .definitions import Definition
-from .markup import docstring_html, source_html, statement_html
+from .markup import Anchor, docstring_html, source_html, statement_html
 
 NAME = "index.html"
 HERE = Path(__file__).parent
@@ -23,15 +24,7 @@ HERE = Path(__file__).parent
 def render(document: Document) -> str:
     """The page."""
     printed = document.definitions
-    names: dict[str, list[str]] = {}
-    for key, definition in printed.items():
-        for name in {definition.name, definition.name.rpartition(".")[2], key}:
-            names.setdefault(name, []).append(key)
-
-    def anchor(name: str) -> str | None:
-        keys = names.get(name, ())
-        return keys[0] if len(keys) == 1 else None
-
+    anchor = _anchors(printed)
     source = {
         name: source_html(document.modules[name], lambda key: key if key in printed else None)
         for name in {definition.module for definition in printed.values()}
@@ -62,6 +55,15 @@ def render(document: Document) -> str:
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
     )
     return f"{page.strip()}\n"
+
+
+def _anchors(printed: Mapping[str, Definition]) -> Anchor:
+    """The anchor of a name as texts have it: `merge`, `LoRAConfig.scale`, `ops.linear`; None where it is not clear."""
+    keys: dict[str, set[str]] = {}
+    for key, definition in printed.items():
+        for name in (key, definition.name, definition.name.rpartition(".")[2]):
+            keys.setdefault(name, set()).add(key)
+    return lambda name: min(keys[name]) if len(keys.get(name, ())) == 1 else None
 
 
 def write(folder: Path, page: str) -> Path:

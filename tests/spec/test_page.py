@@ -112,6 +112,13 @@ def test_the_source_is_the_very_source(text, function):
     assert shown.strip() == source.replace(docstring, "", 1).strip()
 
 
+def test_a_name_in_a_text_is_a_link_where_it_is_clear_what_it_names(text):
+    assert '<a href="#adapter.unmerge"><code>unmerge</code></a>' in text
+    assert '<a href="#transformer.loss"><code>loss</code></a>' in text
+    assert "<code>gradcheck</code>" in text
+    assert '"><code>gradcheck</code></a>' not in text
+
+
 def test_each_clause_has_its_tests_and_measurements(read):
     assert "test_" in read.texts["T9"]
     assert "layer_norm" in read.texts["T3"]
