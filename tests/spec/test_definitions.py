@@ -50,7 +50,8 @@ def test_source_and_docstring_are_what_inspect_gives(name):
     assert len(found) > 3
     for d in found:
         thing = imported(d.key)
-        thing = inspect.unwrap(thing.fget if isinstance(thing, property) else thing)
+        getter = getattr(thing, "fget", None) or getattr(thing, "func", None)  # of a property, or of a cached one
+        thing = inspect.unwrap(getter or thing)
         assert "".join(lines[n - 1] for n in d.lines) == inspect.getsource(thing), d.key
         assert d.docstring == (inspect.cleandoc(thing.__doc__ or "") if d.docstring else ""), d.key
 
