@@ -38,19 +38,21 @@ def _is_int(value: object) -> bool:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which matrices are adapted, and how (L1 to L3; paper 4.1 and 4.2). The defaults are the paper's Wq and Wv.
+    """Which matrices are adapted, and how (L1 to L3; paper 4.1 and 4.2).
 
-    r               rank, at least 1
-    alpha           s = alpha / r (L1), or alpha / sqrt(r) with rslora
-    targets         of q k v o up gate down embed head; or qkv, one fused pair in the place of q, k and v
-    dropout         probability, on the low-rank branch alone (L2); embed has none
-    bias            what else is trained: "none"; "all" biases; "lora_only", those of adapted matrices
-    train_head      whether the head's own weight is trained whole, as a copy
-    rslora          rank-stabilised scale
-    rank_pattern    ranks that differ, by target ("q") or by matrix ("layers.3.attn.q")
-    alpha_pattern   alphas that differ, likewise
-    layers          the layers adapted; None for all
-    init, sigma     A's start (L3): "uniform" in +-1/sqrt(in), or "normal" with deviation sigma
+    The defaults are the paper's Wq and Wv.
+
+        r               rank, at least 1
+        alpha           s = alpha / r (L1), or alpha / sqrt(r) with rslora
+        targets         of q k v o up gate down embed head; or qkv, one fused pair in the place of q, k and v
+        dropout         probability, on the low-rank branch alone (L2); embed has none
+        bias            what else is trained: "none"; "all" biases; "lora_only", those of adapted matrices
+        train_head      whether the head's own weight is trained whole, as a copy
+        rslora          rank-stabilised scale
+        rank_pattern    ranks that differ, by target ("q") or by matrix ("layers.3.attn.q")
+        alpha_pattern   alphas that differ, likewise
+        layers          the layers adapted; None for all
+        init, sigma     A's start (L3): "uniform" in +-1/sqrt(in), or "normal" with deviation sigma
     """
 
     r: int = 8
@@ -106,7 +108,7 @@ class LoRAConfig:
         return self.rank_pattern.get(name, self.rank_pattern.get(target_of(name), self.r))
 
     def scale(self, name: str) -> float:
-        """s of the matrix `name` (L1)."""
+        """L1: s of the matrix `name`."""
         alpha = self.alpha_pattern.get(name, self.alpha_pattern.get(target_of(name), self.alpha))
         return alpha / (math.sqrt(self.rank(name)) if self.rslora else self.rank(name))
 
@@ -148,7 +150,7 @@ class Adapter:
 
 
 class Update(NamedTuple):
-    """The update of one matrix, as forward and backward use it: dW = s B A (L1)."""
+    """L1: the update of one matrix, as forward and backward use it: dW = s B A."""
 
     A: Array  # (r, in), or (N, r, in): one for each row of the batch
     B: Array  # (out, r), or (N, out, r)

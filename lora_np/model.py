@@ -19,25 +19,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """The architecture. GPT-2, BERT, RoBERTa and Llama are settings of these fields (PRESETS has them by name).
+    """The architecture.
 
-    vocab_size, n_positions         rows of the token table; longest text, and rows of the position table
-    n_layer, n_head, d_model, d_ff  layers, heads, width D, feed-forward width F
-    n_kv_head                       key/value heads (T10); None: as many as heads
-    norm                            "layer" (T3) or "rms" (T4)
-    norm_first                      pre-norm (GPT-2, Llama) or post-norm (BERT, RoBERTa) (T13)
-    positions                       "learned" (T1) or "rotary" (T11)
-    activation                      "gelu" (T5), "gelu_tanh" (T6) or "silu_gated" (T7)
-    causal                          whether a token sees only what stands before it (T9)
-    tie_head                        whether the language model's head is the token table (T14)
-    head                            "lm": next token; "classify": one label a text; "tag": one a token; "none": states
-    n_labels                        labels of a classifier or tagger
-    eps, rope_theta                 the norms' epsilon; rotary's base
-    n_types                         rows of the token-type table; 0: there is none
-    position_offset                 the first token's row in the position table (RoBERTa: 2)
-    bias                            whether projections have biases (Llama: not)
-    pooler_in_head                  whether train_head trains the pooler too (RoBERTa: it belongs to the classifier)
-    disentangled                    DeBERTa's attention: such a model is counted, not run
+    GPT-2, BERT, RoBERTa and Llama are settings of these fields (PRESETS has them by name).
+
+        vocab_size, n_positions         rows of the token table; longest text, and rows of the position table
+        n_layer, n_head, d_model, d_ff  layers, heads, width D, feed-forward width F
+        n_kv_head                       key/value heads (T10); None: as many as heads
+        norm                            "layer" (T3) or "rms" (T4)
+        norm_first                      pre-norm (GPT-2, Llama) or post-norm (BERT, RoBERTa) (T13)
+        positions                       "learned" (T1) or "rotary" (T11)
+        activation                      "gelu" (T5), "gelu_tanh" (T6) or "silu_gated" (T7)
+        causal                          whether a token sees only what stands before it (T9)
+        tie_head                        whether the language model's head is the token table (T14)
+        head                            "lm": next token; "classify": a label a text; "tag": one a token; "none": states
+        n_labels                        labels of a classifier or tagger
+        eps, rope_theta                 the norms' epsilon; rotary's base
+        n_types                         rows of the token-type table; 0: there is none
+        position_offset                 the first token's row in the position table (RoBERTa: 2)
+        bias                            whether projections have biases (Llama: not)
+        pooler_in_head                  whether train_head trains the pooler too (RoBERTa: it belongs to the classifier)
+        disentangled                    DeBERTa's attention: such a model is counted, not run
     """
 
     vocab_size: int

@@ -11,10 +11,12 @@ from .ops import pick, pick_backward
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """The rows of a state: tokens of N texts, T places each.
+    """The rows of a state.
 
-    index  (M,), the place n*T + t of each row, and the state is (M,D); None: all places in order, and it is (N,T,D)
-    t      (M,), where each row stands in its own text, by which dropout numbers it; None: as index says
+    They are tokens of N texts, T places each.
+
+        index  (M,), the place n*T + t of each row, and the state is (M,D); None: all places in order, and it is (N,T,D)
+        t      (M,), where each row stands in its own text, by which dropout numbers it; None: as index says
     """
 
     N: int

@@ -92,7 +92,7 @@ def project_backward(run: Run, name: str, dy: Array, saved: Any, grads: Grads, *
 
 
 def norm(run: Run, name: str, x: Array) -> tuple[Array, Any]:
-    """T3 or T4, as the configuration says. x (..., D) -> (..., D)."""
+    """T3 or T4: as the configuration says. x (..., D) -> (..., D)."""
     w, eps = run.weights[f"{name}.weight"], run.config.eps
     if run.config.norm == "rms":
         return rms_norm(x, w, eps)

@@ -456,3 +456,48 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(home, tmp_path):
     killed, straight = (ln.load_adapter(home / name, model).params for name in ("killed", "straight"))
     assert killed.keys() == straight.keys()
     assert all(asnumpy(killed[n]).tobytes() == asnumpy(p).tobytes() for n, p in straight.items())
+
+
+@pytest.fixture
+def spec_extra():
+    for library in ("jinja2", "latex2mathml", "mdit_py_plugins", "pygments"):
+        pytest.importorskip(library, reason="the page needs the extra spec")
+
+
+@pytest.mark.usefixtures("spec_extra")
+def test_spec_writes_the_page_and_nothing_over_it(tmp_path, capsys):
+    argv = ["spec", "--no-gradcheck", "--json", "--out", tmp_path / "spec"]
+    status, out, _ = run(capsys, *argv)
+    result = json.loads(out)
+    assert (status, result["clauses"], result["beyond_bound"]) == (0, 31, [])
+    page = (tmp_path / "spec" / "index.html").read_bytes()
+    assert result["page"] == f"{tmp_path / 'spec' / 'index.html'}"
+    assert page.startswith(b"<!doctype html>")
+    assert b"nothing, in this copy" in page
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert "exists already" in err
+    assert (tmp_path / "spec" / "index.html").read_bytes() == page
+
+
+@pytest.mark.usefixtures("spec_extra")
+def test_spec_measures_and_fails_where_a_bound_is_passed(tmp_path, capsys, monkeypatch):
+    rows = [("T3", "layer_norm", "complex step", 2e-12, 1e-12), ("T4", "rms_norm", "complex step", 3e-16, 1e-12)]
+    monkeypatch.setattr(ln.gradcheck, "table", lambda: (ln.gradcheck.Row(*row) for row in rows))
+    status, out, _ = run(capsys, "spec", "--out", tmp_path / "spec")
+    assert status == 1
+    assert "a derivative passes its bound: T3\n" in out
+    page = (tmp_path / "spec" / "index.html").read_text()
+    assert "2.0e-12" in page
+    assert "3.0e-16" in page
+
+
+def test_spec_says_what_it_needs(tmp_path, capsys, monkeypatch):
+    for module in ("page", "markup"):
+        monkeypatch.delitem(sys.modules, f"lora_np.spec.{module}", raising=False)
+        monkeypatch.delattr(f"lora_np.spec.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    status, out, err = run(capsys, "spec", "--out", tmp_path / "spec")
+    assert (status, out) == (2, "")
+    assert err == "lora-np: spec needs jinja2: pip install 'lora-np[spec]'\n"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,45 @@
+"""lora-np spec: the specification as a page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..formats.files.atomic import refuse_existing
+from .base import AddCommand
+from .output import emit
+
+
+def run_spec(args: argparse.Namespace) -> int:
+    try:  # imported here, as all below: no other command needs them
+        from ..spec import page
+    except ModuleNotFoundError as error:
+        raise ImportError(f"spec needs {error.name}: pip install 'lora-np[spec]'") from error
+    from .. import gradcheck
+    from ..spec.clauses import gather
+
+    refuse_existing(args.out)
+    document = gather(list(gradcheck.table()) if args.gradcheck else None)
+    path = page.write(args.out, page.render(document))
+    failed = [clause.id for clause in document.clauses if clause.failed]
+    unstated = [clause.id for clause in document.clauses if not (clause.here or clause.elsewhere)]
+    result = {
+        "page": str(path), "clauses": len(document.clauses), "definitions": len(document.definitions),
+        "without_function": unstated, "beyond_bound": failed,
+    }  # fmt: skip
+    lines = [
+        f"{path}: {len(document.clauses)} clauses, {len(document.definitions)} definitions",
+        *([f"no function states {', '.join(unstated)}"] if unstated else []),
+        *([f"FAIL: a derivative passes its bound: {', '.join(failed)}"] if failed else []),
+    ]
+    emit(args, result, "\n".join(lines))
+    return 1 if failed else 0
+
+
+def add_commands(command: AddCommand) -> None:
+    """The command of this file, and its arguments."""
+    p = command("spec", run_spec, "the specification as a page: each statement with its source, tests and errors")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for index.html")
+    p.add_argument(
+        "--no-gradcheck", dest="gradcheck", action="store_false", help="leave out the errors measured here: faster"
+    )

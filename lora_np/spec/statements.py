@@ -1,0 +1,31 @@
+"""The statements of the specification, by id, from statements.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Statement(NamedTuple):
+    """A part of the specification, or a statement: its title, and what it says, in Markdown with LaTeX in dollars."""
+
+    title: str
+    text: str
+
+
+def _read(path: Path) -> dict[str, Statement]:
+    """What stands under each heading "# L: title" or "## L1: title", by letter or id."""
+    _, *rest = re.split(r"^##? (\w+): (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {
+        name: Statement(title, text.strip())
+        for name, title, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True)
+    }
+
+
+_ALL = _read(Path(__file__).with_suffix(".md"))
+
+PARTS: Mapping[str, Statement] = MappingProxyType({name: s for name, s in _ALL.items() if name.isalpha()})
+STATEMENTS: Mapping[str, Statement] = MappingProxyType({name: s for name, s in _ALL.items() if not name.isalpha()})
