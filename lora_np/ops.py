@@ -360,25 +360,37 @@ def _tiles(N: int, G: int, R: int, T: int, S: int, *, causal: bool) -> Iterator[
                 yield Tile(n, g, t, seen)
 
 
-def _hide(scores: Array, hidden: Array | None, *, causal: bool) -> None:
-    """Puts -inf where a query does not see a key. scores (n,g,R,t,s), whose queries are the last t of s places.
+def _probabilities(q: Array, k: Array, hidden: Array | None, *, causal: bool) -> Array:
+    """T8, T9: softmax(q k^T / sqrt(K)) of a tile, whose queries are the last t of s places.
 
-    hidden (n,1,1,1,s): -inf at keys that do not count, else 0.
+    q (n,g,R,t,K); k (n,g,1,s,K); hidden (n,1,1,1,s): -inf at keys that do not count, else 0 -> (n,g,R,t,s).
     """
-    t, s = scores.shape[-2:]
+    t, s = q.shape[-2], k.shape[-2]
+    scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)  # (n,g,R,t,K) (n,g,1,K,s) -> (n,g,R,t,s)
     if causal and t > 1:
         scores[..., s - t :] += xp.triu(xp.full((t, t), -math.inf, dtype=scores.real.dtype), 1)
     if hidden is not None:
         scores += hidden
+    return softmax(scores)[0]
 
 
 class AttentionSaved(NamedTuple):
-    """What attention's backward needs: its inputs, and the softmax of each tile."""
+    """What attention's backward needs: its inputs. The probabilities, (T,S) for each head, are computed again."""
 
     q: Array  # (N,G,R,T,K)
     k: Array  # (N,G,1,S,K)
     v: Array  # (N,G,1,S,K)
-    tiles: list[tuple[Tile, Array]]  # with p (n,g,R,t,s)
+    hidden: Array | None  # (N,1,1,1,S)
+    causal: bool
+
+    def parts(self) -> Iterator[tuple[Tile, Array, Array, Array, Array]]:
+        """Each tile with its q (n,g,R,t,K), k and v (n,g,1,s,K), and probabilities p (n,g,R,t,s)."""
+        N, G, R, T, _ = self.q.shape
+        for tile in _tiles(N, G, R, T, self.k.shape[3], causal=self.causal):
+            n, g, t, seen = tile
+            q, k, v = self.q[n, g, :, t], self.k[n, g, :, :seen], self.v[n, g, :, :seen]
+            hidden = None if self.hidden is None else self.hidden[n, ..., :seen]
+            yield tile, q, k, v, _probabilities(q, k, hidden, causal=self.causal)
 
 
 def attention(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None = None) -> tuple[Array, AttentionSaved]:
@@ -386,41 +398,34 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None 
 
     q (N,H,T,K); k, v (N,G,S,K); mask (N,S) bool, true where a key counts -> (N,H,T,K).
     Causal: the queries are the last T of the S places, and each sees the keys up to its own.
-    A query that sees no key gives zeros, and its gradient is zero.
+    A query that sees no key gives zeros, and its gradient is zero. Memory grows with T, not with T S.
     """
-    (N, H, T, K), (G, S) = q.shape, k.shape[1:3]
+    (N, H, T, K), G = q.shape, k.shape[1]
     R = H // G
-    q, k, v = q.reshape(N, G, R, T, K), k[:, :, None], v[:, :, None]  # (N,H,T,K) -> (N,G,R,T,K); (N,G,1,S,K)
     hidden = None if mask is None else xp.where(mask, 0, -math.inf).astype(q.real.dtype)[:, None, None, None]
+    # (N,H,T,K) -> (N,G,R,T,K); (N,G,S,K) -> (N,G,1,S,K)
+    saved = AttentionSaved(q.reshape(N, G, R, T, K), k[:, :, None], v[:, :, None], hidden, causal)
     out = xp.empty((N, T, H, K), dtype=q.dtype)
     heads = out.reshape(N, T, G, R, K).transpose(0, 2, 3, 1, 4)  # a view (N,G,R,T,K)
-    tiles = []
-    for tile in _tiles(N, G, R, T, S, causal=causal):
-        n, g, t, seen = tile
-        q_ = q[n, g, :, t] * (1 / math.sqrt(K))
-        scores = q_ @ k[n, g, :, :seen].swapaxes(-1, -2)  # (n,g,R,t,K) (n,g,1,K,s) -> (n,g,R,t,s)
-        _hide(scores, None if hidden is None else hidden[n, ..., :seen], causal=causal)
-        p, _ = softmax(scores)
-        heads[n, g, :, t] = p @ v[n, g, :, :seen]  # (n,g,R,t,s) (n,g,1,s,K) -> (n,g,R,t,K)
-        tiles.append((tile, p))
-    return out.transpose(0, 2, 1, 3), AttentionSaved(q, k, v, tiles)
+    for (n, g, t, _), _, _, v_, p in saved.parts():
+        heads[n, g, :, t] = p @ v_  # (n,g,R,t,s) (n,g,1,s,K) -> (n,g,R,t,K)
+    return out.transpose(0, 2, 1, 3), saved
 
 
 def attention_backward(dy: Array, saved: AttentionSaved) -> tuple[Array, Array, Array]:
     """T9, T10: dy (N,H,T,K) -> dq (N,H,T,K), dk and dv (N,G,S,K), which sum over the heads that share them."""
-    q, k, v, tiles = saved
-    N, G, R, T, K = q.shape
-    S = k.shape[3]
+    N, G, R, T, K = saved.q.shape
+    S = saved.k.shape[3]
     dy = dy.reshape(N, G, R, T, K)
     dq = xp.empty((N, T, G, R, K), dtype=dy.dtype).transpose(0, 2, 3, 1, 4)  # laid out as the projections want them
     dk = xp.zeros((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
     dv = xp.zeros((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
-    for (n, g, t, seen), p in tiles:
+    for (n, g, t, seen), q_, k_, v_, p in saved.parts():
         dy_ = dy[n, g, :, t]
         dv[n, g, :seen] += (p.swapaxes(-1, -2) @ dy_).sum(axis=2)  # (n,g,R,s,t) (n,g,R,t,K) -> (n,g,s,K)
-        dscores = softmax_backward(dy_ @ v[n, g, :, :seen].swapaxes(-1, -2), p)  # (n,g,R,t,s)
-        dq[n, g, :, t] = (dscores @ k[n, g, :, :seen]) * (1 / math.sqrt(K))
-        q_ = q[n, g, :, t] * (1 / math.sqrt(K))
+        dscores = softmax_backward(dy_ @ v_.swapaxes(-1, -2), p)  # (n,g,R,t,s)
+        dscores *= 1 / math.sqrt(K)
+        dq[n, g, :, t] = dscores @ k_
         dk[n, g, :seen] += (dscores.swapaxes(-1, -2) @ q_).sum(axis=2)
     return dq.reshape(N, G * R, T, K), dk, dv
 
