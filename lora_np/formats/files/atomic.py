@@ -18,7 +18,7 @@ from .safe import import_safetensors
 def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file of host arrays. Only an array that is not contiguous is copied."""
     safetensors = import_safetensors()
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     try:
         safetensors.numpy.save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
     except safetensors.SafetensorError as error:
