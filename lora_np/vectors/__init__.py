@@ -1,0 +1,28 @@
+"""Conformance vectors: cases, in a form that any language reads, that say whether an implementation of LoRA is right.
+
+`lora-np vectors --out DIR` writes a file of safetensors for each id of the specification, and manifest.json:
+
+    schema, version   1, v1: of this layout, and of the cases
+    digest            SHA-256 of schema, cases, shapes, scalars and the bytes of the inputs: the same on every machine
+    layout            what the tensors' names mean
+    operations        by name: title, equation, and the inputs, outputs and scalars in words, the shape first
+    cases             a list: id, name, operation, title, scalars (by name), inputs and expected (each a shape by name)
+
+In L4.safetensors, for the case "bias":
+
+    bias/in/x               an input: F32, I64 or BOOL. Floats are multiples of 2^-10, exact in float32
+    bias/out/h              an output, F64 or I64
+    bias/grad/A             the gradient of the loss by the input A, F64. The loss is the output `loss`, or else the sum
+                            of dh * h with the input dh
+    bias/float32/out/h      the same, rounded to F32; so for gradients
+    bias/bound/out/h        F32: by how much each element may differ in float32. 0: not at all. In float64: 2^-28 of it
+
+Results are a folder with files of the same names, and in them bias/out/h and bias/grad/A in the precision that they
+were computed in: `lora-np conform RESULTS_DIR` compares, and says what is missing. Ids, names and what stands under
+them do not change within a version; a later one may add cases.
+
+Scalars are computed in float64 and rounded where they meet an array. The bounds (`tracked`) are derived: an
+implementation in any order of sums, with fused operations or without, stays within them if its elementary functions
+are good to 4 ulp. A whole model's is 8 times the farthest of 16 evaluations with random roundings; PyTorch comes to an
+eighth of it. Expected values come from the package, in float64; they depend on BLAS and CPU in the last bits.
+"""

@@ -1,0 +1,510 @@
+"""The cases: for each id of the specification a few inputs, the edges among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..adapter import init_adapter
+from ..backend import Array
+from ..batch import IGNORED
+from ..gradcheck import architectures
+from ..lora import LoRAConfig
+from ..model import PRESETS, Config, Model, init_weights
+from .dyadic import integers, numbers
+
+Arrays = Mapping[str, Array]
+
+
+class Case(NamedTuple):
+    """What is computed of what.
+
+    inputs     by name: float64 (every number is exact in float32 too), int64 or bool
+    gradients  the inputs whose gradients are asked for
+    """
+
+    id: str
+    name: str
+    operation: str
+    title: str
+    scalars: Mapping[str, Any]
+    inputs: Arrays
+    gradients: tuple[str, ...] = ()
+
+
+def all_cases() -> list[Case]:
+    """Every case, by id."""
+    cases = [case for part in (_lora, _primitives, _models, _optimizer) for case in part()]
+    return sorted(cases, key=lambda case: (case.id[0], int(case.id[1:])))
+
+
+class _Names:
+    """Draws tensors by name, so that each case has numbers of its own."""
+
+    def __init__(self, id: str, name: str) -> None:
+        self.stem = f"{id}/{name}"
+
+    def __call__(self, tensor: str, *shape: int, low: float = -1.0, high: float = 1.0, **unit: float) -> Array:
+        return numbers(f"{self.stem}/{tensor}", shape, low, high, **unit)
+
+    def integers(self, tensor: str, *shape: int, low: int, high: int) -> Array:
+        return integers(f"{self.stem}/{tensor}", shape, low, high)
+
+    def keep(self, tensor: str, *shape: int) -> Array:
+        """A dropout mask: three in four are kept."""
+        return integers(f"{self.stem}/{tensor}", shape, 0, 3) > 0
+
+
+# --- L1 to L9 ------------------------------------------------------------------------------------------------------
+
+
+def _scalars(r: int, alpha: float = 4.0, *, rslora: bool = False, **more: Any) -> dict[str, Any]:
+    return {"alpha": alpha, "r": r, "rslora": rslora, **more}
+
+
+class _Shape(NamedTuple):
+    """A matrix with its update, and what goes through it."""
+
+    name: str
+    title: str
+    sizes: tuple[int, int, int, int, int]  # N, T, in, out, r
+    alpha: float
+    rslora: bool = False
+    bias: bool = True
+    dropout: bool = False
+
+    @property
+    def scalars(self) -> dict[str, Any]:
+        return _scalars(self.sizes[-1], self.alpha, rslora=self.rslora)
+
+    def drawn(self, draw: _Names) -> dict[str, Array]:
+        """x, W0, A, B and b."""
+        N, T, n_in, n_out, r = self.sizes
+        tensors = {
+            "x": draw("x", N, T, n_in), "W0": draw("W0", n_out, n_in), "A": draw("A", r, n_in),
+            "B": draw("B", n_out, r),
+        }  # fmt: skip
+        return {**tensors, "b": draw("b", n_out)} if self.bias else tensors
+
+
+_SHAPES = {
+    shape.name: shape
+    for shape in (
+        _Shape("plain", "No bias, no dropout", (2, 3, 6, 5, 2), 6.0, bias=False),
+        _Shape("bias", "With a bias", (2, 3, 6, 5, 2), 6.0),
+        _Shape("dropout", "With dropout, the mask given", (2, 3, 6, 5, 2), 6.0, bias=False, dropout=True),
+        _Shape("bias-dropout", "With a bias and dropout", (2, 3, 7, 4, 3), 6.0, dropout=True),
+        _Shape("square", "in = out, where a transpose goes unseen", (2, 3, 5, 5, 2), 6.0),
+        _Shape("rslora", "Rank-stabilised: s = alpha / sqrt(r)", (2, 3, 6, 5, 3), 6.0, rslora=True),
+        _Shape("rank-1", "r = 1", (2, 3, 6, 5, 1), 3.0),
+        _Shape("rank-full", "r = min(in, out)", (2, 3, 6, 5, 5), 3.0),
+        _Shape("alpha-0", "alpha = 0: the base alone", (2, 3, 6, 5, 2), 0.0),
+        _Shape("one-token", "N = T = 1", (1, 1, 6, 5, 2), 6.0),
+        _Shape("wide", "in = 96: sums are long", (1, 3, 96, 4, 4), 2.0),
+    )
+}
+
+
+def _lora() -> Iterator[Case]:
+    for name in ("plain", "square", "rslora", "rank-1", "rank-full", "alpha-0"):
+        shape = _SHAPES[name]
+        pair = {n: a for n, a in shape.drawn(_Names("L1", name)).items() if n in ("A", "B")}
+        yield Case("L1", name, "lora_update", shape.title, shape.scalars, pair)
+    for shape in _SHAPES.values():
+        yield _lora_linear("L2", shape)
+        yield _lora_linear("L4", shape)
+    for name in ("bias", "one-token"):
+        yield _lora_start(_SHAPES[name])
+    yield _lora_embedding()
+    yield from _merges()
+    for times in (1, 3):
+        draw = _Names("L6", f"times-{times}")
+        inputs = {"W0": draw("W0", 6, 8), "A": draw("A", 3, 8), "B": draw("B", 6, 3)}
+        title = "Nothing of W0 is lost, though s = 5/3 rounds in the sum"
+        yield Case("L6", f"times-{times}", "unmerge", title, _scalars(3, 5.0, times=times), inputs)
+    yield from _many_adapters()
+    yield from _counts()
+
+
+def _lora_linear(id: str, shape: _Shape) -> Case:
+    (N, T, n_in, n_out, _), draw = shape.sizes, _Names(id, shape.name)
+    inputs, scalars = shape.drawn(draw), shape.scalars
+    if shape.dropout:
+        inputs["keep"] = draw.keep("keep", N, T, n_in)
+        scalars["p"] = 0.25
+    if id == "L2":
+        return Case(id, shape.name, "lora_linear", shape.title, scalars, inputs)
+    inputs["dh"] = draw("dh", N, T, n_out)
+    return Case(id, shape.name, "lora_linear", shape.title, scalars, inputs, ("x", "A", "B"))
+
+
+def _lora_start(shape: _Shape) -> Case:
+    (N, T, _, n_out, r), draw = shape.sizes, _Names("L3", shape.name)
+    inputs = {**shape.drawn(draw), "B": np.zeros((n_out, r)), "dh": draw("dh", N, T, n_out)}
+    title = f"{shape.title}. h is the base's, with no tolerance; dA = 0 exactly, dB is not"
+    return Case("L3", shape.name, "lora_start", title, shape.scalars, inputs, ("x", "A", "B"))
+
+
+def _lora_embedding() -> Case:
+    draw = _Names("L4", "embedding")
+    inputs = {
+        "tokens": draw.integers("tokens", 2, 4, low=0, high=4), "E": draw("E", 5, 4), "A": draw("A", 3, 5),
+        "B": draw("B", 4, 3), "dh": draw("dh", 2, 4, 4),
+    }  # fmt: skip
+    return Case("L4", "embedding", "lora_embedding", "A look-up", _scalars(3, 2.0), inputs, ("A", "B"))
+
+
+def _merges() -> Iterator[Case]:
+    """W0 in multiples of 2^-7, which bfloat16 has exactly."""
+    everywhere = ("square", "wide")
+    for dtype, names in (
+        ("float32", ("square", "rslora", "rank-1", "rank-full", "alpha-0")), ("float16", everywhere),
+        ("bfloat16", everywhere),
+    ):  # fmt: skip
+        for name in names:
+            shape, draw = _SHAPES[name], _Names("L5", f"{dtype}-{name}")
+            _, _, n_in, n_out, _ = shape.sizes
+            inputs = {**shape.drawn(draw), "W0": draw("W0", n_out, n_in, unit=2.0**-7)}
+            title = f"W0 in {dtype}. {shape.title}"
+            yield Case("L5", f"{dtype}-{name}", "merge", title, {**shape.scalars, "dtype": dtype}, inputs)
+
+
+def _many_adapters() -> Iterator[Case]:
+    draw = _Names("L7", "per-row")
+    ranks = (1, 3)
+    adapters = [_scalars(1, 2.0), _scalars(3, 4.0, rslora=True)]
+    inputs = {
+        "x": draw("x", 4, 2, 6), "W0": draw("W0", 5, 6), "b": draw("b", 5), "rows": np.array([1, -1, 0, 1]),
+        **{f"A{i}": draw(f"A{i}", r, 6) for i, r in enumerate(ranks)},
+        **{f"B{i}": draw(f"B{i}", 5, r) for i, r in enumerate(ranks)},
+    }  # fmt: skip
+    yield Case("L7", "per-row", "per_row", "Two adapters of different ranks, and none", {"adapters": adapters}, inputs)
+    for only, i in (("first", 0), ("second", 1)):
+        one = {**inputs, "rows": np.full(4, i)}
+        yield Case("L7", f"switched-{only}", "per_row", f"Switched: the {only} alone", {"adapters": adapters}, one)
+    for name, title, rank in (
+        ("sum", "The whole sum", None), ("rank-2", "Truncated to rank 2", 2), ("rank-1", "Truncated to rank 1", 1),
+    ):  # fmt: skip
+        draw = _Names("L9", name)
+        parts = [{**_scalars(2, 3.0), "w": 0.75}, {**_scalars(3, 6.0, rslora=True), "w": -0.5}]
+        factors = {f"A{i}": draw(f"A{i}", p["r"], 6) for i, p in enumerate(parts)}
+        factors |= {f"B{i}": draw(f"B{i}", 5, p["r"]) for i, p in enumerate(parts)}
+        yield Case("L9", name, "combine", title, {"adapters": parts, "rank": rank}, factors)
+
+
+def _counts() -> Iterator[Case]:
+    for preset, targets, r in (
+        ("gpt3-175b", ("q", "v"), 1), ("gpt3-175b", ("q", "v"), 8), ("roberta-base", ("q", "v"), 8),
+        ("deberta-v2-xxlarge", ("q", "v"), 16), ("gpt2", ("q", "k", "v", "o", "up", "down"), 4),
+        ("smollm2-135m", ("k", "gate", "down"), 8),
+    ):  # fmt: skip
+        config = PRESETS[preset]
+        shapes = [config.matrix_shapes()[f"layers.0.{'attn' if t in 'qkvo' else 'mlp'}.{t}"] for t in targets]
+        inputs = {
+            "matrices": np.full(len(targets), config.n_layer), "out": np.array([n for n, _ in shapes]),
+            "in": np.array([n for _, n in shapes]), "r": np.full(len(targets), r),
+        }  # fmt: skip
+        scalars = {"preset": preset, "targets": list(targets), "r": r}
+        yield Case("L8", f"{preset}-{'-'.join(targets)}-{r}", "count", f"{preset}, r = {r}", scalars, inputs)
+
+
+# --- T1 to T12, T15: primitives -------------------------------------------------------------------------------------
+
+
+def _primitives() -> Iterator[Case]:
+    yield from _embeddings()
+    yield from _linears()
+    yield from _norms()
+    yield from _activations()
+    yield from _softmaxes()
+    yield from _attentions()
+    yield from _rotaries()
+    draw = _Names("T12", "given")
+    inputs = {"x": draw("x", 2, 3, 4), "keep": draw.keep("keep", 2, 3, 4), "dy": draw("dy", 2, 3, 4)}
+    yield Case("T12", "given", "dropout", "p = 1/4", {"p": 0.25}, inputs, ("x",))
+    yield Case("T12", "tenth", "dropout", "p = 0.1, which no float has", {"p": 0.1}, inputs, ("x",))
+    yield from _losses("T15")
+
+
+def _embeddings() -> Iterator[Case]:
+    for name, title, T, extra in (
+        ("tokens", "Tokens alone, some of them twice", 4, ()), ("all", "Tokens, positions and types", 4, (1, 2)),
+        ("one-token", "T = 1", 1, (1,)),
+    ):  # fmt: skip
+        draw = _Names("T1", name)
+        inputs = {"tokens": draw.integers("tokens", 2, T, low=0, high=4), "tokens_table": draw("tokens_table", 5, 3)}
+        if 1 in extra:
+            inputs |= {"positions": np.arange(2, T + 2), "positions_table": draw("positions_table", 7, 3)}
+        if 2 in extra:
+            inputs |= {"types": draw.integers("types", 2, T, low=0, high=1), "types_table": draw("types_table", 2, 3)}
+        inputs["dx"] = draw("dx", 2, T, 3)
+        tables = tuple(n for n in inputs if n.endswith("_table"))
+        yield Case("T1", name, "embedding", title, {}, inputs, tables)
+
+
+def _linears() -> Iterator[Case]:
+    for name, title, T, n_in, bias in (
+        ("plain", "No bias", 3, 6, False), ("bias", "With a bias", 3, 6, True), ("one-token", "T = 1", 1, 6, True),
+        ("wide", "in = 96: sums are long", 2, 96, True),
+    ):  # fmt: skip
+        draw = _Names("T2", name)
+        inputs = {"x": draw("x", 2, T, n_in), "W": draw("W", 4, n_in), "dy": draw("dy", 2, T, 4)}
+        if bias:
+            inputs["b"] = draw("b", 4)
+        yield Case("T2", name, "linear", title, {}, inputs, ("x", "W", *(("b",) if bias else ())))
+
+
+def _norms() -> Iterator[Case]:
+    for id, operation in (("T3", "layer_norm"), ("T4", "rms_norm")):
+        for name, title, T, eps in (
+            ("plain", "eps = 1e-5", 3, 1e-5), ("one-token", "T = 1, eps = 1e-12", 1, 1e-12),
+            ("eps-large", "eps = 1/4: where it stands shows", 3, 0.25),
+            ("far", "x near 8: the variance as E(x^2) - mean^2 cancels", 3, 1e-5),
+            ("constant", "A row of equal numbers: eps alone is under the root", 2, 1e-2),
+        ):  # fmt: skip
+            draw = _Names(id, name)
+            x = draw("x", 2, T, 6)
+            if name == "far":
+                x = x + 8
+            if name == "constant":
+                x[0] = 0.0 if id == "T4" else 0.5
+            inputs = {"x": x, "w": draw("w", 6, low=0.5, high=1.5), "dy": draw("dy", 2, T, 6)}
+            if id == "T3":
+                inputs["b"] = draw("b", 6)
+            gradients = ("x", "w", *(("b",) if id == "T3" else ()))
+            yield Case(id, name, operation, title, {"eps": eps}, inputs, gradients)
+
+
+def _activations() -> Iterator[Case]:
+    for id, operation in (("T5", "gelu"), ("T6", "gelu_tanh"), ("T7", "silu")):
+        for name, title, limit in (("near", "-2 to 2", 2.0), ("far", "-12 to 12", 12.0)):
+            draw = _Names(id, f"{operation}-{name}")
+            x = draw("x", 24, low=-limit, high=limit)
+            x[:3] = 0.0, limit, -limit
+            inputs = {"x": x, "dy": draw("dy", 24)}
+            yield Case(id, f"{operation}-{name}", operation, title, {}, inputs, ("x",))
+    for name, T in (("mlp", 3), ("mlp-one-token", 1)):
+        draw = _Names("T7", name)
+        inputs = {
+            "x": draw("x", 2, T, 4), "W_gate": draw("W_gate", 6, 4), "W_up": draw("W_up", 6, 4),
+            "W_down": draw("W_down", 4, 6), "dy": draw("dy", 2, T, 4),
+        }  # fmt: skip
+        yield Case("T7", name, "gated_mlp", f"T = {T}", {}, inputs, ("x", "W_gate", "W_up", "W_down"))
+
+
+def _softmaxes() -> Iterator[Case]:
+    shape = (4, 6)
+    masked = np.ones(shape, dtype=bool)
+    masked[0, 3:] = masked[1, :2] = False
+    one, none = np.eye(*shape, k=1, dtype=bool), np.ones(shape, dtype=bool)
+    none[2] = False
+    for name, title, limit, mask in (
+        ("plain", "All seen", 2.0, np.ones(shape, dtype=bool)), ("far", "-64 to 64: exp alone overflows", 64.0, None),
+        ("masked", "Some masked", 2.0, masked), ("one-seen", "All masked but one", 2.0, one),
+        ("none-seen", "A row of nothing", 2.0, none),
+    ):  # fmt: skip
+        draw = _Names("T8", name)
+        inputs = {"x": draw("x", *shape, low=-limit, high=limit), "dp": draw("dp", *shape)}
+        inputs["mask"] = np.ones(shape, dtype=bool) if mask is None else mask
+        yield Case("T8", name, "softmax", title, {}, inputs, ("x",))
+    draw = _Names("T8", "one")
+    inputs = {"x": draw("x", 3, 1), "dp": draw("dp", 3, 1), "mask": np.ones((3, 1), dtype=bool)}
+    yield Case("T8", "one", "softmax", "One place: p = 1, and no gradient", {}, inputs, ("x",))
+
+
+def _attentions() -> Iterator[Case]:
+    padded = np.ones((2, 4), dtype=bool)
+    padded[0, :2] = padded[1, 3:] = False
+    one = np.zeros((2, 4), dtype=bool)
+    one[0, 0] = one[1, 1] = True
+    # name, title; H, G, T, S; causal, mask
+    for id, name, title, (H, G, T, S), causal, mask in (
+        ("T9", "causal", "Each query sees what stands before it", (2, 2, 4, 4), True, None),
+        ("T9", "bidirectional", "All see all", (2, 2, 4, 4), False, None),
+        ("T9", "padded", "Padding on the left, and on the right", (2, 2, 4, 4), False, padded),
+        ("T9", "causal-padded", "Causal, and padded on the right", (2, 2, 4, 4), True, np.roll(padded, 2, axis=1)),
+        ("T9", "one-seen", "All masked but one", (2, 2, 4, 4), False, one),
+        ("T9", "none-seen", "Causal behind padding on the left: some queries see nothing", (2, 2, 4, 4), True, padded),
+        ("T9", "one-token", "T = 1", (2, 2, 1, 1), True, None),
+        ("T9", "cached", "Two queries at the end of four keys", (2, 2, 2, 4), True, None),
+        ("T10", "causal", "Four query heads, two key/value heads", (4, 2, 4, 4), True, None),
+        ("T10", "one-group", "Four query heads, one key/value head", (4, 1, 3, 3), False, None),
+        ("T10", "padded", "Grouped and padded", (4, 2, 4, 4), False, padded),
+    ):  # fmt: skip
+        draw, K = _Names(id, name), 3
+        inputs = {
+            "q": draw("q", 2, H, T, K, low=-2, high=2), "k": draw("k", 2, G, S, K, low=-2, high=2),
+            "v": draw("v", 2, G, S, K), "dy": draw("dy", 2, H, T, K),
+        }  # fmt: skip
+        if mask is not None:
+            inputs["mask"] = mask
+        yield Case(id, name, "attention", title, {"causal": causal}, inputs, ("q", "k", "v"))
+
+
+def _rotaries() -> Iterator[Case]:
+    by_row = np.array([[0, 0, 1, 2], [0, 1, 2, 3]])
+    for name, title, positions, K, theta in (
+        ("plain", "Positions 0 to 3", np.arange(4), 6, 10000.0),
+        ("far", "Positions from 1000", np.arange(1000, 1004), 6, 10000.0),
+        ("rows", "Positions that differ by row, as padding on the left makes them", by_row, 6, 10000.0),
+        ("theta", "theta = 100000", np.arange(4), 8, 100000.0),
+        ("pair", "K = 2", np.arange(4), 2, 10000.0),
+    ):  # fmt: skip
+        draw = _Names("T11", name)
+        inputs = {"x": draw("x", 2, 2, 4, K), "positions": positions, "dy": draw("dy", 2, 2, 4, K)}
+        yield Case("T11", name, "rotary", title, {"theta": theta}, inputs, ("x",))
+
+
+def _losses(id: str, **scalars: Any) -> Iterator[Case]:
+    for name, title, limit, targets in (
+        ("plain", "Every target counts", 2.0, [1, 0, 4, 2, 2]),
+        ("left-out", "Two targets are left out", 2.0, [1, IGNORED, 4, IGNORED, 2]),
+        ("one-counted", "All are left out but one", 2.0, [IGNORED, IGNORED, 3, IGNORED, IGNORED]),
+        ("far", "-64 to 64: exp alone overflows", 64.0, [1, 0, 4, 2, 2]),
+    ):
+        draw = _Names(id, name)
+        inputs = {"logits": draw("logits", 5, 5, low=-limit, high=limit), "targets": np.array(targets)}
+        yield Case(id, name, "cross_entropy", title, scalars, inputs, ("logits",))
+
+
+# --- T13, T14, T16, and LoRA in whole models ------------------------------------------------------------------------
+
+
+def _config(name: str, **fields: Any) -> Config:
+    """One of the small architectures of the gradient check, smaller still."""
+    size = {"vocab_size": 7, "n_positions": 8, "n_layer": 1, "n_head": 2, "d_model": 4, "d_ff": 6, "rope_theta": 100.0}
+    config = replace(architectures()[name], **size | fields)
+    return replace(config, n_kv_head=config.kv_heads)
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    left_out = {"disentangled", "pooler_in_head"}
+    return {name: value for name, value in vars(config).items() if name not in left_out and value is not None}
+
+
+def _weight(draw: _Names, name: str, shape: tuple[int, ...]) -> Array:
+    if "norm" in name and name.endswith("weight"):
+        return draw(name, *shape, low=0.5, high=1.5)
+    return draw(name, *shape, low=-0.75, high=0.75)
+
+
+def _batch(draw: _Names, config: Config, N: int, T: int, *, padded: bool) -> dict[str, Array]:
+    batch: dict[str, Array] = {"tokens": draw.integers("tokens", N, T, low=0, high=config.vocab_size - 1)}
+    places = (N,) if config.head == "classify" else (N, T)
+    batch["targets"] = draw.integers("targets", *places, low=0, high=config.head_size - 1)
+    if config.head != "classify":
+        batch["targets"][0, -1] = IGNORED
+    if padded:
+        batch["mask"] = np.ones((N, T), dtype=bool)
+        batch["mask"][0, : T // 2] = batch["mask"][-1, -1] = False
+        if config.head != "classify":
+            batch["targets"][~batch["mask"]] = IGNORED
+    if config.n_types:
+        batch["token_types"] = draw.integers("token_types", N, T, low=0, high=config.n_types - 1)
+    return batch
+
+
+def _model_case(
+    id: str, name: str, title: str, config: Config, lora: LoRAConfig | None = None, *, T: int = 4, padded: bool = False,
+    **scalars: Any,
+) -> Case:  # fmt: skip
+    draw = _Names(id, name)
+    inputs = _batch(draw, config, 2, T, padded=padded)
+    weights = {weight: _weight(draw, weight, shape) for weight, shape in config.weight_shapes().items()}
+    trained: tuple[str, ...] = tuple(weights)
+    if lora is not None:
+        start = init_adapter(Model(config, init_weights(config, seed=0)), lora, seed=0).params
+        trained = tuple(start)
+        whole = [n for n in trained if n in weights]
+        weights |= {n: _weight(draw, n, a.shape) for n, a in start.items() if n not in weights}
+        scalars |= {"r": lora.r, "alpha": lora.alpha, "rslora": lora.rslora, "trained_whole": whole}
+        scalars["adapted"] = list(lora.targets)
+    return Case(id, name, "model", title, {**_fields(config), **scalars}, {**weights, **inputs}, trained)
+
+
+def _models() -> Iterator[Case]:
+    gpt2, bert, llama = (_config(f"{n}") for n in ("GPT-2, language model", "BERT, tagger", "Llama, tied"))
+    llama = replace(llama, n_kv_head=1)
+    for name, lora, config in (
+        ("model-q-v", LoRAConfig(r=3, alpha=2, targets=("q", "v")), gpt2),
+        ("model-every-matrix", LoRAConfig(r=1, alpha=2, targets=("q", "k", "v", "o", "up", "gate", "down", "head")),
+         llama),
+        ("model-fused-qkv", LoRAConfig(r=3, alpha=2, targets=("qkv",), rslora=True), gpt2),
+        ("model-biases", LoRAConfig(r=3, alpha=2, targets=("q", "v"), bias="lora_only"), bert),
+    ):  # fmt: skip
+        title = f"LoRA on {' '.join(lora.targets)} of a whole model: gradients by what is trained alone"
+        yield _model_case("L4", name, title, config, lora)
+    for name, title, config, T, padded in (
+        ("pre-norm", "Pre-norm, layer norm, learned positions, GELU by tanh: GPT-2", gpt2, 4, False),
+        ("pre-norm-two", "Two such layers, padded on both sides", replace(gpt2, n_layer=2), 4, True),
+        ("pre-norm-rms", "Pre-norm, RMS norm, rotary, gated, grouped heads: Llama", llama, 4, False),
+        ("pre-norm-rms-padded", "The same, padded: rotary positions count true tokens", llama, 4, True),
+        ("post-norm", "Post-norm, GELU, both directions, token types: BERT", bert, 4, False),
+        ("post-norm-padded", "The same, padded", bert, 4, True),
+        ("one-token", "T = 1", gpt2, 1, False),
+    ):
+        yield _model_case("T13", name, title, config, T=T, padded=padded)
+    for name, title, config, padded in (
+        ("tied", "Language model, its head the token table", gpt2, False),
+        ("untied", "Language model with a head of its own", replace(gpt2, tie_head=False), False),
+        ("classifier-last", "A causal classifier reads the last true token", _config("GPT-2, classifier"), True),
+        ("classifier-first", "Another reads the first, through the pooler", _config("BERT, classifier"), True),
+        ("tagger", "A tagger: a label each token", _config("BERT, tagger"), False),
+    ):
+        yield _model_case("T14", name, title, config, padded=padded)
+    yield from _generations(gpt2, llama)
+
+
+def _generations(gpt2: Config, llama: Config) -> Iterator[Case]:
+    for name, config in (("learned", gpt2), ("rotary", llama)):
+        case = _model_case("T16", f"greedy-{name}", "Four tokens after each text", config)
+        given = {n: a for n, a in case.inputs.items() if n != "targets"}
+        yield case._replace(operation="generate", scalars={**case.scalars, "n": 4}, inputs=given, gradients=())
+    for name, title, temperature, top_k, top_p in (
+        ("sampled", "From all", 1.0, None, None), ("temperature", "At half the temperature", 0.5, None, None),
+        ("top-k", "From the three likeliest", 1.0, 3, None), ("top-p", "From those that reach 0.7", 1.0, None, 0.7),
+        ("both", "Cut to four, then to 0.8", 1.5, 4, 0.8),
+    ):  # fmt: skip
+        draw, scalars = _Names("T16", name), {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        inputs = {"logits": draw("logits", 8, 6, low=-2, high=2), "u": draw("u", 8, low=1 / 64, high=63 / 64)}
+        yield Case("T16", name, "sample", title, scalars, inputs)
+
+
+# --- O1 to O4 ------------------------------------------------------------------------------------------------------
+
+
+def _optimizer() -> Iterator[Case]:
+    usual = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+    dyadic = {"lr": 2.0**-4, "beta1": 0.875, "beta2": 1 - 2.0**-6, "eps": 2.0**-10, "weight_decay": 2.0**-3}
+    for name, title, step, scalars in (
+        ("step-1", "The first step: bias correction divides by 1 - beta", 1, usual), ("step-2", "The second", 2, usual),
+        ("step-1000", "The thousandth: 1 - beta1^1000 is 1", 1000, usual),
+        ("no-decay", "No weight decay", 2, {**usual, "weight_decay": 0.0}),
+        ("dyadic-step-1", "Scalars that every float has: no rounding of them", 1, dyadic),
+        ("dyadic-step-3", "The same, the third step", 3, dyadic),
+    ):  # fmt: skip
+        draw = _Names("O1", name)
+        inputs = {"p": draw("p", 12), "g": draw("g", 12), "m": draw("m", 12), "v": draw("v", 12, low=0.0)}
+        inputs["g"][0] = inputs["m"][0] = inputs["v"][0] = 0.0  # as of A at the start
+        if step == 1:
+            inputs["m"], inputs["v"] = np.zeros(12), np.zeros(12)
+        yield Case("O1", name, "adamw", title, {"step": step, **scalars}, inputs)
+    for name, warmup, total in (("usual", 4, 16), ("no-warmup", 0, 10)):
+        inputs = {"steps": np.arange(total + 2)}
+        title = f"warmup = {warmup}, total = {total}"
+        yield Case("O2", name, "warmup_cosine", title, {"warmup": warmup, "total": total}, inputs)
+    for name, title, max_norm, size in (
+        ("clipped", "The norm is above max_norm", 1.0, 1.0), ("kept", "It is below: nothing changes", 100.0, 1.0),
+        ("small", "Both are small: what is added to the norm shows", 2.0**-8, 2.0**-5),
+    ):  # fmt: skip
+        draw = _Names("O3", name)
+        inputs = {"g0": draw("g0", 3, 4, low=-size, high=size), "g1": draw("g1", 5, low=-size, high=size)}
+        inputs["g2"] = np.zeros(2)
+        yield Case("O3", name, "clip", title, {"max_norm": max_norm}, inputs)
+    yield from _losses("O4", shards=2)
+    lora = LoRAConfig(r=3, alpha=2, targets=("q", "v"))
+    title = "A model's batch cut into two, which have not as many targets each"
+    yield _model_case("O4", "model", title, _config("GPT-2, language model"), lora, shards=2)

@@ -1,0 +1,392 @@
+"""The statements of the specification once more, as plain formulas in arithmetic that carries its rounding error.
+
+Nothing here is fast or shared with the package's own forward and backward: each function is its equation, letter by
+letter, and gets its gradients and error bounds from `tracked`. Where two ways of computing are common, the formula is
+the one that rounds worse, so that a correct implementation of either stays within the bound.
+
+Every function takes the case's inputs t by name (floats as Tracked; integers and booleans as arrays) and its scalars c,
+and gives its outputs by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..backend import Array
+from .tracked import FUNCTION, Tracked, U, cos, erf, exp, log, sin, sqrt, tanh, tracked
+
+Inputs: TypeAlias = Mapping[str, Any]
+Scalars: TypeAlias = Mapping[str, Any]
+Outputs: TypeAlias = dict[str, Tracked]
+Definition: TypeAlias = Callable[[Inputs, Scalars], Outputs]
+
+IGNORED = -100
+
+
+# --- L1 to L9 ----------------------------------------------------------------------------------------------------
+
+
+def scale(c: Scalars) -> float:
+    """L1: s = alpha / r, or alpha / sqrt(r) when rank-stabilised."""
+    return float(c["alpha"] / (math.sqrt(c["r"]) if c["rslora"] else c["r"]))
+
+
+def dropped(x: Tracked, t: Inputs, c: Scalars) -> Tracked:
+    """T12: m * x, with m = keep / (1 - p), where the case has a mask."""
+    return x * (t["keep"] * tracked(1 / (1 - c["p"]))) if "keep" in t else x
+
+
+def affine(x: Tracked, W: Tracked, b: Tracked | None) -> Tracked:
+    """T2: x W^T + b."""
+    y = x @ W.mT
+    return y if b is None else y + b
+
+
+def lora_update(t: Inputs, c: Scalars) -> Outputs:
+    return {"s": tracked(scale(c)), "dW": (t["B"] @ t["A"]) * scale(c)}
+
+
+def lora_linear(t: Inputs, c: Scalars) -> Outputs:
+    low = (dropped(t["x"], t, c) @ t["A"].mT) @ t["B"].mT
+    return {"h": affine(t["x"], t["W0"], t.get("b")) + low * scale(c)}
+
+
+def lora_embedding(t: Inputs, c: Scalars) -> Outputs:
+    return {"h": t["E"][t["tokens"]] + (t["A"].mT[t["tokens"]] @ t["B"].mT) * scale(c)}
+
+
+def lora_start(t: Inputs, c: Scalars) -> Outputs:
+    h = lora_linear(t, c)["h"]
+    return {"h": h, "difference": Tracked(np.zeros(h.shape))}
+
+
+SIGNIFICAND = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # bits, the leading one with them
+
+
+def rounded(x: Array, dtype: str) -> Array:
+    """x to the nearest number of that dtype, ties to even; no number here is subnormal or too large."""
+    mantissa, exponent = np.frexp(x)
+    bits = SIGNIFICAND[dtype]
+    return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
+
+
+def stored(x: Tracked, dtype: str) -> Tracked:
+    """x rounded once to a dtype; the error is how far x's own can move the rounding."""
+    value, low, high = (rounded(v, dtype) for v in (x.value, x.value - x.error, x.value + x.error))
+    return Tracked(value, np.maximum(high - value, value - low))
+
+
+def merge(t: Inputs, c: Scalars) -> Outputs:
+    W = stored(t["W0"] + (t["B"] @ t["A"]) * scale(c), c["dtype"])
+    return {"W": W, "h": affine(t["x"], W, t.get("b"))}
+
+
+def unmerge(t: Inputs, c: Scalars) -> Outputs:
+    return {"W0": Tracked(t["W0"].value)}
+
+
+def per_row(t: Inputs, c: Scalars) -> Outputs:
+    h = affine(t["x"], t["W0"], t.get("b"))
+    for i, one in enumerate(c["adapters"]):
+        mine = (t["rows"] == i)[:, None, None] * 1.0
+        h = h + ((t["x"] @ t[f"A{i}"].mT) @ t[f"B{i}"].mT) * scale(one) * mine
+    return {"h": h}
+
+
+def count(t: Inputs, c: Scalars) -> Outputs:
+    return {"parameters": Tracked((t["matrices"] * t["r"] * (t["out"] + t["in"])).sum())}
+
+
+def combine(t: Inputs, c: Scalars) -> Outputs:
+    parts = [(t[f"B{i}"] @ t[f"A{i}"]) * (one["w"] * scale(one)) for i, one in enumerate(c["adapters"])]
+    dW = parts[0]
+    for part in parts[1:]:
+        dW = dW + part
+    return {"dW": dW if c["rank"] is None else truncated(dW, c["rank"])}
+
+
+def truncated(dW: Tracked, k: int) -> Tracked:
+    """The nearest matrix of rank k, and a bound that no element's error passes.
+
+    A decomposition in float32 is that of dW + E, norm(E) <= norm(e) + 32 max(n, m) u sigma_1. The truncation of dW + E
+    differs from that of dW by at most norm(E) (2 + 4 sigma_k / (sigma_k - sigma_{k+1})), to first order (Wedin).
+    """
+    P, S, Qt = np.linalg.svd(dW.value)
+    E = float(np.linalg.norm(dW.error)) + 32 * max(dW.shape) * U * S[0]
+    return Tracked((P[:, :k] * S[:k]) @ Qt[:k], E * (2 + 4 * S[k - 1] / (S[k - 1] - S[k])))
+
+
+# --- T1 to T16 ---------------------------------------------------------------------------------------------------
+
+
+def embedding(t: Inputs, c: Scalars) -> Outputs:
+    x = t["tokens_table"][t["tokens"]]
+    for what in ("positions", "types"):
+        if what in t:
+            x = x + t[f"{what}_table"][t[what]]
+    return {"x": x}
+
+
+def linear(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": affine(t["x"], t["W"], t.get("b"))}
+
+
+def normalised(x: Tracked, eps: float) -> Tracked:
+    """T4: x / sqrt(mean(x^2) + eps)."""
+    return x / sqrt((x * x).mean() + eps)
+
+
+def layer_norm(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": normalised(t["x"] - t["x"].mean(), c["eps"]) * t["w"] + t["b"]}
+
+
+def rms_norm(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": normalised(t["x"], c["eps"]) * t["w"]}
+
+
+def gelu_of(x: Tracked) -> Tracked:
+    return x * ((erf(x * math.sqrt(0.5)) + 1) * 0.5)
+
+
+def gelu_tanh_of(x: Tracked) -> Tracked:
+    return x * ((tanh((x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)) + 1) * 0.5)
+
+
+def silu_of(x: Tracked) -> Tracked:
+    return x * ((tanh(x * 0.5) + 1) * 0.5)
+
+
+def gelu(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": gelu_of(t["x"])}
+
+
+def gelu_tanh(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": gelu_tanh_of(t["x"])}
+
+
+def silu(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": silu_of(t["x"])}
+
+
+def gated_mlp(t: Inputs, c: Scalars) -> Outputs:
+    gate, up = t["x"] @ t["W_gate"].mT, t["x"] @ t["W_up"].mT
+    return {"y": (silu_of(gate) * up) @ t["W_down"].mT}
+
+
+def weights_of(scores: Tracked, visible: Array) -> Tracked:
+    """T8: softmax over the last axis, of what is visible; zeros where nothing is."""
+    seen = np.broadcast_to(visible, scores.shape)
+    largest = np.where(seen, scores.value, -np.inf).max(axis=-1, keepdims=True)
+    largest = np.where(np.isfinite(largest), largest, 0.0)
+    at_most = Tracked(largest, np.where(seen, scores.error, 0.0).max(axis=-1, keepdims=True))
+    e = exp(Tracked(np.minimum(scores.value - largest, 0), scores.error + at_most.error,
+                    [(scores, lambda g: g)], rounding=U)) * (seen * 1.0)  # fmt: skip
+    total = e.sum(-1, keepdims=True)
+    return e / (total + (total.value == 0) * 1.0)
+
+
+def softmax(t: Inputs, c: Scalars) -> Outputs:
+    return {"p": weights_of(t["x"], t["mask"])}
+
+
+def attended(q: Tracked, k: Tracked, v: Tracked, causal: bool, mask: Array | None) -> Tracked:
+    """T9, T10: q (N,H,T,K), k and v (N,G,S,K), mask (N,S) -> (N,H,T,K)."""
+    (N, H, T, K), (G, S) = q.shape, k.shape[1:3]
+    visible = np.ones((N, 1, T, S), dtype=bool)
+    if causal:
+        visible &= np.arange(S) <= np.arange(S - T, S)[:, None]
+    if mask is not None:
+        visible &= mask[:, None, None, :]
+    shared = np.arange(H) // (H // G)  # the key/value head of each query head
+    p = weights_of((q @ k[:, shared].mT) * (1 / math.sqrt(K)), visible)
+    return p @ v[:, shared]
+
+
+def attention(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": attended(t["q"], t["k"], t["v"], c["causal"], t.get("mask"))}
+
+
+def turned(x: Tracked, positions: Array, theta: float) -> Tracked:
+    """T11: x (N,H,T,K), positions (T,) or (N,T): the pair (x_i, x_{i + K/2}) by position / theta^(2i/K)."""
+    K = x.shape[-1]
+    i = np.arange(K) % (K // 2)
+    rate = theta ** (-2.0 * i / K)
+    angle = Tracked(positions[..., None]) * Tracked(rate, local=FUNCTION * rate, noise=x.noise)
+    if positions.ndim == 2:
+        angle = angle[:, None]
+    first = np.arange(K) < K // 2
+    other = x[..., (np.arange(K) + K // 2) % K] * np.where(first, -1.0, 1.0)
+    return x * cos(angle) + other * sin(angle)
+
+
+def rotary(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": turned(t["x"], t["positions"], c["theta"])}
+
+
+def dropout(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": dropped(t["x"], t, c)}
+
+
+def row_losses(logits: Tracked, targets: Array) -> Tracked:
+    """T15: -log softmax(logits)[target], a row at a time. logits (M,V), targets (M,) -> (M,)."""
+    z = logits - logits.value.max(axis=-1, keepdims=True)
+    return log(exp(z).sum(-1)) - z[np.arange(len(targets)), targets]
+
+
+def mean_loss(logits: Tracked, targets: Array) -> Tracked:
+    """T15: over the targets that count. logits (..., V), targets (...)."""
+    targets = targets.reshape(-1)
+    counted = np.flatnonzero(targets != IGNORED)
+    return row_losses(logits.reshape(-1, logits.shape[-1])[counted], targets[counted]).sum() / len(counted)
+
+
+def cross_entropy(t: Inputs, c: Scalars) -> Outputs:
+    return {"loss": mean_loss(t["logits"], t["targets"])}
+
+
+# --- Whole models (T13, T14, and LoRA in them) -----------------------------------------------------------------------
+
+
+def projected(t: Inputs, c: Scalars, name: str, x: Tracked) -> Tracked:
+    """T2, L2: the matrix `name` with its update, or its part of a fused one."""
+    W = t["embed.tokens"] if name == "head" and "head.weight" not in t else t[f"{name}.weight"]
+    y = affine(x, W, t.get(f"{name}.bias"))
+    if f"{name}.A" in t:
+        return y + ((x @ t[f"{name}.A"].mT) @ t[f"{name}.B"].mT) * scale(c)
+    stem, part = name.rpartition(".")[0], name.rpartition(".")[2]
+    if f"{stem}.qkv.A" in t and part in ("q", "k", "v"):
+        D = c["d_model"]
+        at = "qkv".index(part) * D
+        return y + ((x @ t[f"{stem}.qkv.A"].mT) @ t[f"{stem}.qkv.B"][at : at + D].mT) * scale(c)
+    return y
+
+
+def norm_of(t: Inputs, c: Scalars, name: str, x: Tracked) -> Tracked:
+    """T3 or T4."""
+    inputs = {"x": x, "w": t[f"{name}.weight"], "b": t.get(f"{name}.bias")}
+    return (rms_norm if c["norm"] == "rms" else layer_norm)(inputs, c)["y"]
+
+
+def self_attention(t: Inputs, c: Scalars, i: int, x: Tracked, positions: Array) -> Tracked:
+    """T9 to T11, with their four projections. x (N,T,D) -> (N,T,D)."""
+    N, T, D = x.shape
+    name, K = f"layers.{i}.attn", D // c["n_head"]
+    q, k, v = (
+        projected(t, c, f"{name}.{part}", x).reshape(N, T, heads, K).swapaxes(1, 2)
+        for part, heads in (("q", c["n_head"]), ("k", c["n_kv_head"]), ("v", c["n_kv_head"]))
+    )
+    if c["positions"] == "rotary":
+        q, k = turned(q, positions, c["rope_theta"]), turned(k, positions, c["rope_theta"])
+    y = attended(q, k, v, c["causal"], t.get("mask")).swapaxes(1, 2).reshape(N, T, D)
+    return projected(t, c, f"{name}.o", y)
+
+
+def feed_forward(t: Inputs, c: Scalars, i: int, x: Tracked) -> Tracked:
+    """T5 to T7. x (N,T,D) -> (N,T,D)."""
+    name = f"layers.{i}.mlp"
+    up = projected(t, c, f"{name}.up", x)
+    if c["activation"] == "silu_gated":
+        h = silu_of(projected(t, c, f"{name}.gate", x)) * up
+    else:
+        h = gelu_of(up) if c["activation"] == "gelu" else gelu_tanh_of(up)
+    return projected(t, c, f"{name}.down", h)
+
+
+def block(t: Inputs, c: Scalars, i: int, x: Tracked, positions: Array) -> Tracked:
+    """T13: x + f(norm(x)), or norm(x + f(x)), for attention and then the feed-forward half."""
+    name = f"layers.{i}"
+    if c["norm_first"]:
+        x = x + self_attention(t, c, i, norm_of(t, c, f"{name}.norm1", x), positions)
+        return x + feed_forward(t, c, i, norm_of(t, c, f"{name}.norm2", x))
+    x = norm_of(t, c, f"{name}.norm1", x + self_attention(t, c, i, x, positions))
+    return norm_of(t, c, f"{name}.norm2", x + feed_forward(t, c, i, x))
+
+
+def logits_of(t: Inputs, c: Scalars) -> Tracked:
+    """T14: (N,T,V), (N,T,labels), or (N,labels) from the one token that a classifier reads."""
+    tokens, mask = t["tokens"], t.get("mask")
+    N, T = tokens.shape
+    positions = np.arange(T) if mask is None else np.maximum(mask.cumsum(axis=1) - 1, 0)
+    x = t["embed.tokens"][tokens]
+    if c["positions"] == "learned":
+        x = x + t["embed.positions"][positions + c["position_offset"]]
+    if "token_types" in t:
+        x = x + t["embed.types"][t["token_types"]]
+    if not c["norm_first"]:
+        x = norm_of(t, c, "embed.norm", x)
+    for i in range(c["n_layer"]):
+        x = block(t, c, i, x, positions)
+    if c["norm_first"]:
+        x = norm_of(t, c, "norm", x)
+    if c["head"] == "classify":
+        seen = np.ones((N, T), dtype=bool) if mask is None else mask
+        read = T - 1 - seen[:, ::-1].argmax(axis=1) if c["causal"] else seen.argmax(axis=1)
+        x = x[np.arange(N), read]
+        if not c["causal"]:
+            x = tanh(projected(t, c, "pooler", x))
+    return projected(t, c, "head", x)
+
+
+def model(t: Inputs, c: Scalars) -> Outputs:
+    logits = logits_of(t, c)
+    outputs = {"loss": mean_loss(logits, t["targets"])}
+    return outputs if "mask" in t and c["head"] != "classify" else {"logits": logits, **outputs}
+
+
+def generate(t: Inputs, c: Scalars) -> Outputs:
+    tokens = t["tokens"]
+    for _ in range(c["n"]):
+        logits = logits_of({**t, "tokens": tokens}, c)
+        tokens = np.concatenate([tokens, logits.value[:, -1].argmax(axis=-1)[:, None]], axis=1)
+    return {"tokens": Tracked(tokens)}
+
+
+def sample(t: Inputs, c: Scalars) -> Outputs:
+    """T16: the likeliest first; what top_k and top_p leave, in proportion; the first whose running sum passes u."""
+    chosen = []
+    for logits, u in zip(t["logits"].value, t["u"].value, strict=True):
+        order = np.argsort(-logits, kind="stable")
+        p = np.exp((logits[order] - logits.max()) / c["temperature"])
+        if c["top_k"] is not None:
+            p[c["top_k"] :] = 0
+        p /= p.sum()
+        if c["top_p"] is not None:
+            p = np.where(np.cumsum(p) - p < c["top_p"], p, 0)
+            p /= p.sum()
+        chosen.append(order[np.searchsorted(np.cumsum(p), u)])
+    return {"tokens": Tracked(chosen)}
+
+
+# --- O1 to O4 -----------------------------------------------------------------------------------------------------
+
+
+def adamw(t: Inputs, c: Scalars) -> Outputs:
+    p, g, lr, step = t["p"], t["g"], c["lr"], c["step"]
+    m = t["m"] * c["beta1"] + g * (1 - c["beta1"])
+    v = t["v"] * c["beta2"] + g * g * (1 - c["beta2"])
+    m_hat, v_hat = m / (1 - c["beta1"] ** step), v / (1 - c["beta2"] ** step)
+    return {"p": p * (1 - lr * c["weight_decay"]) - m_hat / (sqrt(v_hat) + c["eps"]) * lr, "m": m, "v": v}
+
+
+def warmup_cosine(t: Inputs, c: Scalars) -> Outputs:
+    steps, warmup, total = t["steps"], c["warmup"], c["total"]
+    up = Tracked(steps + 1.0) / max(warmup, 1)
+    done = Tracked(np.minimum(steps - warmup, total - warmup) * 1.0) / max(total - warmup, 1)
+    down = (cos(done * math.pi) + 1) * 0.5
+    first = (steps < warmup) * 1.0
+    return {"factor": up * first + down * (1 - first)}
+
+
+def clip(t: Inputs, c: Scalars) -> Outputs:
+    names = sorted(name for name in t if name.startswith("g"))
+    squares = [(t[name] * t[name]).sum() for name in names]
+    total = squares[0]
+    for square in squares[1:]:
+        total = total + square
+    norm = sqrt(total)
+    factor = tracked(c["max_norm"]) / norm if norm.value > c["max_norm"] else tracked(1.0)
+    return {"norm": norm, **{f"clipped_{name}": t[name] * factor for name in names}}

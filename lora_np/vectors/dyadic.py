@@ -1,0 +1,28 @@
+"""The inputs of the vectors: small dyadic numbers k / 2^10, from a name, with integer arithmetic alone.
+
+The bytes are SHAKE-256 of the name, taken two at a time, the low byte first; each pair, modulo the number of values
+allowed, gives one k. So they are the same bits on every machine, exact in float32, and a tensor's numbers depend on
+its own name only: a case that is added changes no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+from ..backend import Array
+
+UNIT = 2.0**-10
+
+
+def integers(name: str, shape: tuple[int, ...], low: int, high: int) -> Array:
+    """Integers in low..high, both included, of the given shape. -> int64."""
+    pairs = np.frombuffer(hashlib.shake_256(name.encode()).digest(2 * math.prod(shape)), dtype="<u2")
+    return low + pairs.astype(np.int64).reshape(shape) % (high - low + 1)
+
+
+def numbers(name: str, shape: tuple[int, ...], low: float = -1.0, high: float = 1.0, *, unit: float = UNIT) -> Array:
+    """Multiples of `unit` in low..high. -> float64."""
+    return integers(name, shape, round(low / unit), round(high / unit)) * unit

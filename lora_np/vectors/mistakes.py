@@ -1,0 +1,386 @@
+"""Known mistakes, as wrong definitions: what each would give for a case, so that a result that is wrong can be named.
+
+A mistake takes an operation's definition and gives the wrong one; a WrongCase says that it cannot show in this case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from ..backend import Array
+from .answers import error_ratio, errors
+from .cases import Case
+from .definitions import (
+    IGNORED,
+    Definition,
+    Inputs,
+    Outputs,
+    Scalars,
+    affine,
+    attended,
+    dropped,
+    gelu_of,
+    gelu_tanh_of,
+    normalised,
+    row_losses,
+    scale,
+)
+from .operations import OPERATIONS
+from .tracked import Tracked, cos, sin, sqrt, tanh, tracked
+
+
+class WrongCase(Exception):
+    """The mistake makes no difference here."""
+
+
+class Mistake(NamedTuple):
+    """text: what it is. operations: where it can be made. wrong: from the definition, what it gives instead."""
+
+    text: str
+    operations: tuple[str, ...]
+    wrong: Callable[[Definition], Definition]
+
+    def explains(self, case: Case, got: Mapping[str, Array]) -> bool:
+        """Whether all that was got for a case is what this mistake gives, within its bounds."""
+        if case.operation not in self.operations:
+            return False
+        try:
+            wrong = errors(case, self.wrong(OPERATIONS[case.operation].definition))
+        except WrongCase:
+            return False
+        return all(a.shape == wrong[n][0].shape and error_ratio(a, *wrong[n]) <= 1 for n, a in got.items())
+
+
+def _altered(f: Callable[[Inputs, Scalars], tuple[Inputs, Scalars]]) -> Callable[[Definition], Definition]:
+    """The definition on other inputs or scalars than the case's own."""
+    return lambda definition: lambda t, c: definition(*f(t, c))
+
+
+def _instead(f: Definition) -> Callable[[Definition], Definition]:
+    """Another formula in the place of the definition."""
+    return lambda definition: f
+
+
+def _scaled(f: Callable[[Scalars], float]) -> Callable[[Definition], Definition]:
+    """Another scale s, in every place where there is one."""
+
+    def alter(c: Scalars) -> Scalars:
+        if "adapters" in c:
+            return {**c, "adapters": [alter(one) for one in c["adapters"]]}
+        _need("r" in c)
+        return {**c, "alpha": f(c) * c["r"], "rslora": False}
+
+    return _altered(lambda t, c: (t, alter(c)))
+
+
+def _need(fits: bool) -> None:
+    """A WrongCase unless the mistake can show."""
+    if not fits:
+        raise WrongCase
+
+
+def _graded(x: Tracked, f: Callable[[Tracked], Tracked]) -> Tracked:
+    """The same numbers, whose gradient goes back through f."""
+    return Tracked(x.value, x.error, [(x, f)])
+
+
+def _unscaled(*names: str) -> Callable[[Definition], Definition]:
+    """The gradients of these lack the scale."""
+
+    def wrong(t: Inputs, c: Scalars) -> Outputs:
+        h = OPERATIONS["lora_linear"].definition({**t, **{name: t[name].detached() for name in names}}, c)["h"]
+        for name in names:
+            alone = {n: x if n in (name, "keep") else x.detached() for n, x in t.items()}
+            low = (dropped(alone["x"], alone, c) @ alone["A"].mT) @ alone["B"].mT
+            h = h + Tracked(np.zeros(h.shape), parents=[(low, lambda g: g)])  # adds nothing but its gradient
+        return {"h": h}
+
+    return _instead(wrong)
+
+
+def _without(name: str) -> Callable[[Definition], Definition]:
+    """An input is left out."""
+
+    def alter(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+        _need(name in t)
+        return {n: v for n, v in t.items() if n != name}, c
+
+    return _altered(alter)
+
+
+# --- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def _swapped(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+    _need(t["A"].shape[1] == t["B"].shape[0])
+    return {**t, "A": t["B"].mT, "B": t["A"].mT}, c
+
+
+def _transposed(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+    _need(t["W0"].shape[0] == t["W0"].shape[1])
+    return {**t, "W0": t["W0"].mT}, c
+
+
+def _mask_unscaled(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+    _need("keep" in t)
+    return t, {**c, "p": 0.0}
+
+
+def _bias_twice(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+    _need("b" in t)
+    return {**t, "b": t["b"] * 2}, c
+
+
+def _bias_merged(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+    _need("b" in t)
+    return {**t, "W0": t["W0"] + t["b"].reshape(-1, 1)}, c
+
+
+def _mean_over_rows(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+    rows = math.prod(t["x"].shape[:-1])
+    return {**t, **{n: _graded(t[n], lambda g: g / rows) for n in ("A", "B")}}, c
+
+
+def _first_for_all(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+    return {**t, "rows": np.full_like(t["rows"], t["rows"][0])}, c
+
+
+def _weights(f: Callable[[float], float]) -> Callable[[Definition], Definition]:
+    """Other weights of the adapters that are combined."""
+    return _altered(lambda t, c: (t, {**c, "adapters": [{**one, "w": f(one["w"])} for one in c["adapters"]]}))
+
+
+def _dropout_on_base(t: Inputs, c: Scalars) -> Outputs:
+    _need("keep" in t)
+    x = dropped(t["x"], t, c)
+    return {"h": affine(x, t["W0"], t.get("b")) + ((x @ t["A"].mT) @ t["B"].mT) * scale(c)}
+
+
+def _dropout_unmasked_backward(t: Inputs, c: Scalars) -> Outputs:
+    _need("keep" in t)
+    m_x = dropped(t["x"], t, c)
+    low = (Tracked(m_x.value, m_x.error, [(t["x"], lambda g: g)]) @ t["A"].mT) @ t["B"].mT
+    return {"h": affine(t["x"], t["W0"], t.get("b")) + low * scale(c)}
+
+
+def _base_gradient_alone(t: Inputs, c: Scalars) -> Outputs:
+    low = (dropped(t["x"].detached(), t, c) @ t["A"].mT) @ t["B"].mT
+    return {"h": affine(t["x"], t["W0"], t.get("b")) + low * scale(c)}
+
+
+def _subtracted(t: Inputs, c: Scalars) -> Outputs:
+    """(W0 + dW) - dW, which is W0 but for its roundings."""
+    W0 = t["W0"]
+    for _ in range(c["times"]):
+        dW = (t["B"] @ t["A"]) * scale(c)
+        W0 = (W0 + dW) - dW
+    return {"W0": W0}
+
+
+# --- The transformer ------------------------------------------------------------------------------------------------
+
+
+def _sample_variance(t: Inputs, c: Scalars) -> Outputs:
+    x, D = t["x"] - t["x"].mean(), t["x"].shape[-1]
+    return {"y": x / sqrt((x * x).sum(-1, keepdims=True) / (D - 1) + c["eps"]) * t["w"] + t["b"]}
+
+
+def _eps_outside(t: Inputs, c: Scalars) -> Outputs:
+    x = t["x"] - t["x"].mean() if "b" in t else t["x"]
+    square = (x * x).mean()
+    _need(bool((square.value > 0).all()))  # a root has no gradient at zero
+    y = x / (sqrt(square) + c["eps"]) * t["w"]
+    return {"y": y + t["b"] if "b" in t else y}
+
+
+def _rms_centred(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": normalised(t["x"] - t["x"].mean(), c["eps"]) * t["w"]}
+
+
+def _not_centred(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": normalised(t["x"], c["eps"]) * t["w"] + t["b"]}
+
+
+def _quick_gelu(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": t["x"] * ((tanh(t["x"] * (1.702 / 2)) + 1) * 0.5)}
+
+
+def _attention_of(
+    width: Callable[[int], float] | None = None, *, causal: bool | None = None, mask: bool = True,
+    heads: bool = True,
+) -> Callable[[Definition], Definition]:  # fmt: skip
+    """Attention with another width under the root, or without what makes places unseen, or with other shared heads."""
+
+    def wrong(t: Inputs, c: Scalars) -> Outputs:
+        q, k, v, K = t["q"], t["k"], t["v"], t["q"].shape[-1]
+        if width is not None:
+            q = q * (width(K) * math.sqrt(K))
+        _need(causal is None or causal != c["causal"])
+        _need(mask or "mask" in t)
+        H, G = q.shape[1], k.shape[1]
+        if not heads:
+            _need(1 < G < H)
+            shared = np.arange(H) % G
+            k, v = k[:, shared], v[:, shared]
+        causal_ = c["causal"] if causal is None else causal
+        return {"y": attended(q, k, v, causal_, t.get("mask") if mask else None)}
+
+    return _instead(wrong)
+
+
+def _rotary_interleaved(t: Inputs, c: Scalars) -> Outputs:
+    """The pairs (x_2i, x_2i+1)."""
+    x, positions, K = t["x"], t["positions"], t["x"].shape[-1]
+    rate = c["theta"] ** (-2.0 * (np.arange(K) // 2) / K)
+    angle = Tracked(positions[..., None] * rate)
+    if positions.ndim == 2:
+        angle = angle[:, None]
+    other = x[..., np.arange(K) ^ 1] * np.where(np.arange(K) % 2 == 0, -1.0, 1.0)
+    return {"y": x * cos(angle) + other * sin(angle)}
+
+
+def _loss_with(divisor: Callable[[int, int], float]) -> Callable[[Definition], Definition]:
+    """The sum of the losses over another number than that of the targets that count."""
+
+    def wrong(t: Inputs, c: Scalars) -> Outputs:
+        counted = np.flatnonzero(t["targets"] != IGNORED)
+        total = row_losses(t["logits"][counted], t["targets"][counted]).sum()
+        return {"loss": total / divisor(len(counted), len(t["targets"]))}
+
+    return _instead(wrong)
+
+
+def _mean_of_means(t: Inputs, c: Scalars) -> Outputs:
+    _need("shards" in c)
+    parts, M = [], len(t["targets"])
+    edges = [M * i // c["shards"] for i in range(c["shards"] + 1)]
+    for start, end in pairwise(edges):
+        counted = start + np.flatnonzero(t["targets"][start:end] != IGNORED)
+        if len(counted):
+            parts.append(row_losses(t["logits"][counted], t["targets"][counted]).sum() / len(counted))
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return {"loss": total / c["shards"]}
+
+
+# --- The optimizer --------------------------------------------------------------------------------------------------
+
+
+def _adamw(
+    *, coupled: bool = False, corrected: bool = True, inside: bool = False, by_rate: bool = True
+) -> Callable[[Definition], Definition]:
+    """AdamW with one thing another way."""
+
+    def wrong(t: Inputs, c: Scalars) -> Outputs:
+        p, lr, decay = t["p"], c["lr"], c["weight_decay"]
+        g = t["g"] + p * decay if coupled else t["g"]
+        m = t["m"] * c["beta1"] + g * (1 - c["beta1"])
+        v = t["v"] * c["beta2"] + g * g * (1 - c["beta2"])
+        up = m / (1 - c["beta1"] ** c["step"]) if corrected else m
+        down = v / (1 - c["beta2"] ** c["step"]) if corrected else v
+        under = sqrt(down + c["eps"]) if inside else sqrt(down) + c["eps"]
+        kept = p if coupled else p * (1 - (lr if by_rate else 1.0) * decay)
+        return {"p": kept - up / under * lr, "m": m, "v": v}
+
+    return _instead(wrong)
+
+
+def _each_alone(t: Inputs, c: Scalars) -> Outputs:
+    outputs = OPERATIONS["clip"].definition(t, c)
+    for name, g in t.items():
+        norm = sqrt((g * g).sum())
+        above = norm.value > c["max_norm"]
+        outputs[f"clipped_{name}"] = g * (tracked(c["max_norm"]) / norm) if above else g
+    return outputs
+
+
+def _more_than_norm(t: Inputs, c: Scalars) -> Outputs:
+    """PyTorch's clip_grad_norm_."""
+    right = OPERATIONS["clip"].definition(t, c)
+    by = tracked(c["max_norm"]) / (right["norm"] + 1e-6)
+    return {**right, **{f"clipped_{name}": g * by for name, g in t.items()}} if by.value < 1 else right
+
+
+def _from_zero(t: Inputs, c: Scalars) -> Outputs:
+    _need(c["warmup"] > 0)
+    right = OPERATIONS["warmup_cosine"].definition(t, c)["factor"]
+    warming = t["steps"] < c["warmup"]
+    return {"factor": Tracked(t["steps"] / c["warmup"]) * (warming * 1.0) + right * (~warming * 1.0)}
+
+
+_SCALED = ("lora_update", "lora_linear", "lora_embedding", "merge", "per_row", "combine", "model")
+_PAIRS = ("lora_update", "lora_linear", "merge")
+_NORMS = ("layer_norm", "rms_norm")
+_BIASED = ("lora_linear", "lora_start", "merge", "per_row", "linear")
+
+MISTAKES = (
+    Mistake("the scale s is left out", _SCALED, _scaled(lambda c: 1.0)),
+    Mistake("the scale s is applied twice", _SCALED, _scaled(lambda c: scale(c) ** 2)),
+    Mistake("s = alpha, not divided by r", _SCALED, _scaled(lambda c: c["alpha"])),
+    Mistake("s = alpha / r in a rank-stabilised case, which asks for alpha / sqrt(r)", _SCALED,
+            _scaled(lambda c: c["alpha"] / c["r"])),
+    Mistake("s = alpha / sqrt(r) in a case that is not rank-stabilised", _SCALED,
+            _scaled(lambda c: c["alpha"] / math.sqrt(c["r"]))),
+    Mistake("the update is subtracted", _SCALED, _scaled(lambda c: -scale(c))),
+    Mistake("the update is added twice", _SCALED, _scaled(lambda c: 2 * scale(c))),
+    Mistake("the update is not added", tuple(name for name in _SCALED if name != "combine"), _scaled(lambda c: 0.0)),
+    Mistake("A and B are swapped: the update is transposed", _PAIRS,
+            _altered(_swapped)),
+    Mistake("W0 is transposed, as fan_in_fan_out stores it", ("lora_linear", "merge"),
+            _altered(_transposed)),
+    Mistake("the dropout mask is not divided by 1 - p", ("lora_linear", "dropout"), _altered(_mask_unscaled)),
+    Mistake("dropout is left out", ("lora_linear",), _without("keep")),
+    Mistake("dropout acts on the base's branch too", ("lora_linear",), _instead(_dropout_on_base)),
+    Mistake("dx does not go back through the dropout mask", ("lora_linear",), _instead(_dropout_unmasked_backward)),
+    Mistake("dx lacks the low-rank branch", ("lora_linear",), _instead(_base_gradient_alone)),
+    Mistake("dA lacks the scale s", ("lora_linear",), _unscaled("A")),
+    Mistake("dB lacks the scale s", ("lora_linear",), _unscaled("B")),
+    Mistake("dA and dB lack the scale s", ("lora_linear",), _unscaled("A", "B")),
+    Mistake("dA and dB are means over the rows, not sums", ("lora_linear", "lora_start"), _altered(_mean_over_rows)),
+    Mistake("the bias is left out", _BIASED, _without("b")),
+    Mistake("the bias is added twice", _BIASED, _altered(_bias_twice)),
+    Mistake("the bias is merged into the weight", ("merge",), _altered(_bias_merged)),
+    Mistake("the update is subtracted from the merged weight; W0 was not kept", ("unmerge",), _instead(_subtracted)),
+    Mistake("the first row's adapter is taken for all rows", ("per_row",), _altered(_first_for_all)),
+    Mistake("the weights w are left out", ("combine",), _weights(lambda w: 1.0)),
+    Mistake("the weight w is in both factors", ("combine",), _weights(lambda w: w * w)),
+    Mistake("the variance is over D - 1", ("layer_norm",), _instead(_sample_variance)),
+    Mistake("eps is added outside the root", _NORMS, _instead(_eps_outside)),
+    Mistake("the mean is subtracted in an RMS norm", ("rms_norm",), _instead(_rms_centred)),
+    Mistake("the mean is not subtracted in a layer norm", ("layer_norm",), _instead(_not_centred)),
+    Mistake("the tanh form in the place of erf", ("gelu",), _instead(lambda t, c: {"y": gelu_tanh_of(t["x"])})),
+    Mistake("erf in the place of the tanh form", ("gelu_tanh",), _instead(lambda t, c: {"y": gelu_of(t["x"])})),
+    Mistake("x sigmoid(1.702 x) in the place of GELU", ("gelu", "gelu_tanh"), _instead(_quick_gelu)),
+    Mistake("scores are not divided by sqrt(K)", ("attention",), _attention_of(lambda K: 1.0)),
+    Mistake("scores are divided by K, not sqrt(K)", ("attention",), _attention_of(lambda K: 1 / K)),
+    Mistake("causal attention sees what comes after", ("attention",), _attention_of(causal=False)),
+    Mistake("the padding mask is left out", ("attention",), _attention_of(mask=False)),
+    Mistake("query head h has key/value head h mod G", ("attention",), _attention_of(heads=False)),
+    Mistake("the pairs (x_2i, x_2i+1) are turned", ("rotary",), _instead(_rotary_interleaved)),
+    Mistake("positions are turned the other way", ("rotary",),
+            _altered(lambda t, c: ({**t, "positions": -t["positions"]}, c))),
+    Mistake("the loss is a sum, not a mean", ("cross_entropy",), _loss_with(lambda counted, rows: 1)),
+    Mistake("the mean is over all rows, those left out too", ("cross_entropy",),
+            _loss_with(lambda counted, rows: rows)),
+    Mistake("each shard's mean is taken, and the mean of these", ("cross_entropy",), _instead(_mean_of_means)),
+    Mistake("weight decay goes into the gradient, as in Adam", ("adamw",), _adamw(coupled=True)),
+    Mistake("bias correction is left out", ("adamw",), _adamw(corrected=False)),
+    Mistake("eps is added inside the root", ("adamw",), _adamw(inside=True)),
+    Mistake("weight decay is not multiplied by the learning rate", ("adamw",), _adamw(by_rate=False)),
+    Mistake("each gradient is clipped by its own norm", ("clip",), _instead(_each_alone)),
+    Mistake("1e-6 is added to the norm that divides", ("clip",), _instead(_more_than_norm)),
+    Mistake("warm-up starts at zero", ("warmup_cosine",), _instead(_from_zero)),
+)  # fmt: skip
+
+
+def explained(failing: list[tuple[Case, Mapping[str, Array]]]) -> tuple[str, int] | None:
+    """The mistake that explains the most of some failing cases with what was got for them, and how many; None: none."""
+    counts = [sum(mistake.explains(case, got) for case, got in failing) for mistake in MISTAKES]
+    most = max(counts, default=0)
+    return (MISTAKES[counts.index(most)].text, most) if most else None

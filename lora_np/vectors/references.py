@@ -1,0 +1,263 @@
+"""What the package itself gives: each operation's own forward and backward.
+
+Every function takes a case's inputs by name, on the device, its floats of one dtype, and its scalars; and gives its
+outputs by name, and gradients by the names of inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from .. import lora, ops, optim
+from ..adapter import combine as combined
+from ..adapter import count_parameters
+from ..adapter import merge as merged
+from ..adapter import unmerge as unmerged
+from ..backend import Array, asnumpy, xp
+from ..batch import IGNORED
+from ..decode import choose
+from ..decode import generate as generated
+from ..lora import Adapter, LoRAConfig, Update
+from ..model import PRESETS, Config, Model, init_weights
+from ..parallel import sharded_loss_and_grads
+from ..transformer import forward, loss_and_grads
+from .definitions import rounded, scale
+
+Arrays: TypeAlias = Mapping[str, Array]
+Scalars: TypeAlias = Mapping[str, Any]
+Answers: TypeAlias = tuple[Mapping[str, Any], Mapping[str, Any]]
+Reference: TypeAlias = Callable[[Arrays, Scalars], Answers]
+
+
+def _mask(t: Arrays, c: Scalars, dtype: Any) -> Array | None:
+    return t["keep"].astype(dtype) * (1 / (1 - c["p"])) if "keep" in t else None
+
+
+def _update(t: Arrays, c: Scalars) -> Update:
+    return Update(t["A"], t["B"], scale(c))
+
+
+def lora_update(t: Arrays, c: Scalars) -> Answers:
+    zero = xp.zeros((t["B"].shape[0], t["A"].shape[1]), dtype=t["A"].dtype)
+    return {"s": scale(c), "dW": lora.merge_matrix(zero, _update(t, c))}, {}
+
+
+def lora_linear(t: Arrays, c: Scalars) -> Answers:
+    mask = _mask(t, c, t["x"].dtype)
+    h, saved = lora.lora_linear(t["x"], t["W0"], t.get("b"), t["A"], t["B"], scale(c), dropout_mask=mask)
+    if "dh" not in t:
+        return {"h": h}, {}
+    dx, dA, dB = lora.lora_linear_backward(t["dh"], saved)
+    return {"h": h}, {"x": dx, "A": dA, "B": dB}
+
+
+def lora_embedding(t: Arrays, c: Scalars) -> Answers:
+    h, saved = lora.lora_embedding(t["tokens"], t["E"], t["A"], t["B"], scale(c))
+    return {"h": h}, dict(zip("AB", lora.lora_embedding_backward(t["dh"], saved), strict=True))
+
+
+def lora_start(t: Arrays, c: Scalars) -> Answers:
+    outputs, grads = lora_linear(t, c)
+    return {**outputs, "difference": outputs["h"] - ops.linear(t["x"], t["W0"], t.get("b"))}, grads
+
+
+def merge(t: Arrays, c: Scalars) -> Answers:
+    dtype, wide = c["dtype"], t["W0"].dtype
+    if dtype == "bfloat16":  # NumPy has none: summed in float64, rounded once
+        total = lora.merge_matrix(t["W0"].astype(xp.float64), _update(t, c))
+        W = xp.asarray(rounded(asnumpy(total), dtype).astype(wide))
+    else:
+        W = lora.merge_matrix(t["W0"].astype(dtype), _update(t, c)).astype(wide)
+    return {"W": W, "h": ops.linear(t["x"], W, t.get("b"))}, {}
+
+
+def _head_adapter(A: Array, B: Array, c: Scalars) -> Adapter:
+    """A pair as an adapter of a head: the way to what the package does with whole adapters."""
+    config = LoRAConfig(r=c["r"], alpha=c["alpha"], rslora=c["rslora"], targets=("head",))
+    return Adapter(config, {"head.A": A, "head.B": B})
+
+
+def unmerge(t: Arrays, c: Scalars) -> Answers:
+    (n_out, n_in), dtype = t["W0"].shape, t["W0"].dtype
+    config = Config(1, 1, 1, 1, n_in, 1, head="tag", n_labels=n_out)
+    model = Model(config, {**init_weights(config, seed=0, dtype=str(dtype)), "head.weight": t["W0"]})
+    adapter = _head_adapter(t["A"], t["B"], c)
+    for _ in range(c["times"]):
+        model = merged(model, adapter)
+    for _ in range(c["times"]):
+        model = unmerged(model, adapter)
+    return {"W0": model.weights["head.weight"]}, {}
+
+
+def per_row(t: Arrays, c: Scalars) -> Answers:
+    updates = [Update(t[f"A{i}"], t[f"B{i}"], scale(one)) for i, one in enumerate(c["adapters"])]
+    stacked = lora.stack_updates([None if i < 0 else updates[i] for i in asnumpy(t["rows"]).tolist()])
+    return {"h": lora.lora_linear(t["x"], t["W0"], t.get("b"), *stacked[:3])[0]}, {}
+
+
+def count(t: Arrays, c: Scalars) -> Answers:
+    config = LoRAConfig(r=c["r"], targets=tuple(c["targets"]))
+    return {"parameters": np.asarray(count_parameters(PRESETS[c["preset"]], config))}, {}
+
+
+def combine(t: Arrays, c: Scalars) -> Answers:
+    adapters = [_head_adapter(t[f"A{i}"], t[f"B{i}"], one) for i, one in enumerate(c["adapters"])]
+    joined = combined(adapters, [one["w"] for one in c["adapters"]], rank=c["rank"])
+    return {"dW": (joined.params["head.B"] @ joined.params["head.A"]) * joined.config.scale("head")}, {}
+
+
+def embedding(t: Arrays, c: Scalars) -> Answers:
+    parts = [name for name in ("tokens", "positions", "types") if name in t]
+    x = ops.embedding(t["tokens"], t["tokens_table"])
+    for name in parts[1:]:
+        x = x + ops.embedding(t[name], t[f"{name}_table"])
+    index = {name: xp.broadcast_to(t[name], t["tokens"].shape) for name in parts}
+    grads = {f"{n}_table": ops.embedding_backward(t["dx"], index[n], len(t[f"{n}_table"])) for n in parts}
+    return {"x": x}, grads
+
+
+def linear(t: Arrays, c: Scalars) -> Answers:
+    grads = {"x": ops.linear_backward(t["dy"], t["W"]), "W": ops.linear_weight_backward(t["dy"], t["x"])}
+    return {"y": ops.linear(t["x"], t["W"], t.get("b"))}, {
+        **grads,
+        **({"b": ops.bias_backward(t["dy"])} if "b" in t else {}),
+    }
+
+
+def layer_norm(t: Arrays, c: Scalars) -> Answers:
+    y, saved = ops.layer_norm(t["x"], t["w"], t["b"], c["eps"])
+    dx, dw = ops.layer_norm_backward(t["dy"], saved), ops.norm_weight_backward(t["dy"], saved)
+    return {"y": y}, {"x": dx, "w": dw, "b": ops.bias_backward(t["dy"])}
+
+
+def rms_norm(t: Arrays, c: Scalars) -> Answers:
+    y, saved = ops.rms_norm(t["x"], t["w"], c["eps"])
+    return {"y": y}, {"x": ops.rms_norm_backward(t["dy"], saved), "w": ops.norm_weight_backward(t["dy"], saved)}
+
+
+def _elementwise(f: Callable[[Array], tuple[Array, Array]]) -> Reference:
+    def reference(t: Arrays, c: Scalars) -> Answers:
+        y, dydx = f(t["x"])
+        return {"y": y}, {"x": ops.activation_backward(t["dy"], dydx)}
+
+    return reference
+
+
+gelu, gelu_tanh, silu = _elementwise(ops.gelu), _elementwise(ops.gelu_tanh), _elementwise(ops.silu)
+
+
+def gated_mlp(t: Arrays, c: Scalars) -> Answers:
+    gate, up = ops.linear(t["x"], t["W_gate"]), ops.linear(t["x"], t["W_up"])
+    act, slope = ops.silu(gate)
+    dh = ops.linear_backward(t["dy"], t["W_down"])
+    d_gate, d_up = ops.activation_backward(dh * up, slope), dh * act
+    return {"y": ops.linear(act * up, t["W_down"])}, {
+        "x": ops.linear_backward(d_gate, t["W_gate"]) + ops.linear_backward(d_up, t["W_up"]),
+        "W_gate": ops.linear_weight_backward(d_gate, t["x"]),
+        "W_up": ops.linear_weight_backward(d_up, t["x"]),
+        "W_down": ops.linear_weight_backward(t["dy"], act * up),
+    }
+
+
+def softmax(t: Arrays, c: Scalars) -> Answers:
+    p, saved = ops.softmax(xp.where(t["mask"], t["x"], -xp.inf).astype(t["x"].dtype))
+    return {"p": p}, {"x": ops.softmax_backward(t["dp"], saved)}
+
+
+def attention(t: Arrays, c: Scalars) -> Answers:
+    y, saved = ops.attention(t["q"], t["k"], t["v"], causal=c["causal"], mask=t.get("mask"))
+    return {"y": y}, dict(zip("qkv", ops.attention_backward(t["dy"], saved), strict=True))
+
+
+def rotary(t: Arrays, c: Scalars) -> Answers:
+    positions = t["positions"] if t["positions"].ndim == 1 else t["positions"][:, None]
+    y, saved = ops.rotary(t["x"], *ops.rotary_angles(positions, t["x"].shape[-1], c["theta"], t["x"].dtype))
+    return {"y": y}, {"x": ops.rotary_backward(t["dy"], saved)}
+
+
+def dropout(t: Arrays, c: Scalars) -> Answers:
+    mask = _mask(t, c, t["x"].dtype)
+    assert mask is not None
+    y, saved = ops.dropout(t["x"], mask)
+    return {"y": y}, {"x": ops.dropout_backward(t["dy"], saved)}
+
+
+def cross_entropy(t: Arrays, c: Scalars) -> Answers:
+    counted = xp.asarray(np.flatnonzero(asnumpy(t["targets"]) != IGNORED))
+    losses, saved = ops.cross_entropy(ops.pick(t["logits"], counted), t["targets"][counted])
+    d_rows = ops.cross_entropy_backward(xp.full_like(losses, 1 / len(losses)), saved)
+    return {"loss": losses.sum() / len(losses)}, {"logits": ops.pick_backward(d_rows, counted, t["logits"].shape)}
+
+
+def _config(c: Scalars) -> Config:
+    return Config(**{field.name: c[field.name] for field in fields(Config) if field.name in c})
+
+
+def _model_and_adapter(t: Arrays, c: Scalars) -> tuple[Model, Adapter | None]:
+    config = _config(c)
+    base = Model(config, {name: t[name] for name in config.weight_shapes()})
+    if "r" not in c:
+        return base, None
+    lora_config = LoRAConfig(r=c["r"], alpha=c["alpha"], rslora=c["rslora"], targets=tuple(c["adapted"]))
+    trained = {name: t[name] for name in t if name.endswith((".A", ".B")) or name in c["trained_whole"]}
+    return base, Adapter(lora_config, trained)
+
+
+def model(t: Arrays, c: Scalars) -> Answers:
+    base, adapter = _model_and_adapter(t, c)
+    batch: dict[str, Any] = {"mask": t.get("mask"), "token_types": t.get("token_types")}
+    trainable: Any = "all" if adapter is None else "adapter"
+    if "shards" in c:
+        loss, grads = sharded_loss_and_grads(
+            base, adapter, t["tokens"], t["targets"], **batch, trainable=trainable, shards=c["shards"]
+        )
+    else:
+        loss, grads = loss_and_grads(base, adapter, t["tokens"], t["targets"], **batch, trainable=trainable)
+    outputs: dict[str, Any] = {"loss": loss}
+    if "mask" not in t or base.config.head == "classify":
+        outputs["logits"] = forward(base, t["tokens"], adapter, **batch)
+    return outputs, grads
+
+
+def generate(t: Arrays, c: Scalars) -> Answers:
+    base, adapter = _model_and_adapter(t, c)
+    return {"tokens": generated(base, t["tokens"], adapter, n=c["n"])}, {}
+
+
+class _Given:
+    """A source of random numbers that are given."""
+
+    def __init__(self, u: Array) -> None:
+        self.u = u
+
+    def random(self, shape: tuple[int, ...]) -> Array:
+        return self.u.reshape(shape)
+
+
+def sample(t: Arrays, c: Scalars) -> Answers:
+    source: Any = _Given(asnumpy(t["u"]))
+    how = {name: c[name] for name in ("temperature", "top_k", "top_p")}
+    return {"tokens": choose(asnumpy(t["logits"]), source, **how)}, {}
+
+
+def adamw(t: Arrays, c: Scalars) -> Answers:
+    state = optim.AdamWState(c["step"] - 1, {"p": t["m"]}, {"p": t["v"]})
+    params, state = optim.adamw(
+        {"p": t["p"]}, {"p": t["g"]}, state, lr=c["lr"], betas=(c["beta1"], c["beta2"]), eps=c["eps"],
+        weight_decay=c["weight_decay"],
+    )  # fmt: skip
+    return {"p": params["p"], "m": state.m["p"], "v": state.v["p"]}, {}
+
+
+def warmup_cosine(t: Arrays, c: Scalars) -> Answers:
+    steps = asnumpy(t["steps"]).tolist()
+    return {"factor": np.array([optim.warmup_cosine(n, warmup=c["warmup"], total=c["total"]) for n in steps])}, {}
+
+
+def clip(t: Arrays, c: Scalars) -> Answers:
+    clipped, norm = optim.clip(t, c["max_norm"])
+    return {"norm": norm, **{f"clipped_{name}": g for name, g in clipped.items()}}, {}

@@ -1,0 +1,123 @@
+"""Every case: the package and the definition agree, in float64 to its last bits, in float32 within the bounds."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from lora_np.vectors.answers import FLOAT64, answers, computed, defined, error_ratio
+from lora_np.vectors.cases import all_cases
+from lora_np.vectors.definitions import rounded
+from lora_np.vectors.operations import OPERATIONS
+from lora_np.vectors.tracked import U
+
+CASES = all_cases()
+IDS = sorted({case.id for case in CASES})
+of_id = pytest.mark.parametrize("id", IDS)
+EXACT = {"L6", "L8"}  # ids whose every answer must be met exactly
+
+
+def of(id):
+    return [case for case in CASES if case.id == id]
+
+
+@cache
+def wanted(id):
+    """The answers of each case of an id, made once."""
+    return [(case, answers(case)) for case in of(id)]
+
+
+def test_every_id_has_a_case():
+    """A1 and A2 measure adapters that were trained; they are no operations."""
+    assert {*(f"L{i}" for i in range(1, 10)), *(f"T{i}" for i in range(1, 17)), *(f"O{i}" for i in range(1, 5))} == {
+        *IDS
+    }
+
+
+def test_names_are_unique_within_an_id_and_fit_a_tensor_s_name():
+    names = [(case.id, case.name) for case in CASES]
+    assert len(set(names)) == len(names)
+    assert all("/" not in name for _, name in names)
+
+
+def test_every_operation_has_a_case():
+    assert {case.operation for case in CASES} == set(OPERATIONS)
+
+
+def test_every_input_is_exact_in_float32():
+    for case in CASES:
+        for name, a in case.inputs.items():
+            assert a.dtype.name in ("float64", "int64", "bool"), (case.id, case.name, name)
+            if a.dtype == np.float64:
+                assert (a * 1024 == np.rint(a * 1024)).all(), (case.id, case.name, name)
+                assert (a.astype(np.float32) == a).all()
+
+
+@of_id
+def test_the_package_gives_what_the_definition_gives(id):
+    """Two computations that share no code: hand-written backwards, and the chain rule on the plain formula."""
+    for case, expected in wanted(id):
+        by_definition = defined(case)
+        assert expected.keys() == by_definition.keys()
+        for name, (value, bound) in expected.items():
+            other = by_definition[name].value
+            assert other.shape == value.shape, (case.name, name)
+            assert error_ratio(other, value, bound) <= 1, (case.name, name)
+
+
+@of_id
+def test_the_package_in_float32_stays_within_the_bounds(id):
+    for case, expected in wanted(id):
+        got = computed(case, "float32")
+        for name, answer in expected.items():
+            assert error_ratio(got[name], *answer) <= (0 if id in EXACT else 1), (case.name, name)
+
+
+@of_id
+def test_no_bound_would_let_a_wrong_result_pass(id):
+    """Far below the size of what it bounds: an error of a percent of the largest element is seen."""
+    for case, expected in wanted(id):
+        for name, (value, bound) in expected.items():
+            largest = np.abs(value).max(initial=0)
+            noise = 1e-9 * max(np.abs(a).max(initial=0) for a in case.inputs.values())
+            assert (bound <= max(largest, noise) * 1e-2).all() or largest < 1e-12, (case.name, name)
+
+
+@pytest.mark.parametrize(
+    ("got", "ratio"),
+    [
+        (np.float32([1.0, 2.0]), 0.0),
+        (np.float32([1.5, 2.0]), 2.0),
+        (np.float64([1.5, 2.0]), 2.0 / FLOAT64),
+        (np.float32([1.0, 2.5]), np.inf),
+        (np.float32([np.nan, 2.0]), np.inf),
+        (np.float32([np.inf, 2.0]), np.inf),
+        (np.int64([1, 2]), 0.0),
+    ],
+)
+def test_the_error_as_a_multiple_of_the_bound(got, ratio):
+    assert error_ratio(got, np.array([1.0, 2.0]), np.float32([0.25, 0.0])) == ratio
+
+
+def test_an_infinite_result_fails_though_its_bound_is_large():
+    assert error_ratio(np.float32([np.inf]), np.array([1.0]), np.float32([3e38])) == np.inf
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("float16", "float16"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_rounding_to_a_dtype_is_that_of_others(dtype, name):
+    """NumPy's, and ml_dtypes' where no double rounding can show: in numbers that float32 has exactly."""
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy: pip install lora-np[models]").bfloat16
+    x = np.random.default_rng(0).standard_normal(1000).astype(np.float32).astype(np.float64)
+    x[:2] = 1 + 2.0**-8, 1 + 3 * 2.0**-8  # ties of bfloat16
+    np.testing.assert_array_equal(rounded(x, name), x.astype(dtype).astype(np.float64))
+
+
+def test_a_merge_that_rounds_once_is_exact_but_at_a_tie():
+    """The bound of a float16 element is 0, or one step where float32 cannot tell which way it rounds."""
+    for case, expected in wanted("L5"):
+        if case.scalars["dtype"] == "float16":
+            value, bound = expected["out/W"]
+            step = np.spacing(np.abs(value).astype(np.float16)).astype(np.float64)
+            assert ((bound == 0) | (np.abs(bound - step) <= step * 4 * U + 2.0**-126)).all()
+            assert (bound == 0).mean() > 0.9
