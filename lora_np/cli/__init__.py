@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backend import backend_name
-from . import convert, demonstrate, files, learn, spec, verify
+from . import conformance, convert, demonstrate, files, learn, spec, verify
 from .base import Run
 from .output import FAILURES, failure
 
@@ -30,6 +30,8 @@ examples:
   lora-np convert --adapter adapter --out adapter.npz  as loralib's .safetensors, .npz, or a folder of PEFT's
   lora-np gradcheck                                    every derivative, against complex steps
   lora-np spec --out spec                              the specification, as one page of HTML
+  lora-np vectors --out vectors                        cases for any implementation, in any language
+  lora-np conform results                              what it computed, beside them
 """
 
 
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="the result as JSON")
         return sub
 
-    for part in (demonstrate, learn, files, convert, verify, spec):
+    for part in (demonstrate, learn, files, convert, verify, spec, conformance):
         part.add_commands(command)
     return parser
 

@@ -1,0 +1,164 @@
+"""The vectors as files: the same bytes each time, read back as they were, and those that are committed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
+
+from lora_np.formats.files.atomic import write_tensors
+from lora_np.formats.files.safe import open_tensors
+from lora_np.vectors.answers import FLOAT64, error_ratio
+from lora_np.vectors.files import LAYOUT, MANIFEST, SCHEMA, VERSION, made, read_vectors, write_vectors
+
+COMMITTED = Path(__file__).parents[1] / "conformance" / "vectors" / VERSION
+
+
+# What the shapes of the weights say too.
+MODEL_FIELDS = {"vocab_size", "n_positions", "n_types", "n_labels", "tie_head", "bias"}
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return made()
+
+
+@pytest.fixture
+def folder(tmp_path, ours):
+    write_vectors(tmp_path / "vectors", ours)
+    return tmp_path / "vectors"
+
+
+def edit(path, change):
+    """Changes a file of JSON."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_writing_twice_gives_the_same_bytes(folder, tmp_path):
+    write_vectors(tmp_path / "again", made())
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    assert all((folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
+
+
+def test_what_was_written_is_read_back(folder, ours):
+    back = read_vectors(folder)
+    assert back.digest == ours.digest
+    for (case, wanted), (read, found) in zip(ours.cases, back.cases, strict=True):
+        assert (case.id, case.name, case.operation, case.scalars) == (read.id, read.name, read.operation, read.scalars)
+        assert case.gradients == read.gradients
+        assert case.inputs.keys() == read.inputs.keys()
+        assert all((a == read.inputs[name]).all() for name, a in case.inputs.items())
+        assert all(
+            (value == found[name].value).all() and (bound == found[name].bound).all()
+            for name, (value, bound) in wanted.items()
+        )
+
+
+def test_the_committed_vectors_are_of_these_inputs_shapes_and_schema(ours):
+    """Their digest; so that no case changes within a version without being seen."""
+    assert json.loads((COMMITTED / MANIFEST).read_text())["digest"] == ours.digest
+    assert read_vectors(COMMITTED).digest == ours.digest
+
+
+def test_the_committed_outputs_are_those_computed_here_within_their_own_bounds(ours):
+    """They depend on BLAS and CPU in the last bits of float64."""
+    for (case, wanted), (_, committed) in zip(ours.cases, read_vectors(COMMITTED).cases, strict=True):
+        for name, (value, bound) in committed.items():
+            got = wanted[name].value
+            assert error_ratio(got, value, bound) <= 1, (case.id, case.name, name)
+            assert ((bound == 0) == (wanted[name].bound == 0)).all(), (case.id, case.name, name)
+
+
+def test_the_committed_vectors_are_small():
+    assert sum(path.stat().st_size for path in COMMITTED.iterdir()) < 2**20
+
+
+def test_the_manifest_says_all_that_is_in_the_files(folder):
+    """As somebody reads it who has only these files."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert (manifest["schema"], manifest["version"], manifest["layout"]) == (SCHEMA, VERSION, LAYOUT)
+    tensors = {}
+    for id in {entry["id"] for entry in manifest["cases"]}:
+        with open_tensors(folder / f"{id}.safetensors") as file:
+            tensors |= {f"{id}/{name}": (file.dtypes[name], file.shapes[name]) for name in file.shapes}
+    for entry in manifest["cases"]:
+        stem = f"{entry['id']}/{entry['name']}"
+        for name, shape in entry["inputs"].items():
+            dtype, stored = tensors.pop(f"{stem}/in/{name}")
+            assert dtype in ("F32", "I64", "BOOL")
+            assert list(stored) == shape
+        for name, shape in entry["expected"].items():
+            dtype, stored = tensors.pop(f"{stem}/{name}")
+            assert list(stored) == shape
+            assert tensors.pop(f"{stem}/bound/{name}") == ("F32", stored)
+            if dtype == "F64":
+                assert tensors.pop(f"{stem}/float32/{name}") == ("F32", stored)
+        operation = manifest["operations"][entry["operation"]]
+        assert operation["equation"]
+        described = [key for keys in operation["scalars"] for key in keys.split(", ")]
+        assert set(entry["scalars"]) - {"n", *described, *MODEL_FIELDS} == set()
+    assert tensors == {}
+
+
+def test_float32_values_are_the_nearest(folder):
+    with open_tensors(folder / "T5.safetensors") as file:
+        for name in file.shapes:
+            if "/float32/" in name:
+                wide = file.read(name.replace("float32/", ""))
+                assert (file.read(name) == wide.astype(np.float32)).all()
+    assert FLOAT64 == 2.0**-28
+
+
+def test_an_existing_folder_is_refused(folder, ours):
+    with pytest.raises(FileExistsError, match="exists already"):
+        write_vectors(folder, ours)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(schema=2), "expected schema 1, got 2"),
+        (lambda m: m.update(cases={}), "cases: expected a list of objects"),
+        (lambda m: m["cases"][0].pop("operation"), "cases: expected a list of objects"),
+        (lambda m: m["cases"][0].update(id="../L1"), "cases: expected a list of objects"),
+        (lambda m: m["cases"][0].update(name="other"), "the tensor other/in/A is missing"),
+        (lambda m: m["cases"][0]["scalars"].update(alpha=7), "not those that its digest was taken of"),
+        (lambda m: m.update(digest="0"), "not those that its digest was taken of"),
+        (lambda m: m["cases"][0].update(inputs={"A": 5}), "not those that its digest was taken of"),
+    ],
+)
+def test_a_manifest_that_is_wrong_is_refused(folder, change, message):
+    edit(folder / MANIFEST, change)
+    with pytest.raises(ValueError, match=message):
+        read_vectors(folder)
+
+
+def test_files_that_are_damaged_are_refused(folder, tmp_path):
+    path = folder / "L1.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"L1\.safetensors: truncated"):
+        read_vectors(folder)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"L1\.safetensors"):
+        read_vectors(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
+        read_vectors(folder)
+
+
+def test_an_input_that_was_changed_is_refused(folder):
+    """The digest covers the numbers themselves."""
+    path = folder / "L1.safetensors"
+    with open_tensors(path) as file:
+        tensors = {name: file.read(name) for name in file.shapes}
+    tensors["plain/in/A"] = tensors["plain/in/A"] + np.float32(1)
+    path.unlink()
+    write_tensors(path, tensors)
+    with pytest.raises(ValueError, match="not those that its digest was taken of"):
+        read_vectors(folder)
