@@ -1,0 +1,95 @@
+"""Independent implementations beside the committed vectors: PyTorch with PEFT, loralib, and plain JavaScript.
+
+What a peer does otherwise is a finding, and stands here by name.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
+
+from lora_np.vectors.conform import compare
+from lora_np.vectors.files import read_vectors
+
+HERE = Path(__file__).parent
+FOLDER = HERE / "vectors" / "v1"
+VECTORS = read_vectors(FOLDER)
+precisions = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+SUBTRACTED = "the update is subtracted from the merged weight; W0 was not kept"
+ADDED = "1e-6 is added to the norm that divides"
+
+
+def compared(tmp_path, program, dtype):
+    """Runs a program on the vectors: the verdicts on its results."""
+    subprocess.run([*program, FOLDER, tmp_path / "results", dtype], check=True, capture_output=True)
+    return {one.id: one for one in compare(tmp_path / "results", VECTORS) if one.run}
+
+
+def findings(verdicts):
+    """What fails: the cases of each id, and the mistake that they look like."""
+    return {
+        id: ([found.case.name for found in one.failed], one.looks_like[0]) for id, one in verdicts.items() if one.failed
+    }
+
+
+def missing(verdicts):
+    return {id: [found.case.name for found in one.missing] for id, one in verdicts.items() if one.missing}
+
+
+def largest(verdicts):
+    """The largest error beside its bound, of the cases that pass."""
+    return max(found.ratio for one in verdicts.values() for found in one.found if not found.failed)
+
+
+@precisions
+def test_pytorch_and_peft(tmp_path, dtype):
+    """All ids but L8 and O2, of which they have nothing to compute.
+
+    PEFT unmerges by subtracting, which does not give back W0 (L6). PyTorch's clip_grad_norm_ divides by norm + 1e-6
+    (O3): in float32 that shows where the norm is small.
+    """
+    pytest.importorskip("torch", reason="a peer: pip install lora-np[peers]")
+    pytest.importorskip("peft", reason="a peer: pip install lora-np[peers]")
+    verdicts = compared(tmp_path, [sys.executable, HERE / "with_peft.py"], dtype)
+    clipped = ["small"] if dtype == "float32" else ["clipped", "small"]
+    assert findings(verdicts) == {"L6": (["times-1", "times-3"], SUBTRACTED), "O3": (clipped, ADDED)}
+    assert missing(verdicts) == {}
+    assert {case.id for case, _ in VECTORS.cases} - verdicts.keys() == {"L8", "O2"}
+    assert largest(verdicts) < 0.9
+
+
+@precisions
+def test_loralib(tmp_path, dtype):
+    """L1 to L6: it has no rank-stabilised scale, merges in float32 alone, and unmerges by subtracting, as PEFT does."""
+    pytest.importorskip("torch", reason="a peer: pip install lora-np[peers]")
+    pytest.importorskip("loralib", reason="a peer: pip install lora-np[peers]")
+    verdicts = compared(tmp_path, [sys.executable, HERE / "with_loralib.py"], dtype)
+    assert findings(verdicts) == {"L6": (["times-1", "times-3"], SUBTRACTED)}
+    assert verdicts.keys() == {"L1", "L2", "L3", "L4", "L5", "L6"}
+    models = [case.name for case, _ in VECTORS.cases if case.id == "L4" and case.operation == "model"]
+    other = [case.name for case, _ in VECTORS.cases if case.id == "L5" and case.scalars["dtype"] != "float32"]
+    assert missing(verdicts) == {
+        "L1": ["rslora"], "L2": ["rslora"], "L4": ["rslora", *models], "L5": ["float32-rslora", *other],
+    }  # fmt: skip
+    assert largest(verdicts) < 0.9
+
+
+@precisions
+def test_plain_javascript(tmp_path, dtype):
+    """Everything but whole models and the SVD, in a language without any of it."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node.js is not installed here")
+    verdicts = compared(tmp_path, [node, HERE / "plain" / "run.mjs"], dtype)
+    assert findings(verdicts) == {}
+    without = [(case.id, case.name) for case, _ in VECTORS.cases if case.operation in ("model", "generate")]
+    absent = {(case.id, case.name) for case, _ in VECTORS.cases} - {
+        (id, found.case.name) for id, one in verdicts.items() for found in one.found if not found.missing
+    }
+    assert absent == {*without, ("L9", "rank-1"), ("L9", "rank-2")}
+    assert largest(verdicts) < 0.9
