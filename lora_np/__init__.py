@@ -22,6 +22,7 @@ _LAZY = {
     "load_tokenizer": "formats.models.tokenizer",
     "save_model": "formats.models.folder",
     "gradcheck": "gradcheck",
+    "testing": "testing",
 }
 
 __all__ = [

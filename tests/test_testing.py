@@ -1,0 +1,126 @@
+"""testing.check: right implementations pass, wrong ones are shown as lines that compute the case."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import lora_np as ln
+from lora_np.backend import xp
+from lora_np.testing import Mismatch, check
+
+
+def right(case):
+    """Another way than the package's: B A is formed, a row at a time."""
+    dW = case.s * case.B @ case.A
+    m = np.ones_like(case.x) if case.mask is None else case.mask
+    n_in, n_out = case.A.shape[1], len(case.B)
+    g, x, m_x = case.dh.reshape(-1, n_out), case.x.reshape(-1, n_in), (m * case.x).reshape(-1, n_in)
+    h = x @ case.W0.T + m_x @ dW.T + (0 if case.b is None else case.b)
+    ddW = g.T @ m_x
+    return {
+        "h": h.reshape(case.dh.shape),
+        "dx": (g @ case.W0 + m.reshape(-1, n_in) * (g @ dW)).reshape(case.x.shape),
+        "dA": case.s * case.B.T @ ddW,
+        "dB": case.s * ddW @ case.A.T,
+        "W": case.W0 + dW,
+    }
+
+
+def package(case):
+    """The package's own."""
+    x, W0, A, B, dh = (xp.asarray(a) for a in (case.x, case.W0, case.A, case.B, case.dh))
+    b, mask = (None if a is None else xp.asarray(a) for a in (case.b, case.mask))
+    h, saved = ln.lora_linear(x, W0, b, A, B, case.s, dropout_mask=mask)
+    dx, dA, dB = ln.lora_linear_backward(dh, saved)
+    return {name: ln.asnumpy(a) for name, a in (("h", h), ("dx", dx), ("dA", dA), ("dB", dB))}
+
+
+@pytest.mark.proves("L1", "L2", "L4", "L5")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("implementation", [right, package])
+def test_what_is_right_passes(implementation, dtype):
+    check(implementation, dtype=dtype, examples=50)
+
+
+def wrong(**changes):
+    """`right`, with some of its results changed."""
+    return lambda case: right(case) | {name: f(case, right(case)) for name, f in changes.items()}
+
+
+MISTAKES = [
+    (wrong(h=lambda c, y: y["h"] * 0 + c.x @ c.W0.T), "h", "not added"),
+    (wrong(h=lambda c, y: y["h"] + (0 if c.b is None else c.b)), "h", "the bias is added twice"),
+    (wrong(dA=lambda c, y: y["dA"] / (c.s or 1)), "dA", "dA lacks the scale s"),
+    (wrong(dA=lambda c, y: y["dA"] / c.x[..., 0].size, dB=lambda c, y: y["dB"] / c.x[..., 0].size), "d[AB]",
+     "means over the rows, not sums"),
+    (wrong(W=lambda c, y: 2 * c.W0 - y["W"]), "W", "the update is subtracted"),
+    (wrong(W=lambda c, y: c.W0 + c.alpha / c.r * c.B @ c.A), "W", "rank-stabilised case"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("implementation", "tensor", "text"), MISTAKES, ids=[text for *_, text in MISTAKES])
+def test_what_is_wrong_is_named_and_shrunk(implementation, tensor, text):
+    with pytest.raises(Mismatch) as found:
+        check(implementation)
+    lines = str(found.value).splitlines()
+    if text != "not added":  # the bias is left out too, where there is one
+        assert lines[0].startswith("it looks like this mistake: ")
+        assert text in lines[0]
+    assert any(re.match(rf"{tensor} is \S+ times its bound off", line) for line in lines)
+    assert len(lines) <= 15
+    numbers = [float(x) for line in lines for x in re.findall(r"-?\d+\.\d+(?=[\],])", line.split("dtype")[0])]
+    if tensor == "dA":
+        assert sum(x != 0 for x in numbers) <= 5  # one number in each factor is not zero: the smallest that differs
+
+
+def test_the_lines_shown_compute_what_was_expected():
+    with pytest.raises(Mismatch) as found:
+        check(wrong(dA=lambda c, y: y["dA"] * 2))
+    lines = str(found.value).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("import"))
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join([*lines[start:], "print(dA.tolist())"])],
+        capture_output=True, text=True, check=True, env={"PATH": ""},
+    )  # fmt: skip
+    expected = next(line for line in lines if line.startswith("# expected dA = ")).removeprefix("# expected dA = ")
+    np.testing.assert_allclose(np.array(eval(result.stdout)), np.array(eval(expected)), rtol=1e-6)
+
+
+def test_another_shape_is_a_mismatch():
+    with pytest.raises(Mismatch, match=r"dA has the shape \(3, 1\), not \(1, 3\)|dA has the shape"):
+        check(lambda case: {"dA": right(case)["dA"].T})
+
+
+def test_the_smallest_error_in_float64_is_seen():
+    """That of float32."""
+    with pytest.raises(Mismatch, match="h is"):
+        check(lambda case: {"h": right(case)["h"].astype(np.float32)}, dtype="float64")
+
+
+def test_what_an_implementation_raises_is_raised():
+    def broken(case):
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        check(broken)
+
+
+@pytest.mark.parametrize("got", [{}, {"dW": 0}])
+def test_results_of_other_names_are_refused(got):
+    with pytest.raises(ValueError, match="expected some of h dx dA dB W, got"):
+        check(lambda case: got)
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(ValueError, match="expected float32 or float64, got 'float16'"):
+        check(right, dtype="float16")
+
+
+def test_it_says_what_is_not_installed():
+    """hypothesis is imported here alone, and the package without it."""
+    program = "import sys; sys.modules['hypothesis'] = None\nimport lora_np as ln\nln.testing"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ImportError: lora_np.testing needs hypothesis: pip install 'lora-np[test]'" in result.stderr
