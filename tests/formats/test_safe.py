@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.files.plain import MAX_JSON_BYTES, parse_json, read_json
 from lora_np.formats.files.safe import open_tensors, refuse_pickle
 
@@ -161,6 +162,17 @@ def test_json_numbers_too_long_and_files_too_large(tmp_path):
         read_json(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_json(tmp_path / "y.json")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 0), (2, 3)])
+def test_what_is_written_keeps_its_shape(path, shape):
+    """Also where it has no axes, or is not contiguous."""
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    write_tensors(path, {"x": array, "y": array.T})
+    read = read_all(path)
+    assert read["x"].shape == shape
+    assert (read["x"] == array).all()
+    assert (read["y"] == array.T).all()
 
 
 def test_without_safetensors_the_error_says_what_to_install(path, monkeypatch):
