@@ -6,11 +6,12 @@ import fs from "node:fs";
 import path from "node:path";
 import { readTensors, writeTensors } from "./files.mjs";
 import * as lora from "./lora.mjs";
+import * as model from "./model.mjs";
 import * as optimizer from "./optimizer.mjs";
 import * as transformer from "./transformer.mjs";
 
 const [vectors, results] = process.argv.slice(2);
-const operations = { ...lora, ...transformer, ...optimizer };
+const operations = { ...lora, ...transformer, ...model, ...optimizer };
 const files = {};
 for (const { id, name, operation, scalars, inputs, expected } of
   JSON.parse(fs.readFileSync(path.join(vectors, "manifest.json"))).cases) {

@@ -1,0 +1,131 @@
+// A whole transformer, forward and backward: T13, T14, T16, and LoRA in it. A part is a function of x that gives its
+// result and the way back: { y, back }, where back(dy) adds to the gradients and gives dx.
+
+import { T, add, at, cols, f, flat, linear, map, mm, mul, row, scatter, take, tensor, times, total, zeros } from "./arrays.mjs";
+import { scale } from "./lora.mjs";
+import { attention, cross_entropy, gelu, gelu_tanh, layer_norm, rms_norm, rotary, silu } from "./transformer.mjs";
+
+const like = (shape, a) => ({ shape, d: a.d });
+const swap = (x, shape) => { // (a, b, c, K) -> (a, c, b, K)
+  const [a, b, c, K] = shape, y = zeros([a, c, b, K]);
+  for (let i = 0; i < a * b * c; i++)
+    row(y, (Math.floor(i / (b * c)) * c + (i % c)) * b + (Math.floor(i / c) % b)).set(x.d.subarray(i * K, (i + 1) * K));
+  return y;
+};
+const through = (...parts) => (x) => { // one after another
+  const backs = [];
+  for (const part of parts) ({ y: x, back: backs[backs.length] } = part(x));
+  return { y: x, back: (dy) => backs.reduceRight((d, back) => back(d), dy) };
+};
+const beside = (part) => (x) => { // x + part(x)
+  const { y, back } = part(x);
+  return { y: add(x, y), back: (dy) => add(dy, back(dy)) };
+};
+const elementwise = (fn) => (x) => ({ y: fn({ x, dy: x }).y, back: (dy) => fn({ x, dy }).d.x });
+const tanh = ({ x, dy }) => {
+  const y = map((v) => f(Math.tanh(v)), x);
+  return { y, d: { x: map((d, v) => f(d * f(1 - f(v * v))), dy, y) } };
+};
+
+function network(t, c) { // logits, and the way back to the gradients by every weight
+  const [N, n] = t.tokens.shape, D = c.d_model, K = D / c.n_head, g = {};
+  const grad = (name, value) => (g[name] = g[name] ? add(g[name], value) : value);
+  const counts = (i, j) => (t.mask ? at(t.mask, i, j) : 1);
+  const positions = { shape: [N, n], d: [] };
+  for (let i = 0; i < N; i++) for (let j = 0, seen = 0; j < n; j++) positions.d.push(Math.max((seen += counts(i, j)) - 1, 0));
+
+  const project = (name) => (x) => {
+    const W = t[`${name}.weight`] ? `${name}.weight` : "embed.tokens";
+    const [stem, part] = [name.slice(0, -2), "qkv".indexOf(name.at(-1))];
+    const fused = name.includes(".attn.") && part >= 0 && t[`${stem}.qkv.A`], pair = fused ? `${stem}.qkv` : name;
+    const A = t[`${pair}.A`], whole = t[`${pair}.B`], size = D * cols(whole ?? A ?? t[W]);
+    const B = fused ? tensor([D, c.r], whole.d.subarray(part * size, (part + 1) * size)) : whole;
+    let y = linear(x, t[W], t[`${name}.bias`]);
+    const u = A && times(mm(x, T(A)), scale(c));
+    if (A) y = add(y, mm(u, T(B)));
+    return { y, back(dy) {
+      grad(W, mm(T(dy), flat(x)));
+      grad(`${name}.bias`, total(dy));
+      if (!A) return mm(dy, t[W]);
+      const v = times(mm(dy, B), scale(c)), dB = mm(T(dy), flat(u)), all = zeros(whole.shape);
+      all.d.set(dB.d, fused ? part * size : 0);
+      grad(`${pair}.A`, mm(T(v), flat(x)));
+      grad(`${pair}.B`, all);
+      return add(mm(dy, t[W]), mm(v, A));
+    } };
+  };
+  const norm = (name) => (x) => {
+    const both = (dy) => (c.norm === "rms" ? rms_norm : layer_norm)({ x, w: t[`${name}.weight`], b: t[`${name}.bias`], dy }, c);
+    return { y: both(x).y, back(dy) {
+      const { d } = both(dy);
+      grad(`${name}.weight`, d.w);
+      grad(`${name}.bias`, d.b);
+      return d.x;
+    } };
+  };
+  const turn = (x) => ({
+    y: rotary({ x, positions, dy: x }, { theta: c.rope_theta }).y,
+    back: (dy) => rotary({ x, positions, dy }, { theta: c.rope_theta }).d.x,
+  });
+  const heads = (H) => (x) => ({
+    y: swap(x, [N, n, H, K]), back: (dy) => like([N, n, H * K], swap(dy, [N, H, n, K])),
+  });
+  const attend = (name) => (x) => {
+    const turned = c.positions === "rotary" ? [turn] : [];
+    const [q, k, v] = [["q", c.n_head, turned], ["k", c.n_kv_head, turned], ["v", c.n_kv_head, []]].map(
+      ([part, H, more]) => through(project(`${name}.${part}`), heads(H), ...more)(x));
+    const both = (dy) => attention({ q: q.y, k: k.y, v: v.y, mask: t.mask, dy }, c);
+    const y = both(q.y).y, out = project(`${name}.o`)(like([N, n, D], swap(y, [N, c.n_head, n, K])));
+    return { y: out.y, back(dy) {
+      const { d } = both(swap(out.back(dy), [N, n, c.n_head, K]));
+      return add(add(q.back(d.q), k.back(d.k)), v.back(d.v));
+    } };
+  };
+  const gated = (name) => (x) => {
+    const gate = through(project(`${name}.gate`), elementwise(silu))(x), up = project(`${name}.up`)(x);
+    return { y: mul(gate.y, up.y), back: (dy) => add(gate.back(mul(dy, up.y)), up.back(mul(dy, gate.y))) };
+  };
+  const feed = (name) => c.activation === "silu_gated" ? through(gated(name), project(`${name}.down`)) :
+    through(project(`${name}.up`), elementwise(c.activation === "gelu" ? gelu : gelu_tanh), project(`${name}.down`));
+  const half = (name, part) => c.norm_first ? beside(through(norm(name), part)) : through(beside(part), norm(name));
+  const read = (x) => { // a classifier's one token a text
+    const index = Array.from({ length: N }, (_, i) => {
+      const true_ = [...Array(n).keys()].filter((j) => counts(i, j));
+      return i * n + true_.at(c.causal ? -1 : 0);
+    });
+    return { y: take(flat(x), { shape: [N], d: index }),
+      back: (dy) => like(x.shape, scatter(dy, { shape: [N], d: index }, flat(x))) };
+  };
+  const tables = { "embed.tokens": t.tokens };
+  if (c.positions === "learned")
+    tables["embed.positions"] = { shape: [N, n], d: positions.d.map((p) => p + c.position_offset) };
+  if (t.token_types) tables["embed.types"] = t.token_types;
+  const layers = [...Array(c.n_layer).keys()].flatMap((i) => [
+    half(`layers.${i}.norm1`, attend(`layers.${i}.attn`)), half(`layers.${i}.norm2`, feed(`layers.${i}.mlp`))]);
+  const pooled = c.causal ? [read] : [read, project("pooler"), elementwise(tanh)];
+  const all = through(...(c.norm_first ? layers : [norm("embed.norm"), ...layers]), ...(c.norm_first ? [norm("norm")] : []),
+    ...(c.head === "classify" ? pooled : []), project("head"));
+  const { y, back } = all(Object.entries(tables).map(([name, index]) => take(t[name], index)).reduce(add));
+  return { logits: y, gradients(dlogits) {
+    const dx = back(dlogits);
+    for (const [name, index] of Object.entries(tables)) grad(name, scatter(dx, index, t[name]));
+    return g;
+  } };
+}
+
+export function model(t, c) {
+  const { logits, gradients } = network(t, c), { loss, d } = cross_entropy({ logits: flat(logits), targets: t.targets });
+  return { logits, loss, d: gradients(like(logits.shape, d.logits)) };
+}
+export function generate(t, c) {
+  let { tokens } = t;
+  for (let k = 0; k < c.n; k++) {
+    const [N, n] = tokens.shape, { logits } = network({ ...t, tokens }, c);
+    const d = Array.from({ length: N }, (_, i) => {
+      const last = [...row(logits, (i + 1) * n - 1)];
+      return [...tokens.d.slice(i * n, (i + 1) * n), last.indexOf(Math.max(...last))];
+    });
+    tokens = { shape: [N, n + 1], d: d.flat() };
+  }
+  return { tokens };
+}
