@@ -28,6 +28,7 @@ class Answer(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The value's."""
         return self.value.shape
 
 

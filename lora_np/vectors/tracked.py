@@ -73,6 +73,7 @@ class Tracked:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The array's."""
         return self.value.shape
 
     @property
@@ -130,6 +131,7 @@ class Tracked:
         return Tracked(self.value.swapaxes(-1, -2), self.error.swapaxes(-1, -2), [(self, lambda g: g.mT)])
 
     def sum(self, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Tracked:
+        """In any order."""
         total = self.value.sum(axis=axis, keepdims=keepdims)
         kept = self.value.sum(axis=axis, keepdims=True).shape
         n = self.value.size // total.size
@@ -149,9 +151,11 @@ class Tracked:
         return Tracked(value, error, [(self, lambda g: _like(g, self.shape))])
 
     def reshape(self, *shape: int) -> Tracked:
+        """The same numbers in another shape."""
         return Tracked(self.value.reshape(shape), self.error.reshape(shape), [(self, lambda g: g.reshape(*self.shape))])
 
     def swapaxes(self, i: int, j: int) -> Tracked:
+        """Two axes exchanged."""
         return Tracked(self.value.swapaxes(i, j), self.error.swapaxes(i, j), [(self, lambda g: g.swapaxes(i, j))])
 
     def __getitem__(self, index: Any) -> Tracked:
