@@ -71,7 +71,7 @@ class Linear(NamedTuple):
 
     @property
     def s(self) -> float:
-        """L1: the scale."""
+        """The scale, as L1 has it."""
         return scale(self._asdict())
 
 
