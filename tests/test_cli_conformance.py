@@ -62,15 +62,15 @@ def test_conform_says_yes(tmp_path, capsys, given):
 
 def test_conform_says_no_and_what_it_looks_like(tmp_path, capsys):
     results = expected(tmp_path / "r", "T10", "L4", change=lambda name, a: a * 1.5 if name == "bias/grad/A" else a)
-    status, out, _ = run(capsys, "conform", results)
+    status, out, _ = run(capsys, "conform", results, "--vectors", VECTORS)
     assert status == 1
     assert "L4 bias: grad/A is " in out
     assert "looks like" not in out
     assert out.splitlines()[-1] == "conforms: no"
     third = expected(tmp_path / "third", "L4", change=lambda name, a: a / 3 if name.endswith("bias/grad/A") else a)
-    status, out, _ = run(capsys, "conform", third)
+    status, out, _ = run(capsys, "conform", third, "--vectors", VECTORS)
     assert "L4 looks like this mistake: dA lacks the scale s (1 of 1 failing cases)" in out
-    status, out, _ = run(capsys, "conform", third, "--json")
+    status, out, _ = run(capsys, "conform", third, "--vectors", VECTORS, "--json")
     result = json.loads(out)
     assert status == 1
     assert not result["holds"]

@@ -3,16 +3,16 @@
 import numpy as np
 import planted
 import pytest
+from our_vectors import ours
 
 pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
 
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.vectors.conform import compare
-from lora_np.vectors.files import Vectors, made
+from lora_np.vectors.files import Vectors
 from lora_np.vectors.mistakes import MISTAKES
 
-OURS = made({"L2", "L4", "L5", "T3", "T9", "T10", "T15", "O1", "O4"})
-COVERED = Vectors(OURS.digest, [(case, wanted) for case, wanted in OURS.cases if case.operation in planted.OPERATIONS])
+COVERED = Vectors(ours().digest, [one for one in ours().cases if one[0].operation in planted.OPERATIONS])
 
 
 def results(folder, mistake):

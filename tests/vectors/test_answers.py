@@ -1,11 +1,10 @@
 """Every case: the package and the definition agree, in float64 to its last bits, in float32 within the bounds."""
 
-from functools import cache
-
 import numpy as np
 import pytest
+from our_vectors import of
 
-from lora_np.vectors.answers import FLOAT64, answers, computed, defined, error_ratio
+from lora_np.vectors.answers import FLOAT64, computed, defined, error_ratio
 from lora_np.vectors.cases import all_cases
 from lora_np.vectors.definitions import rounded
 from lora_np.vectors.operations import OPERATIONS
@@ -15,16 +14,6 @@ CASES = all_cases()
 IDS = sorted({case.id for case in CASES})
 of_id = pytest.mark.parametrize("id", IDS)
 EXACT = {"L6", "L8"}  # ids whose every answer must be met exactly
-
-
-def of(id):
-    return [case for case in CASES if case.id == id]
-
-
-@cache
-def wanted(id):
-    """The answers of each case of an id, made once."""
-    return [(case, answers(case)) for case in of(id)]
 
 
 def test_every_id_has_a_case():
@@ -56,7 +45,7 @@ def test_every_input_is_exact_in_float32():
 @of_id
 def test_the_package_gives_what_the_definition_gives(id):
     """Two computations that share no code: hand-written backwards, and the chain rule on the plain formula."""
-    for case, expected in wanted(id):
+    for case, expected in of(id):
         by_definition = defined(case)
         assert expected.keys() == by_definition.keys()
         for name, (value, bound) in expected.items():
@@ -67,7 +56,7 @@ def test_the_package_gives_what_the_definition_gives(id):
 
 @of_id
 def test_the_package_in_float32_stays_within_the_bounds(id):
-    for case, expected in wanted(id):
+    for case, expected in of(id):
         got = computed(case, "float32")
         for name, answer in expected.items():
             assert error_ratio(got[name], *answer) <= (0 if id in EXACT else 1), (case.name, name)
@@ -76,7 +65,7 @@ def test_the_package_in_float32_stays_within_the_bounds(id):
 @of_id
 def test_no_bound_would_let_a_wrong_result_pass(id):
     """Far below the size of what it bounds: an error of a percent of the largest element is seen."""
-    for case, expected in wanted(id):
+    for case, expected in of(id):
         for name, (value, bound) in expected.items():
             largest = np.abs(value).max(initial=0)
             noise = 1e-9 * max(np.abs(a).max(initial=0) for a in case.inputs.values())
@@ -115,7 +104,7 @@ def test_rounding_to_a_dtype_is_that_of_others(dtype, name):
 
 def test_a_merge_that_rounds_once_is_exact_but_at_a_tie():
     """The bound of a float16 element is 0, or one step where float32 cannot tell which way it rounds."""
-    for case, expected in wanted("L5"):
+    for case, expected in of("L5"):
         if case.scalars["dtype"] == "float16":
             value, bound = expected["out/W"]
             step = np.spacing(np.abs(value).astype(np.float16)).astype(np.float64)

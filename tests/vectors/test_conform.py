@@ -2,15 +2,16 @@
 
 import numpy as np
 import pytest
+from our_vectors import of, ours
 
 pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
 
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.vectors.answers import computed
 from lora_np.vectors.conform import compare
-from lora_np.vectors.files import made
+from lora_np.vectors.files import Vectors
 
-FEW = made(["L2", "L6", "T5"])
+FEW = Vectors(ours().digest, [*of("L2"), *of("L6"), *of("T5")])
 
 
 def results(folder, *, dtype="float32", change=None):

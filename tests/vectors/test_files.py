@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from our_vectors import ours
 
 pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
 
@@ -21,14 +22,9 @@ COMMITTED = Path(__file__).parents[1] / "conformance" / "vectors" / VERSION
 MODEL_FIELDS = {"vocab_size", "n_positions", "n_types", "n_labels", "tie_head", "bias"}
 
 
-@pytest.fixture(scope="module")
-def ours():
-    return made()
-
-
 @pytest.fixture
-def folder(tmp_path, ours):
-    write_vectors(tmp_path / "vectors", ours)
+def folder(tmp_path):
+    write_vectors(tmp_path / "vectors", ours())
     return tmp_path / "vectors"
 
 
@@ -46,10 +42,10 @@ def test_writing_twice_gives_the_same_bytes(folder, tmp_path):
     assert all((folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
 
 
-def test_what_was_written_is_read_back(folder, ours):
+def test_what_was_written_is_read_back(folder):
     back = read_vectors(folder)
-    assert back.digest == ours.digest
-    for (case, wanted), (read, found) in zip(ours.cases, back.cases, strict=True):
+    assert back.digest == ours().digest
+    for (case, wanted), (read, found) in zip(ours().cases, back.cases, strict=True):
         assert (case.id, case.name, case.operation, case.scalars) == (read.id, read.name, read.operation, read.scalars)
         assert case.gradients == read.gradients
         assert case.inputs.keys() == read.inputs.keys()
@@ -60,15 +56,15 @@ def test_what_was_written_is_read_back(folder, ours):
         )
 
 
-def test_the_committed_vectors_are_of_these_inputs_shapes_and_schema(ours):
+def test_the_committed_vectors_are_of_these_inputs_shapes_and_schema():
     """Their digest; so that no case changes within a version without being seen."""
-    assert json.loads((COMMITTED / MANIFEST).read_text())["digest"] == ours.digest
-    assert read_vectors(COMMITTED).digest == ours.digest
+    assert json.loads((COMMITTED / MANIFEST).read_text())["digest"] == ours().digest
+    assert read_vectors(COMMITTED).digest == ours().digest
 
 
-def test_the_committed_outputs_are_those_computed_here_within_their_own_bounds(ours):
+def test_the_committed_outputs_are_those_computed_here_within_their_own_bounds():
     """They depend on BLAS and CPU in the last bits of float64."""
-    for (case, wanted), (_, committed) in zip(ours.cases, read_vectors(COMMITTED).cases, strict=True):
+    for (case, wanted), (_, committed) in zip(ours().cases, read_vectors(COMMITTED).cases, strict=True):
         for name, (value, bound) in committed.items():
             got = wanted[name].value
             assert error_ratio(got, value, bound) <= 1, (case.id, case.name, name)
@@ -115,9 +111,9 @@ def test_float32_values_are_the_nearest(folder):
     assert FLOAT64 == 2.0**-28
 
 
-def test_an_existing_folder_is_refused(folder, ours):
+def test_an_existing_folder_is_refused(folder):
     with pytest.raises(FileExistsError, match="exists already"):
-        write_vectors(folder, ours)
+        write_vectors(folder, ours())
 
 
 @pytest.mark.parametrize(

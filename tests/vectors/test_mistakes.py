@@ -1,27 +1,18 @@
 """Known mistakes: each shows in some case, and is told apart from all others. Planted ones are in tests/conformance."""
 
-from functools import cache
-
 import numpy as np
 import pytest
+from our_vectors import of, ours
 
-from lora_np.vectors.answers import answers, defined, error_ratio
-from lora_np.vectors.cases import all_cases
+from lora_np.vectors.answers import defined, error_ratio
 from lora_np.vectors.mistakes import MISTAKES, WrongCase, explained
 from lora_np.vectors.operations import OPERATIONS
-
-CASES = all_cases()
-
-
-@cache
-def right(i):
-    return answers(CASES[i])
 
 
 def wrong(mistake):
     """The cases in which a mistake shows, with what it gives for them."""
     found = []
-    for i, case in enumerate(CASES):
+    for case, right in ours().cases:
         # Of whole models, one: the mistakes are the same in all.
         if case.operation not in mistake.operations or (case.operation == "model" and case.name != "model-q-v"):
             continue
@@ -29,9 +20,9 @@ def wrong(mistake):
             values = defined(case, mistake.wrong(OPERATIONS[case.operation].definition))
         except WrongCase:
             continue
-        assert values.keys() == right(i).keys(), (mistake.text, case.id, case.name)
+        assert values.keys() == right.keys(), (mistake.text, case.id, case.name)
         got = {name: x.value.astype(np.float32) for name, x in values.items()}
-        if any(error_ratio(a, *right(i)[name]) > 1 for name, a in got.items()):
+        if any(error_ratio(a, *right[name]) > 1 for name, a in got.items()):
             found.append((case, got))
     return found
 
@@ -51,5 +42,5 @@ def test_a_mistake_shows_and_is_told_from_all_others(mistake):
 
 
 def test_what_is_no_known_mistake_has_no_name():
-    case = next(case for case in CASES if (case.id, case.name) == ("L2", "bias"))
-    assert explained([(case, {"out/h": right(CASES.index(case))["out/h"].value.astype(np.float32) * 1.01})]) is None
+    case, right = next(one for one in of("L2") if one[0].name == "bias")
+    assert explained([(case, {"out/h": right["out/h"].value.astype(np.float32) * 1.01})]) is None
