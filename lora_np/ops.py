@@ -86,13 +86,13 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Array:
 
 def _times_transposed(x: Array, W: Array) -> Array:
     """x W^T. x (M,in), W (out,in) -> (M,out)."""
-    if W.dtype != xp.uint16:
-        # Few rows, as in decoding: BLAS goes through W faster as the left factor, and the result is small to turn.
-        return xp.ascontiguousarray((W @ x.T).T) if len(x) <= FEW_ROWS else x @ W.T
-    y = xp.empty((len(x), len(W)), dtype=x.dtype)
-    for rows in _wide_blocks(W):
-        y[:, rows] = x @ widened(W[rows]).T
-    return y
+    if W.dtype == xp.uint16:
+        y = xp.empty((len(x), len(W)), dtype=x.dtype)
+        for rows in _wide_blocks(W):
+            y[:, rows] = _times_transposed(x, widened(W[rows]))
+        return y
+    # Few rows, as in decoding: BLAS goes through W faster as the left factor, and the result is small to turn.
+    return xp.ascontiguousarray((W @ x.T).T) if len(x) <= FEW_ROWS else x @ W.T
 
 
 def linear_backward(dy: Array, W: Array) -> Array:
