@@ -81,9 +81,11 @@ def attention_by_hand(config, w, name, x):
         q_h, k_h, v_h = q[:, h * K : (h + 1) * K], k[:, g * K : (g + 1) * K], v[:, g * K : (g + 1) * K]
         if config.positions == "rotary":
             q_h, k_h = turned_by_hand(config, q_h), turned_by_hand(config, k_h)
+        if config.prefix:
+            k_h, v_h = (np.vstack([w[f"{name}.prefix.{part}"][g], x]) for part, x in (("k", k_h), ("v", v_h)))
         scores = q_h @ k_h.T / math.sqrt(K)
         if config.causal:
-            scores[np.triu_indices(T, 1)] = -math.inf
+            scores[:, config.prefix :][np.triu_indices(T, 1)] = -math.inf
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         heads.append(p / p.sum(axis=-1, keepdims=True) @ v_h)
     return linear_by_hand(w, f"{name}.o", np.hstack(heads))
