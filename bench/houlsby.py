@@ -37,7 +37,7 @@ def init_bottlenecks(model: Model, m: int, *, seed: int) -> dict[str, Array]:
     D, rng = model.config.d_model, np.random.default_rng(seed)
     if not model.config.norm_first:
         raise ValueError("adapter layers: expected a pre-norm model")
-    params = {}
+    params: dict[str, np.ndarray] = {}
     for depth in range(2 * model.config.n_layer):
         params |= {f"{depth}.down": rng.normal(0, 0.02, (m, D)), f"{depth}.down.bias": np.zeros(m)}
         params |= {f"{depth}.up": rng.normal(0, 0.02, (D, m)), f"{depth}.up.bias": np.zeros(D)}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backend import backend_name
-from . import convert, demonstrate, files, learn, spec, verify
+from . import convert, demonstrate, files, learn, reproduce, spec, verify
 from .base import Run
 from .output import FAILURES, failure
 
@@ -30,6 +30,7 @@ examples:
   lora-np convert --adapter adapter --out adapter.npz  as loralib's .safetensors, .npz, or a folder of PEFT's
   lora-np gradcheck                                    every derivative, against complex steps
   lora-np spec --out spec                              the specification, as one page of HTML
+  lora-np reproduce --out report                       the paper's claims: figures, verdicts, a page of HTML
 """
 
 
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="the result as JSON")
         return sub
 
-    for part in (demonstrate, learn, files, convert, verify, spec):
+    for part in (demonstrate, learn, files, convert, verify, spec, reproduce):
         part.add_commands(command)
     return parser
 
