@@ -21,6 +21,7 @@ _LAZY = {
     "load_model": "formats.models.folder",
     "load_tokenizer": "formats.models.tokenizer",
     "save_model": "formats.models.folder",
+    "analysis": "analysis",
     "gradcheck": "gradcheck",
     "testing": "testing",
 }

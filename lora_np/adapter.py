@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .backend import Array, xp
-from .lora import Adapter, LoRAConfig, Update, init_factors, merge_matrix, target_of
+from .lora import Adapter, LoRAConfig, Update, init_factors, merge_matrix, singular_directions, target_of
 from .model import Config, Model
 from .ops import widened
 from .run import adapted_shapes, check_adapter, fused_parts, matrix_updates
@@ -207,9 +207,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int 
 
 def _truncate(A: Array, B: Array, rank: int) -> tuple[Array, Array]:
     """The factors of rank at most `rank` whose product is nearest to B A. A (R, in), B (out, R)."""
-    Q_B, R_B = xp.linalg.qr(B.astype(xp.float64))  # (out,R) -> (out,k) (k,R)
-    Q_A, R_A = xp.linalg.qr(A.T.astype(xp.float64))  # (in,R) -> (in,l) (l,R)
-    U, S, Vt = xp.linalg.svd(R_B @ R_A.T)  # the singular values of B A, from a matrix of R x R at the most
+    U, S, V = singular_directions(A, B)
     rank = min(rank, len(S))
     root = xp.sqrt(S[:rank])
-    return ((Q_A @ Vt[:rank].T) * root).T.astype(A.dtype), ((Q_B @ U[:, :rank]) * root).astype(B.dtype)
+    return (V[:, :rank] * root).T.astype(A.dtype), (U[:, :rank] * root).astype(B.dtype)

@@ -253,6 +253,7 @@ def architectures() -> dict[str, Config]:
     return {
         "GPT-2, language model": small("gpt2"),
         "GPT-2, classifier": small("gpt2", head="classify", n_labels=3),
+        "GPT-2, with a prefix": small("gpt2", prefix=2),
         "BERT, classifier": small("bert-base", head="classify", n_labels=3),
         "BERT, tagger": small("bert-base", head="tag", n_labels=3),
         "RoBERTa, classifier": small("roberta-base", head="classify", n_labels=3),

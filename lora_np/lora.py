@@ -317,6 +317,17 @@ def singular_values(A: Array, B: Array) -> Array:
     return xp.linalg.svd(core, compute_uv=False)
 
 
+def singular_directions(A: Array, B: Array) -> tuple[Array, Array, Array]:
+    """U, S, V of B A = U diag(S) V^T, the largest first, from two QR decompositions; B A is not formed.
+
+    A (r, in), B (out, r) -> U (out, k), S (k,), V (in, k), float64; k = r, or less where in or out is.
+    """
+    Q_B, R_B = xp.linalg.qr(B.astype(xp.float64))  # (out,r) -> (out,k) (k,r)
+    Q_A, R_A = xp.linalg.qr(A.T.astype(xp.float64))  # (in,r) -> (in,l) (l,r)
+    U, S, Vt = xp.linalg.svd(R_B @ R_A.T, full_matrices=False)  # of a matrix of r x r at the most
+    return Q_B @ U, S, Q_A @ Vt.T
+
+
 def _triangle(X: Array) -> Array:
     """R of X = Q R. X (n,r) -> (<= r,r) float64."""
     return xp.asarray(xp.linalg.qr(X.astype(xp.float64), mode="r"))

@@ -40,6 +40,7 @@ class Config:
         bias                            whether projections have biases (Llama: not)
         pooler_in_head                  whether train_head trains the pooler too (RoBERTa: it belongs to the classifier)
         disentangled                    DeBERTa's attention: such a model is counted, not run
+        prefix                          keys and values, weights of each layer, before those of every text (T9)
     """
 
     vocab_size: int
@@ -64,11 +65,12 @@ class Config:
     bias: bool = True
     pooler_in_head: bool = False
     disentangled: bool = False
+    prefix: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "d_model", "d_ff"):
             self._check_count(name, at_least=1)
-        for name in ("n_types", "position_offset"):
+        for name in ("n_types", "position_offset", "prefix"):
             self._check_count(name, at_least=0)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -162,6 +164,8 @@ class Config:
             layer = f"layers.{i}."
             names = [name for name in matrices if name.startswith(layer)]
             shapes |= norm(f"{layer}norm1")
+            if self.prefix:
+                shapes |= {f"{layer}attn.prefix.{part}": (self.kv_heads, self.prefix, self.head_width) for part in "kv"}
             for name in names:
                 if ".mlp." in name and f"{layer}norm2.weight" not in shapes:
                     shapes |= norm(f"{layer}norm2")

@@ -162,7 +162,8 @@ def attend(run: Run, i: int, x: Array) -> tuple[Array, Saved]:
         k, saved["rotary_k"] = rotary(k, *run.angles)
     if run.cache is not None:
         k, v = run.cache.extend(i, k, v)  # (N,G,T,K) -> (N,G,S,K)
-    y, saved["attention"] = attention(q, k, v, causal=config.causal, mask=run.mask)
+    k, v, mask = _with_prefix(run, i, k, v)
+    y, saved["attention"] = attention(q, k, v, causal=config.causal, mask=mask)
     y = asking.places.merge_heads(y)  # (N,H,T,K) -> (..., D)
     name = f"layers.{i}.attn.o"
     y, saved["o"] = project(asking, name, y, asking.dropout_mask(name, y.shape))
@@ -175,17 +176,46 @@ def _heads(run: Run, name: str, x: Array, H: int) -> tuple[Array, Any]:
     return run.places.split_heads(y, H), saved
 
 
+def _with_prefix(run: Run, i: int, k: Array, v: Array) -> tuple[Array, Array, Array | None]:
+    """T9: the model's own keys and values before the text's, in the sight of every query, and the mask over them all.
+
+    They have no positions (Li and Liang 2021). k, v (N,G,S,K) -> (N,G,P+S,K); mask (N,S) -> (N,P+S).
+    """
+    N, mask = len(k), run.mask
+    if not run.config.prefix:
+        return k, v, mask
+    joined = []
+    for part, x in (("k", k), ("v", v)):
+        w = run.weights[f"layers.{i}.attn.prefix.{part}"]  # (G,P,K), or (N,G,P,K)
+        joined.append(xp.concatenate([xp.broadcast_to(w, (N, *w.shape[-3:])), x], axis=2))
+    if mask is not None:
+        mask = xp.concatenate([xp.ones((N, run.config.prefix), dtype=bool), mask], axis=1)
+    return joined[0], joined[1], mask
+
+
+def _prefix_backward(run: Run, name: str, d: Array, grads: Grads) -> Array:
+    """T9: the gradient of a prefix, a sum over the texts, into grads; d (N,G,P+S,K) -> that of the text's own."""
+    P = run.config.prefix
+    if name in run.trained:
+        grads[name] = d[:, :, :P].sum(axis=0)  # (N,G,P,K) -> (G,P,K)
+    return d[:, :, P:]
+
+
 def attend_backward(run: Run, i: int, dy: Array, saved: Saved, grads: Grads, *, need_dx: bool) -> Array | None:
     """T9 to T11: dy (..., D) -> dx (..., D), or None where it is not needed."""
     name = f"layers.{i}.attn"
     read, asking = run.reading_in(i), run.beyond(i)
-    inputs_trained = any(n.startswith((f"{name}.q.", f"{name}.k.", f"{name}.v.")) for n in run.trained)
+    inputs_trained = any(
+        n.startswith(tuple(f"{name}.{part}." for part in ("q", "k", "v", "prefix"))) for n in run.trained
+    )
     go_on = need_dx or inputs_trained
     dy_heads = project_backward(run, f"{name}.o", dy, saved.pop("o"), grads, need_dx=go_on)
     if dy_heads is None:
         return None
     d_heads = asking.places.split_heads(dy_heads, run.config.n_head)  # (..., D) -> (N,H,T,K)
     dq, dk, dv = attention_backward(d_heads, saved.pop("attention"))
+    if run.config.prefix:
+        dk, dv = (_prefix_backward(run, f"{name}.prefix.{part}", d, grads) for part, d in (("k", dk), ("v", dv)))
     if "rotary_q" in saved:
         dq, dk = rotary_backward(dq, saved.pop("rotary_q")), rotary_backward(dk, saved.pop("rotary_k"))
     dx = None

@@ -95,6 +95,7 @@ def configs(draw, *, heads=("lm", "classify", "tag", "none"), **fields):
         "n_types": st.sampled_from([0, 2]),
         "bias": st.booleans(),
         "pooler_in_head": st.booleans(),
+        "prefix": st.sampled_from([0, 0, 2]),
     }
     settings = {name: draw(choice) for name, choice in choices.items() if name not in fields}
     return ln.Config(

@@ -202,7 +202,7 @@ def test_a_training_step_copies_only_its_batch_and_its_loss():
     found = python(STEP, backend="cupy", first=[cupy_names.STANDIN])
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
-    assert len(lines) == 7 * 4 * 2
+    assert len(lines) == 8 * 4 * 2
     for line in lines:
         types, masked, reads, to_device, to_host, syncs = line.split()
         expected = 3 + (types == "True") + 2 * (masked == "True") + (reads == "True")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backend import backend_name
-from . import conformance, convert, demonstrate, files, learn, spec, verify
+from . import conformance, convert, demonstrate, files, learn, reproduce, spec, verify
 from .base import Run
 from .output import FAILURES, failure
 
@@ -32,6 +32,7 @@ examples:
   lora-np spec --out spec                              the specification, as one page of HTML
   lora-np vectors --out vectors                        cases for any implementation, in any language
   lora-np conform results                              what it computed, beside them
+  lora-np reproduce --out report                       the paper's claims: figures, verdicts, a page of HTML
 """
 
 
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="the result as JSON")
         return sub
 
-    for part in (demonstrate, learn, files, convert, verify, spec, conformance):
+    for part in (demonstrate, learn, files, convert, verify, spec, conformance, reproduce):
         part.add_commands(command)
     return parser
 

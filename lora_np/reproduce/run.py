@@ -1,0 +1,175 @@
+"""The whole report: the bases, what is trained, and each section in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import demo
+from ..batch import BatchDict
+from ..data import all_windows, encode, random_windows, split, standard_library
+from ..demo import Progress
+from ..examples import Tokens, bucketed, in_order, steps_an_epoch
+from ..formats.models.folder import load_model
+from ..lora import Adapter
+from ..model import PRESETS, Config, Model
+from ..tasks import EVALUATED, read_examples, task_of
+from ..train import Settings, evaluate
+from .amplification import amplification
+from .amplification import wanted as for_amplification
+from .cost import Measured, cost
+from .counts import counts, size
+from .latency import Shape, latency
+from .orthogonality import orthogonality
+from .rank import rank
+from .rank import wanted as for_rank
+from .section import Section
+from .study import QV, Setting, Study, Trainings, adapter_of, train_all
+from .subspaces import LOW, subspaces
+from .subspaces import wanted as for_subspaces
+from .switching import Task, byte_tables, switching, unicode_names
+
+HELD_OUT = 0.1  # of a text
+SOURCE = "Python source"
+OTHER_TEXTS = {"Unicode's names": unicode_names, "byte tables": byte_tables}
+TASK_SEED = 2  # of the other tasks' adapters: none that they are compared with has it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a report.
+
+    base       the embedded base, and the rows of a batch
+    ranks      of the grid, up to the paper's 64
+    seeds      of each choice of matrices and rank
+    settings   of each adapter's training; full_lr: the rate where every weight is trained
+    windows    of a text, held out
+    heavy      the model whose weights outweigh its activations (`cost`)
+    passes     the model whose forward pass is timed, the batches, and the rounds
+    """
+
+    base: demo.Plan
+    ranks: tuple[int, ...]
+    seeds: tuple[int, ...]
+    settings: Settings
+    full_lr: float
+    windows: int
+    heavy: Measured
+    passes: Config
+    shapes: tuple[Shape, ...]
+    rounds: int
+
+
+TABLE_1 = (Shape(32, 512), Shape(16, 256), Shape(1, 128))  # the batches of the paper's table 1
+_GPT2 = replace(PRESETS["gpt2"], vocab_size=256, n_positions=512, head="none", tie_head=False)
+_SMALL = replace(_GPT2, n_layer=1, n_head=2, d_model=64, d_ff=256)
+
+STANDARD = Plan(
+    base=demo.STANDARD,
+    ranks=(1, 2, 4, 8, 64),
+    seeds=(0, 1, 2),
+    settings=Settings(steps=120, lr=3e-3, b_ratio=4, warmup=10),
+    full_lr=1e-3,
+    windows=128,
+    heavy=Measured("weights outweigh activations", replace(_GPT2, n_layer=2, head="lm", tie_head=True), 1, 16),
+    passes=replace(_GPT2, n_layer=2, n_head=4, d_model=256, d_ff=1024),
+    shapes=TABLE_1,
+    rounds=5,
+)
+FULL = replace(STANDARD, passes=_GPT2)
+QUICK = replace(
+    STANDARD,
+    base=demo.QUICK,
+    ranks=(1, 8, 16),
+    seeds=(0, 1),
+    settings=Settings(steps=10, lr=1e-2, b_ratio=4, warmup=1),
+    windows=4,
+    heavy=Measured("weights outweigh activations", replace(_SMALL, head="lm", tie_head=True), 1, 4),
+    passes=_SMALL,
+    shapes=(Shape(4, 16), Shape(1, 8)),
+    rounds=1,
+)  # fmt: skip
+
+LABELLED = Settings(steps=20, lr=1e-3, warmup=20)  # of MiniLM on SST-2, but for the steps: an epoch
+LABELLED_FULL_LR = 1e-4
+LABELLED_ROWS, LABELLED_LONGEST = 32, 64
+TRAIN, DEV = "train.tsv", "dev.tsv"
+
+
+def sections(plan: Plan, report: Callable[[Progress], None], real: Study | None = None) -> Iterator[Section]:
+    """Each section as soon as it is known. real: a study of a real base on real data beside the embedded one."""
+    yield counts()
+    base = load_model(demo.base_folder(report, plan.base)[0])
+    T = plan.base.config.n_positions
+    yield cost(plan.heavy, Measured("the embedded base", base.config, plan.base.rows, T), plan.rounds)
+    study = text_study(plan, base, SOURCE, standard_library())
+    trainings = train_all(study, wanted(plan), report)
+    tasks = _tasks(plan, study, trainings, report)
+    yield from _of_study(plan, study, trainings, tasks[1].adapter)
+    if real is not None:
+        yield from _of_study(plan, real, train_all(real, wanted(plan), report), None)
+    yield latency(plan.passes, plan.shapes, plan.rounds)
+    yield switching(base, tasks)
+    yield orthogonality(study, trainings, plan.seeds, report)
+
+
+def wanted(plan: Plan) -> list[Setting]:
+    """Every adapter that the sections of one study need."""
+    high = plan.ranks[-1]
+    return [*for_rank(plan.ranks, plan.seeds), *for_subspaces(high), *for_amplification(high)]
+
+
+def _of_study(plan: Plan, study: Study, trainings: Trainings, other_task: Adapter | None) -> Iterator[Section]:
+    high = plan.ranks[-1]
+    yield rank(study, trainings, plan.ranks, evaluate(study.model, None, study.held_out))
+    yield subspaces(study, trainings, high, other_task)
+    yield amplification(study, trainings, high)
+
+
+def text_study(plan: Plan, base: Model, name: str, text: str) -> Study:
+    """The embedded base on a text."""
+    T, N = plan.base.config.n_positions, plan.base.rows
+    tokens, held_out = split(encode(text), HELD_OUT)
+
+    def batch(step: int, seed: int) -> BatchDict:
+        return random_windows(tokens, N=N, T=T, seed=seed, step=step)._asdict()
+
+    windows = [found._asdict() for found in all_windows(held_out, N=EVALUATED, T=T, most=plan.windows)]
+    return Study("embedded", f"embedded base, {name}", "nats a byte", base, batch, windows, plan.settings, plan.full_lr)
+
+
+def labelled_study(base: Path, data: Path, tokenizer_of: Callable[[Path, Config], Tokens]) -> Study:
+    """A real base on the texts with labels in the folder `data`, train.tsv and dev.tsv, `text<TAB>label` a line.
+
+    Beside each adapter a classifier is trained. A FileNotFoundError or ValueError says, in one line, what is wrong.
+    """
+    task = task_of("classify", data / TRAIN, LABELLED_LONGEST)
+    model = load_model(base, head="classify", n_labels=len(task.labels), seed=0)
+    task = replace(task, longest=min(task.longest, model.config.longest))
+    tokenizer = tokenizer_of(base, model.config)
+    examples, others = (read_examples(data / name, task, tokenizer) for name in (TRAIN, DEV))
+    assert examples is not None
+    assert others is not None
+
+    def batch(step: int, seed: int) -> BatchDict:
+        return bucketed(examples, N=LABELLED_ROWS, seed=seed, step=step)
+
+    steps = steps_an_epoch(examples, LABELLED_ROWS)
+    settings = replace(LABELLED, steps=steps, warmup=min(LABELLED.warmup, steps))
+    held_out = list(in_order(others, N=EVALUATED))
+    name = f"base of {size(model.config) / 1e6:.1f}M parameters, {data.resolve().name}"
+    lora: dict[str, Any] = {"train_head": True, "dropout": 0.1}
+    return Study("real", name, "nats a text", model, batch, held_out, settings, LABELLED_FULL_LR, lora)
+
+
+def _tasks(plan: Plan, study: Study, trainings: Trainings, report: Callable[[Progress], None]) -> Sequence[Task]:
+    """Three tasks with their adapters: the study's own, and two more texts."""
+    setting = Setting(QV, LOW, TASK_SEED)
+    others = {name: text_study(plan, study.model, name, text()) for name, text in OTHER_TEXTS.items()}
+    trained = {name: train_all(other, [setting], report)[setting] for name, other in others.items()}
+    return [
+        Task(SOURCE, adapter_of(trainings[Setting(QV, LOW, 0)]), study.held_out),
+        *(Task(name, adapter_of(found), others[name].held_out) for name, found in trained.items()),
+    ]
