@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         description="list: what there is. NAMES, or all: runs them. compare A B: what changed from one run to another. "
         "table A: writes the README's table of figures.",
     )
-    parser.add_argument("what", nargs="+", metavar="list | NAMES | all | compare A B | table A")
+    parser.add_argument("what", nargs="*", default=["list"], metavar="list | NAMES | all | compare A B | table A")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is measured, in turn (default: 5)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs, not how fast")
     parser.add_argument("--alone", action="store_true", help="without the peers")

@@ -68,8 +68,9 @@ def test_each_primitive_is_measured(quick):
     assert "lora_linear" in measured
 
 
-def test_list_names_every_benchmark(capsys):
-    main(["list"])
+@pytest.mark.parametrize("argv", [[], ["list"]])
+def test_list_names_every_benchmark(argv, capsys):
+    main(argv)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(BENCHES)
 
 
