@@ -43,8 +43,7 @@ def _in_blocks(*arrays: Array) -> Iterator[Saved]:
 # A frozen matrix may be held in bfloat16, as the upper halves of its float32 numbers (uint16): half the memory, the
 # same numbers. It is widened a block at a time, where it is used.
 
-
-FEW_ROWS = 32
+FEW_ROWS = 32  # as in decoding: BLAS goes through W faster as the left factor, and the result is small to turn
 
 
 def narrowed(W: Array) -> Array:
@@ -76,9 +75,8 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Array:
         y = x @ W.swapaxes(-1, -2)  # (N,T,in) -> (N,T,out)
     else:
         # One product for all rows: a batched one would go through memory once for each.
-        y = _times_transposed(_rows(x), W).reshape(
-            *x.shape[:-1], len(W)
-        )  # (..., in) -> (M,in) -> (M,out) -> (..., out)
+        y = _times_transposed(_rows(x), W)  # (..., in) -> (M,in) -> (M,out)
+        y = y.reshape(*x.shape[:-1], len(W))  # (M,out) -> (..., out)
     if b is not None:
         y += b
     return y
@@ -91,7 +89,6 @@ def _times_transposed(x: Array, W: Array) -> Array:
         for rows in _wide_blocks(W):
             y[:, rows] = _times_transposed(x, widened(W[rows]))
         return y
-    # Few rows, as in decoding: BLAS goes through W faster as the left factor, and the result is small to turn.
     return xp.ascontiguousarray((W @ x.T).T) if len(x) <= FEW_ROWS else x @ W.T
 
 
