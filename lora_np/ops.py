@@ -28,10 +28,15 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
+def _like(x: Array) -> Array:
+    """Room for a result of x's shape and dtype: contiguous, however x lies in memory."""
+    return xp.empty(x.shape, dtype=x.dtype)
+
+
 def _in_blocks(*arrays: Array) -> Iterator[Saved]:
     """The same rows of arrays (..., D), a block that stays in cache at a time: views (m, D) to read and to fill.
 
-    What is filled must be contiguous, as `xp.empty` gives it.
+    What is filled must be contiguous, as `_like` gives it: of another array `_rows` may be a copy.
     """
     matrices = [_rows(a) for a in arrays]
     for part in blocks(*matrices[0].shape):
@@ -165,7 +170,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Saved]:
 
     x (..., D), w, b (D,) -> (..., D). b (N,1,D) holds a bias for each row of the batch.
     """
-    y, xhat, rstd = xp.empty_like(x), xp.empty_like(x), xp.empty_like(x[..., :1])
+    y, xhat, rstd = _like(x), _like(x), _like(x[..., :1])
     for x_, y_, xhat_, rstd_ in _in_blocks(x, y, xhat, rstd):
         xp.subtract(x_, x_.mean(axis=-1, keepdims=True), out=xhat_)
         rstd_[...] = 1 / xp.sqrt((xhat_ * xhat_).mean(axis=-1, keepdims=True) + eps)  # (m,D) -> (m,1)
@@ -178,7 +183,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Saved]:
 def layer_norm_backward(dy: Array, saved: Saved) -> Array:
     """T3: with g = w * dy, dx = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(var + eps)."""
     xhat, rstd, w = saved
-    dx = xp.empty_like(xhat)
+    dx = _like(xhat)
     for dy_, xhat_, rstd_, dx_ in _in_blocks(dy, xhat, rstd, dx):
         g = xp.multiply(dy_, w, out=dx_)
         along = (g * xhat_).mean(axis=-1, keepdims=True)
@@ -190,7 +195,7 @@ def layer_norm_backward(dy: Array, saved: Saved) -> Array:
 
 def rms_norm(x: Array, w: Array, eps: float) -> tuple[Array, Saved]:
     """T4: y = w * xhat, xhat = x / sqrt(mean(x^2) + eps), over the last axis. x (..., D), w (D,) -> (..., D)."""
-    y, xhat, rstd = xp.empty_like(x), xp.empty_like(x), xp.empty_like(x[..., :1])
+    y, xhat, rstd = _like(x), _like(x), _like(x[..., :1])
     for x_, y_, xhat_, rstd_ in _in_blocks(x, y, xhat, rstd):
         rstd_[...] = 1 / xp.sqrt((x_ * x_).mean(axis=-1, keepdims=True) + eps)  # (m,D) -> (m,1)
         xp.multiply(x_, rstd_, out=xhat_)
@@ -201,7 +206,7 @@ def rms_norm(x: Array, w: Array, eps: float) -> tuple[Array, Saved]:
 def rms_norm_backward(dy: Array, saved: Saved) -> Array:
     """T4: with g = w * dy, dx = (g - xhat * mean(g * xhat)) / sqrt(mean(x^2) + eps)."""
     xhat, rstd, w = saved
-    dx = xp.empty_like(xhat)
+    dx = _like(xhat)
     for dy_, xhat_, rstd_, dx_ in _in_blocks(dy, xhat, rstd, dx):
         g = xp.multiply(dy_, w, out=dx_)
         g -= xhat_ * (g * xhat_).mean(axis=-1, keepdims=True)
@@ -261,7 +266,7 @@ def erf(x: Array) -> Array:
 
 def gelu(x: Array) -> tuple[Array, Array]:
     """T5: y = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2, elementwise. Saves dy/dx = Phi(x) + x phi(x)."""
-    y, dydx = xp.empty_like(x), xp.empty_like(x)
+    y, dydx = _like(x), _like(x)
     for x_, y_, dydx_ in _in_blocks(x, y, dydx):
         Phi = erf(x_ * math.sqrt(0.5))
         Phi += 1
@@ -276,7 +281,7 @@ def gelu(x: Array) -> tuple[Array, Array]:
 def gelu_tanh(x: Array) -> tuple[Array, Array]:
     """T6: y = x P, P = (1 + tanh u) / 2, u = sqrt(2/pi) (x + 0.044715 x^3), elementwise. Saves dy/dx = P + x P'."""
     c = math.sqrt(2 / math.pi)
-    y, dydx = xp.empty_like(x), xp.empty_like(x)
+    y, dydx = _like(x), _like(x)
     for x_, y_, dydx_ in _in_blocks(x, y, dydx):
         x2 = x_ * x_
         P = xp.tanh(x_ * (c + (c * 0.044715) * x2))
@@ -291,7 +296,7 @@ def gelu_tanh(x: Array) -> tuple[Array, Array]:
 
 def silu(x: Array) -> tuple[Array, Array]:
     """T7: y = x S, S = 1 / (1 + exp(-x)) = (1 + tanh(x/2)) / 2, elementwise. Saves dy/dx = S + x S (1 - S)."""
-    y, dydx = xp.empty_like(x), xp.empty_like(x)
+    y, dydx = _like(x), _like(x)
     for x_, y_, dydx_ in _in_blocks(x, y, dydx):
         S = xp.tanh(x_ * 0.5)  # tanh overflows for no x
         S += 1
