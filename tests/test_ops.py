@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import contextmanager
 from fractions import Fraction
 
 import numpy as np
@@ -12,9 +13,11 @@ from strategies import bits, deviation, device, dtypes, gamma, same_bits, seeds,
 
 from lora_np import ops
 from lora_np.backend import asnumpy, xp
+from lora_np.lora import lora_embedding, lora_embedding_backward, lora_linear, lora_linear_backward
 
 proves = pytest.mark.proves
 small = st.integers(1, 5)
+few_rows = st.sampled_from([0, 4, 32])  # up to how many rows a product has its factors the other way round
 
 
 @pytest.fixture
@@ -31,12 +34,14 @@ def ones(*shape):
 
 
 @proves("T2")
-@given(seeds, small, small, small, small, dtypes, st.booleans())
-def test_linear_is_the_sum_of_products(seed, N, T, n_in, n_out, dtype, bias):
+@given(seeds, small, small, small, small, dtypes, st.booleans(), few_rows)
+def test_linear_is_the_sum_of_products(seed, N, T, n_in, n_out, dtype, bias, few):
     rng = np.random.default_rng(seed)
     x, W = whole_numbers(rng, N, T, n_in, dtype=dtype), whole_numbers(rng, n_out, n_in, dtype=dtype)
     b = whole_numbers(rng, n_out, dtype=dtype) if bias else None
-    y = ops.linear(x, W, b)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_np.ops.FEW_ROWS", few)
+        y = ops.linear(x, W, b)
     expected = np.einsum("nti,oi->nto", asnumpy(x), asnumpy(W)) + (asnumpy(b) if bias else 0)
     assert y.dtype == dtype
     np.testing.assert_array_equal(asnumpy(y), expected)
@@ -83,8 +88,8 @@ def upper_halves(W):
 
 
 @proves("T2", "T1")
-@given(seeds, small, small, small)
-def test_a_matrix_held_in_bfloat16_is_the_same_matrix(seed, M, n_in, n_out):
+@given(seeds, small, small, small, few_rows)
+def test_a_matrix_held_in_bfloat16_is_the_same_matrix(seed, M, n_in, n_out, few):
     """Small whole numbers are numbers of bfloat16, and sums of their products exact."""
     rng = np.random.default_rng(seed)
     x, W, dy = (whole_numbers(rng, *shape, dtype="float32") for shape in [(M, n_in), (n_out, n_in), (M, n_out)])
@@ -95,6 +100,7 @@ def test_a_matrix_held_in_bfloat16_is_the_same_matrix(seed, M, n_in, n_out):
     tokens = device(rng.integers(0, n_out, M))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_np.backend.CACHE_ELEMENTS", 4)
+        patch.setattr("lora_np.ops.FEW_ROWS", few)
         assert same_bits(ops.linear(x, narrow), ops.linear(x, W))
         assert same_bits(ops.linear_backward(dy, narrow), ops.linear_backward(dy, W))
         assert same_bits(ops.embedding(tokens, narrow), ops.embedding(tokens, W))
@@ -474,12 +480,22 @@ def attention_by_hand(q, k, v, causal, mask):
     return y, bound
 
 
+@contextmanager
+def tiles(rows=2, cache=16):
+    """Attention in tiles of so many queries, and about so many scores: of five queries three, the last smaller."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_np.ops.QUERY_ROWS", rows)
+        patch.setattr("lora_np.backend.CACHE_ELEMENTS", cache)
+        yield
+
+
 def run_attention(q, k, v, causal, mask):
     return ops.attention(*map(device, (q, k, v)), causal=causal, mask=None if mask is None else device(mask))
 
 
 @proves("T9", "T10")
 @given(attentions())
+@tiles()
 def test_attention_is_a_mean_of_values(case):
     expected, bound = attention_by_hand(*case)
     y = asnumpy(run_attention(*case)[0])
@@ -488,6 +504,7 @@ def test_attention_is_a_mean_of_values(case):
 
 @proves("T9", "T10")
 @given(attentions(masked=True))
+@tiles()
 def test_a_query_that_sees_no_key_gives_zeros_and_a_zero_gradient(case):
     q, k, v, causal, mask = case
     mask[0] = False  # the first text's queries see nothing
@@ -502,8 +519,23 @@ def test_a_query_that_sees_no_key_gives_zeros_and_a_zero_gradient(case):
             assert not gradients[0][n, :, t].any()
 
 
+@proves("T9", "T10")
+@given(attentions(), seeds)
+@tiles()
+def test_attention_backward_is_the_derivative_along_any_direction(case, seed):
+    """By complex step: sum(dy * attention(q + i h q', ...)).imag / h = dq . q' + dk . k' + dv . v'."""
+    *inputs, causal, mask = case
+    rng = np.random.default_rng(seed)
+    dy, along = rng.standard_normal(inputs[0].shape), [rng.standard_normal(a.shape) for a in inputs]
+    moved = asnumpy(run_attention(*(a + 1e-30j * d for a, d in zip(inputs, along, strict=True)), causal, mask)[0])
+    gradients = ops.attention_backward(device(dy), run_attention(*case)[1])
+    terms = np.concatenate([(asnumpy(g) * d).ravel() for g, d in zip(gradients, along, strict=True)])
+    assert abs((dy * moved.imag).sum() / 1e-30 - terms.sum()) <= 1e-12 * np.abs(terms).sum()
+
+
 @proves("T9")
 @given(attentions())
+@tiles()
 def test_a_key_that_nobody_sees_has_no_gradient(case):
     q, k, _, causal, mask = case
     _, saved = run_attention(*case)
@@ -518,6 +550,7 @@ def test_a_key_that_nobody_sees_has_no_gradient(case):
 
 @proves("T9")
 @given(attentions(causal=True))
+@tiles()
 def test_causal_attention_never_looks_ahead(case):
     """Other keys and values after a query's own place change nothing, to the bit."""
     q, k, v, causal, mask = case
@@ -532,6 +565,7 @@ def test_causal_attention_never_looks_ahead(case):
 
 @proves("T10")
 @given(attentions())
+@tiles()
 def test_grouped_heads_share_their_keys_and_values(case):
     """As if k and v were repeated for each of the H / G heads; dk and dv sum over them."""
     q, k, v, causal, mask = case
@@ -875,8 +909,8 @@ def test_blocks_change_no_bit(name, monkeypatch):
 
 
 @proves("T9", "T10")
-@given(attentions())
-def test_tiles_of_attention_change_nothing_beyond_rounding(case):
+@given(attentions(), st.integers(1, 3), st.sampled_from([1, 8, 24]))
+def test_tiles_of_attention_change_nothing_beyond_rounding(case, rows, cache):
     q = case[0]
     dy = np.random.default_rng(1).standard_normal(q.shape)
 
@@ -884,12 +918,146 @@ def test_tiles_of_attention_change_nothing_beyond_rounding(case):
         y, saved = run_attention(*case)
         return [asnumpy(a) for a in (y, *ops.attention_backward(device(dy), saved))], len(list(saved.parts()))
 
-    whole, _ = everything()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_np.backend.CACHE_ELEMENTS", 1)
-        patch.setattr("lora_np.ops.QUERY_ROWS", 2)
-        cut, tiles = everything()
+    whole, one = everything()
+    with tiles(rows, cache):
+        cut, many = everything()
     N, G, T = case[1].shape[0], case[1].shape[1], q.shape[2]
-    assert tiles == (N * G * -(-T // 2) if xp is np else 1)
+    most = N * G * -(-T // rows) if xp is np else 1
+    assert one == 1
+    assert many == most if cache == 1 else many <= most
     scale = max(np.abs(a).max() for a in whole)
     assert all(np.abs(one - other).max() <= 1e-13 * scale for one, other in zip(whole, cut, strict=True))
+
+
+@proves("T9")
+@pytest.mark.skipif(xp is not np, reason="on a GPU there is one tile")
+@given(attentions(), st.integers(1, 3), st.integers(1, 60))
+def test_a_tile_stays_in_cache(case, rows, cache):
+    """Where it holds more scores than that, it is of the query heads of one text that share their keys."""
+    with tiles(rows, cache):
+        for _, _, _, _, p in run_attention(*case)[1].parts():
+            assert p.size <= cache or p.shape[:2] == (1, 1)
+
+
+@proves("T9")
+@given(attentions(), st.sampled_from([1, 16, 131072]))
+def test_causal_attention_computes_no_score_that_it_hides(case, cache):
+    """With one query a tile none at all: there are as many as pairs of a query and a place that it may see."""
+    q, k, _, causal, _ = case
+    (N, H, T, _), S = q.shape, k.shape[2]
+    with tiles(1, cache):
+        computed = sum(p.size for _, _, _, _, p in run_attention(*case)[1].parts())
+    visible_pairs = sum(len(visible(0, t, T, S, causal, None)) for t in range(T))
+    assert computed == N * H * (visible_pairs if xp is np else T * S)
+
+
+# --- What is filled in place, and what never is --------------------------------------------------------------------
+
+# Of each operation: what it takes, by name, and from these (y, saved); and its backward from (dy, saved).
+ANGLES = ops.rotary_angles(xp.arange(4), 6, 100.0, "float64")
+OPERATIONS = {
+    "linear": ("x W w", lambda x, W, w: (ops.linear(x, W, w), W), ops.linear_backward),
+    "linear, its weight": ("x W", lambda x, W: (ops.linear(x, W), x), ops.linear_weight_backward),
+    "embedding": (
+        "E tokens",
+        lambda E, tokens: (ops.embedding(tokens, E), tokens),
+        lambda dy, tokens: ops.embedding_backward(dy, tokens, 6),
+    ),
+    "pick": (
+        "x index",
+        lambda x, index: (ops.pick(x, index), index),
+        lambda dy, index: ops.pick_backward(dy, index, (2, 3, 6)),
+    ),
+    "layer_norm": ("x w b", lambda x, w, b: ops.layer_norm(x, w, b, 1e-5), ops.layer_norm_backward),
+    "layer_norm, its weight": ("x w b", lambda x, w, b: ops.layer_norm(x, w, b, 1e-5), ops.norm_weight_backward),
+    "rms_norm": ("x w", lambda x, w: ops.rms_norm(x, w, 1e-5), ops.rms_norm_backward),
+    "gelu": ("x", ops.gelu, ops.activation_backward),
+    "gelu_tanh": ("x", ops.gelu_tanh, ops.activation_backward),
+    "silu": ("x", ops.silu, ops.activation_backward),
+    "tanh": ("x", ops.tanh, ops.activation_backward),
+    "softmax": ("x", ops.softmax, ops.softmax_backward),
+    "attention": (
+        "q k v keys",
+        lambda q, k, v, keys: ops.attention(q, k, v, causal=True, mask=keys),
+        ops.attention_backward,
+    ),
+    "rotary": ("q", lambda q: ops.rotary(q, *ANGLES), ops.rotary_backward),
+    "dropout": ("x m", lambda x, m: ops.dropout(x, m), ops.dropout_backward),
+    "lora_linear": (
+        "x W b A B m",
+        lambda x, W, b, A, B, m: lora_linear(x, W, b, A, B, 0.5, dropout_mask=m),
+        lora_linear_backward,
+    ),
+    "lora_embedding": (
+        "tokens E A B",
+        lambda tokens, E, A, B: lora_embedding(tokens, E, A, B, 0.5),
+        lora_embedding_backward,
+    ),
+}
+
+
+def operands(names, lie=device):
+    """What an operation takes, by name; `lie` puts it on the device."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "x": (2, 3, 6), "m": (2, 3, 6), "w": (6,), "b": (6,), "W": (6, 6), "E": (6, 6), "A": (2, 6), "B": (6, 2),
+        "q": (2, 4, 4, 6), "k": (2, 2, 4, 6), "v": (2, 2, 4, 6),
+    }  # fmt: skip
+    made = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    made |= {"tokens": rng.integers(0, 6, (2, 3)), "index": np.array([4, 0, 3]), "keys": rng.random((2, 4)) < 0.7}
+    return {name: lie(made[name]) for name in names.split()}
+
+
+def flat(result):
+    """A backward's result, of one array or several, as a list."""
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T11", "T12", "T14", "L2", "L4")
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_changes_nothing_that_it_is_given(name, monkeypatch):
+    """Neither its inputs nor dy nor its result; and what is saved serves a second backward, with the same bits."""
+    monkeypatch.setattr("lora_np.ops.QUERY_ROWS", 3)  # of four
+    names, forward, backward = OPERATIONS[name]
+    given_arrays = operands(names)
+    before = {name: bits(a) for name, a in given_arrays.items()}
+    y, saved = forward(**given_arrays)
+    dy = device(np.random.default_rng(1).standard_normal(y.shape))
+    y_before, dy_before = bits(y), bits(dy)
+    first, second = ([bits(d) for d in flat(backward(dy, saved))] for _ in range(2))
+    assert first == second
+    assert (bits(y), bits(dy)) == (y_before, dy_before)
+    assert {name: bits(a) for name, a in given_arrays.items()} == before
+
+
+@proves("T15")
+def test_cross_entropy_takes_its_logits_memory_and_nothing_else():
+    """As it says: the softmax and then dlogits stand where the logits were; targets and dlosses are as before."""
+    rng = np.random.default_rng(0)
+    logits, targets, dlosses = device(rng.standard_normal((3, 5))), device([1, 0, 4]), device(rng.standard_normal(3))
+    before = bits(targets), bits(dlosses)
+    _, saved = ops.cross_entropy(logits, targets)
+    assert saved[0] is logits
+    assert ops.cross_entropy_backward(dlosses, saved) is logits
+    assert (bits(targets), bits(dlosses)) == before
+
+
+def columns_first(a):
+    """On the device with its axes the other way round in memory, as a transposed array lies."""
+    return device(np.ascontiguousarray(a.transpose())).transpose()
+
+
+@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T11", "T12", "T14", "T15", "L2", "L4")
+@pytest.mark.parametrize("name", [*OPERATIONS, "cross_entropy"])
+def test_how_arrays_lie_in_memory_changes_nothing_beyond_rounding(name):
+    cross_entropy = ("W tokens", lambda W, tokens: ops.cross_entropy(W, tokens.ravel()), ops.cross_entropy_backward)
+    names, forward, backward = {**OPERATIONS, "cross_entropy": cross_entropy}[name]
+
+    def everything(lie):
+        y, saved = forward(**operands(names, lie))
+        result = asnumpy(y).copy()
+        dy = lie(np.random.default_rng(1).standard_normal(y.shape))
+        return [result, *flat(backward(dy, saved))]
+
+    for one, other in zip(everything(device), everything(columns_first), strict=True):
+        assert deviation(other, one) <= 1e-14
