@@ -223,7 +223,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
 )  # fmt: skip
 
 
-_DTYPE_OF = "layers.0.norm1.weight"  # no matrix, so never held in bfloat16
+DTYPE_OF = "layers.0.norm1.weight"  # has the dtype of all: no matrix, so never held in bfloat16
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,18 +250,18 @@ class Model:
         for name, shape in shapes.items():
             if weights[name].shape != shape:
                 raise ValueError(f"Model: {name}: expected shape {shape}, got {weights[name].shape}")
-            dtype = weights[_DTYPE_OF].dtype
+            dtype = weights[DTYPE_OF].dtype
             held_narrow = weights[name].dtype == "uint16" and len(shape) == 2 and dtype == "float32"
             if weights[name].dtype != dtype and not held_narrow:
-                raise TypeError(f"Model: {name}: expected {dtype}, as {_DTYPE_OF} has, got {weights[name].dtype}")
-        if weights[_DTYPE_OF].dtype.name not in ("float32", "float64", "complex64", "complex128"):
-            raise TypeError(f"Model: expected float32 or float64 weights, got {weights[_DTYPE_OF].dtype}")
+                raise TypeError(f"Model: {name}: expected {dtype}, as {DTYPE_OF} has, got {weights[name].dtype}")
+        if weights[DTYPE_OF].dtype.name not in ("float32", "float64", "complex64", "complex128"):
+            raise TypeError(f"Model: expected float32 or float64 weights, got {weights[DTYPE_OF].dtype}")
         object.__setattr__(self, "weights", MappingProxyType(weights))
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The one dtype of all weights, however they are held."""
-        return self.weights[_DTYPE_OF].dtype
+        return self.weights[DTYPE_OF].dtype
 
 
 def init_weights(

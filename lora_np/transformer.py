@@ -16,7 +16,7 @@ import numpy as np
 from .backend import Array, xp
 from .batch import Batch, check_batch, check_inputs
 from .lora import Adapter, lora_embedding, lora_embedding_backward, lora_linear, lora_linear_backward
-from .model import Config, Model
+from .model import DTYPE_OF, Config, Model
 from .ops import (
     activation_backward,
     attention,
@@ -50,7 +50,7 @@ from .run import AnyAdapter, Run, Trainable, bind, check_rows, fuse_grads
 Grads: TypeAlias = dict[str, Array]
 Saved: TypeAlias = dict[str, Any]  # by the name of the step that saved it
 
-HEAD_ROWS = 256  # rows of logits held at a time: (N*T, V) never is
+HEAD_ROWS = 256  # rows of logits that a loss holds at a time: (N*T, V) never is
 
 
 # --- Matrices and norms by name ------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def place(run: Run, batch: Batch, *, past: int = 0, read: Array | None = None) -
 
 def _angles(run: Run, positions: Array) -> tuple[Array, Array]:
     """T11: rotary's cos and sin. positions (...,T) -> two (...,T,K/2)."""
-    config, dtype = run.config, run.weights["layers.0.norm1.weight"].real.dtype
+    config, dtype = run.config, run.weights[DTYPE_OF].real.dtype
     return rotary_angles(positions, config.head_width, config.rope_theta, dtype)
 
 

@@ -90,7 +90,7 @@ def load_model(
     head, n_labels: another head than the file's (lm, classify, tag, none; labels). Weights of the file that it has no
     use for are left out; those that the file lacks are init_weights' for `seed`, which must then be given.
     storage: "bfloat16" holds the file's matrices so, in half the memory, and widens them where they are used: the same
-    results, to the bit of a product's rounding. Only for float32, and where the file's numbers are bfloat16's.
+    results, but for the rounding of products by blocks. Only for float32, and where the file's numbers are bfloat16's.
     A FileNotFoundError or ValueError, in one line, says which file is missing, of another model type, or damaged, and
     which key or tensor is at fault.
     """
