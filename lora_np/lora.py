@@ -360,7 +360,7 @@ def linear_rounding_bound(x: Array, W0: Array, b: Array | None, A: Array, B: Arr
     """
     info = np.finfo(dtype)
     n_in, r = W0.shape[1], A.shape[0]
-    x, W0, A, B = (xp.abs(a.astype(xp.float64)) for a in (x, W0, A, B))
+    x, W0, A, B = (xp.abs(a.astype(xp.float64)) for a in (x, widened(W0), A, B))
     n = (n_in + r + 4) * float(info.eps) / 2
     P = x @ A.T  # (..., r)
     size = x @ W0.T + (abs(s) * P) @ B.T  # in the order of the unmerged output, whose underflow is in the bound

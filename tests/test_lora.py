@@ -422,6 +422,15 @@ def test_the_bound_is_the_one_that_is_derived(case, s, zeros):
 
 
 @proves("L5")
+@given(seeds)
+def test_a_matrix_held_in_bfloat16_has_the_bound_of_its_numbers(seed):
+    rng = np.random.default_rng(seed)
+    x, W0, A, B = (whole_numbers(rng, *shape, dtype="float32") for shape in ((2, 3), (4, 3), (2, 3), (4, 2)))
+    bounds = [lora.linear_rounding_bound(x, W, None, A, B, 0.5, "float32") for W in (W0, ops.narrowed(W0))]
+    assert same_bits(*bounds)
+
+
+@proves("L5")
 def test_the_bound_is_not_slack():
     """One rounding of the base and one of the merged weight, of many tried, reach a tenth of the bound."""
     rng = np.random.default_rng(0)
