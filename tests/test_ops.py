@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -606,6 +607,21 @@ def test_attention_with_scores_of_1e4(dtype):
     y, saved = ops.attention(q, k, v, causal=False)
     assert asnumpy(y).item() == 3.0
     assert all(np.isfinite(asnumpy(d)).all() for d in ops.attention_backward(y, saved))
+
+
+@proves("T9")
+@pytest.mark.skipif(xp is not np, reason="tracemalloc sees the host's memory alone; on a GPU there is one tile")
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_holds_no_scores_of_a_whole_head(causal):
+    """Neither meanwhile nor for its backward: less than the (T,T) of one head, of two."""
+    T = 1024
+    q, k, v, dy = np.random.default_rng(0).standard_normal((4, 1, 2, T, 4))
+    tracemalloc.start()
+    _, saved = ops.attention(q, k, v, causal=causal)
+    ops.attention_backward(dy, saved)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < T * T * q.itemsize
 
 
 # --- T11: rotary ---------------------------------------------------------------------------------------------------
