@@ -38,19 +38,19 @@ def uncached_logits(model, tokens, adapter, mask):
 @proves("T16")
 @given(cases(**MODELS), seeds)
 def test_cached_logits_are_the_uncached(case, seed):
-    """The prompt at once, then a token at a time: each time as a forward of the whole."""
+    """The prompt at once, then a token or two at a time: each time as a forward of the whole."""
     model, adapter, _, _ = case
     tokens, mask = prompt(case)
     (N, T), config = tokens.shape, model.config
-    cache = decode.new_cache(config, N=N, longest=T + 3, dtype=model.dtype)
+    cache = decode.new_cache(config, N=N, longest=T + 4, dtype=model.dtype)
     run, new, seen = bind(model, adapter, rows=N), tokens, mask
-    for _ in range(4):
+    for more in (1, 2, 1, 0):
         cached = decode.next_logits(run, cache, new, seen)
         assert deviation(cached, uncached_logits(model, tokens, adapter, mask)) <= 1e-12
         assert cache.length == tokens.shape[1]
-        new = np.random.default_rng(seed).integers(0, config.vocab_size, (N, 1))
+        new = np.random.default_rng(seed).integers(0, config.vocab_size, (N, more))
         tokens = np.concatenate([tokens, new], axis=1)
-        seen = None if seen is None else np.pad(seen, ((0, 0), (0, 1)), constant_values=True)
+        seen = None if seen is None else np.pad(seen, ((0, 0), (0, more)), constant_values=True)
 
 
 @proves("T16", "T1")

@@ -221,13 +221,16 @@ def test_loss_is_the_mean_over_counted_targets(case):
     assert abs(ln.loss_and_grads(model, adapter, **batch)[0] - got) <= 1e-15 * (1 + np.abs(rows).max())
 
 
-@proves("T15", "L4")
+@proves("T9", "T15", "L4")
 @given(cases(**FLOAT64))
-def test_the_heads_chunks_change_nothing_beyond_rounding(case):
+def test_what_a_step_is_cut_into_changes_nothing_beyond_rounding(case):
+    """The head's chunks, attention's tiles, the blocks of elementwise steps, few rows of a product and many."""
     model, adapter, batch, _ = case
     loss, grads = ln.loss_and_grads(model, adapter, **batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_np.transformer.HEAD_ROWS", 2)
+        for name, few in {"transformer.HEAD_ROWS": 2, "ops.QUERY_ROWS": 2, "ops.FEW_ROWS": 0}.items():
+            patch.setattr(f"lora_np.{name}", few)
+        patch.setattr("lora_np.backend.CACHE_ELEMENTS", 16)
         cut_loss, cut = ln.loss_and_grads(model, adapter, **batch)
     assert abs(loss - cut_loss) <= 1e-13 * (1 + abs(loss))
     assert farthest(grads, cut) <= 1e-12 * max(gradient_scale(model, batch), largest(grads))
