@@ -39,6 +39,18 @@ def same_bits(one, other):
     return one.shape == other.shape and one.dtype == other.dtype and bits(one) == bits(other)
 
 
+def spy(patch, module, name):
+    """Notes the arguments of each call of a function, in the list that is given back."""
+    calls, function = [], getattr(module, name)
+
+    def noting(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    patch.setattr(module, name, noting)
+    return calls
+
+
 def deviation(got, expected):
     """The largest deviation, relative to the largest element expected."""
     got, expected = asnumpy(got), asnumpy(expected)

@@ -10,10 +10,10 @@ import time
 
 import numpy as np
 import pytest
-from strategies import dense_updates, trained_adapter
+from strategies import dense_updates, spy, trained_adapter
 
 import lora_np as ln
-from lora_np import cli
+from lora_np import cli, transformer
 from lora_np.backend import asnumpy
 
 CONFIG = ln.Config(256, 32, n_layer=2, n_head=2, d_model=16, d_ff=32)
@@ -66,6 +66,33 @@ def test_finetune_writes_an_adapter_that_lowers_the_held_out_loss(home, capsys):
     assert (
         ln.load_adapter(home / "fresh", model).params.keys() == ln.load_adapter(home / "adapter", model).params.keys()
     )
+
+
+def test_finetune_that_computes_again_writes_the_same_adapter(home, capsys, monkeypatch):
+    """Each step computes every half block once more, whose lowest adapter is at the bottom."""
+    computed = spy(monkeypatch, transformer, "half_block")
+    assert run(capsys, *finetune(home, "kept", steps=2))[0] == 0
+    once = len(computed)
+    assert run(capsys, *finetune(home, "again", "--recompute", steps=2))[0] == 0
+    assert len(computed) - 2 * once == 2 * (2 * CONFIG.n_layer)
+    for name in os.listdir(home / "kept"):
+        assert (home / "kept" / name).read_bytes() == (home / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("command", ["finetune", "eval", "eval, adapted", "generate"])
+def test_a_base_that_bfloat16_would_round_is_not_held_so(home, capsys, command):
+    base = ["--base", f"{home / 'base'}"]
+    argv = {
+        "finetune": finetune(home, "narrow"),
+        "eval": ["eval", "--data", f"{home / 'text.txt'}", *base],
+        "eval, adapted": ["eval", "--data", f"{home / 'text.txt'}", *base, "--adapter", f"{home / 'adapter'}"],
+        "generate": ["generate", "--prompt", "the", *base],
+    }[command]
+    status, _, err = run(capsys, *argv, "--storage", "bfloat16")
+    assert status == 2
+    assert "embed.tokens: storage bfloat16: expected float32 numbers that bfloat16 holds" in err
+    assert len(err.splitlines()) == 1
+    assert not (home / "narrow").exists()
 
 
 def test_eval_gives_the_loss_without_and_with_the_adapter(home, capsys):

@@ -19,11 +19,12 @@ from strategies import (
     random_model,
     same_bits,
     seeds,
+    spy,
     trained_adapter,
 )
 
 import lora_np as ln
-from lora_np import parallel
+from lora_np import parallel, transformer
 from lora_np.backend import backend_name
 from lora_np.ranks import Ranks
 
@@ -60,6 +61,20 @@ def test_shards_change_nothing_beyond_rounding(case, dropout_seed, data):
     assert list(sharded_grads) == list(adapter.params)
     # The base's gradients are not those of the adapted model, whose own may be larger by far.
     assert farthest(grads, sharded_grads) <= 1e-12 * max(gradient_scale(model, batch), largest(grads))
+
+
+@proves("O4", "T12", "T13")
+@given(cases(min_rows=2, dropout=True, whole=False, targets=("q", "down")), seeds)
+def test_shards_that_compute_again_have_the_same_bits(case, dropout_seed):
+    """In each shard backward computes every half block again, with the masks of its own rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        computed = spy(patch, transformer, "half_block")
+        loss, grads = sharded(case, shards=2, dropout_seed=dropout_seed)
+        once = len(computed)
+        again, grads_again = sharded(case, shards=2, dropout_seed=dropout_seed, recompute=True)
+    assert len(computed) == 3 * once
+    assert loss == again
+    assert same_bits(grads, grads_again)
 
 
 @proves("O4")

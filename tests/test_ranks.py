@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import device, dtypes, same_bits, seeds
+from strategies import device, dtypes, same_bits, seeds, spy
 from test_train import batches, make
 from test_tree import halves, leaves
 
@@ -98,18 +98,6 @@ def on_ranks(size, f):
         for name in ("one_blas_thread", "quick_switches"):  # a process's own, which ranks do not share
             patch.setattr(parallel, name, nullcontext)
         return list(pool.map(one, range(size)))
-
-
-def spy(patch, module, name):
-    """Notes the arguments of each call of a function, in the list that is given back."""
-    calls, function = [], getattr(module, name)
-
-    def noting(*args, **kwargs):
-        calls.append(args)
-        return function(*args, **kwargs)
-
-    patch.setattr(module, name, noting)
-    return calls
 
 
 # --- The sum ---------------------------------------------------------------------------------------------------------
