@@ -108,7 +108,9 @@ def test_a_matrix_held_in_bfloat16_is_the_same_matrix(seed, M, n_in, n_out, few)
 
 
 @proves("T2")
-@pytest.mark.parametrize("number", [np.float32(1 + 2**-8), np.float32(0.1), np.float32(2.0**-149), np.float64(1)])
+@pytest.mark.parametrize(
+    "number", [np.float32(1 + 2**-8), np.float32(0.1), np.float32(2.0**-149), np.float64(1), np.int32(2**16)]
+)
 def test_what_bfloat16_would_round_is_refused(number):
     with pytest.raises(ValueError, match=f"expected float32 numbers that bfloat16 holds, got others .{number.dtype}"):
         ops.narrowed(device([[number, number]], number.dtype))

@@ -115,6 +115,19 @@ def test_in_float64_the_same_numbers(path):
         np.testing.assert_array_equal(ln.asnumpy(value), ln.asnumpy(narrow.weights[name]))
 
 
+def test_bfloat16_is_held_as_it_is(path):
+    """Matrices as the upper halves of their numbers; a file that has others is refused, by the tensor's name."""
+    write(path, SMALL, "BF16")
+    wide, narrow = ln.load_model(path), ln.load_model(path, storage="bfloat16")
+    for name, value in wide.weights.items():
+        expected = ln.asnumpy(value).view("uint32") >> 16 if value.ndim == 2 else ln.asnumpy(value)
+        np.testing.assert_array_equal(ln.asnumpy(narrow.weights[name]), expected)
+        assert narrow.weights[name].dtype == ("uint16" if value.ndim == 2 else "float32")
+    write(path, SMALL)
+    with pytest.raises(ValueError, match=r"x\.gguf: token_embd.weight: storage bfloat16: expected float32 numbers"):
+        ln.load_model(path, storage="bfloat16")
+
+
 def test_defaults_of_the_format(path):
     full = replace(SMALL, n_kv_head=4)
     write(path, full, keys={"attention.head_count_kv": None, "rope.freq_base": None, "vocab_size": None})

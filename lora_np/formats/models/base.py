@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from ...backend import Array
+from ...backend import Array, xp
 from ...model import Config
 from ...ops import narrowed
 
@@ -53,6 +53,6 @@ def held(value: Array, storage: Storage | None, where: str) -> Array:
     if storage is None or value.ndim != 2:
         return value
     try:
-        return narrowed(value)
+        return narrowed(xp.asarray(value))
     except ValueError as error:
         raise ValueError(f"{where}: storage bfloat16: {error}") from None
