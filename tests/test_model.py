@@ -217,6 +217,8 @@ def test_halves_stand_for_float32_matrices_alone():
     assert ln.Model(config, {**weights, "embed.tokens": halves}).dtype == "float32"
     with pytest.raises(TypeError, match=r"norm.bias: expected float32, as layers.0.norm1.weight has, got uint16"):
         ln.Model(config, {**weights, "norm.bias": xp.zeros(4, "uint16")})
+    with pytest.raises(TypeError, match=r"embed.tokens: expected float32, as layers.0.norm1.weight has, got float16"):
+        ln.Model(config, {**weights, "embed.tokens": xp.zeros((7, 4), "float16")})
     double = {name: w.astype("float64") for name, w in weights.items()}
     with pytest.raises(TypeError, match=r"embed.tokens: expected float64"):
         ln.Model(config, {**double, "embed.tokens": halves})
