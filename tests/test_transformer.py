@@ -244,14 +244,16 @@ def described(arrays):
 
 
 @proves("L4")
-@given(cases(dropout=True), seeds)
-def test_gradients_are_the_adapters_and_the_base_never_changes(case, dropout_seed):
+@given(cases(dropout=True), seeds, st.booleans())
+def test_gradients_are_the_adapters_and_the_base_never_changes(case, dropout_seed, recompute):
+    """Nor does the adapter, nor the batch."""
     model, adapter, batch, _ = case
-    before = [{name: bits(a) for name, a in arrays.items()} for arrays in (model.weights, adapter.params)]
-    _, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=dropout_seed)
+    given_arrays = model.weights, adapter.params, {name: a for name, a in batch.items() if a is not None}
+    before = [{name: bits(a) for name, a in arrays.items()} for arrays in given_arrays]
+    _, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=dropout_seed, recompute=recompute)
     assert list(grads) == list(adapter.params)
     assert described(grads) == described(adapter.params)
-    assert before == [{name: bits(a) for name, a in arrays.items()} for arrays in (model.weights, adapter.params)]
+    assert before == [{name: bits(a) for name, a in arrays.items()} for arrays in given_arrays]
 
 
 @proves("L4")
