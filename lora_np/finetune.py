@@ -149,8 +149,9 @@ def _digest(params: Mapping[str, Array]) -> str:
 
 
 def _identity(model: Model, data: Data, job: Job) -> dict[str, Any]:
-    """What a checkpoint must share with the job that goes on from it."""
+    """What a checkpoint must share with the job that goes on from it: all that its bits depend on."""
     named = {"base": model_hash(model), **data.about, **asdict(job)}
+    del named["settings"]["recompute"]  # so that what ran out of memory may go on with less
     return {name: _plain(value) for name, value in named.items()}
 
 

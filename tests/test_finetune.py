@@ -74,7 +74,7 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(files, tmp_path):
     assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
     with pytest.raises(ValueError, match="settings differs"):
         learn(files, "classify", tmp_path / "stopped", resume=True, seed=5)
-    _, _, resumed = learn(files, "classify", tmp_path / "stopped", resume=True)
+    _, _, resumed = learn(files, "classify", tmp_path / "stopped", resume=True, recompute=True)  # on less memory
     _, _, straight = learn(files, "classify", tmp_path / "straight")
     assert resumed.curve == straight.curve
     for key, p in straight.adapter.params.items():
