@@ -79,7 +79,7 @@ def roofline(run: Run) -> Any:
     bars.axvline(1, color=GREY, linewidth=1.5)
     bars.margins(y=0.01)
     bars.tick_params(axis="y", labelsize=8)
-    bars.set_xlabel("share of the roofline (above 1: its data was in the cache); orange: backward")
+    bars.set_xlabel("share of the roofline; above 1: data in cache; orange: backward")
     return picture
 
 
