@@ -448,7 +448,7 @@ def _models() -> Iterator[Case]:
     lora = LoRAConfig(r=2, alpha=3, targets=("q", "v"))
     for name, title, config, padded in (
         ("model-prefix", "Two keys and values before the text's, trained beside A and B", gpt2, False),
-        ("model-prefix-padded", "The same, padded, with grouped heads and rotary positions: it has none", llama, True),
+        ("model-prefix-padded", "The same, padded, with rotary positions, of which it has none", llama, True),
     ):
         yield _model_case("T9", name, title, replace(config, prefix=2), lora, padded=padded)
     for name, title, config, T, padded in (

@@ -33,7 +33,9 @@ def compared(tmp_path, program, dtype):
 def findings(verdicts):
     """What fails: the cases of each id, and the mistake that they look like."""
     return {
-        id: ([found.case.name for found in one.failed], one.looks_like[0]) for id, one in verdicts.items() if one.failed
+        id: ([found.case.name for found in one.failed], one.looks_like and one.looks_like[0])
+        for id, one in verdicts.items()
+        if one.failed
     }
 
 
