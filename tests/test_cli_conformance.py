@@ -56,7 +56,7 @@ def test_conform_says_yes(tmp_path, capsys, given):
     lines = out.splitlines()
     assert status == 0
     assert lines[-1] == "conforms: yes"
-    assert lines[-2].startswith("no results: L1 L2 L3 L5")
+    assert lines[-2].startswith("no results: A1 A2 L1 L2 L3 L5")
     assert [line.split()[:5] for line in lines[1:3]] == [["L4", "16", "16", "0", "0"], ["T10", "3", "3", "0", "0"]]
 
 

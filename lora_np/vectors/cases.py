@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
 def all_cases() -> list[Case]:
     """Every case, by id."""
-    cases = [case for part in (_lora, _primitives, _models, _optimizer) for case in part()]
+    cases = [case for part in (_lora, _primitives, _models, _optimizer, _analysis) for case in part()]
     return sorted(cases, key=lambda case: (case.id[0], int(case.id[1:])))
 
 
@@ -380,9 +380,17 @@ def _config(name: str, **fields: Any) -> Config:
     return replace(config, n_kv_head=config.kv_heads)
 
 
+# Said of every architecture, whatever their defaults.
+_SAID = (
+    "norm", "norm_first", "positions", "activation", "causal", "tie_head", "head", "eps", "rope_theta", "n_types",
+    "position_offset", "bias",
+)  # fmt: skip
+
+
 def _fields(config: Config) -> dict[str, Any]:
-    left_out = {"disentangled", "pooler_in_head"}
-    return {name: value for name, value in vars(config).items() if name not in left_out and value is not None}
+    """An architecture as scalars. Of other fields those at their default are left out: a new one changes no case."""
+    defaults = {field.name: field.default for field in fields(config)}
+    return {name: value for name, value in vars(config).items() if name in _SAID or value != defaults[name]}
 
 
 def _weight(draw: _Names, name: str, shape: tuple[int, ...]) -> Array:
@@ -417,7 +425,7 @@ def _model_case(
     trained: tuple[str, ...] = tuple(weights)
     if lora is not None:
         start = init_adapter(Model(config, init_weights(config, seed=0)), lora, seed=0).params
-        trained = tuple(start)
+        trained = (*start, *(n for n in weights if ".prefix." in n))
         whole = [n for n in trained if n in weights]
         weights |= {n: _weight(draw, n, a.shape) for n, a in start.items() if n not in weights}
         scalars |= {"r": lora.r, "alpha": lora.alpha, "rslora": lora.rslora, "trained_whole": whole}
@@ -437,6 +445,12 @@ def _models() -> Iterator[Case]:
     ):  # fmt: skip
         title = f"LoRA on {' '.join(lora.targets)} of a whole model: gradients by what is trained alone"
         yield _model_case("L4", name, title, config, lora)
+    lora = LoRAConfig(r=2, alpha=3, targets=("q", "v"))
+    for name, title, config, padded in (
+        ("model-prefix", "Two keys and values before the text's, trained beside A and B", gpt2, False),
+        ("model-prefix-padded", "The same, padded, with rotary positions, of which it has none", llama, True),
+    ):
+        yield _model_case("T9", name, title, replace(config, prefix=2), lora, padded=padded)
     for name, title, config, T, padded in (
         ("pre-norm", "Pre-norm, layer norm, learned positions, GELU by tanh: GPT-2", gpt2, 4, False),
         ("pre-norm-two", "Two such layers, padded on both sides", replace(gpt2, n_layer=2), 4, True),
@@ -508,3 +522,35 @@ def _optimizer() -> Iterator[Case]:
     lora = LoRAConfig(r=3, alpha=2, targets=("q", "v"))
     title = "A model's batch cut into two, which have not as many targets each"
     yield _model_case("O4", "model", title, _config("GPT-2, language model"), lora, shards=2)
+
+
+# --- A1, A2 --------------------------------------------------------------------------------------------------------
+
+
+def _falling(draw: _Names, tensor: str, r: int, n_in: int) -> Array:
+    """Rows, each about half as large as the one before: singular values apart, so that directions have an order."""
+    return np.stack([draw(f"{tensor}{i}", n_in, low=-(2.0**-i), high=2.0**-i) for i in range(r)])
+
+
+def _analysis() -> Iterator[Case]:
+    left = np.arange(8) < 4
+    for name, title, r, q in (
+        ("ranks", "Ranks 2 and 4", 2, 4), ("itself", "An adapter and itself: 1 throughout", 3, 3),
+        ("first-shared", "The leading direction is shared, no other: 1, 1; 1, 1/2", 2, 2),
+        ("nothing-shared", "Orthogonal subspaces: 0 throughout", 2, 3),
+    ):  # fmt: skip
+        draw = _Names("A1", name)
+        A, other = _falling(draw, "A", r, 8), _falling(draw, "other", q, 8)
+        if name == "itself":
+            other = A
+        if name == "first-shared":
+            A[0, ~left] = A[1, left] = A[1, 6:] = other[1, :6] = 0.0
+            other[0] = A[0]
+        if name == "nothing-shared":
+            A, other = A * left, other * ~left
+        yield Case("A1", name, "subspace_similarity", title, {}, {"A": A, "other": other})
+    for name in ("plain", "rslora", "rank-1"):
+        shape = _SHAPES[name]
+        inputs = {n: a for n, a in shape.drawn(_Names("A2", name)).items() if n in ("W0", "A", "B")}
+        title = shape.title.replace("No bias, no dropout", "r = 2")
+        yield Case("A2", name, "amplification", title, shape.scalars, inputs)

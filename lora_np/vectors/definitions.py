@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..backend import Array
-from .tracked import FUNCTION, Tracked, U, cos, erf, exp, log, sin, sqrt, tanh, tracked
+from .tracked import FUNCTION, Tracked, U, cos, erf, exp, joined, log, sin, sqrt, tanh, tracked
 
 Inputs: TypeAlias = Mapping[str, Any]
 Scalars: TypeAlias = Mapping[str, Any]
@@ -109,14 +109,22 @@ def combine(t: Inputs, c: Scalars) -> Outputs:
     return {"dW": dW if c["rank"] is None else truncated(dW, c["rank"])}
 
 
+def decomposed(X: Tracked) -> tuple[Array, Array, Array, float]:
+    """P, S, Q^T of X = P diag(S) Q^T, the largest first, and norm(E): a decomposition in float32 is that of X + E.
+
+    norm(E) <= norm(e) + 32 max(n, m) u sigma_1.
+    """
+    P, S, Qt = np.linalg.svd(X.value)
+    return P, S, Qt, float(np.linalg.norm(X.error)) + 32 * max(X.shape) * U * float(S[0])
+
+
 def truncated(dW: Tracked, k: int) -> Tracked:
     """The nearest matrix of rank k, and a bound that no element's error passes.
 
-    A decomposition in float32 is that of dW + E, norm(E) <= norm(e) + 32 max(n, m) u sigma_1. The truncation of dW + E
-    differs from that of dW by at most norm(E) (2 + 4 sigma_k / (sigma_k - sigma_{k+1})), to first order (Wedin).
+    The truncation of dW + E differs from that of dW by at most norm(E) (2 + 4 sigma_k / (sigma_k - sigma_{k+1})), to
+    first order (Wedin).
     """
-    P, S, Qt = np.linalg.svd(dW.value)
-    E = float(np.linalg.norm(dW.error)) + 32 * max(dW.shape) * U * S[0]
+    P, S, Qt, E = decomposed(dW)
     return Tracked((P[:, :k] * S[:k]) @ Qt[:k], E * (2 + 4 * S[k - 1] / (S[k - 1] - S[k])))
 
 
@@ -281,7 +289,12 @@ def self_attention(t: Inputs, c: Scalars, i: int, x: Tracked, positions: Array) 
     )
     if c["positions"] == "rotary":
         q, k = turned(q, positions, c["rope_theta"]), turned(k, positions, c["rope_theta"])
-    y = attended(q, k, v, c["causal"], t.get("mask")).swapaxes(1, 2).reshape(N, T, D)
+    mask, P = t.get("mask"), c.get("prefix", 0)
+    if P:
+        own = (t[f"{name}.prefix.{part}"].spread((N, c["n_kv_head"], P, K)) for part in "kv")
+        k, v = (joined([prefix, x], 2) for prefix, x in zip(own, (k, v), strict=True))  # (N,G,T,K) -> (N,G,P+T,K)
+        mask = None if mask is None else np.hstack([np.ones((N, P), dtype=bool), mask])
+    y = attended(q, k, v, c["causal"], mask).swapaxes(1, 2).reshape(N, T, D)
     return projected(t, c, f"{name}.o", y)
 
 
@@ -390,3 +403,62 @@ def clip(t: Inputs, c: Scalars) -> Outputs:
     norm = sqrt(total)
     factor = tracked(c["max_norm"]) / norm if norm.value > c["max_norm"] else tracked(1.0)
     return {"norm": norm, **{f"clipped_{name}": t[name] * factor for name in names}}
+
+
+# --- A1, A2 --------------------------------------------------------------------------------------------------------
+
+
+def turn(S: Array, E: float, k: int) -> float:
+    """How far the k leading singular directions turn, on either side, as their matrix moves by E: the largest sine.
+
+    At most norm(E) / (sigma_k - sigma_{k+1} - norm(E)) (Wedin 1972).
+    """
+    below = S[k] if k < len(S) else 0.0
+    return float(E / (S[k - 1] - below - E))
+
+
+def directions(A: Tracked) -> tuple[Tracked, Array]:
+    """The right-singular directions of A (r, in), as rows, and by how much phi moves with the i leading ones of them.
+
+    Let P and Q project on i directions of one and j of another: phi = tr(P Q) / min(i, j). A turn moves P by its sine,
+    with i eigenvalues above zero at the most, and Q has j: so phi moves by no more than the sine. The directions as
+    computed are orthonormal to within norm(E) / sigma_1, no more than the sine; a square counts it twice: three sines.
+    """
+    _, S, Qt, E = decomposed(A)
+    r = A.shape[0]
+    return Tracked(Qt[:r]), np.array([3 * turn(S, E, i) for i in range(1, r + 1)])
+
+
+def subspace_similarity(t: Inputs, c: Scalars) -> Outputs:
+    (U_A, moved), (U_other, moved_other) = directions(t["A"]), directions(t["other"])
+    shared = U_A @ U_other.mT  # (r,in) (in,q) -> (r,q)
+    first_i, first_j = (Tracked(np.tri(len(one))) for one in (moved, moved_other))
+    phi = (first_i @ (shared * shared) @ first_j.mT) / lesser(*shared.shape)
+    return {"phi": Tracked(phi.value, phi.error + moved[:, None] + moved_other)}
+
+
+def lesser(r: int, q: int) -> Array:
+    """min(i, j), at [i-1, j-1]. -> (r,q)."""
+    return np.minimum(np.arange(1, r + 1)[:, None], np.arange(1, q + 1))
+
+
+def frobenius(x: Tracked) -> Tracked:
+    """The root of the sum of the squares."""
+    return sqrt((x * x).sum())
+
+
+def amplification(t: Inputs, c: Scalars) -> Outputs:
+    """norm_F(dW) is that of its elements, or of its singular values, which move by norm(E) in all (Mirsky 1960).
+
+    U and V are found from dW, or from B and A, whichever turns more. On either side norm_F(U^T W V) moves by norm_F(W)
+    times the sine of the turn, and by as much again for directions that are not quite orthonormal.
+    """
+    W, dW, r = t["W0"], (t["B"] @ t["A"]) * scale(c), c["r"]
+    P, S, Qt, E = decomposed(dW)
+    update, in_update = frobenius(dW), frobenius(Tracked(P[:, :r].T) @ W @ Tracked(Qt[:r].T))
+    update = Tracked(update.value, update.error + E)
+    sines = [max(turn(S, E, r), turn(*decomposed(t[name])[1::2], r)) for name in ("A", "B")]
+    in_update = Tracked(in_update.value, in_update.error + 2 * sum(sines) * np.linalg.norm(W.value))
+    _, S_W, _, E_W = decomposed(W)
+    in_weight = frobenius(Tracked(S_W[:r], np.full(r, E_W)))
+    return {"update": update, "in_update": in_update, "in_weight": in_weight, "factor": update / in_update}

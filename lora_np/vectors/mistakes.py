@@ -26,6 +26,7 @@ from .definitions import (
     dropped,
     gelu_of,
     gelu_tanh_of,
+    lesser,
     normalised,
     row_losses,
     scale,
@@ -314,7 +315,26 @@ def _from_zero(t: Inputs, c: Scalars) -> Outputs:
     return {"factor": Tracked(t["steps"] / c["warmup"]) * (warming * 1.0) + right * (~warming * 1.0)}
 
 
-_SCALED = ("lora_update", "lora_linear", "lora_embedding", "merge", "per_row", "combine", "model")
+# --- The analysis ---------------------------------------------------------------------------------------------------
+
+
+def _phi(f: Callable[[Tracked, Array], Tracked]) -> Callable[[Definition], Definition]:
+    """Another value made of norm_F(U_i^T V_j)^2 and min(i, j)."""
+
+    def wrong(t: Inputs, c: Scalars) -> Outputs:
+        right = OPERATIONS["subspace_similarity"].definition(t, c)["phi"]
+        least = lesser(*right.shape)
+        return {"phi": f(right * least, least)}
+
+    return _instead(wrong)
+
+
+def _weights_directions(t: Inputs, c: Scalars) -> Outputs:
+    right = OPERATIONS["amplification"].definition(t, c)
+    return {**right, "in_update": right["in_weight"], "factor": right["update"] / right["in_weight"]}
+
+
+_SCALED = ("lora_update", "lora_linear", "lora_embedding", "merge", "per_row", "combine", "model", "amplification")
 _PAIRS = ("lora_update", "lora_linear", "merge")
 _NORMS = ("layer_norm", "rms_norm")
 _BIASED = ("lora_linear", "lora_start", "merge", "per_row", "linear")
@@ -329,7 +349,8 @@ MISTAKES = (
             _scaled(lambda c: c["alpha"] / math.sqrt(c["r"]))),
     Mistake("the update is subtracted", _SCALED, _scaled(lambda c: -scale(c))),
     Mistake("the update is added twice", _SCALED, _scaled(lambda c: 2 * scale(c))),
-    Mistake("the update is not added", tuple(name for name in _SCALED if name != "combine"), _scaled(lambda c: 0.0)),
+    Mistake("the update is not added", tuple(name for name in _SCALED if name not in ("combine", "amplification")),
+            _scaled(lambda c: 0.0)),
     Mistake("A and B are swapped: the update is transposed", _PAIRS,
             _altered(_swapped)),
     Mistake("W0 is transposed, as fan_in_fan_out stores it", ("lora_linear", "merge"),
@@ -376,6 +397,10 @@ MISTAKES = (
     Mistake("each gradient is clipped by its own norm", ("clip",), _instead(_each_alone)),
     Mistake("1e-6 is added to the norm that divides", ("clip",), _instead(_more_than_norm)),
     Mistake("warm-up starts at zero", ("warmup_cosine",), _instead(_from_zero)),
+    Mistake("phi is not divided by min(i, j)", ("subspace_similarity",), _phi(lambda square, least: square)),
+    Mistake("the norm in phi is not squared", ("subspace_similarity",),
+            _phi(lambda square, least: sqrt(square) / least)),
+    Mistake("the directions are the weight's, not the update's", ("amplification",), _instead(_weights_directions)),
 )  # fmt: skip
 
 

@@ -58,7 +58,8 @@ WEIGHTS = {
     "WEIGHT": "each matrix (out, in), by name: embed.tokens, embed.positions, embed.types, embed.norm.weight, "
     "layers.0.attn.q.weight, layers.0.attn.q.bias, ... k v o, layers.0.mlp.up, gate, down, layers.0.norm1, norm2, "
     "norm, pooler, head; layers.0.attn.q.A (r, in) and .B (out, r) of each adapted matrix; layers.0.attn.qkv.A (r, D) "
-    "and .B (3 D, r) stand for q, k and v together"
+    "and .B (3 D, r) stand for q, k and v together; layers.0.attn.prefix.k and .v (n_kv_head, prefix, K), if there is "
+    "a prefix"
 }
 ARCHITECTURE = {
     "n_layer, n_head, n_kv_head, d_model, d_ff, eps, rope_theta, position_offset": "as their names say; the first "
@@ -70,6 +71,8 @@ ARCHITECTURE = {
     "causal": "whether a token sees only itself and what stands before it",
     "head": "lm (tied to embed.tokens with tie_head), tag: each token; classify: one token a text, the last true one "
     "if causal, else the first, through tanh(pooler x)",
+    "prefix": "how many keys and values of a layer's own stand before those of each text: every query sees them, they "
+    "have no positions; none if it is not given",
     **{name: f"{text}; only with an adapter" for name, text in SCALE.items()},
 }
 
@@ -229,6 +232,19 @@ _TABLE = (
         "clip", "Clipping by the joint norm",
         "norm = the 2-norm of all g together; clipped = g min(1, max_norm / norm)",
         {"gi": "g0, g1, ...: of any shape"}, {"norm": "()", "clipped_gi": "like gi"}, {"max_norm": "a number"},
+    ),
+    Operation(
+        "subspace_similarity", "What two adapters share",
+        "phi(i, j) = norm_F(U_i^T V_j)^2 / min(i, j), U_i (in, i) and V_j (in, j) the leading right-singular "
+        "directions of A and of other",
+        {"A": "(r, in)", "other": "(q, in)"}, {"phi": "(r, q): phi(i, j) at [i-1, j-1]"}, {},
+    ),
+    Operation(
+        "amplification", "What an update amplifies",
+        "factor = norm_F(dW) / norm_F(U^T W0 V), dW = s B A, U (out, r) and V (in, r) its singular directions",
+        {"W0": "(out, in)", **PAIR},
+        {"update": "() norm_F(dW)", "in_update": "() norm_F(U^T W0 V)",
+         "in_weight": "() the same of the r leading singular directions of W0", "factor": "()"}, SCALE,
     ),
 )  # fmt: skip
 

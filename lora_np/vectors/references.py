@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .. import lora, ops, optim
+from .. import analysis, lora, ops, optim
 from ..adapter import combine as combined
 from ..adapter import count_parameters
 from ..adapter import merge as merged
@@ -261,3 +261,12 @@ def warmup_cosine(t: Arrays, c: Scalars) -> Answers:
 def clip(t: Arrays, c: Scalars) -> Answers:
     clipped, norm = optim.clip(t, c["max_norm"])
     return {"norm": norm, **{f"clipped_{name}": g for name, g in clipped.items()}}, {}
+
+
+def subspace_similarity(t: Arrays, c: Scalars) -> Answers:
+    return {"phi": analysis.subspace_similarity(t["A"], t["other"])}, {}
+
+
+def amplification(t: Arrays, c: Scalars) -> Answers:
+    found = analysis.amplification(t["W0"], t["A"], t["B"], scale(c))
+    return {name: getattr(found, name) for name in ("update", "in_update", "in_weight", "factor")}, {}

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -181,6 +182,17 @@ def tracked(x: Any) -> Tracked:
     value = np.asarray(x, dtype=np.float64)
     exact = value.ndim > 0 or float(np.float32(value)) == float(value)
     return Tracked(value, 0.0 if exact else U * np.abs(value))
+
+
+def joined(parts: Sequence[Tracked], axis: int) -> Tracked:
+    """One after another along an axis: no number is computed."""
+    edges = np.cumsum([0, *(part.shape[axis] for part in parts)])
+
+    def back(start: int, end: int) -> Backward:
+        return lambda g: g[(slice(None),) * axis + (slice(start, end),)]
+
+    value, error = (np.concatenate([getattr(x, name) for x in parts], axis) for name in ("value", "error"))
+    return Tracked(value, error, [(x, back(*pair)) for x, pair in zip(parts, pairwise(edges), strict=True)])
 
 
 def _like(g: Tracked, shape: tuple[int, ...]) -> Tracked:

@@ -33,7 +33,9 @@ def compared(tmp_path, program, dtype):
 def findings(verdicts):
     """What fails: the cases of each id, and the mistake that they look like."""
     return {
-        id: ([found.case.name for found in one.failed], one.looks_like[0]) for id, one in verdicts.items() if one.failed
+        id: ([found.case.name for found in one.failed], one.looks_like and one.looks_like[0])
+        for id, one in verdicts.items()
+        if one.failed
     }
 
 
@@ -81,12 +83,12 @@ def test_loralib(tmp_path, dtype):
 
 @precisions
 def test_plain_javascript(tmp_path, dtype):
-    """Every id, whole models forward and backward too; of all cases it lacks the two that need an SVD."""
+    """Every case, whole models forward and backward too."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("Node.js is not installed here")
     verdicts = compared(tmp_path, [node, HERE / "plain" / "run.mjs"], dtype)
     assert findings(verdicts) == {}
     assert verdicts.keys() == {case.id for case, _ in VECTORS.cases}
-    assert missing(verdicts) == {"L9": ["rank-2", "rank-1"]}
+    assert missing(verdicts) == {}
     assert largest(verdicts) < 0.9

@@ -35,6 +35,9 @@ def model(adapted, t, c):
         k, v = (split(project(f"{name}.{part}", x), c["n_kv_head"]) for part in "kv")
         if c["positions"] == "rotary":
             q, k = turned(q, positions, c["rope_theta"]), turned(k, positions, c["rope_theta"])
+        if P:
+            own = (t[f"{name}.prefix.{part}"].expand(N, -1, -1, -1) for part in "kv")
+            k, v = (torch.cat([prefix, x], 2) for prefix, x in zip(own, (k, v), strict=True))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
         return project(f"{name}.o", y.transpose(1, 2).reshape(N, T, -1))
 
@@ -44,9 +47,10 @@ def model(adapted, t, c):
             return project(f"{name}.down", F.silu(project(f"{name}.gate", x)) * up)
         return project(f"{name}.down", F.gelu(up, approximate="none" if c["activation"] == "gelu" else "tanh"))
 
-    (N, T), mask = t["tokens"].shape, t.get("mask")
+    (N, T), mask, P = t["tokens"].shape, t.get("mask"), c.get("prefix", 0)
     positions = torch.arange(T) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-    visible = sees(N, T, T, c["causal"], mask)
+    seen = mask if mask is None else torch.cat([torch.ones(N, P, dtype=torch.bool), mask], 1)
+    visible = sees(N, T, P + T, c["causal"], seen)
     x = t["embed.tokens"][t["tokens"]]
     if c["positions"] == "learned":
         x = x + t["embed.positions"][positions + c["position_offset"]]

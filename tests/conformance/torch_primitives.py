@@ -80,6 +80,25 @@ def sample(t, c):
     return {"tokens": order.gather(-1, first)[:, 0]}
 
 
+def singular(X, k):
+    """The k leading singular directions of X, as rows, on both sides, and all singular values."""
+    U, S, Vh = torch.linalg.svd(X)
+    return U.T[:k], S, Vh[:k]
+
+
+def subspace_similarity(t, c):
+    V, other = (singular(A, len(A))[2] for A in (t["A"], t["other"]))
+    i, j = (torch.arange(1, len(one) + 1) for one in (V, other))
+    return {"phi": (V @ other.T).square().cumsum(0).cumsum(1) / torch.minimum(i[:, None], j)}
+
+
+def amplification(dW, t, c):
+    U, _, V = singular(dW, c["r"])
+    norms = {"update": dW.norm(), "in_update": (U @ t["W0"] @ V.T).norm()}
+    norms["in_weight"] = singular(t["W0"], 0)[1][: c["r"]].norm()
+    return {**norms, "factor": norms["update"] / norms["in_update"]}
+
+
 OPERATIONS = {
     "embedding": embedding, "gated_mlp": gated_mlp, "softmax": softmax, "attention": attention, "dropout": dropout,
     "linear": lambda t, c: {"y": F.linear(t["x"], t["W"], t.get("b"))},
@@ -89,5 +108,5 @@ OPERATIONS = {
     "silu": lambda t, c: {"y": F.silu(t["x"])},
     "rotary": lambda t, c: {"y": turned(t["x"], t["positions"], c["theta"])},
     "cross_entropy": lambda t, c: {"loss": F.cross_entropy(t["logits"], t["targets"])},
-    "adamw": adamw, "clip": clip, "sample": sample,
+    "adamw": adamw, "clip": clip, "sample": sample, "subspace_similarity": subspace_similarity,
 }  # fmt: skip

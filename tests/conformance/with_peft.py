@@ -100,6 +100,7 @@ OPERATIONS = {
     "lora_update": lora_update, "lora_linear": lora_linear, "lora_start": lora_start, "merge": merge,
     "lora_embedding": lora_embedding, "unmerge": unmerge, "per_row": per_row, "combine": combine,
     "model": partial(torch_model.model, adapted), "generate": partial(torch_model.generate, adapted),
+    "amplification": lambda t, c: torch_primitives.amplification(lora_update(t, c)["dW"], t, c),
     **torch_primitives.OPERATIONS,
 }  # fmt: skip
 

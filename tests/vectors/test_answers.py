@@ -17,10 +17,8 @@ EXACT = {"L6", "L8"}  # ids whose every answer must be met exactly
 
 
 def test_every_id_has_a_case():
-    """A1 and A2 measure adapters that were trained; they are no operations."""
-    assert {*(f"L{i}" for i in range(1, 10)), *(f"T{i}" for i in range(1, 17)), *(f"O{i}" for i in range(1, 5))} == {
-        *IDS
-    }
+    last = {"L": 9, "T": 16, "O": 4, "A": 2}
+    assert {f"{letter}{i}" for letter, n in last.items() for i in range(1, n + 1)} == {*IDS}
 
 
 def test_names_are_unique_within_an_id_and_fit_a_tensor_s_name():
@@ -100,6 +98,23 @@ def test_rounding_to_a_dtype_is_that_of_others(dtype, name):
     x = np.random.default_rng(0).standard_normal(1000).astype(np.float32).astype(np.float64)
     x[:2] = 1 + 2.0**-8, 1 + 3 * 2.0**-8  # ties of bfloat16
     np.testing.assert_array_equal(rounded(x, name), x.astype(dtype).astype(np.float64))
+
+
+def test_directions_found_in_float32_stay_within_the_bounds():
+    """The package finds them in float64 always. Here NumPy does in float32: of B A itself, or by way of QR."""
+    for case, expected in of("A1"):
+        V, other = (np.linalg.svd(case.inputs[name].astype("float32"))[2] for name in ("A", "other"))
+        got = np.zeros(expected["out/phi"].shape, dtype="float32")
+        for i, j in np.ndindex(got.shape):
+            got[i, j] = np.linalg.norm(V[: i + 1] @ other[: j + 1].T) ** 2 / (min(i, j) + 1)
+        assert error_ratio(got, *expected["out/phi"]) <= 1, case.name
+    for case, expected in of("A2"):
+        W, A, B = (case.inputs[name].astype("float32") for name in ("W0", "A", "B"))
+        r = len(A)
+        U, _, Vt = np.linalg.svd(B @ A)
+        for left, right in ((U[:, :r], Vt[:r].T), (np.linalg.qr(B)[0], np.linalg.qr(A.T)[0])):
+            got = np.linalg.norm(left.T @ W @ right)
+            assert 0 < error_ratio(np.float32(got), *expected["out/in_update"]) <= 1, case.name
 
 
 def test_a_merge_that_rounds_once_is_exact_but_at_a_tie():

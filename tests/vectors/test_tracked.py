@@ -23,6 +23,7 @@ STEPS = {
     "sum": (lambda a, b: a + b.sum(0), lambda a, b: a + b[::-1].sum(0)),
     "mean": (lambda a, b: a - b.mean(), lambda a, b: a - b.mean(-1, keepdims=True, dtype=np.float32)),
     "take": (lambda a, b: a[np.array([2, 2, 0])], lambda a, b: a[np.array([2, 2, 0])]),
+    "join": (lambda a, b: tr.joined([b, a[1:]], 0)[2:], lambda a, b: np.concatenate([b, a[1:]])[2:]),
     "exp": (lambda a, b: tr.exp(-a), lambda a, b: np.exp(-a)),
     "log": (lambda a, b: tr.log(a + 2), lambda a, b: np.log(a + 2)),
     "sqrt": (lambda a, b: tr.sqrt(a * a + 0.1), lambda a, b: np.sqrt(a * a + np.float32(0.1))),
@@ -116,7 +117,8 @@ def test_the_derivative_of_erf(x):
 
 def test_what_computes_nothing_has_no_error():
     x = tracked(np.arange(12.0).reshape(3, 4))
-    for y in (x.mT, x.reshape(4, 3), x.swapaxes(0, 1), x[1:], -x, x.spread((2, 3, 4)), x.detached()):
+    same = (x.mT, x.reshape(4, 3), x.swapaxes(0, 1), x[1:], -x, x.spread((2, 3, 4)), x.detached())
+    for y in (*same, tr.joined([x, x], 1)):
         assert not y.error.any()
     assert not (x * np.zeros((3, 4))).error.any()
 

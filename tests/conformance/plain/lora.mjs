@@ -1,6 +1,7 @@
 // LoRA: L1 to L9.
 
 import { T, add, at, cols, f, flat, linear, map, mm, mul, scatter, take, tensor, times } from "./arrays.mjs";
+import { directions } from "./singular.mjs";
 
 export const scale = (c) => c.alpha / (c.rslora ? Math.sqrt(c.r) : c.r);
 export const maskOf = (t, c) => t.keep && tensor(t.keep.shape, t.keep.d.map((k) => k * f(1 / (1 - c.p))));
@@ -47,9 +48,12 @@ export function per_row(t, c) {
   return { h: tensor(base.shape, h) };
 }
 export const unmerge = (t) => ({ W0: t.W0 }); // the base was kept
-export const combine = (t, c) => c.rank === null && {
-  dW: c.adapters.map((one, i) => times(mm(t[`B${i}`], t[`A${i}`]), one.w * scale(one))).reduce(add),
-};
+export function combine(t, c) {
+  const dW = c.adapters.map((one, i) => times(mm(t[`B${i}`], t[`A${i}`]), one.w * scale(one))).reduce(add);
+  if (c.rank === null) return { dW };
+  const V = directions(dW, c.rank);
+  return { dW: mm(mm(dW, T(V)), V) };
+}
 export const count = (t) => ({
   parameters: { shape: [], d: [t.r.d.reduce((s, r, i) => s + t.matrices.d[i] * r * (t.out.d[i] + t.in.d[i]), 0)] },
 });

@@ -70,11 +70,33 @@ function network(t, c) { // logits, and the way back to the gradients by every w
   const heads = (H) => (x) => ({
     y: swap(x, [N, n, H, K]), back: (dy) => like([N, n, H * K], swap(dy, [N, H, n, K])),
   });
+  const joined = (name) => (x) => { // after keys or values of the layer's own, if there are any: (N, G, n, K) -> (N, G, P + n, K)
+    const own = t[name];
+    if (!own) return { y: x, back: (dy) => dy };
+    const [G, P] = own.shape, y = zeros([N, G, P + n, K]), places = Array.from({ length: N * G }, (_, i) => i * (P + n) * K);
+    const mine = (a, i) => a.d.subarray((i % G) * P * K, (i % G + 1) * P * K);
+    const texts = (a, i) => a.d.subarray(i * n * K, (i + 1) * n * K);
+    places.forEach((at, i) => (y.d.set(mine(own, i), at), y.d.set(texts(x, i), at + P * K)));
+    return { y, back(dy) {
+      const dx = zeros(x.shape);
+      places.forEach((at, i) => {
+        const d = zeros(own.shape);
+        mine(d, i).set(dy.d.subarray(at, at + P * K));
+        grad(name, d);
+        texts(dx, i).set(dy.d.subarray(at + P * K, at + (P + n) * K));
+      });
+      return dx;
+    } };
+  };
+  const seen = t.mask && c.prefix ? { // by attention: a prefix always
+    shape: [N, c.prefix + n],
+    d: Array.from({ length: N }, (_, i) => [...Array(c.prefix).fill(1), ...t.mask.d.slice(i * n, (i + 1) * n)]).flat(),
+  } : t.mask;
   const attend = (name) => (x) => {
     const turned = c.positions === "rotary" ? [turn] : [];
     const [q, k, v] = [["q", c.n_head, turned], ["k", c.n_kv_head, turned], ["v", c.n_kv_head, []]].map(
-      ([part, H, more]) => through(project(`${name}.${part}`), heads(H), ...more)(x));
-    const both = (dy) => attention({ q: q.y, k: k.y, v: v.y, mask: t.mask, dy }, c);
+      ([part, H, more]) => through(project(`${name}.${part}`), heads(H), ...more, joined(`${name}.prefix.${part}`))(x));
+    const both = (dy) => attention({ q: q.y, k: k.y, v: v.y, mask: seen, dy }, c);
     const y = both(q.y).y, out = project(`${name}.o`)(like([N, n, D], swap(y, [N, c.n_head, n, K])));
     return { y: out.y, back(dy) {
       const { d } = both(swap(out.back(dy), [N, n, c.n_head, K]));
