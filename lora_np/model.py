@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .backend import Array, read_only
+from .backend import Array, blocks, read_only
 
 if TYPE_CHECKING:
     from .lora import Adapter
@@ -283,11 +283,14 @@ def init_weights(
         if names is not None and name not in names:
             continue
         if len(shape) == 1:
-            first = np.full(shape, 1.0 if "norm" in name and name.endswith(".weight") else 0.0)
-        else:
-            first = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
+            weights[name] = np.full(shape, 1.0 if "norm" in name and name.endswith(".weight") else 0.0, dtype)
+            continue
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        weights[name] = np.empty(shape, dtype)
+        for part in blocks(weights[name].size, 1):  # drawn in float64, which is never held whole
+            first = rng.standard_normal(part.stop - part.start)
             first *= 0.02
             if config.norm_first and name.endswith(("attn.o.weight", "mlp.down.weight")):
                 first /= math.sqrt(2 * config.n_layer)
-        weights[name] = first.astype(dtype)
+            weights[name].reshape(-1)[part] = first
     return weights
