@@ -311,12 +311,6 @@ def merge_matrix(W0: Array, *updates: Update) -> Array:
     return W
 
 
-def singular_values(A: Array, B: Array) -> Array:
-    """Those of B A, from the r x r core R_B R_A^T of two QR decompositions; B A is not formed. -> (<= r,) float64."""
-    core = _triangle(B) @ _triangle(A.T).T  # (r,r), or less
-    return xp.linalg.svd(core, compute_uv=False)
-
-
 def singular_directions(A: Array, B: Array) -> tuple[Array, Array, Array]:
     """U, S, V of B A = U diag(S) V^T, the largest first, from two QR decompositions; B A is not formed.
 
@@ -326,11 +320,6 @@ def singular_directions(A: Array, B: Array) -> tuple[Array, Array, Array]:
     Q_A, R_A = xp.linalg.qr(A.T.astype(xp.float64))  # (in,r) -> (in,l) (l,r)
     U, S, Vt = xp.linalg.svd(R_B @ R_A.T, full_matrices=False)  # of a matrix of r x r at the most
     return Q_B @ U, S, Q_A @ Vt.T
-
-
-def _triangle(X: Array) -> Array:
-    """R of X = Q R. X (n,r) -> (<= r,r) float64."""
-    return xp.asarray(xp.linalg.qr(X.astype(xp.float64), mode="r"))
 
 
 def linear_rounding_bound(x: Array, W0: Array, b: Array | None, A: Array, B: Array, s: float, dtype: DType) -> Array:

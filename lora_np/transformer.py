@@ -361,7 +361,8 @@ def states(run: Run, batch: Batch) -> tuple[Array, list[Saved]]:
     """T13: the states after the last layer, and its norm in pre-norm models. tokens (N,T) -> (N,T,D).
 
     Where there is padding they are (M,D), those of the true tokens; where one token of each text is read, (N,1,D).
-    Only what backward will need is saved: nothing below the lowest trained parameter.
+    Only what backward will need is saved: nothing below the lowest trained parameter; of a half block that is
+    recomputed, its input.
     """
     depths = 2 * run.config.n_layer
     stack: list[Saved] = []

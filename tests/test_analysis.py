@@ -27,6 +27,15 @@ def with_directions(rng, V):
 
 
 @st.composite
+def apart(draw):
+    """A (r, in) and another (q, in) whose directions are well determined: their singular values lie apart."""
+    n_in = draw(st.integers(2, 10))
+    rng = np.random.default_rng(draw(seeds))
+    A, other = (with_directions(rng, orthogonal(rng, n_in)[: draw(st.integers(1, min(n_in, 6)))]) for _ in range(2))
+    return A, other, rng
+
+
+@st.composite
 def pairs(draw):
     """A (r, in) and another (q, in), random."""
     n_in = draw(st.integers(1, 12))
@@ -49,13 +58,11 @@ def by_projectors(A, other, i, j):
 
 
 @proves("A1")
-@given(st.data(), seeds, st.integers(2, 10))
-def test_phi_is_the_papers(data, seed, n_in):
-    """Against projectors; with singular values apart, the directions are well determined."""
-    rng = np.random.default_rng(seed)
-    r, q = data.draw(st.integers(1, min(n_in, 6))), data.draw(st.integers(1, min(n_in, 6)))
-    A, other = (with_directions(rng, orthogonal(rng, n_in)[:n]) for n in (r, q))
-    phi = subspace_similarity(device(A), device(other))
+@given(apart())
+def test_phi_is_the_papers(case):
+    """Against projectors."""
+    A, other, _ = case
+    (r, q), phi = (len(A), len(other)), subspace_similarity(device(A), device(other))
     assert phi.shape == (r, q)
     for i in range(1, r + 1):
         for j in range(1, q + 1):
@@ -82,13 +89,11 @@ def test_phi_of_an_adapter_with_itself_is_1(case):
 
 
 @proves("A1")
-@given(st.data(), seeds, st.integers(2, 10))
-def test_phi_is_of_directions_alone(data, seed, n_in):
+@given(apart())
+def test_phi_is_of_directions_alone(case):
     """Nothing changes when A is scaled, its rows are mixed by a rotation, or both sides are turned together."""
-    rng = np.random.default_rng(seed)
-    r, q = data.draw(st.integers(1, min(n_in, 6))), data.draw(st.integers(1, min(n_in, 6)))
-    A, other = (with_directions(rng, orthogonal(rng, n_in)[:n]) for n in (r, q))
-    phi = subspace_similarity(device(A), device(other))
+    A, other, rng = case
+    (r, n_in), phi = A.shape, subspace_similarity(device(A), device(other))
     turn = orthogonal(rng, n_in)
     for one, another in ((3 * A, other), (orthogonal(rng, r) @ A, other), (A @ turn, other @ turn)):
         np.testing.assert_allclose(subspace_similarity(device(one), device(another)), phi, rtol=0, atol=1e-10)

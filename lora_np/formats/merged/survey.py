@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...backend import Array, asnumpy, xp
-from ...lora import singular_values
+from ...lora import singular_directions
 from ...model import Config
 from ...run import adapted_shapes, fused_parts
 from ..adapters.layout import PREFIX
@@ -94,7 +94,7 @@ def _module(name: str, A: Array, B: Array, s: float, file: TensorFile) -> Module
         raise ValueError(f"{file.path}: {name}: A {A.shape} and B {B.shape} do not fit together")
     # Of A and B of size 1, as squares of numbers that a file may hold overflow.
     (a, A), (b, B) = _scaled(A), _scaled(B)
-    sigma = asnumpy(singular_values(xp.asarray(A), xp.asarray(B)))
+    sigma = asnumpy(singular_directions(xp.asarray(A), xp.asarray(B))[1])
     size = abs(s) * a * b * float(np.linalg.norm(sigma))
     norms = a * float(np.linalg.norm(A)), b * float(np.linalg.norm(B)), size
     return Module(name, len(B), A.shape[1], len(A), s, *norms, _effective_rank(sigma))
