@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import lora_np as ln
-from lora_np.lora import target_of
+from lora_np.adapter import target_of
 
 
 class Product(NamedTuple):

@@ -13,9 +13,9 @@ import numpy as np
 
 from lora_np.backend import Array, xp
 from lora_np.batch import check_inputs
+from lora_np.binding import Run, bind
 from lora_np.model import Model
 from lora_np.ops import activation_backward, bias_backward, gelu_tanh, linear, linear_backward, linear_weight_backward
-from lora_np.run import Run, bind
 from lora_np.transformer import (
     attend,
     attend_backward,

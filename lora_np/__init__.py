@@ -3,14 +3,14 @@
 from importlib import import_module as _import_module
 from typing import Any as _Any
 
-from .adapter import combine, count_parameters, init_adapter, merge, unmerge
+from .adapter import Adapter, LoRAConfig, combine, count_parameters, init_adapter, merge, unmerge
 from .backend import asnumpy, backend_name
 from .decode import generate
-from .lora import Adapter, LoRAConfig, lora_linear, lora_linear_backward
+from .lora import lora_linear, lora_linear_backward
+from .loss import forward, loss, loss_and_grads
 from .model import PRESETS, Config, Model, init_weights
 from .optim import adamw
 from .parallel import sharded_loss_and_grads
-from .transformer import forward, loss, loss_and_grads
 
 __version__ = "0.1.0"
 

@@ -1,19 +1,216 @@
-"""The update of a whole model: start, merge, unmerge, combine, count (L3, L5 to L9)."""
+"""The update of a whole model: what it is made of, start, merge, unmerge, combine, count (L1, L3, L5 to L9)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from .backend import Array, xp
-from .lora import Adapter, LoRAConfig, Update, init_factors, merge_matrix, singular_directions, target_of
+from .lora import Update, init_factors, merge_matrix, singular_directions
 from .model import Config, Model
 from .ops import widened
-from .run import adapted_shapes, check_adapter, fused_parts, matrix_updates
+
+TARGETS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head", "qkv")
+
+
+def target_of(name: str) -> str:
+    """The target that a matrix's name belongs to: layers.3.attn.q -> q, embed.tokens -> embed, head -> head."""
+    return "embed" if name == "embed.tokens" else name.rsplit(".", 1)[-1]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which matrices are adapted, and how (L1 to L3; paper 4.1 and 4.2).
+
+    The defaults are the paper's Wq and Wv.
+
+        r               rank, at least 1
+        alpha           s = alpha / r (L1), or alpha / sqrt(r) with rslora
+        targets         of q k v o up gate down embed head; or qkv, one fused pair in the place of q, k and v
+        dropout         probability, on the low-rank branch alone (L2); embed has none
+        bias            what else is trained: "none"; "all" biases; "lora_only", those of adapted matrices
+        train_head      whether the head's own weight is trained whole, as a copy
+        rslora          rank-stabilised scale
+        rank_pattern    ranks that differ, by target ("q") or by matrix ("layers.3.attn.q")
+        alpha_pattern   alphas that differ, likewise
+        layers          the layers adapted; None for all
+        init, sigma     A's start (L3): "uniform" in +-1/sqrt(in), or "normal" with deviation sigma
+    """
+
+    r: int = 8
+    alpha: float = 16
+    targets: tuple[str, ...] = ("q", "v")
+    dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    train_head: bool = False
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    init: Literal["uniform", "normal"] = "uniform"
+    sigma: float = 0.02
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str) or not isinstance(self.targets, Iterable):
+            raise TypeError(f"LoRAConfig.targets: expected a sequence of names, got {self.targets!r}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            if not all(_is_int(layer) and layer >= 0 for layer in self.layers):
+                raise ValueError(f"LoRAConfig.layers: expected layers' numbers, from 0, got {self.layers!r}")
+        self._check_targets()
+        for where, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
+            if not _is_int(r) or r < 1:
+                raise ValueError(f"LoRAConfig.{where}: expected an integer of at least 1, got {r!r}")
+        for where, a in [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
+            if not isinstance(a, (int, float)) or not math.isfinite(a):
+                raise ValueError(f"LoRAConfig.{where}: expected a finite number, got {a!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRAConfig.dropout: expected 0 <= p < 1, got {self.dropout!r}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"LoRAConfig.bias: expected none, all or lora_only, got {self.bias!r}")
+        if self.init not in ("uniform", "normal"):
+            raise ValueError(f"LoRAConfig.init: expected uniform or normal, got {self.init!r}")
+        if not (math.isfinite(self.sigma) and self.sigma > 0):
+            raise ValueError(f"LoRAConfig.sigma: expected a positive number, got {self.sigma!r}")
+
+    def _check_targets(self) -> None:
+        unknown = [t for t in self.targets if t not in TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"LoRAConfig.targets: expected names of {' '.join(TARGETS)}, each once, got {self.targets!r}"
+            )
+        if "qkv" in self.targets and {"q", "k", "v"} & set(self.targets):
+            raise ValueError(f"LoRAConfig.targets: qkv stands for q, k and v together, got {self.targets!r}")
+        if "head" in self.targets and self.train_head:
+            raise ValueError("LoRAConfig: the head is a target, or trained whole with train_head: not both")
+
+    def rank(self, name: str) -> int:
+        """r of the matrix `name`."""
+        return self.rank_pattern.get(name, self.rank_pattern.get(target_of(name), self.r))
+
+    def scale(self, name: str) -> float:
+        """L1: s of the matrix `name`."""
+        alpha = self.alpha_pattern.get(name, self.alpha_pattern.get(target_of(name), self.alpha))
+        return alpha / (math.sqrt(self.rank(name)) if self.rslora else self.rank(name))
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """The update of a model: a configuration and a flat dict of arrays.
+
+    params: A (r, in) and B (out, r) of each adapted matrix, as layers.3.attn.q.A and layers.3.attn.q.B; and what is
+    trained whole, a copy under its weight's own name.
+    """
+
+    config: LoRAConfig
+    params: Mapping[str, Array]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", {name: xp.asarray(value) for name, value in self.params.items()})
+        for name in self.params:
+            stem, _, factor = name.rpartition(".")
+            if factor in ("A", "B") and f"{stem}.{'B' if factor == 'A' else 'A'}" not in self.params:
+                raise ValueError(f"Adapter: {name} stands alone; expected both {stem}.A and {stem}.B")
+        for name in self.matrices:
+            A, B, r = self.params[f"{name}.A"], self.params[f"{name}.B"], self.config.rank(name)
+            if A.ndim != 2 or B.ndim != 2 or A.shape[0] != r or B.shape[1] != r:
+                raise ValueError(
+                    f"Adapter: {name}: expected A ({r}, in) and B (out, {r}), as the configuration's rank is {r}; "
+                    f"got A {A.shape} and B {B.shape}"
+                )
+
+    @property
+    def matrices(self) -> list[str]:
+        """The names of the adapted matrices: layers.3.attn.q, ..."""
+        return [name[:-2] for name in self.params if name.endswith(".A")]
+
+    @property
+    def whole(self) -> dict[str, Array]:
+        """What is trained whole, by its weight's name."""
+        return {name: value for name, value in self.params.items() if name[-2:] not in (".A", ".B")}
+
+
+# --- Its names, and the model's --------------------------------------------------------------------------------------
+
+
+def matrix_updates(config: Config, adapter: Adapter) -> dict[str, Update]:
+    """The update of each adapted matrix; a fused qkv gives three, which share A and the dropout mask."""
+    updates = {}
+    for name in adapter.matrices:
+        A, B, s = adapter.params[f"{name}.A"], adapter.params[f"{name}.B"], adapter.config.scale(name)
+        for matrix, rows in fused_parts(config, name).items():
+            updates[matrix] = Update(A, B[rows], s, adapter.config.dropout, name)
+    return updates
+
+
+def fused_parts(config: Config, name: str) -> dict[str, slice]:
+    """The matrices that one adapted name stands for, and the rows of B that each takes: qkv gives q, k and v."""
+    if target_of(name) != "qkv":
+        return {name: slice(None)}
+    layer = name.removesuffix("qkv")
+    shapes = config.matrix_shapes()
+    parts, start = {}, 0
+    for matrix in (f"{layer}q", f"{layer}k", f"{layer}v"):
+        parts[matrix] = slice(start, start + shapes[matrix][0])
+        start += shapes[matrix][0]
+    return parts
+
+
+def fuse_grads(config: Config, adapter: Adapter, grads: dict[str, Array]) -> dict[str, Array]:
+    """Gradients under the adapter's own names: a fused pair's A sums over its parts, its B joins them."""
+    result = {}
+    for name in adapter.params:
+        stem, _, factor = name.rpartition(".")
+        if factor not in ("A", "B"):
+            result[name] = grads[name]
+            continue
+        parts = [grads[f"{matrix}.{factor}"] for matrix in fused_parts(config, stem)]
+        if len(parts) == 1:
+            result[name] = parts[0]
+        else:
+            result[name] = parts[0] + parts[1] + parts[2] if factor == "A" else xp.concatenate(parts)
+    return result
+
+
+def adapted_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """(out, in) of each name that may be adapted: every matrix, and the fused qkv of each layer."""
+    shapes = config.matrix_shapes()
+    D = config.d_model
+    fused = D + 2 * config.kv_heads * config.head_width
+    return shapes | {f"layers.{i}.attn.qkv": (fused, D) for i in range(config.n_layer)}
+
+
+def check_adapter(model: Model, adapter: Adapter) -> None:
+    """A TypeError or ValueError unless every parameter of the adapter has its place in the model."""
+    shapes = adapted_shapes(model.config)
+    for name in adapter.matrices:
+        if name not in shapes:
+            raise ValueError(f"adapter: {name}: the model has no such matrix")
+        n_out, n_in = shapes[name]
+        A, B = adapter.params[f"{name}.A"], adapter.params[f"{name}.B"]
+        if A.shape[1] != n_in or B.shape[0] != n_out:
+            raise ValueError(
+                f"adapter: {name}: the model's matrix is (out, in) = ({n_out}, {n_in}), but A is {A.shape}, B {B.shape}"
+            )
+    whole = {**model.config.weight_shapes(), "head.weight": (model.config.head_size, model.config.d_model)}
+    for name, value in adapter.whole.items():
+        if whole.get(name) != value.shape:
+            raise ValueError(f"adapter: {name}: expected shape {whole.get(name, 'of a weight')}, got {value.shape}")
+    for name, value in adapter.params.items():
+        if value.dtype != model.dtype:
+            raise TypeError(f"adapter: {name}: expected the model's dtype {model.dtype}, got {value.dtype}")
+
+
+# --- L3, L8: start, count --------------------------------------------------------------------------------------------
 
 
 def _adapted(config: Config, lora_config: LoRAConfig) -> dict[str, tuple[int, int]]:
@@ -58,11 +255,14 @@ def init_adapter(model: Model, lora_config: LoRAConfig, *, seed: int) -> Adapter
 
     Same seed, same bits. A ValueError says which target, rank or pattern does not fit the model.
     """
-    rng = np.random.default_rng(seed)
+    rng, sigma = np.random.default_rng(seed), lora_config.sigma if lora_config.init == "normal" else None
     params: dict[str, Array] = {}
     adapted = _adapted(model.config, lora_config)
     for name, (n_out, n_in) in adapted.items():
-        A, B = init_factors(rng, n_out, n_in, name, lora_config, model.dtype)
+        try:
+            A, B = init_factors(rng, n_out, n_in, lora_config.rank(name), model.dtype, sigma=sigma)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         params |= {f"{name}.A": A, f"{name}.B": B}
     for name in trained_whole(model.config, lora_config, adapted):
         source = name if name in model.weights else model.config.head_weight

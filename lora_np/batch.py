@@ -24,6 +24,7 @@ class Batch:
     mask: Array | None  # (N,T) bool, or (N,S) over what a cache holds too; None where every token counts
     token_types: Array | None  # (N,T)
     targets: Array | None = None  # (N,P)
+    first: int = 0  # its first row among those of the whole step, of which it may be a shard
 
     @property
     def counted(self) -> Array:
@@ -49,7 +50,7 @@ class Batch:
             None if a is None else a[n] for a in (self.tokens, self.mask, self.token_types, self.targets)
         )
         assert tokens is not None
-        return Batch(tokens, mask, types, targets)
+        return Batch(tokens, mask, types, targets, self.first + n.start)
 
 
 def check_inputs(config: Config, tokens: Any, mask: Any, token_types: Any) -> Batch:

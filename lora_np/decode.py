@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .backend import Array, asnumpy, xp
 from .batch import Batch, check_inputs
+from .binding import AdaptedModel, AnyAdapter, bind, frozen
+from .layout import Cache
+from .loss import layouts
 from .model import Config, Model
-from .run import AnyAdapter, Cache, Run, bind
-from .transformer import place, project, states
+from .transformer import project, states
 
 
 def new_cache(config: Config, *, N: int, longest: int, dtype: Any) -> Cache:
@@ -21,18 +22,18 @@ def new_cache(config: Config, *, N: int, longest: int, dtype: Any) -> Cache:
     return Cache([xp.empty(shape, dtype=dtype) for _ in layers], [xp.empty(shape, dtype=dtype) for _ in layers])
 
 
-def next_logits(run: Run, cache: Cache, tokens: Array, mask: Array | None = None) -> Array:
+def next_logits(model: AdaptedModel, cache: Cache, tokens: Array, mask: Array | None = None) -> Array:
     """T16: the logits after the last of `tokens` (N,T), which follow what the cache holds; they are added to it.
 
     mask (N,S) is over all tokens, the cache's and these. -> (N,V).
     """
     N, T = tokens.shape
-    types = np.zeros_like(tokens) if run.config.n_types else None  # as forward has them where none are given
+    types = np.zeros_like(tokens) if model.config.n_types else None  # as forward has them where none are given
     batch = Batch(tokens, mask, types)
-    x, _ = states(place(replace(run, cache=cache), batch, past=cache.length, read=np.full(N, T - 1)), batch)
+    at, last = layouts(model, batch, read=np.full(N, T - 1), cache=cache)
+    x, _ = states(model, batch, at, last)
     cache.length += T
-    logits, _ = project(run, "head", x)  # (N,1,D) -> (N,1,V)
-    return logits[:, 0]
+    return project(model, "head", x, last, {})[:, 0]  # (N,1,D) -> (N,1,V) -> (N,V)
 
 
 def choose(
@@ -103,12 +104,12 @@ def generate(
     if mask is not None and not mask[:, -1].all():
         raise ValueError("generate: mask: pad on the left: the last token of each text must count")
     rng = np.random.default_rng(seed) if temperature > 0 else None
-    run = bind(model, adapter, rows=N)
+    adapted = frozen(bind(model, adapter, rows=N))
     cache = new_cache(config, N=N, longest=T + n, dtype=model.dtype)
     result = batch.tokens
     new = result
     for _ in range(n):
-        logits = asnumpy(next_logits(run, cache, new, mask))
+        logits = asnumpy(next_logits(adapted, cache, new, mask))
         new = choose(logits, rng, temperature=temperature, top_k=top_k, top_p=top_p)[:, None].astype(result.dtype)
         result = np.concatenate([result, new], axis=1)  # (N,S) -> (N,S+1)
         mask = None if mask is None else np.concatenate([mask, np.ones((N, 1), dtype=bool)], axis=1)

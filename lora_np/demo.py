@@ -19,17 +19,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .adapter import count_parameters, init_adapter, merge, unmerge
+from .adapter import Adapter, LoRAConfig, count_parameters, init_adapter, merge, unmerge
 from .backend import Array, asnumpy, xp
 from .batch import BatchDict
 from .data import BYTES, all_windows, decode, encode, language_reference, random_windows, split, standard_library
 from .decode import generate_on
 from .formats.adapters.adapter import load_adapter, save_adapter
 from .formats.models.folder import load_model, model_hash, save_model
-from .lora import Adapter, LoRAConfig
+from .loss import forward, loss_and_grads
 from .model import Config, Model, init_weights
 from .train import Report, Settings, evaluate, placed, train
-from .transformer import forward, loss_and_grads
 
 
 @dataclass(frozen=True)

@@ -9,27 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from .adapter import count_parameters, init_adapter
+from .adapter import Adapter, LoRAConfig, count_parameters, init_adapter
 from .backend import Array, asnumpy
 from .checkpoint import load_checkpoint, save_checkpoint
 from .formats.adapters.peft import save_adapter
 from .formats.adapters.task import Task, save_task
 from .formats.models.folder import model_hash
-from .lora import Adapter, LoRAConfig
 from .model import Model
 from .ranks import ALONE, Ranks
 from .tasks import Data
-from .train import (
-    Report,
-    Score,
-    Settings,
-    State,
-    TrainingError,
-    evaluate,
-    placed,
-    start,
-    train,
-)
+from .train import Report, Score, Settings, State, TrainingError, evaluate, placed, start, train
 
 CHECKPOINT = "checkpoint.npz"
 

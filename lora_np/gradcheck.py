@@ -15,12 +15,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import lora, ops
-from .adapter import init_adapter
+from .adapter import Adapter, LoRAConfig, init_adapter
 from .backend import Array, asnumpy, xp
 from .batch import IGNORED
-from .lora import Adapter, LoRAConfig
+from .loss import loss, loss_and_grads
 from .model import PRESETS, Config, Model, init_weights
-from .transformer import loss, loss_and_grads
 
 Scalar: TypeAlias = Callable[[Array], Any]
 Arrays: TypeAlias = dict[str, Array]

@@ -1,14 +1,17 @@
-"""LoRA of one matrix: how it is configured, started, run, differentiated and merged. It knows no model.
+"""LoRA of one matrix: forward, backward, start, merge. It knows no model.
 
-Letters as in the paper: W0 (out, in) is frozen; A (r, in) goes down to rank r, B (out, r) goes back up; s scales.
+Letters as in the paper: W0 (out, in) is frozen; A (r, in) goes down to rank r, B (out, r) goes back up; s scales:
+
+    L1  W = W0 + dW, dW = s B A, with s = alpha / r, or alpha / sqrt(r) when rank-stabilised
+    L2  h = x W0^T + b + s ((m * x) A^T) B^T, m the dropout mask of the low-rank branch
+    L4  dB = s g^T ((m * x) A^T), dA = s (g B)^T (m * x), dx = g W0 + s m * ((g B) A), with g = dh
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,171 +26,6 @@ from .ops import (
     linear_weight_backward,
     widened,
 )
-
-TARGETS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head", "qkv")
-
-
-def target_of(name: str) -> str:
-    """The target that a matrix's name belongs to: layers.3.attn.q -> q, embed.tokens -> embed, head -> head."""
-    return "embed" if name == "embed.tokens" else name.rsplit(".", 1)[-1]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Which matrices are adapted, and how (L1 to L3; paper 4.1 and 4.2).
-
-    The defaults are the paper's Wq and Wv.
-
-        r               rank, at least 1
-        alpha           s = alpha / r (L1), or alpha / sqrt(r) with rslora
-        targets         of q k v o up gate down embed head; or qkv, one fused pair in the place of q, k and v
-        dropout         probability, on the low-rank branch alone (L2); embed has none
-        bias            what else is trained: "none"; "all" biases; "lora_only", those of adapted matrices
-        train_head      whether the head's own weight is trained whole, as a copy
-        rslora          rank-stabilised scale
-        rank_pattern    ranks that differ, by target ("q") or by matrix ("layers.3.attn.q")
-        alpha_pattern   alphas that differ, likewise
-        layers          the layers adapted; None for all
-        init, sigma     A's start (L3): "uniform" in +-1/sqrt(in), or "normal" with deviation sigma
-    """
-
-    r: int = 8
-    alpha: float = 16
-    targets: tuple[str, ...] = ("q", "v")
-    dropout: float = 0.0
-    bias: Literal["none", "all", "lora_only"] = "none"
-    train_head: bool = False
-    rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    layers: tuple[int, ...] | None = None
-    init: Literal["uniform", "normal"] = "uniform"
-    sigma: float = 0.02
-
-    def __post_init__(self) -> None:
-        if isinstance(self.targets, str) or not isinstance(self.targets, Iterable):
-            raise TypeError(f"LoRAConfig.targets: expected a sequence of names, got {self.targets!r}")
-        object.__setattr__(self, "targets", tuple(self.targets))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            if not all(_is_int(layer) and layer >= 0 for layer in self.layers):
-                raise ValueError(f"LoRAConfig.layers: expected layers' numbers, from 0, got {self.layers!r}")
-        self._check_targets()
-        for where, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if not _is_int(r) or r < 1:
-                raise ValueError(f"LoRAConfig.{where}: expected an integer of at least 1, got {r!r}")
-        for where, a in [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
-            if not isinstance(a, (int, float)) or not math.isfinite(a):
-                raise ValueError(f"LoRAConfig.{where}: expected a finite number, got {a!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRAConfig.dropout: expected 0 <= p < 1, got {self.dropout!r}")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"LoRAConfig.bias: expected none, all or lora_only, got {self.bias!r}")
-        if self.init not in ("uniform", "normal"):
-            raise ValueError(f"LoRAConfig.init: expected uniform or normal, got {self.init!r}")
-        if not (math.isfinite(self.sigma) and self.sigma > 0):
-            raise ValueError(f"LoRAConfig.sigma: expected a positive number, got {self.sigma!r}")
-
-    def _check_targets(self) -> None:
-        unknown = [t for t in self.targets if t not in TARGETS]
-        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
-            raise ValueError(
-                f"LoRAConfig.targets: expected names of {' '.join(TARGETS)}, each once, got {self.targets!r}"
-            )
-        if "qkv" in self.targets and {"q", "k", "v"} & set(self.targets):
-            raise ValueError(f"LoRAConfig.targets: qkv stands for q, k and v together, got {self.targets!r}")
-        if "head" in self.targets and self.train_head:
-            raise ValueError("LoRAConfig: the head is a target, or trained whole with train_head: not both")
-
-    def rank(self, name: str) -> int:
-        """r of the matrix `name`."""
-        return self.rank_pattern.get(name, self.rank_pattern.get(target_of(name), self.r))
-
-    def scale(self, name: str) -> float:
-        """L1: s of the matrix `name`."""
-        alpha = self.alpha_pattern.get(name, self.alpha_pattern.get(target_of(name), self.alpha))
-        return alpha / (math.sqrt(self.rank(name)) if self.rslora else self.rank(name))
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """The update of a model: a configuration and a flat dict of arrays.
-
-    params: A (r, in) and B (out, r) of each adapted matrix, as layers.3.attn.q.A and layers.3.attn.q.B; and what is
-    trained whole, a copy under its weight's own name.
-    """
-
-    config: LoRAConfig
-    params: Mapping[str, Array]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "params", {name: xp.asarray(value) for name, value in self.params.items()})
-        for name in self.params:
-            stem, _, factor = name.rpartition(".")
-            if factor in ("A", "B") and f"{stem}.{'B' if factor == 'A' else 'A'}" not in self.params:
-                raise ValueError(f"Adapter: {name} stands alone; expected both {stem}.A and {stem}.B")
-        for name in self.matrices:
-            A, B, r = self.params[f"{name}.A"], self.params[f"{name}.B"], self.config.rank(name)
-            if A.ndim != 2 or B.ndim != 2 or A.shape[0] != r or B.shape[1] != r:
-                raise ValueError(
-                    f"Adapter: {name}: expected A ({r}, in) and B (out, {r}), as the configuration's rank is {r}; "
-                    f"got A {A.shape} and B {B.shape}"
-                )
-
-    @property
-    def matrices(self) -> list[str]:
-        """The names of the adapted matrices: layers.3.attn.q, ..."""
-        return [name[:-2] for name in self.params if name.endswith(".A")]
-
-    @property
-    def whole(self) -> dict[str, Array]:
-        """What is trained whole, by its weight's name."""
-        return {name: value for name, value in self.params.items() if name[-2:] not in (".A", ".B")}
-
-
-class Update(NamedTuple):
-    """L1: the update of one matrix, as forward and backward use it: dW = s B A."""
-
-    A: Array  # (r, in), or (N, r, in): one for each row of the batch
-    B: Array  # (out, r), or (N, out, r)
-    s: float
-    dropout: float = 0.0
-    stream: str = ""  # names the dropout mask: matrices of one fused update share it
-
-
-def stack_updates(rows: Sequence[Update | None]) -> Update:
-    """L7: one update that holds a different one, or none, for each row of a batch.
-
-    Smaller ranks are filled up with zeros, and s_i goes into B_i; a row without an update gets zeros throughout, so
-    that exactly nothing is added to it. -> A (N, r, in), B (N, out, r), r the largest rank, s = 1.
-    """
-    some = next(row for row in rows if row is not None)
-    r = max(len(row.A) for row in rows if row is not None)
-    A = xp.zeros((len(rows), r, some.A.shape[1]), dtype=some.A.dtype)
-    B = xp.zeros((len(rows), some.B.shape[0], r), dtype=some.B.dtype)
-    for n, row in enumerate(rows):
-        if row is not None:
-            A[n, : len(row.A)] = row.A
-            B[n, :, : len(row.A)] = row.B * row.s
-    return Update(A, B, 1.0)
-
-
-def init_factors(
-    rng: np.random.Generator, n_out: int, n_in: int, name: str, config: LoRAConfig, dtype: DType
-) -> tuple[Array, Array]:
-    """L3 (paper 4.1): B = 0, so that the adapted model starts as the base. -> A (r, in), B (out, r)."""
-    r = config.rank(name)
-    if r > min(n_out, n_in):
-        raise ValueError(f"{name}: expected a rank of at most min(in, out) = {min(n_out, n_in)}, got r = {r}")
-    if config.init == "uniform":
-        A = rng.uniform(-1 / math.sqrt(n_in), 1 / math.sqrt(n_in), (r, n_in))
-    else:
-        A = rng.normal(0.0, config.sigma, (r, n_in))
-    return xp.asarray(A.astype(dtype)), xp.zeros((n_out, r), dtype=dtype)
 
 
 class LinearSaved(NamedTuple):
@@ -239,34 +77,6 @@ def lora_linear_backward(dh: Array, saved: LinearSaved, *, need_dx: bool = True)
     return dx, dA, dB
 
 
-def _check_shapes(x: Array, W0: Array, b: Array | None, A: Array, B: Array, dropout_mask: Array | None) -> None:
-    """A ValueError unless the shapes fit together as L2 says."""
-    if x.ndim == 0 or (W0.ndim != 2 and A.ndim != 3) or A.ndim != B.ndim:
-        raise ValueError(
-            f"lora_linear: expected x (..., in), W0 (out, in), A (r, in), B (out, r), got "
-            f"x {x.shape}, W0 {W0.shape}, A {A.shape}, B {B.shape}"
-        )
-    n_out, n_in = W0.shape[-2:]
-    r = A.shape[-2]
-    wrong = [
-        f"{what}: expected {expected}, got {got}"
-        for what, expected, got in [
-            ("x", f"(..., {n_in})", x.shape if x.shape[-1] != n_in else None),
-            ("A", f"(r, {n_in})", A.shape if A.shape[-1] != n_in else None),
-            ("B", f"({n_out}, {r})", B.shape if B.shape[-2:] != (n_out, r) else None),
-            ("b", f"({n_out},)", b.shape if b is not None and b.shape[-1:] != (n_out,) else None),
-            (
-                "dropout_mask",
-                x.shape,
-                dropout_mask.shape if dropout_mask is not None and dropout_mask.shape != x.shape else None,
-            ),
-        ]
-        if got is not None
-    ]
-    if wrong:
-        raise ValueError(f"lora_linear: W0 is ({n_out}, {n_in}); " + "; ".join(wrong))
-
-
 class EmbeddingSaved(NamedTuple):
     """What the backward of an adapted embedding needs."""
 
@@ -294,6 +104,47 @@ def lora_embedding_backward(dh: Array, saved: EmbeddingSaved) -> tuple[Array, Ar
     v = linear_backward(dh, B)  # (N,T,D) -> (N,T,r)
     v *= s
     return embedding_backward(v, tokens, A.shape[1]).T, linear_weight_backward(dh, u)
+
+
+class Update(NamedTuple):
+    """L1: the update of one matrix, as forward and backward use it: dW = s B A."""
+
+    A: Array  # (r, in), or (N, r, in): one for each row of the batch
+    B: Array  # (out, r), or (N, out, r)
+    s: float
+    dropout: float = 0.0
+    stream: str = ""  # names the dropout mask: matrices of one fused update share it
+
+
+def stack_updates(rows: Sequence[Update | None]) -> Update:
+    """L7: one update that holds a different one, or none, for each row of a batch.
+
+    Smaller ranks are filled up with zeros, and s_i goes into B_i; a row without an update gets zeros throughout, so
+    that exactly nothing is added to it. -> A (N, r, in), B (N, out, r), r the largest rank, s = 1.
+    """
+    some = next(row for row in rows if row is not None)
+    r = max(len(row.A) for row in rows if row is not None)
+    A = xp.zeros((len(rows), r, some.A.shape[1]), dtype=some.A.dtype)
+    B = xp.zeros((len(rows), some.B.shape[0], r), dtype=some.B.dtype)
+    for n, row in enumerate(rows):
+        if row is not None:
+            A[n, : len(row.A)] = row.A
+            B[n, :, : len(row.A)] = row.B * row.s
+    return Update(A, B, 1.0)
+
+
+def init_factors(
+    rng: np.random.Generator, n_out: int, n_in: int, r: int, dtype: DType, *, sigma: float | None = None
+) -> tuple[Array, Array]:
+    """L3 (paper 4.1): B = 0, so that the adapted model starts as the base; A is U(-1/sqrt(in), 1/sqrt(in)), or with
+    sigma N(0, sigma^2). -> A (r, in), B (out, r). A ValueError unless r is at most in and out."""
+    if r > min(n_out, n_in):
+        raise ValueError(f"expected a rank of at most min(in, out) = {min(n_out, n_in)}, got r = {r}")
+    if sigma is None:
+        A = rng.uniform(-1 / math.sqrt(n_in), 1 / math.sqrt(n_in), (r, n_in))
+    else:
+        A = rng.normal(0.0, sigma, (r, n_in))
+    return xp.asarray(A.astype(dtype)), xp.zeros((n_out, r), dtype=dtype)
 
 
 def merge_matrix(W0: Array, *updates: Update) -> Array:
@@ -358,3 +209,31 @@ def linear_rounding_bound(x: Array, W0: Array, b: Array | None, A: Array, B: Arr
     underflow = P @ B.T + (1 + n_in * abs(s)) * B.sum(axis=-1) + (2 + r * abs(s)) * x.sum(axis=-1)[..., None]
     underflow += 2 * n_in + r
     return 2 * n / (1 - n) * size + float(info.smallest_subnormal) * underflow
+
+
+def _check_shapes(x: Array, W0: Array, b: Array | None, A: Array, B: Array, dropout_mask: Array | None) -> None:
+    """A ValueError unless the shapes fit together as L2 says."""
+    if x.ndim == 0 or (W0.ndim != 2 and A.ndim != 3) or A.ndim != B.ndim:
+        raise ValueError(
+            f"lora_linear: expected x (..., in), W0 (out, in), A (r, in), B (out, r), got "
+            f"x {x.shape}, W0 {W0.shape}, A {A.shape}, B {B.shape}"
+        )
+    n_out, n_in = W0.shape[-2:]
+    r = A.shape[-2]
+    wrong = [
+        f"{what}: expected {expected}, got {got}"
+        for what, expected, got in [
+            ("x", f"(..., {n_in})", x.shape if x.shape[-1] != n_in else None),
+            ("A", f"(r, {n_in})", A.shape if A.shape[-1] != n_in else None),
+            ("B", f"({n_out}, {r})", B.shape if B.shape[-2:] != (n_out, r) else None),
+            ("b", f"({n_out},)", b.shape if b is not None and b.shape[-1:] != (n_out,) else None),
+            (
+                "dropout_mask",
+                x.shape,
+                dropout_mask.shape if dropout_mask is not None and dropout_mask.shape != x.shape else None,
+            ),
+        ]
+        if got is not None
+    ]
+    if wrong:
+        raise ValueError(f"lora_linear: W0 is ({n_out}, {n_in}); " + "; ".join(wrong))

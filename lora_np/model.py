@@ -14,7 +14,7 @@ import numpy as np
 from .backend import Array, blocks, read_only
 
 if TYPE_CHECKING:
-    from .lora import Adapter
+    from .adapter import Adapter
 
 
 @dataclass(frozen=True)

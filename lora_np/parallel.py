@@ -1,8 +1,12 @@
-"""One step over many shards of a batch: in threads, and over MPI's ranks (O4).
+"""One step over many shards of a batch, in threads; and the one order in which their sums meet (O4).
 
 Each shard runs its whole forward and backward alone, in a thread of its own; NumPy lets go of the interpreter's lock in
-products and elementwise steps. Only the gradients of what is trained meet, summed along one fixed tree: the result
-depends on the shards, never on how many threads or ranks ran them or which was done first.
+products and elementwise steps. Only the gradients of what is trained meet.
+
+Floating-point addition depends on its order. Here it is pairwise: neighbours are added, then the sums of neighbours,
+and so on, a tree over the shards alone. A run of shards is held as its nodes, each the sum over as many shards as a
+power of two, as wide as the run allows. Two neighbouring runs join into the nodes of both: whichever threads or
+processes computed which runs, and however these were joined, the sum has the same bits.
 """
 
 from __future__ import annotations
@@ -12,18 +16,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from functools import cache
-from typing import Any, TypeVar
+from functools import cache, reduce
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
+from .adapter import Adapter
 from .backend import Array, backend_name
-from .batch import Batch, check_batch
-from .lora import Adapter
+from .batch import Batch
+from .binding import AdaptedModel, Trainable
+from .loss import batch_loss_and_grads, step_of
 from .model import Model
-from .ranks import ALONE, Ranks
-from .run import Run, Trainable
-from .transformer import Grads, batch_loss_and_grads, trained_grads, training_run
-from .tree import Node, cut
+from .transformer import Grads
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -69,19 +72,21 @@ def quick_switches() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def threaded(f: Callable[[S], R], parts: Iterable[S], ranks: Ranks = ALONE) -> Iterator[R]:
-    """f of each of this rank's share of the parts, in order, as they are done.
+def threaded(
+    f: Callable[[S], R], parts: Iterable[S], *, threads: int | None = None, of: int | None = None
+) -> Iterator[R]:
+    """f of each of the parts, in order, as they are done: each in a thread, with one BLAS thread.
 
-    Each in a thread, with one BLAS thread; where there is one part in all, as it is. On a GPU, in turn.
+    threads: at most so many at once; None: as many as the machine has cores. of: how many parts there are on all ranks;
+    where there is one in all, it runs as it is, on BLAS's own threads. On a GPU, in turn.
     """
     parts = list(parts)
-    mine = parts[ranks.share(len(parts))]
-    if len(parts) <= 1 or backend_name == "cupy":
-        yield from map(f, mine)
+    if (len(parts) if of is None else of) <= 1 or backend_name == "cupy":
+        yield from map(f, parts)
         return
-    threads = max(1, min(len(mine), ranks.threads or os.cpu_count() or 1))
+    threads = max(1, min(len(parts), threads or os.cpu_count() or 1))
     with one_blas_thread(), quick_switches(), ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(f, mine)
+        yield from pool.map(f, parts)
 
 
 def sharded_loss_and_grads(
@@ -102,28 +107,82 @@ def sharded_loss_and_grads(
     The loss is the mean over the counted targets of the whole batch, and a row's dropout mask is the same, however the
     batch is cut. shards: at most N; None: from tokens.shape alone. -> as loss_and_grads.
     """
-    batch = check_batch(model.config, tokens, targets, mask, token_types)
-    run = training_run(
-        model, adapter, trainable=trainable, rows=len(batch.tokens), dropout_seed=dropout_seed, recompute=recompute
-    )
-    total, grads = sharded_sums(run, model, adapter, batch, shards=shards)
-    return total.item(), grads
+    adapted, batch = step_of(
+        model, adapter, tokens, targets, mask, token_types,
+        dropout_seed=dropout_seed, trainable=trainable, recompute=recompute,
+    )  # fmt: skip
+    shards = default_shards(*batch.tokens.shape) if shards is None else shards
+    sums = root(reduce(joined, ([node] for node in nodes(adapted, batch, shards)), list[Node]()))
+    return sums.loss.item(), sums.grads
 
 
-def sharded_sums(
-    run: Run, model: Model, adapter: Adapter | None, batch: Batch, *, shards: int | None, ranks: Ranks = ALONE
-) -> tuple[Array, Grads]:
-    """O4: the loss of a checked batch (a 0-d array) and its gradients, each rank computing its share of the shards."""
-    N, T = batch.tokens.shape
-    shards = default_shards(N, T) if shards is None else shards
+def nodes(
+    model: AdaptedModel, batch: Batch, shards: int, *, mine: slice = slice(None), threads: int | None = None
+) -> Iterator[Node]:
+    """O4: the loss (a 0-d array) and the gradients of each shard of a batch, or of a rank's own shards, in order."""
+    N = len(batch.tokens)
     if not 1 <= shards <= N:
         raise ValueError(f"shards: expected 1 to {N}, the rows of the batch, got {shards}")
     rows, count = cut(N, shards), len(batch.counted)
 
     def one(shard: int) -> Node:
-        n = rows[shard]
-        loss, grads = batch_loss_and_grads(replace(run, first_row=n.start), batch.rows(n), count=count)
-        return Node(shard, 1, loss, trained_grads(model, adapter, grads))
+        return Node(shard, 1, *batch_loss_and_grads(model, batch.rows(rows[shard]), count=count))
 
-    like = model.weights if adapter is None else adapter.params
-    return ranks.sum(threaded(one, range(shards), ranks), shards, like)
+    return threaded(one, range(shards)[mine], threads=threads, of=shards)
+
+
+# --- O4: the order of the sums ---------------------------------------------------------------------------------------
+
+
+class Node(NamedTuple):
+    """The sums over `width` shards from `first` on: a power of two, and first is a multiple of it."""
+
+    first: int
+    width: int
+    loss: Array  # 0-d
+    grads: dict[str, Array]
+
+
+def cut(n: int, parts: int) -> list[slice]:
+    """n things in `parts` runs whose sizes differ by one at the most; with fewer things than parts, some are empty."""
+    edges = [n * i // parts for i in range(parts + 1)]
+    return [slice(start, end) for start, end in pairwise(edges)]
+
+
+def spans(run: slice) -> Iterator[tuple[int, int]]:
+    """The first shard and the width of each node of a run."""
+    first = run.start
+    while first < run.stop:
+        longest = 1 << (run.stop - first).bit_length() - 1
+        width = min(first & -first, longest) if first else longest
+        yield first, width
+        first += width
+
+
+def joined(left: list[Node], right: list[Node]) -> list[Node]:
+    """Pairwise reduction: the nodes of a run of shards and of the run behind it, as those of one run."""
+    nodes = list(left)
+    for node in right:
+        nodes.append(node)
+        while len(nodes) > 1 and _siblings(*nodes[-2:]):
+            nodes[-2:] = [_added(*nodes[-2:])]
+    return nodes
+
+
+def _siblings(one: Node, other: Node) -> bool:
+    """Whether two neighbours are the halves of a node."""
+    return one.width == other.width and one.first % (2 * one.width) == 0
+
+
+def root(nodes: list[Node]) -> Node:
+    """O4: the sum over all shards. Where their number is no power of two, what is left over joins last."""
+    total = nodes[-1]
+    for node in reversed(nodes[:-1]):
+        total = _added(node, total)
+    return total
+
+
+def _added(one: Node, other: Node) -> Node:
+    """The sums over both nodes' shards; the other's are behind the one's."""
+    grads = {name: g + other.grads[name] for name, g in one.grads.items()}
+    return Node(one.first, one.width + other.width, one.loss + other.loss, grads)

@@ -1,9 +1,9 @@
 """Processes that compute a step together, on one machine or on many: MPI's ranks (O4).
 
 Each computes its own run of a batch's shards. Only the sums of the loss and of the gradients of what is trained travel:
-up a tree of ranks, each addition in the order of `tree.py`, and the whole back to all. (MPI_Allreduce would promise no
-order, and its bits may change with the number of ranks.) mpi4py is imported where a launcher started the process, and
-nowhere else.
+up a tree of ranks, each addition in the order of `parallel.py`, and the whole back to all. (MPI_Allreduce would promise
+no order, and its bits may change with the number of ranks.) mpi4py is imported where a launcher started the process,
+and nowhere else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .backend import Array, asnumpy, xp
-from .tree import Node, cut, joined, root, spans
+from .parallel import Node, cut, joined, root, spans
 
 R = TypeVar("R")
 

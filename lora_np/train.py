@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from .adapter import Adapter
 from .backend import Array, xp
 from .batch import BatchDict, check_batch
-from .lora import Adapter
+from .binding import bind, frozen
+from .loss import batch_score, step_of
 from .model import Model
 from .optim import AdamWState, adamw, clip, learning_rates, warmup_cosine
-from .parallel import sharded_sums, threaded
+from .parallel import default_shards, nodes, threaded
 from .ranks import ALONE, Ranks
-from .run import bind
-from .transformer import batch_score, training_run
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,15 @@ def _step(
 ) -> tuple[State, Report]:
     """One step: the gradients of the whole batch, clipped, and AdamW."""
     model, adapter = placed(model, adapter, state)
-    batch = check_batch(model.config, given["tokens"], given["targets"], given.get("mask"), given.get("token_types"))
-    N, trainable = len(batch.tokens), "all" if adapter is None else "adapter"
-    seed = (settings.seed << 32) + state.step
-    run = training_run(
-        model, adapter, trainable=trainable, rows=N, dropout_seed=seed,  # type: ignore[arg-type]
+    adapted, batch = step_of(
+        model, adapter, given["tokens"], given["targets"], given.get("mask"), given.get("token_types"),
+        dropout_seed=(settings.seed << 32) + state.step, trainable="all" if adapter is None else "adapter",
         recompute=settings.recompute,
     )  # fmt: skip
-    shards = None if settings.shards is None else min(settings.shards, N)
-    total, sums = sharded_sums(run, model, adapter, batch, shards=shards, ranks=ranks)
+    N, T = batch.tokens.shape
+    shards = default_shards(N, T) if settings.shards is None else min(settings.shards, N)
+    mine = nodes(adapted, batch, shards, mine=ranks.share(shards), threads=ranks.threads)
+    total, sums = ranks.sum(mine, shards, state.params)
     grads, norm_before = clip(sums, settings.clip)
     loss, norm = float(total), float(norm_before)
     lr = settings.lr * warmup_cosine(state.step, warmup=settings.warmup, total=settings.steps)
@@ -175,11 +175,12 @@ def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]
         batch = check_batch(
             model.config, given["tokens"], given["targets"], given.get("mask"), given.get("token_types")
         )
-        run = replace(bind(model, adapter, rows=len(batch.tokens)), trained=frozenset())
-        loss, hits = batch_score(run, batch)
+        loss, hits = batch_score(frozen(bind(model, adapter, rows=len(batch.tokens))), batch)
         return float(loss), int(hits), len(batch.counted)
 
-    scores = ranks.gather(threaded(one, batches, ranks))
+    batches = list(batches)
+    mine = batches[ranks.share(len(batches))]
+    scores = ranks.gather(threaded(one, mine, threads=ranks.threads, of=len(batches)))
     count = sum(counted for _, _, counted in scores)
     if count == 0:
         raise ValueError("evaluate: expected at least one batch")

@@ -10,11 +10,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 import lora_np as ln
+from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, xp
 from lora_np.batch import IGNORED
 from lora_np.gradcheck import perturbed
-from lora_np.lora import target_of
-from lora_np.run import adapted_shapes
 
 ATTENTION = ("q", "k", "v", "o")
 seeds = st.integers(0, 2**32 - 1)

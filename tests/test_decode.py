@@ -12,7 +12,7 @@ from strategies import FLOAT64, cases, deviation, lora_configs, random_model, se
 import lora_np as ln
 from lora_np import decode
 from lora_np.backend import asnumpy
-from lora_np.run import bind
+from lora_np.binding import bind
 
 proves = pytest.mark.proves
 GPT2 = ln.Config(7, 10, 2, 2, 8, 6)

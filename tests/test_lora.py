@@ -12,8 +12,9 @@ from strategies import device, dtypes, gamma, same_bits, seeds, whole_numbers
 
 import lora_np as ln
 from lora_np import lora, ops
+from lora_np.adapter import LoRAConfig
 from lora_np.backend import asnumpy, xp
-from lora_np.lora import LoRAConfig, Update
+from lora_np.lora import Update
 
 proves = pytest.mark.proves
 small = st.integers(1, 5)

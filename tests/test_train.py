@@ -13,14 +13,7 @@ from lora_np.backend import asnumpy
 from lora_np.checkpoint import load_checkpoint, save_checkpoint
 from lora_np.gradcheck import example_batch, perturbed
 from lora_np.optim import learning_rates
-from lora_np.train import (
-    Settings,
-    TrainingError,
-    evaluate,
-    placed,
-    start,
-    train,
-)
+from lora_np.train import Settings, TrainingError, evaluate, placed, start, train
 
 CONFIG = ln.Config(11, 8, n_layer=2, n_head=2, d_model=8, d_ff=12)
 

@@ -32,9 +32,9 @@ from strategies import (
 
 import lora_np as ln
 from lora_np import decode, gradcheck, ops, transformer
+from lora_np.adapter import adapted_shapes
 from lora_np.backend import asnumpy, backend_name
 from lora_np.gradcheck import FLOOR, complex_step, relative_error
-from lora_np.run import adapted_shapes
 
 proves = pytest.mark.proves
 GPT2 = ln.Config(7, 8, 2, 2, 8, 6)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import device, dtypes, same_bits, seeds
 
-from lora_np.tree import Node, cut, joined, root, spans
+from lora_np.parallel import Node, cut, joined, root, spans
 
 proves = pytest.mark.proves
 

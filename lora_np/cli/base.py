@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from .. import demo
+from ..adapter import Adapter
 from ..data import BYTES, ByteTokenizer
 from ..examples import Tokens
 from ..formats.adapters.adapter import load_adapter
 from ..formats.adapters.pair import load_base_for
 from ..formats.models.folder import load_model
 from ..formats.models.tokenizer import TOKENIZER, load_tokenizer
-from ..lora import Adapter
 from ..model import Config, Model
 from .output import Bar
 

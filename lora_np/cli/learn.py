@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from .. import finetune, plot, tasks
+from ..adapter import TARGETS, Adapter, LoRAConfig
 from ..data import ByteTokenizer
 from ..decode import generate_on
 from ..examples import Tokens
 from ..formats.adapters.task import Task, load_task
 from ..formats.models.folder import load_model
-from ..lora import TARGETS, Adapter, LoRAConfig
 from ..model import Model
 from ..parallel import default_shards
 from ..ranks import Ranks, world

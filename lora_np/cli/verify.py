@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..adapter import Adapter
 from ..backend import Array
 from ..effect import Effect, effect
 from ..formats.adapters.adapter import load_adapter
@@ -16,9 +17,8 @@ from ..formats.merged.merging import plan_merge
 from ..formats.merged.survey import survey
 from ..formats.merged.verifying import Comparison, compare, explained, is_trained, records_base, worst
 from ..formats.models.folder import load_model
-from ..lora import Adapter
+from ..loss import forward
 from ..model import Config, Model
-from ..transformer import forward
 from .base import AddCommand, tokenizer_of
 from .output import emit
 

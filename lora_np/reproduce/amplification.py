@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .. import analysis
-from ..lora import Adapter
+from ..adapter import Adapter
 from .section import Claim, Section, Table, graded, listed
 from .study import QV, Setting, Study, Trainings, adapter_of
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..adapter import count_parameters, init_adapter
+from ..adapter import Adapter, LoRAConfig, count_parameters, init_adapter
 from ..backend import backend_name
 from ..batch import BatchDict
 from ..data import encode, random_windows, standard_library
-from ..lora import Adapter, LoRAConfig
 from ..model import PRESETS, Config, Model, init_weights
 from ..train import Settings, State, placed, train
 from .counts import HALF, size

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ..adapter import count_parameters
-from ..lora import LoRAConfig
+from ..adapter import LoRAConfig, count_parameters
 from ..model import PRESETS, Config
 from .section import Claim, Section, Table, graded, listed
 

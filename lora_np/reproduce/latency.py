@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import plot
-from ..adapter import init_adapter, merge
+from ..adapter import LoRAConfig, init_adapter, merge
 from ..backend import Array, asnumpy
-from ..lora import LoRAConfig
+from ..loss import forward
 from ..model import Config, Model, init_weights
-from ..transformer import forward
 from .section import Claim, Picture, Section, Table, graded
 from .timing import Ratio, in_turn, ratio
 

@@ -13,15 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..adapter import init_adapter, merge
+from ..adapter import Adapter, LoRAConfig, init_adapter, merge
 from ..backend import Array, asnumpy, xp
+from ..binding import bind
 from ..decode import new_cache, next_logits
 from ..demo import Progress
-from ..lora import Adapter, LoRAConfig
+from ..loss import forward
 from ..model import Model
-from ..run import bind
 from ..train import Report, evaluate, train
-from ..transformer import forward
 from .rank import MAIN, PART, as_good
 from .section import Claim, Section, Table, Verdict, graded
 from .study import ALPHA, QV, Spread, Study, Trainings, counted, losses, spread

@@ -8,8 +8,7 @@ from functools import partial
 from typing import Any
 
 from .. import plot
-from ..adapter import count_parameters
-from ..lora import LoRAConfig
+from ..adapter import LoRAConfig, count_parameters
 from ..model import Config
 from ..train import Score
 from .section import Claim, Picture, Section, Table, graded, listed

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import demo
+from ..adapter import Adapter
 from ..batch import BatchDict
 from ..data import all_windows, encode, random_windows, split, standard_library
 from ..demo import Progress
 from ..examples import Tokens, bucketed, in_order, steps_an_epoch
 from ..formats.models.folder import load_model
-from ..lora import Adapter
 from ..model import PRESETS, Config, Model
 from ..tasks import EVALUATED, read_examples, task_of
 from ..train import Settings, evaluate

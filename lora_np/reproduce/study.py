@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..adapter import init_adapter
+from ..adapter import Adapter, LoRAConfig, init_adapter
 from ..batch import BatchDict
 from ..demo import Progress
-from ..lora import Adapter, LoRAConfig
 from ..model import Model
 from ..train import Report, Score, Settings, evaluate, placed, train
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import plot
+from ..adapter import Adapter
 from ..analysis import random_similarity, subspace_similarity
 from ..backend import Array
-from ..lora import Adapter
 from .section import Claim, Picture, Section, Table, graded, listed
 from .study import QV, Setting, Study, Trainings, adapter_of
 

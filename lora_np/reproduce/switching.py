@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..adapter import merge, unmerge
+from ..adapter import Adapter, merge, unmerge
 from ..backend import asnumpy, xp
 from ..batch import BatchDict
 from ..formats.adapters.adapter import save_adapter
 from ..formats.models.folder import model_hash, save_model
-from ..lora import Adapter
+from ..loss import forward
 from ..model import Model
 from ..train import evaluate
-from ..transformer import forward
 from .section import Claim, Section, Table, graded
 
 ROUNDING = 1e-12  # of the largest logit, in float64

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..adapter import init_adapter
+from ..adapter import LoRAConfig, init_adapter
 from ..backend import Array
 from ..batch import IGNORED
 from ..gradcheck import architectures
-from ..lora import LoRAConfig
 from ..model import PRESETS, Config, Model, init_weights
 from .dyadic import integers, numbers
 

@@ -13,18 +13,18 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from .. import analysis, lora, ops, optim
+from ..adapter import Adapter, LoRAConfig, count_parameters
 from ..adapter import combine as combined
-from ..adapter import count_parameters
 from ..adapter import merge as merged
 from ..adapter import unmerge as unmerged
 from ..backend import Array, asnumpy, xp
 from ..batch import IGNORED
 from ..decode import choose
 from ..decode import generate as generated
-from ..lora import Adapter, LoRAConfig, Update
+from ..lora import Update
+from ..loss import forward, loss_and_grads
 from ..model import PRESETS, Config, Model, init_weights
 from ..parallel import sharded_loss_and_grads
-from ..transformer import forward, loss_and_grads
 from .definitions import rounded, scale
 
 Arrays: TypeAlias = Mapping[str, Array]

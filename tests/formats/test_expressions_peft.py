@@ -11,9 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from peers import peft
 
+from lora_np.adapter import adapted_shapes
 from lora_np.formats.adapters.peft_config import read_config
 from lora_np.formats.models.names import module_names
-from lora_np.run import adapted_shapes
 
 pytest.importorskip("regex", reason="regular expressions need regex: pip install lora-np[models]")
 IGNORED = [

@@ -13,8 +13,8 @@ from peers import BERT, GPT2, LLAMA, ROBERTA, torch
 
 import lora_np as ln
 from lora_np.backend import xp
+from lora_np.binding import bind
 from lora_np.decode import new_cache, next_logits
-from lora_np.run import bind
 
 pytestmark = peers.FILTERS
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ...adapter import Adapter, LoRAConfig, check_adapter
 from ...backend import asnumpy
-from ...lora import Adapter, LoRAConfig
 from ...model import Model
-from ...run import check_adapter
 from ..files.plain import from_fields, parse_json, to_fields, to_json
 from ..files.safe import DTYPES, check_widens, shown
 from ..models.base import Base, LazyWeights

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...lora import Adapter
+from ...adapter import Adapter
 from ...model import Model
 from ..files.safe import PICKLES
 from ..models.base import Base

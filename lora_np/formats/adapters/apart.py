@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ...adapter import Adapter, LoRAConfig, fused_parts, target_of
 from ...backend import Array
-from ...lora import Adapter, LoRAConfig, target_of
 from ...model import Config
-from ...run import fused_parts
 from ..models.names import family_of
 
 

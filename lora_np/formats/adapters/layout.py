@@ -18,11 +18,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ...adapter import trained_whole
+from ...adapter import LoRAConfig, adapted_shapes, fused_parts, target_of, trained_whole
 from ...backend import Array, asnumpy
-from ...lora import LoRAConfig, target_of
 from ...model import Config
-from ...run import adapted_shapes, fused_parts
 from ..files.safe import TensorFile
 from ..models.base import Base
 from ..models.names import family_of, module_names, module_of

@@ -16,11 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...adapter import trained_whole
+from ...adapter import Adapter, LoRAConfig, adapted_shapes, fused_parts, target_of, trained_whole
 from ...backend import Array, asnumpy
-from ...lora import Adapter, LoRAConfig, target_of
 from ...model import Config, Model
-from ...run import adapted_shapes, fused_parts
 from ..files.atomic import new_file, write_tensors
 from ..files.plain import from_fields
 from ..files.safe import TensorFile, open_tensors, shown

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ...adapter import Adapter
 from ...backend import asnumpy
-from ...lora import Adapter
 from ...model import Model
 from ..files.arrays import HEADER, open_arrays
 from ..files.atomic import new_file

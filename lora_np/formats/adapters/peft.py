@@ -15,9 +15,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ...adapter import trained_whole
+from ...adapter import Adapter, LoRAConfig, trained_whole
 from ...backend import Array, asnumpy
-from ...lora import Adapter, LoRAConfig
 from ...model import Model
 from ...ops import widened
 from ..files.atomic import new_folder, replaced_files, write_tensors

@@ -11,10 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ...adapter import trained_whole
-from ...lora import TARGETS, LoRAConfig, target_of
+from ...adapter import TARGETS, LoRAConfig, adapted_shapes, target_of, trained_whole
 from ...model import Config
-from ...run import adapted_shapes
 from ..files.expressions import Expressions
 from ..files.plain import from_fields
 from ..files.safe import shown

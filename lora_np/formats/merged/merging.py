@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...adapter import Change, merge_plan
+from ...adapter import Adapter, Change, merge_plan
 from ...backend import Array, asnumpy, blocks, xp
-from ...lora import Adapter, Update, merge_matrix
+from ...lora import Update, merge_matrix
 from ...model import Config
 from ..adapters.adapter import load_adapter
 from ..files.rounding import numpy_dtype, rounded

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ...adapter import Adapter
 from ...backend import Array, asnumpy
-from ...lora import Adapter
 from ...model import Config, init_weights
 from ..adapters.brought import Brought, brought_by
 from ..files.safe import open_tensors

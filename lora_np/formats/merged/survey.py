@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...adapter import adapted_shapes, fused_parts
 from ...backend import Array, asnumpy, xp
 from ...lora import singular_directions
 from ...model import Config
-from ...run import adapted_shapes, fused_parts
 from ..adapters.layout import PREFIX
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..adapters.peft_config import READ, check_keys, resolved

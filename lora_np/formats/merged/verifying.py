@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...adapter import Adapter
 from ...backend import Array, asnumpy
-from ...lora import Adapter
 from ...model import Config
 from ..adapters.about import KEY
 from ..adapters.peft import WEIGHTS as ADAPTER_WEIGHTS

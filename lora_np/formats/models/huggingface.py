@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...adapter import fused_parts
 from ...backend import Array, asnumpy, xp
 from ...model import Config, Model
 from ...ops import widened
-from ...run import fused_parts
 from ..files.plain import from_fields
 from ..files.safe import shown
 from .base import Storage, held

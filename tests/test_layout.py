@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lora_np.backend import asnumpy, xp
 from lora_np.batch import Batch
-from lora_np.places import Places, Reading
+from lora_np.layout import Places, Reading
 
 proves = pytest.mark.proves
 small = st.integers(1, 4)

@@ -7,9 +7,10 @@ import pytest
 from strategies import device, random_model, same_bits, trained_adapter
 
 import lora_np as ln
+from lora_np.adapter import fuse_grads, fused_parts, matrix_updates
 from lora_np.backend import asnumpy, xp
-from lora_np.places import Places
-from lora_np.run import bind, fuse_grads, fused_parts, matrix_updates
+from lora_np.binding import bind
+from lora_np.layout import Places
 
 proves = pytest.mark.proves
 GROUPED = ln.Config(7, 8, 2, 4, 8, 6, n_kv_head=2)

@@ -1,0 +1,131 @@
+"""A model with its adapter in place: which weights are in force, which updates stand beside them, what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+from .adapter import Adapter, check_adapter, matrix_updates
+from .backend import Array, xp
+from .layout import Layout
+from .lora import Update, stack_updates
+from .model import Config, Model
+from .ops import dropout_mask, widened
+
+Trainable: TypeAlias = Literal["adapter", "all"]
+AnyAdapter: TypeAlias = Adapter | Sequence[Adapter | None] | None
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedModel:
+    """What every layer reads of a model with its adapter in place.
+
+    weights       the base's; what an adapter trains whole stands in its place
+    updates       of each adapted matrix, by its name
+    trained       the names that get a gradient
+    adapter       the one that is trained; None where it is the weights, or one for each row
+    by_row        whether weights and updates have a row axis: one for each sequence of the batch (L7)
+    dropout_seed  of the dropout masks; None: no dropout, as in evaluation
+    recompute     activation checkpointing: whether backward computes each half block again, from its input
+    """
+
+    config: Config
+    weights: Mapping[str, Array]
+    updates: Mapping[str, Update]
+    trained: frozenset[str]
+    adapter: Adapter | None = None
+    by_row: bool = False
+    dropout_seed: int | None = None
+    recompute: bool = False
+
+    def weight_name(self, matrix: str) -> str:
+        """The name of a matrix's weight: a tied head's is the token table's."""
+        return self.config.head_weight if matrix == "head" and "head.weight" not in self.weights else f"{matrix}.weight"
+
+    @cached_property
+    def lowest(self) -> tuple[int, int]:
+        """The depth of the lowest trained parameter."""
+        nothing = (2 * self.config.n_layer, 3)
+        return min((_depth(self.config, name) for name in self.trained), default=nothing)
+
+    def trained_below(self, name: str) -> bool:
+        """Whether anything below the matrix `name` is trained: whether its backward must give dx."""
+        return self.lowest < _depth(self.config, name)
+
+    def dropout_mask(self, name: str, x: Array, at: Layout) -> Array | None:
+        """L2, T12: the mask of an adapted matrix's input x (..., D); None without dropout."""
+        update = self.updates[name]
+        if update.dropout == 0 or self.dropout_seed is None:
+            return None
+        n, t = at.sequence_and_place()
+        return dropout_mask(
+            n, t, x.shape[-1], update.dropout, seed=self.dropout_seed, stream=update.stream, dtype=x.real.dtype
+        ).reshape(x.shape)
+
+
+def _depth(config: Config, name: str) -> tuple[int, int]:
+    """Where a parameter stands, from the bottom: its half block (2i and 2i + 1 are layer i's), and its place in that.
+
+    The embedding is at -1; the last norm, the pooler and the head are above the last half block.
+    """
+    part = name.split(".")
+    if part[0] != "layers":
+        return (-1, 0) if part[0] == "embed" else (2 * config.n_layer, ("norm", "pooler", "head").index(part[0]))
+    kind = "norm" if part[2].startswith("norm") else "out" if part[3] in ("o", "down") else "in"
+    order = ("norm", "in", "out") if config.norm_first else ("in", "out", "norm")
+    return 2 * int(part[1]) + (part[2] in ("norm2", "mlp")), order.index(kind)
+
+
+def bind(model: Model, adapter: AnyAdapter, *, rows: int, trainable: Trainable = "adapter") -> AdaptedModel:
+    """The model with an adapter in place, or one (or none) for each of `rows` rows (L7).
+
+    What is trained: the adapter's parameters; with trainable="all", every weight. A ValueError or TypeError says which
+    parameter of which adapter does not fit the model.
+    """
+    config = model.config
+    if config.disentangled:
+        raise ValueError("this Config is DeBERTa's: its disentangled attention is counted here, not run")
+    if trainable == "all":
+        narrow = [name for name, weight in model.weights.items() if weight.dtype != model.dtype]
+        if narrow:
+            raise ValueError(f"trainable='all': {narrow[0]} is held in bfloat16, which is for frozen weights")
+        return AdaptedModel(config, model.weights, {}, frozenset(model.weights))
+    if adapter is None:
+        return AdaptedModel(config, model.weights, {}, frozenset())
+    if not isinstance(adapter, Adapter):
+        if not isinstance(adapter, (list, tuple)):
+            raise TypeError(f"adapter: expected an Adapter, None, or a list of them, got {type(adapter).__name__}")
+        check_rows(adapter, rows)
+        return _bind_rows(model, adapter)
+    check_adapter(model, adapter)
+    updates = matrix_updates(config, adapter)
+    trained = {f"{name}.{factor}" for name in updates for factor in "AB"} | adapter.whole.keys()
+    return AdaptedModel(config, {**model.weights, **adapter.whole}, updates, frozenset(trained), adapter)
+
+
+def frozen(model: AdaptedModel) -> AdaptedModel:
+    """The same, with nothing trained: a forward then saves nothing for a backward."""
+    return replace(model, trained=frozenset())
+
+
+def check_rows(adapters: Sequence[Adapter | None], rows: int) -> None:
+    """A ValueError unless there is an adapter, or None, for each row."""
+    if len(adapters) != rows:
+        raise ValueError(f"adapter: expected one, or None, for each of {rows} rows, got a list of {len(adapters)}")
+
+
+def _bind_rows(model: Model, adapters: Sequence[Adapter | None]) -> AdaptedModel:
+    """L7: as one adapter whose parameters have a row axis."""
+    rows = [bind(model, adapter, rows=1) for adapter in adapters]
+    updates = {
+        name: stack_updates([row.updates.get(name) for row in rows])
+        for name in dict.fromkeys(name for row in rows for name in row.updates)
+    }
+    weights = dict(model.weights)
+    for name in dict.fromkeys(name for adapter in adapters if adapter is not None for name in adapter.whole):
+        values = [widened(row.weights[name if name in row.weights else model.config.head_weight]) for row in rows]
+        weights[name] = xp.stack([w if w.ndim > 1 else w[None] for w in values])  # (N,out,in) or (N,1,D)
+    by_row = any(adapter is not None for adapter in adapters)
+    return AdaptedModel(model.config, weights, updates, frozenset(), by_row=by_row)

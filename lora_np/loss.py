@@ -1,0 +1,211 @@
+"""What others call: logits, the loss, and its gradients; the head and the cross-entropy in chunks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from .adapter import Adapter, fuse_grads
+from .backend import Array, xp
+from .batch import Batch, check_batch, check_inputs
+from .binding import AdaptedModel, AnyAdapter, Trainable, bind, check_rows, frozen
+from .layout import Cache, Layout, lay_out
+from .model import DTYPE_OF, Model
+from .ops import activation_backward, cross_entropy, cross_entropy_backward, pick, tanh
+from .transformer import Activations, Grads, project, project_backward, states, states_backward
+
+HEAD_ROWS = 256  # rows of logits that a loss holds at a time: (N*T, V) never is
+
+
+def layouts(
+    model: AdaptedModel, batch: Batch, *, read: Array | None = None, cache: Cache | None = None
+) -> tuple[Layout, Layout]:
+    """The layouts of a batch's states and of what the last layer gives: a classifier's one token, or those of read."""
+    config, dtype = model.config, model.weights[DTYPE_OF].real.dtype
+    if config.head == "classify":
+        read = batch.read_at(config.causal)
+    return lay_out(config, batch, dtype, packed=not model.by_row, read=read, cache=cache)
+
+
+# --- T14: the head -------------------------------------------------------------------------------------------------
+
+
+def features(model: AdaptedModel, x: Array, at: Layout, saved: Activations) -> Array:
+    """T14: what the head reads: a state; BERT's and RoBERTa's classifiers through the pooler. (..., D) -> (..., D)."""
+    if not model.config.has_pooler:
+        return x
+    h, saved["tanh"] = tanh(project(model, "pooler", x, at, saved))
+    return h
+
+
+def features_backward(model: AdaptedModel, dh: Array, saved: Activations, grads: Grads) -> Array | None:
+    """T14: dh (..., D) -> dx (..., D), or None where nothing below is trained."""
+    if not model.config.has_pooler:
+        return dh
+    return project_backward(model, "pooler", activation_backward(dh, saved.pop("tanh")), saved, grads)
+
+
+def logits_of(model: AdaptedModel, h: Array, at: Layout, rows: Array) -> Iterator[tuple[slice, Array, Activations]]:
+    """T14: the logits of some rows (M,) of h (..., D), HEAD_ROWS at a time: which of the M, logits (m,V), saved."""
+    for start in range(0, max(len(rows), 1), HEAD_ROWS):  # one chunk at least, for a shard with no counted target
+        m, saved = slice(start, start + HEAD_ROWS), Activations()
+        yield m, project(model, "head", pick(h, rows[m]), at.part(rows[m]), saved), saved
+
+
+def head_loss(
+    model: AdaptedModel, h: Array, at: Layout, rows: Array, targets: Array, count: int, grads: Grads
+) -> tuple[Array, Array | None]:
+    """T14, T15: the sum of the losses of the counted rows over `count`, and its gradient by h.
+
+    h (..., D), of which the rows (M,) have targets (M,). Logits are turned into dh a chunk at a time.
+    -> loss (a 0-d array), dh (..., D) or None where nothing below is trained.
+    """
+    total, dh = xp.zeros((), dtype=h.dtype), xp.zeros_like(h) if model.trained_below("head") else None
+    for m, logits, saved in logits_of(model, h, at, rows):
+        losses, softmax = cross_entropy(logits, targets[m])
+        total = total + losses.sum() / count
+        dlogits = cross_entropy_backward(xp.full_like(losses, 1 / count), softmax)
+        dh_m = project_backward(model, "head", dlogits, saved, grads)
+        if dh is not None:
+            dh.reshape(-1, dh.shape[-1])[rows[m]] = dh_m  # (m,D); each row is picked once
+    return total, dh
+
+
+def head_score(model: AdaptedModel, h: Array, at: Layout, rows: Array, targets: Array) -> tuple[Array, Array]:
+    """T14, T15: of the counted rows, the sum of the losses, and how many targets have the largest logit. -> two 0-d."""
+    loss, hits = xp.zeros((), dtype=h.dtype), xp.zeros((), dtype="int64")
+    for m, logits, _ in logits_of(model, h, at, rows):
+        hits = hits + (logits.argmax(axis=-1) == targets[m]).sum()
+        loss = loss + cross_entropy(logits, targets[m])[0].sum()
+    return loss, hits
+
+
+# --- T15: some rows of a batch -------------------------------------------------------------------------------------
+
+
+def _counted(batch: Batch, last: Layout) -> tuple[Array, Array]:
+    """The rows of the last states that have a target that counts, and those targets. -> two (M,)."""
+    places = xp.asarray(batch.counted)
+    return last.row_of(places), xp.asarray(batch.targets).reshape(-1)[places]
+
+
+def batch_score(model: AdaptedModel, batch: Batch) -> tuple[Array, Array]:
+    """T15: over a batch's counted targets, the sum of the losses, and how many have the largest logit; no dropout."""
+    at, last = layouts(model, batch)
+    x, _ = states(model, batch, at, last)
+    return head_score(model, features(model, x, last, {}), last, *_counted(batch, last))
+
+
+def batch_loss_and_grads(model: AdaptedModel, batch: Batch, *, count: int) -> tuple[Array, Grads]:
+    """T15: the loss of some rows of a batch, and its gradients by what is trained: sums over these rows, over `count`.
+
+    -> a 0-d array; {name: array} with the names, and in the order, of the adapter's parameters, or of the weights.
+    """
+    at, last = layouts(model, batch)
+    x, stack = states(model, batch, at, last)
+    saved, grads = Activations(), Grads()
+    h = features(model, x, last, saved)
+    loss, dh = head_loss(model, h, last, *_counted(batch, last), count, grads)
+    dx = None if dh is None else features_backward(model, dh, saved, grads)
+    if dx is not None:
+        states_backward(model, dx, at, last, stack, grads)
+    if model.adapter is None:
+        return loss, {name: grads[name] for name in model.weights}
+    return loss, fuse_grads(model.config, model.adapter, grads)
+
+
+# --- What others call ----------------------------------------------------------------------------------------------
+
+
+def forward(
+    model: Model, tokens: Any, adapter: AnyAdapter = None, *, mask: Any = None, token_types: Any = None
+) -> Array:
+    """T14, L2, L7: the logits of a batch, with an adapter, none, or a list of one or none for each row.
+
+    tokens (N,T) integers; mask (N,T), true where a token counts; token_types (N,T).
+    -> (N,T,V) for a language model, (N,labels) for a classifier, (N,T,labels) for a tagger, (N,T,D) without a head.
+    What stands at padding has no meaning. A ValueError or TypeError says what was expected, what came, and where.
+    """
+    batch = check_inputs(model.config, tokens, mask, token_types)
+    adapted = frozen(bind(model, adapter, rows=len(batch.tokens)))
+    at, last = layouts(adapted, batch)
+    y, _ = states(adapted, batch, at, last)
+    if model.config.head != "none":
+        y = project(adapted, "head", features(adapted, y, last, {}), last, {})  # (..., D) -> (..., V)
+    return y[:, 0] if model.config.head == "classify" else last.unpack(y)
+
+
+def loss(
+    model: Model,
+    tokens: Any,
+    targets: Any,
+    adapter: AnyAdapter = None,
+    *,
+    mask: Any = None,
+    token_types: Any = None,
+) -> float:
+    """T15: the mean cross-entropy, in nats, over all counted targets; no dropout.
+
+    targets (N,T) for a language model or tagger, (N,) for a classifier: targets[n,t] is what logits[n,t] is scored
+    against, -100 is left out. A ValueError or TypeError says what was expected, what came, and where.
+    """
+    batch = check_batch(model.config, tokens, targets, mask, token_types)
+    parts = [(adapter, batch)]
+    if isinstance(adapter, (list, tuple)):
+        # Counted rows are picked from all sequences together, which no head of each one's own could read.
+        check_rows(adapter, len(batch.tokens))
+        parts = [(one, batch.rows(slice(n, n + 1))) for n, one in enumerate(adapter)]
+    scores = [batch_score(frozen(bind(model, one, rows=len(part.tokens))), part) for one, part in parts]
+    return sum(score.item() for score, _ in scores) / len(batch.counted)
+
+
+def loss_and_grads(
+    model: Model,
+    adapter: Adapter | None,
+    tokens: Any,
+    targets: Any,
+    *,
+    mask: Any = None,
+    token_types: Any = None,
+    dropout_seed: int | None = None,
+    trainable: Trainable = "adapter",
+    recompute: bool = False,
+) -> tuple[float, Grads]:
+    """L4, T15: the loss and its gradients by what is trained: the adapter's parameters, or with "all" every weight.
+
+    Arguments as for `loss`. dropout_seed: the seed of the dropout masks; None: no dropout. recompute: activation
+    checkpointing: of each half block only the input is kept, and backward computes the rest again: less memory, more
+    time, the same bits. -> (float, {name: array like the parameter}), with exactly the names of what is trained. No
+    gradient of a frozen weight is formed.
+    """
+    adapted, batch = step_of(
+        model, adapter, tokens, targets, mask, token_types,
+        dropout_seed=dropout_seed, trainable=trainable, recompute=recompute,
+    )  # fmt: skip
+    total, grads = batch_loss_and_grads(adapted, batch, count=len(batch.counted))
+    return total.item(), grads
+
+
+def step_of(
+    model: Model,
+    adapter: Adapter | None,
+    tokens: Any,
+    targets: Any,
+    mask: Any,
+    token_types: Any,
+    *,
+    dropout_seed: int | None,
+    trainable: Trainable,
+    recompute: bool,
+) -> tuple[AdaptedModel, Batch]:
+    """The model and batch of a training step, checked: it is either one adapter or all weights that are trained."""
+    batch = check_batch(model.config, tokens, targets, mask, token_types)
+    if trainable not in ("adapter", "all"):
+        raise ValueError(f"trainable: expected adapter or all, got {trainable!r}")
+    if (adapter is None) != (trainable == "all"):
+        raise ValueError("expected an adapter to train, or None and trainable='all' to train every weight")
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter: one adapter is trained at a time, got {type(adapter).__name__}")
+    adapted = bind(model, adapter, rows=len(batch.tokens), trainable=trainable)
+    return replace(adapted, dropout_seed=dropout_seed, recompute=recompute), batch
