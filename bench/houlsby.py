@@ -7,13 +7,16 @@ base is a pre-norm model and stays frozen. Letters as in `lora_np.transformer`; 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from lora_np.backend import Array, xp
 from lora_np.batch import check_inputs
-from lora_np.binding import Run, bind
+from lora_np.binding import AdaptedModel, bind
+from lora_np.layout import Layout
+from lora_np.loss import layouts
 from lora_np.model import Model
 from lora_np.ops import activation_backward, bias_backward, gelu_tanh, linear, linear_backward, linear_weight_backward
 from lora_np.transformer import (
@@ -24,7 +27,6 @@ from lora_np.transformer import (
     feed_forward_backward,
     norm,
     norm_backward,
-    place,
 )
 
 # By depth: 0.down (m,D), 0.down.bias (m,), 0.up (D,m), 0.up.bias (D,), 1.down, ...
@@ -61,55 +63,56 @@ def bottleneck_backward(dy: Array, params: Bottlenecks, depth: int, saved: Saved
     return dy + linear_backward(dh, params[f"{depth}.down"])
 
 
-def half_block(run: Run, params: Bottlenecks, depth: int, x: Array) -> tuple[Array, Saved]:
+def half_block(base: AdaptedModel, at: Layout, params: Bottlenecks, depth: int, x: Array) -> tuple[Array, Saved]:
     """x + bottleneck(f(norm(x))), f attention at even depths, the feed-forward half at odd ones. (N,T,D) -> (N,T,D)."""
-    i, second = divmod(depth, 2)
-    name, f = (f"layers.{i}.norm2", feed_forward) if second else (f"layers.{i}.norm1", attend)
-    saved: Saved = {}
-    h, saved["norm"] = norm(run, name, x)
-    y, saved["f"] = f(run, i, h)
+    (i, second), saved = divmod(depth, 2), Saved()
+    h = norm(base, f"layers.{i}.norm{second + 1}", x, saved)
+    y = feed_forward(base, i, h, at, saved) if second else attend(base, i, h, h, at, at, saved)
     y, saved["bottleneck"] = bottleneck(y, params, depth)
     y += x
     return y, saved
 
 
 def half_block_backward(
-    run: Run, params: Bottlenecks, depth: int, dy: Array, saved: Saved, grads: dict[str, Array]
-) -> Array | None:
-    """dy (N,T,D) -> dx (N,T,D), or None below which nothing is trained."""
+    base: AdaptedModel, at: Layout, params: Bottlenecks, depth: int, dy: Array, saved: Saved, grads: dict[str, Array]
+) -> Array:
+    """dy (N,T,D) -> dx (N,T,D)."""
     i, second = divmod(depth, 2)
-    name, f_backward = (
-        (f"layers.{i}.norm2", feed_forward_backward) if second else (f"layers.{i}.norm1", attend_backward)
-    )
     d = bottleneck_backward(dy, params, depth, saved["bottleneck"], grads)
     if depth == 0:
-        return None
-    dh = f_backward(run, i, d, saved["f"], {}, need_dx=True)
-    assert dh is not None
-    return dy + norm_backward(run, name, dh, saved["norm"], {})
+        return d
+    if second:
+        first, *others = feed_forward_backward(base, i, d, saved, {})
+    else:
+        first, *others = attend_backward(base, i, d, at, at, saved, {})
+    return dy + norm_backward(base, f"layers.{i}.norm{second + 1}", sum(others, first), saved, {})  # type: ignore[arg-type]
 
 
-def states(model: Model, params: Bottlenecks, tokens: Array, *, keep: bool) -> tuple[Array, Run, list[Saved]]:
-    """The states after the last norm, the run, and with `keep` what backward needs. tokens (N,T) -> (N,T,D)."""
-    batch = check_inputs(model.config, tokens, None, None)
-    run = place(bind(model, None, rows=len(batch.tokens)), batch)
-    x, _ = embed(run, xp.asarray(batch.tokens), None)
+def states(model: Model, params: Bottlenecks, tokens: Array, *, keep: bool) -> tuple[Array, Layout, list[Saved]]:
+    """The states after the last norm, their layout, and with `keep` what backward needs. tokens (N,T) -> (N,T,D)."""
+    batch, base = check_inputs(model.config, tokens, None, None), _base(model)
+    at, _ = layouts(base, batch)
+    x, _ = embed(base, batch, at)
     stack = []
     for depth in range(2 * model.config.n_layer):
-        x, saved = half_block(run, params, depth, x)
+        x, saved = half_block(base, at, params, depth, x)
         stack.append(saved if keep else {})
-    x, saved = norm(run, "norm", x)
-    return x, run, [*stack, {"norm": saved}]
+    stack.append({})
+    return norm(base, "norm", x, stack[-1]), at, stack
 
 
-def states_backward(run: Run, params: Bottlenecks, dy: Array, stack: list[Saved]) -> dict[str, Array]:
+def states_backward(model: Model, at: Layout, params: Bottlenecks, dy: Array, stack: list[Saved]) -> dict[str, Array]:
     """dy (N,T,D) -> the gradients of every bottleneck."""
-    grads: dict[str, Array] = {}
-    d: Array | None = norm_backward(run, "norm", dy, stack.pop()["norm"], {})
+    base, grads = _base(model), dict[str, Array]()
+    d = norm_backward(base, "norm", dy, stack.pop(), {})
     for depth in reversed(range(len(stack))):
-        assert d is not None
-        d = half_block_backward(run, params, depth, d, stack.pop(), grads)
+        d = half_block_backward(base, at, params, depth, d, stack.pop(), grads)
     return grads
+
+
+def _base(model: Model) -> AdaptedModel:
+    """The frozen base; as if its table were trained, so that each projection hands dx down to the bottlenecks below."""
+    return replace(bind(model, None, rows=1), trained=frozenset({"embed.tokens"}))
 
 
 def forward(model: Model, params: Bottlenecks, tokens: Array) -> Array:

@@ -236,7 +236,7 @@ def half_block(model: AdaptedModel, depth: int, x: Array, at: Layout, after: Lay
 
     Depth 2i is layer i's attention with norm1, depth 2i + 1 its feed-forward half with norm2. x (..., D) -> (..., D).
     """
-    (i, second), saved = divmod(depth, 2), {}
+    (i, second), saved = divmod(depth, 2), Activations()
     name, norm_first = f"layers.{i}.norm{second + 1}", model.config.norm_first
     h = norm(model, name, x, saved) if norm_first else x
     if second:

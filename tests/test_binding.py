@@ -1,4 +1,4 @@
-"""A run: which weights are in force, which updates beside them, what is trained, and how deep."""
+"""A model with its adapter in place: the weights in force, the updates beside them, what is trained, and how deep."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ import lora_np as ln
 from lora_np.adapter import fuse_grads, fused_parts, matrix_updates
 from lora_np.backend import asnumpy, xp
 from lora_np.binding import bind
-from lora_np.layout import Places
+from lora_np.layout import Layout
 
 proves = pytest.mark.proves
 GROUPED = ln.Config(7, 8, 2, 4, 8, 6, n_kv_head=2)
@@ -18,7 +18,7 @@ MODEL = random_model(GROUPED, seed=0)
 
 
 def bound(model=MODEL, **fields):
-    """A run of a model with an adapter as after training, and the adapter."""
+    """A model with an adapter as after training in place, and the adapter."""
     adapter = trained_adapter(model, ln.LoRAConfig(**{"r": 2, **fields}), seed=0)
     return bind(model, adapter, rows=3), adapter
 
@@ -65,19 +65,32 @@ def test_gradients_of_a_fused_pair():
 @pytest.mark.parametrize(
     ("fields", "lowest"),
     [
-        ({"targets": ("embed", "head")}, -1),
-        ({"targets": ("q",)}, 0),
-        ({"targets": ("up",)}, 1),
-        ({"targets": ("o", "down"), "layers": (1,)}, 2),
-        ({"targets": ("down",), "layers": (1,)}, 3),
-        ({"targets": ("down",), "layers": (1,), "bias": "all"}, 0),
-        ({"targets": ("head",)}, 6),
+        ({"targets": ("embed", "head")}, (-1, 0)),
+        ({"targets": ("q",)}, (0, 1)),
+        ({"targets": ("up",)}, (1, 1)),
+        ({"targets": ("o", "down"), "layers": (1,)}, (2, 2)),
+        ({"targets": ("down",), "layers": (1,)}, (3, 2)),
+        ({"targets": ("down",), "layers": (1,), "bias": "all"}, (0, 0)),
+        ({"targets": ("head",)}, (4, 2)),
     ],
     ids=str,
 )
 def test_the_lowest_trained_parameter(fields, lowest):
-    """Depths: -1 the embedding, then two to a layer, the last norm, the pooler, the head."""
+    """Half blocks: -1 the embedding, two to a layer, then the last norm, the pooler, the head; in each, the norm, what
+    reads it, what writes into the residual stream."""
     assert bound(**fields)[0].lowest == lowest
+
+
+@proves("L4", "T13")
+def test_what_is_below_a_matrix():
+    """Pre-norm, a half block's own norm is below its matrices; post-norm, it is above them."""
+    first, post = replace(bound()[0], trained=frozenset({"layers.1.norm1.weight"})), replace(GROUPED, norm_first=False)
+    last = replace(first, config=post)
+    asked = ("layers.0.mlp.down", "layers.1.attn.q", "layers.1.attn.o", "layers.1.mlp.up", "head")
+    assert [first.trained_below(name) for name in asked] == [False, True, True, True, True]
+    assert [last.trained_below(name) for name in asked] == [False, False, False, True, True]
+    only_o = replace(first, trained=frozenset({"layers.1.attn.o.A"}))
+    assert [only_o.trained_below(name) for name in asked] == [False, False, False, True, True]
 
 
 @proves("L4", "T14")
@@ -85,8 +98,8 @@ def test_the_lowest_of_a_classifiers_parts():
     model = random_model(replace(GROUPED, head="classify", n_labels=2, causal=False, pooler_in_head=True), seed=0)
     run, _ = bound(model, targets=("down",), layers=(1,), train_head=True)
     top = [replace(run, trained=frozenset({name})).lowest for name in ("norm.weight", "pooler.bias", "head.weight")]
-    assert top == [4, 5, 6]
-    assert replace(run, trained=frozenset()).lowest == 7
+    assert top == [(4, 0), (4, 1), (4, 2)]
+    assert replace(run, trained=frozenset()).lowest == (4, 3)
 
 
 @proves("T14")
@@ -103,19 +116,20 @@ def test_the_weight_of_a_tied_head():
 def test_a_dropout_mask_for_each_adapted_matrix():
     """Each matrix has its own, a fused pair shares one; none without a seed, a probability or an update."""
     run, _ = bound(targets=("q", "v", "up"), dropout=0.5)
-    shape = (3, 4, 8)
-    assert run.dropout_mask("layers.0.attn.q", shape) is None
-    run = replace(run, dropout_seed=1, places=Places(3, 4))
+    x, at = xp.zeros((3, 4, 8)), Layout(3, 4)
+    assert run.dropout_mask("layers.0.attn.q", x, at) is None
+    run = replace(run, dropout_seed=1)
     names = [f"layers.{i}.{name}" for i in (0, 1) for name in ("attn.q", "attn.v", "mlp.up")]
-    masks = [asnumpy(run.dropout_mask(name, shape)) for name in names]
+    masks = [asnumpy(run.dropout_mask(name, x, at)) for name in names]
     assert len({mask.tobytes() for mask in masks}) == len(names)
     assert all(set(mask.ravel()) == {0.0, 2.0} for mask in masks)
-    assert run.dropout_mask("layers.0.attn.k", shape) is None
-    assert same_bits(replace(run, first_row=1, places=Places(2, 4)).dropout_mask(names[0], (2, 4, 8)), masks[0][1:])
-    assert not same_bits(replace(run, dropout_seed=2).dropout_mask(names[0], shape), masks[0])
-    fused = replace(bound(targets=("qkv",), dropout=0.5)[0], dropout_seed=1, places=Places(3, 4))
-    assert len({asnumpy(fused.dropout_mask(f"layers.0.attn.{part}", shape)).tobytes() for part in "qkv"}) == 1
-    assert replace(bound()[0], dropout_seed=1).dropout_mask("layers.0.attn.q", shape) is None
+    assert same_bits(run.dropout_mask(names[0], x[1:], Layout(2, 4, first=1)), masks[0][1:])
+    packed = Layout(3, 4, xp.asarray([1, 6, 7]))
+    assert same_bits(run.dropout_mask(names[0], x[0, :3], packed), masks[0].reshape(12, 8)[[1, 6, 7]])
+    assert not same_bits(replace(run, dropout_seed=2).dropout_mask(names[0], x, at), masks[0])
+    fused = replace(bound(targets=("qkv",), dropout=0.5)[0], dropout_seed=1)
+    assert len({asnumpy(fused.dropout_mask(f"layers.0.attn.{part}", x, at)).tobytes() for part in "qkv"}) == 1
+    assert replace(bound()[0], dropout_seed=1).dropout_mask("layers.0.attn.q", x, at) is None
 
 
 @proves("L7")

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import same_bits
 
+import lora_np as ln
 from lora_np.backend import asnumpy, xp
 from lora_np.batch import Batch
-from lora_np.layout import Places, Reading
+from lora_np.layout import Layout, lay_out
 
 proves = pytest.mark.proves
 small = st.integers(1, 4)
@@ -22,54 +24,81 @@ def kept(draw):
 
 @proves("T12")
 @given(kept())
-def test_each_row_knows_its_text_and_its_place(case):
+def test_each_row_knows_its_sequence_and_its_place(case):
     N, T, index = case
-    n, t = (asnumpy(a) for a in Places(N, T, xp.asarray(index)).texts_and_places())
+    n, t = (asnumpy(a) for a in Layout(N, T, xp.asarray(index)).sequence_and_place())
     assert list(zip(n.tolist(), t.tolist(), strict=True)) == [divmod(i, T) for i in index.tolist()]
-    n, t = (asnumpy(a) for a in Places(N, T).texts_and_places())
+    n, t = (asnumpy(a) for a in Layout(N, T).sequence_and_place())
     assert list(zip(n.tolist(), t.tolist(), strict=True)) == [(i, j) for i in range(N) for j in range(T)]
 
 
 @proves("T12", "T14")
-def test_the_token_that_is_read_keeps_its_place():
-    n, t = Places(3, 1, t=xp.asarray([4, 0, 2])).texts_and_places()
+def test_a_selected_token_keeps_its_place():
+    n, t = Layout(3, 1, t=xp.asarray([4, 0, 2])).sequence_and_place()
     assert (asnumpy(n).tolist(), asnumpy(t).tolist()) == ([0, 1, 2], [4, 0, 2])
 
 
 @proves("T9")
 @given(kept(), small, small)
-def test_rows_are_spread_over_the_batch_with_zeros_between_and_found_again(case, H, K):
+def test_rows_are_unpacked_with_zeros_at_padding_and_packed_again(case, H, K):
     N, T, index = case
     x = np.arange(1.0, 1 + len(index) * H * K).reshape(len(index), H * K)
-    places = Places(N, T, xp.asarray(index))
+    at = Layout(N, T, xp.asarray(index))
     expected = np.zeros((N * T, H, K))
     expected[index] = x.reshape(-1, H, K)
     expected = expected.reshape(N, T, H, K).transpose(0, 2, 1, 3)
-    heads = places.split_heads(xp.asarray(x), H)
+    heads = at.heads(xp.asarray(x), H)
     assert (asnumpy(heads) == expected).all()
-    assert (asnumpy(places.merge_heads(heads)) == x).all()
+    assert (asnumpy(at.rows(heads)) == x).all()
 
 
 @proves("T9")
 @given(small, small, small, small)
-def test_all_tokens_are_their_own_places(N, T, H, K):
+def test_without_padding_all_tokens_are_rows(N, T, H, K):
     x = xp.asarray(np.arange(float(N * T * H * K)).reshape(N, T, H * K))
-    heads = Places(N, T).split_heads(x, H)
+    heads = Layout(N, T).heads(x, H)
     assert heads.shape == (N, H, T, K)
     assert float(heads[N - 1, H - 1, T - 1, K - 1]) == N * T * H * K - 1
-    assert (asnumpy(Places(N, T).merge_heads(heads)) == asnumpy(x)).all()
+    assert (asnumpy(Layout(N, T).rows(heads)) == asnumpy(x)).all()
 
 
 @proves("T14")
-def test_reading_takes_rows_and_gives_their_gradient_back():
-    """The backward is the transpose of the forward: <take(x), y> = <x, take_backward(y)>."""
+def test_selected_rows_and_their_gradient():
+    """The backward is the transpose of the forward: <select(x), y> = <x, select_backward(y)>."""
     rng = np.random.default_rng(0)
-    read = Reading(xp.asarray([1, 5, 3]), Places(3, 1), None)
-    for shape in [(3, 2, 4), (7, 4)]:
+    selected = xp.asarray([1, 5, 3])
+    for at, shape in [(Layout(3, 2), (3, 2, 4)), (Layout(4, 3, xp.asarray([0, 1, 3, 5, 7, 8, 10])), (7, 4))]:
+        after = Layout(3, 1, selected=selected)
         x, y = xp.asarray(rng.standard_normal(shape)), xp.asarray(rng.standard_normal((3, 1, 4)))
-        assert read.take(x).shape == (3, 1, 4)
-        back = read.take_backward(y, shape)
-        assert float((read.take(x) * y).sum()) == pytest.approx(float((x * back).sum()), rel=1e-14)
+        assert same_bits(at.select(x, after)[:, 0], asnumpy(x).reshape(-1, 4)[[1, 5, 3]])
+        back = at.select_backward(y, after)
+        assert back.shape == shape
+        assert float((at.select(x, after) * y).sum()) == pytest.approx(float((x * back).sum()), rel=1e-14)
+        assert at.select(x, at) is x
+        assert at.select_backward(x, at) is x
+
+
+@proves("T9", "T14", "L7")
+def test_the_rows_of_a_padded_batch():
+    """Packed, row 2 is sequence 1's first true token; with an adapter for each row, all places are rows."""
+    mask = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=bool)
+    batch = Batch(np.arange(12).reshape(3, 4) % 7, mask, None, first=5)
+    config = ln.Config(7, 9, 1, 1, 4, 4, position_offset=2)
+    packed, last = lay_out(config, batch, "float64", packed=True, read=np.array([1, 2, 3]))
+    assert asnumpy(packed.pack(xp.asarray(batch.tokens))).tolist() == [0, 1, 5, 6, 4]
+    assert asnumpy(packed.positions).tolist() == [2, 3, 2, 3, 2]
+    assert [asnumpy(a).tolist() for a in packed.sequence_and_place()] == [[5, 5, 6, 6, 7], [0, 1, 1, 2, 3]]
+    assert asnumpy(packed.row_of(xp.asarray([1, 6, 11]))).tolist() == [1, 3, 4]
+    assert asnumpy(last.selected).tolist() == [1, 3, 4]
+    assert [asnumpy(a).tolist() for a in last.sequence_and_place()] == [[5, 6, 7], [1, 2, 3]]
+    whole, last = lay_out(config, batch, "float64", packed=False, read=np.array([1, 2, 3]))
+    assert whole.index is None
+    assert asnumpy(whole.positions)[mask].tolist() == [2, 3, 2, 3, 2]
+    assert asnumpy(whole.row_of(xp.asarray([1, 6, 11]))).tolist() == [1, 6, 11]
+    assert asnumpy(last.selected).tolist() == [1, 6, 11]
+    assert [asnumpy(a).tolist() for a in whole.part(xp.asarray([6])).sequence_and_place()] == [[6], [2]]
+    assert [asnumpy(a).tolist() for a in packed.part(xp.asarray([3])).sequence_and_place()] == [[6], [2]]
+    assert [asnumpy(a).tolist() for a in last.part(xp.asarray([2])).sequence_and_place()] == [[7], [3]]
 
 
 @proves("T14")

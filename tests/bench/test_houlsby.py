@@ -70,8 +70,8 @@ def test_every_gradient_by_complex_step(seed, m, fields):
         return houlsby.forward(base, params, tokens)
 
     def backward(dy, **params):
-        _, run, stack = houlsby.states(model, params, tokens, keep=True)
-        return houlsby.states_backward(run, params, dy, stack)
+        _, at, stack = houlsby.states(model, params, tokens, keep=True)
+        return houlsby.states_backward(model, at, params, dy, stack)
 
     errors = gradcheck.check(forward, backward, {n: asnumpy(p) for n, p in trained(model, m, seed).items()}, seed=seed)
     assert len(errors) == 16
@@ -84,10 +84,10 @@ def test_a_wrong_gradient_is_caught():
     wide = ln.Model(model.config, {name: w.astype(complex) for name, w in model.weights.items()})
 
     def backward(dy, **params):
-        _, run, stack = houlsby.states(model, params, tokens, keep=True)
+        _, at, stack = houlsby.states(model, params, tokens, keep=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(houlsby, "linear_backward", lambda dy, W: 0 * ops.linear_backward(dy, W))
-            return houlsby.states_backward(run, params, dy, stack)
+            return houlsby.states_backward(model, at, params, dy, stack)
 
     inputs = {name: asnumpy(p) for name, p in trained(model, 2, 0).items()}
     errors = gradcheck.check(lambda **p: houlsby.forward(wide, p, tokens), backward, inputs)
