@@ -7,14 +7,11 @@ import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from .backend import Array, blocks, read_only
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -239,7 +236,7 @@ class Model:
     config: Config
     weights: Mapping[str, Array]
     merged_from: Model | None = field(default=None, init=False, repr=False)
-    merged_adapter: Adapter | None = field(default=None, init=False, repr=False)
+    merged_adapter: Any = field(default=None, init=False, repr=False)  # an Adapter, which a model knows nothing of
 
     def __post_init__(self) -> None:
         shapes = self.config.weight_shapes()

@@ -1,7 +1,8 @@
 """The update of a whole model: start, merge, unmerge, combine, count."""
 
 import itertools
-from dataclasses import replace
+import math
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from strategies import (
 )
 
 import lora_np as ln
+from lora_np.adapter import LoRAConfig, target_of
 from lora_np.backend import asnumpy, xp
 
 proves = pytest.mark.proves
@@ -36,6 +38,103 @@ def pair(targets=("q", "v"), seed=0, config=GPT2, dtype="float64", **fields):
     """A small model and an adapter as after training."""
     model = random_model(config, seed=seed, dtype=dtype)
     return model, trained_adapter(model, ln.LoRAConfig(r=2, targets=targets, **fields), seed=seed)
+
+
+# --- L1: the configuration -----------------------------------------------------------------------------------------
+
+
+@proves("L1")
+@given(st.integers(1, 64), st.floats(0.01, 1e3))
+def test_scale_is_alpha_over_r(r, alpha):
+    assert LoRAConfig(r=r, alpha=alpha).scale("layers.0.attn.q") == alpha / r
+    assert LoRAConfig(r=r, alpha=alpha, rslora=True).scale("layers.0.attn.q") == alpha / math.sqrt(r)
+
+
+@proves("L1")
+def test_patterns_set_rank_and_scale_by_matrix_then_by_target():
+    config = LoRAConfig(
+        r=4,
+        alpha=8,
+        targets=("q", "v", "embed"),
+        rank_pattern={"q": 2, "layers.1.attn.q": 1},
+        alpha_pattern={"q": 6, "layers.1.attn.q": 5, "embed.tokens": 12},
+    )
+    expected = {
+        "layers.0.attn.q": (2, 3.0),
+        "layers.1.attn.q": (1, 5.0),
+        "layers.1.attn.v": (4, 2.0),
+        "embed.tokens": (4, 3.0),
+    }
+    assert {name: (config.rank(name), config.scale(name)) for name in expected} == expected
+
+
+@proves("L1")
+def test_the_defaults_are_the_papers_and_everything_is_frozen():
+    """Wq and Wv, as in the paper; alpha = 2 r, so s = 2; nothing else is trained."""
+    config = LoRAConfig()
+    assert config == LoRAConfig(8, 16, ("q", "v"), 0.0, "none", False, False, {}, {}, None, "uniform", 0.02)
+    assert config.scale("layers.0.attn.q") == 2
+    adapter = ln.Adapter(config, {})
+    assert adapter != replace(adapter)  # arrays have no one truth: an adapter is itself alone
+    for frozen, name in ((config, "r"), (adapter, "params")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(frozen, name, None)
+
+
+@proves("L1")
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("layers.3.attn.q", "q"), ("layers.12.mlp.gate", "gate"), ("embed.tokens", "embed"), ("head", "head")],
+)
+def test_target_of_a_matrix(name, target):
+    assert target_of(name) == target
+
+
+BAD_CONFIGS = [
+    ({"r": 0}, ValueError, "r: expected an integer of at least 1"),
+    ({"r": 1.5}, ValueError, "r: expected an integer"),
+    ({"r": True}, ValueError, "r: expected an integer"),
+    ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\]"),
+    ({"alpha": math.inf}, ValueError, "alpha: expected a finite number"),
+    ({"alpha": "8"}, ValueError, "alpha: expected a finite number"),
+    ({"alpha_pattern": {"v": math.nan}}, ValueError, r"alpha_pattern\['v'\]"),
+    ({"targets": "q"}, TypeError, "targets: expected a sequence"),
+    ({"targets": 3}, TypeError, "targets: expected a sequence"),
+    ({"targets": ()}, ValueError, "targets: expected names"),
+    ({"targets": ("q", "q")}, ValueError, "each once"),
+    ({"targets": ("query",)}, ValueError, "targets: expected names"),
+    ({"targets": ("qkv", "v")}, ValueError, "qkv stands for"),
+    ({"targets": ("head",), "train_head": True}, ValueError, "not both"),
+    ({"dropout": 1.0}, ValueError, "dropout"),
+    ({"dropout": -0.1}, ValueError, "dropout"),
+    ({"bias": "some"}, ValueError, "bias"),
+    ({"init": "zeros"}, ValueError, "init"),
+    ({"sigma": 0.0}, ValueError, "sigma"),
+    ({"sigma": math.inf}, ValueError, "sigma"),
+    ({"layers": (-1,)}, ValueError, "layers"),
+    ({"layers": (0.5,)}, ValueError, "layers"),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "message"), BAD_CONFIGS)
+def test_a_wrong_configuration_is_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        LoRAConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"q.A": (2, 3)}, "q.A stands alone"),
+        ({"q.B": (3, 2)}, "q.B stands alone"),
+        ({"q.A": (3, 3), "q.B": (3, 3)}, "the configuration's rank is 2"),
+        ({"q.A": (2, 3), "q.B": (2, 3)}, "expected A"),
+        ({"q.A": (2,), "q.B": (3, 2)}, "expected A"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(params, message):
+    with pytest.raises(ValueError, match=message):
+        ln.Adapter(LoRAConfig(r=2), {name: xp.zeros(shape) for name, shape in params.items()})
 
 
 # --- L3: start -----------------------------------------------------------------------------------------------------

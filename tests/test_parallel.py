@@ -4,7 +4,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from strategies import (
     FLOAT64,
     cases,
+    device,
+    dtypes,
     farthest,
     gradient_scale,
     largest,
@@ -26,7 +28,7 @@ from strategies import (
 import lora_np as ln
 from lora_np import parallel, transformer
 from lora_np.backend import backend_name
-from lora_np.ranks import Ranks
+from lora_np.parallel import Node, cut, joined, root, spans
 
 proves = pytest.mark.proves
 
@@ -132,9 +134,8 @@ def test_a_rank_computes_its_parts_as_one_process_would(monkeypatch):
 
     monkeypatch.setattr(parallel, "one_blas_thread", lambda: limited.append(1) or nullcontext())
     monkeypatch.setattr(parallel, "ThreadPoolExecutor", pool)
-    rank = Ranks(SimpleNamespace(rank=1, size=2), threads=3)
-    assert list(parallel.threaded(str, range(2), rank)) == ["1"]
-    assert list(parallel.threaded(str, range(10), rank)) == list("56789")
+    assert list(parallel.threaded(str, [1], threads=3, of=2)) == ["1"]
+    assert list(parallel.threaded(str, range(5, 10), threads=3, of=10)) == list("56789")
     assert (len(limited), pools) == (2, [1, 3])
     assert list(parallel.threaded(str, [7])) == ["7"]
     assert len(limited) == 2
@@ -173,3 +174,85 @@ def test_a_wrong_number_of_shards_is_refused(shards):
     adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
     with pytest.raises(ValueError, match=f"shards: expected 1 to 2, the rows of the batch, got {shards}"):
         ln.sharded_loss_and_grads(model, adapter, [[1, 2], [3, 4]], [[1, 2], [3, 4]], shards=shards)
+
+
+# --- O4: the order of the sums --------------------------------------------------------------------------------------
+
+
+def leaves(n, seed, dtype):
+    """n shards' sums, of sizes so unlike that the order of additions shows in the bits."""
+    rng = np.random.default_rng(seed)
+    values = [(rng.standard_normal(3) * 10.0 ** rng.integers(-6, 7, 3)).astype(dtype) for _ in range(n)]
+    return [Node(i, 1, device(v[0]), {"a": device(v[1:])}) for i, v in enumerate(values)]
+
+
+def halves(part):
+    """The tree, written down from above: a run of 2^k is the sum of its halves, and what is left over joins last."""
+    if len(part) == 1:
+        return part[0]
+    half = 1 << (len(part) - 1).bit_length() - 1
+    return halves(part[:half]) + halves(part[half:])
+
+
+def runs(data, n):
+    """0..n cut into neighbouring runs, some of them empty."""
+    edges = sorted(data.draw(st.lists(st.integers(0, n), max_size=4)))
+    return [slice(start, end) for start, end in zip([0, *edges], [*edges, n], strict=True)]
+
+
+def put_together(data, parts):
+    """The nodes of neighbouring runs, joined in any order of the joins."""
+    while len(parts) > 1:
+        i = data.draw(st.integers(0, len(parts) - 2))
+        parts = [*parts[:i], joined(parts[i], parts[i + 1]), *parts[i + 2 :]]
+    return parts[0]
+
+
+def one_by_one(nodes):
+    """The nodes of a run, from its shards' own."""
+    run = []
+    for node in nodes:
+        run = joined(run, [node])
+    return run
+
+
+@proves("O4")
+@given(st.integers(1, 20), seeds, dtypes, st.data())
+def test_however_runs_are_cut_and_joined_the_sum_has_the_same_bits(n, seed, dtype, data):
+    given_leaves = leaves(n, seed, dtype)
+    total = root(put_together(data, [one_by_one(given_leaves[run]) for run in runs(data, n)]))
+    assert same_bits(total.loss, halves([leaf.loss for leaf in given_leaves]))
+    assert same_bits(total.grads["a"], halves([leaf.grads["a"] for leaf in given_leaves]))
+    assert (total.first, total.width) == (0, n)
+
+
+@proves("O4")
+@given(st.integers(0, 20), st.integers(0, 20), seeds, st.data())
+def test_a_run_is_held_as_its_widest_nodes(start, length, seed, data):
+    """What `spans` says of a run is what its joins leave; each node stands in the tree, and no two make up one."""
+    n = start + length
+    parts = [run for run in runs(data, n) if run.start >= start]
+    parts = [slice(start, min([run.start for run in parts], default=n)), *parts]
+    nodes = put_together(data, [one_by_one(leaves(n, seed, "float64")[run]) for run in parts])
+    found = [(node.first, node.width) for node in nodes]
+    assert found == list(spans(slice(start, n)))
+    assert [shard for first, width in found for shard in range(first, first + width)] == list(range(start, n))
+    assert all(width & (width - 1) == 0 and first % width == 0 for first, width in found)
+    assert not any(one[1] == other[1] and one[0] % (2 * one[1]) == 0 for one, other in pairwise(found))
+
+
+@proves("O4")
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_ranks_that_divide_the_shards_have_a_node_each(ranks):
+    """As powers of two: what travels is one node a rank."""
+    assert [len(list(spans(run))) for run in cut(8, ranks)] == [1] * ranks
+
+
+@proves("O4")
+@given(st.integers(0, 40), st.integers(1, 50))
+def test_a_cut_has_all_things_in_order_and_in_equal_parts(n, parts):
+    runs = cut(n, parts)
+    assert [i for run in runs for i in range(n)[run]] == list(range(n))
+    assert len(runs) == parts
+    sizes = [run.stop - run.start for run in runs]
+    assert max(sizes) - min(sizes) <= 1

@@ -114,7 +114,7 @@ def test_the_source_is_the_very_source(text, function):
 
 def test_a_name_in_a_text_is_a_link_where_it_is_clear_what_it_names(text):
     assert '<a href="#adapter.unmerge"><code>unmerge</code></a>' in text
-    assert '<a href="#transformer.loss"><code>loss</code></a>' in text
+    assert '<a href="#loss.loss"><code>loss</code></a>' in text
     assert "<code>gradcheck</code>" in text
     assert '"><code>gradcheck</code></a>' not in text
 
