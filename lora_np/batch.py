@@ -60,7 +60,7 @@ def check_inputs(config: Config, tokens: Any, mask: Any, token_types: Any) -> Ba
         raise ValueError(f"tokens: expected shape (N, T) with N, T >= 1, got {tokens.shape}")
     _check_ids("tokens", tokens, config.vocab_size)
     if tokens.shape[1] > config.longest:
-        raise ValueError(f"tokens: expected at most {config.longest} tokens a text, got {tokens.shape[1]}")
+        raise ValueError(f"tokens: expected at most {config.longest} tokens a sequence, got {tokens.shape[1]}")
     mask = _check_mask(mask, tokens.shape)
     if config.head == "classify" and mask is not None and not mask.any(axis=1).all():
         raise ValueError(f"mask: row {int(np.argmin(mask.any(axis=1)))} has no true token for the classifier to read")

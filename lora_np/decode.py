@@ -16,7 +16,7 @@ from .transformer import project, states
 
 
 def new_cache(config: Config, *, N: int, longest: int, dtype: Any) -> Cache:
-    """An empty cache for N texts of up to `longest` tokens."""
+    """An empty cache for N sequences of up to `longest` tokens."""
     shape = (N, config.kv_heads, longest, config.head_width)
     layers = range(config.n_layer)
     return Cache([xp.empty(shape, dtype=dtype) for _ in layers], [xp.empty(shape, dtype=dtype) for _ in layers])
@@ -39,7 +39,7 @@ def next_logits(model: AdaptedModel, cache: Cache, tokens: Array, mask: Array | 
 def choose(
     logits: Array, rng: np.random.Generator | None, *, temperature: float, top_k: int | None, top_p: float | None
 ) -> Array:
-    """T16: the next token of each text. logits (N,V), on the host -> (N,).
+    """T16: the next token of each sequence. logits (N,V), on the host -> (N,).
 
     Greedy at temperature 0. Else drawn from softmax(logits / temperature), cut to the top_k likeliest, then to the
     likeliest that together reach top_p.
@@ -86,10 +86,10 @@ def generate(
     seed: int | None = None,
     mask: Any = None,
 ) -> Array:
-    """T16: n tokens after each text: greedy at temperature 0, else drawn, from seed.
+    """T16: n tokens after each sequence: greedy at temperature 0, else drawn, from seed.
 
-    tokens (N,T); shorter texts are padded on the left, with mask (N,T) false there. -> (N, T + n), on the host, the
-    given tokens first. A ValueError if the model is no language model or T + n passes its longest text.
+    tokens (N,T); shorter sequences are padded on the left, with mask (N,T) false there. -> (N, T + n), on the host, the
+    given tokens first. A ValueError if the model is no language model or T + n passes its longest sequence.
     """
     config = model.config
     if config.head != "lm" or not config.causal:
@@ -100,9 +100,9 @@ def generate(
     batch = check_inputs(config, tokens, mask, None)
     (N, T), mask = batch.tokens.shape, batch.mask
     if T + n > config.longest:
-        raise ValueError(f"generate: {T} + {n} tokens pass the model's longest text, {config.longest}")
+        raise ValueError(f"generate: {T} + {n} tokens pass the model's longest sequence, {config.longest}")
     if mask is not None and not mask[:, -1].all():
-        raise ValueError("generate: mask: pad on the left: the last token of each text must count")
+        raise ValueError("generate: mask: pad on the left: the last token of each sequence must count")
     rng = np.random.default_rng(seed) if temperature > 0 else None
     adapted = frozen(bind(model, adapter, rows=N))
     cache = new_cache(config, N=N, longest=T + n, dtype=model.dtype)
@@ -119,7 +119,7 @@ def generate(
 def generate_on(
     model: Model, tokens: Any, adapter: AnyAdapter = None, *, n: int, seed: int | None = None, **sampling: Any
 ) -> Array:
-    """T16, past the longest text: when that is full, its last half is the prompt for what follows.
+    """T16, past the longest sequence: when that is full, its last half is the prompt for what follows.
 
     Arguments, result and errors as of `generate`, which this calls; each time with another seed, drawn from the first.
     """

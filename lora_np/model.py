@@ -20,7 +20,7 @@ class Config:
 
     GPT-2, BERT, RoBERTa and Llama are settings of these fields (PRESETS has them by name).
 
-        vocab_size, n_positions         rows of the token table; longest text, and rows of the position table
+        vocab_size, n_positions         rows of the token table; longest sequence, and rows of the position table
         n_layer, n_head, d_model, d_ff  layers, heads, width D, feed-forward width F
         n_kv_head                       key/value heads (T10); None: as many as heads
         norm                            "layer" (T3) or "rms" (T4)
@@ -29,7 +29,7 @@ class Config:
         activation                      "gelu" (T5), "gelu_tanh" (T6) or "silu_gated" (T7)
         causal                          whether a token sees only what stands before it (T9)
         tie_head                        whether the language model's head is the token table (T14)
-        head                            "lm": next token; "classify": a label a text; "tag": one a token; "none": states
+        head                            "lm": next token; "classify", "tag": a label a sequence, a token; "none": states
         n_labels                        labels of a classifier or tagger
         eps, rope_theta                 the norms' epsilon; rotary's base
         n_types                         rows of the token-type table; 0: there is none
@@ -37,7 +37,7 @@ class Config:
         bias                            whether projections have biases (Llama: not)
         pooler_in_head                  whether train_head trains the pooler too (RoBERTa: it belongs to the classifier)
         disentangled                    DeBERTa's attention: such a model is counted, not run
-        prefix                          keys and values, weights of each layer, before those of every text (T9)
+        prefix                          keys and values, weights of each layer, before those of every sequence (T9): prefix tuning
     """
 
     vocab_size: int
@@ -106,7 +106,7 @@ class Config:
 
     @property
     def longest(self) -> int:
-        """The most tokens that a text may have."""
+        """The most tokens that a sequence may have."""
         return self.n_positions - self.position_offset
 
     @property
@@ -116,7 +116,7 @@ class Config:
 
     @property
     def head_size(self) -> int:
-        """Logits a token, or a text; 0 without a head."""
+        """Logits a token, or a sequence; 0 without a head."""
         return {"lm": self.vocab_size, "none": 0}.get(self.head, self.n_labels or 0)
 
     @property

@@ -48,7 +48,7 @@ def _in_blocks(*arrays: Array) -> Iterator[Saved]:
 # A frozen matrix may be held in bfloat16, as the upper halves of its float32 numbers (uint16): half the memory, the
 # same numbers. It is widened a block at a time, where it is used.
 
-FEW_ROWS = 32  # as in decoding: BLAS goes through W faster as the left factor, and the result is small to turn
+FEW_ROWS = 32  # as in decoding: BLAS goes through W faster as the left factor, and the result is cheap to transpose
 
 
 def narrowed(W: Array) -> Array:
@@ -342,7 +342,7 @@ QUERY_ROWS = 64  # queries of a tile: of causal attention's masked half, all but
 
 
 class Tile(NamedTuple):
-    """A part of the scores (N,G,R,T,S): texts n, groups g, queries t, and the first `seen` keys, all that t may see."""
+    """A part of the scores (N,G,R,T,S): sequences n, groups g, queries t, and the first `seen` keys, all that t may see."""
 
     n: slice
     g: slice
@@ -473,8 +473,8 @@ def _mix(h: Array) -> Array:
 def dropout_mask(n: Array, t: Array, D: int, p: float, *, seed: int, stream: str, dtype: DType) -> Array:
     """T12: m (M,D), for M tokens: 0 with probability p, else 1 / (1 - p).
 
-    An element depends on seed, on stream (the name of what it is for), on its text's index n (M,) in the whole batch
-    and on its place in the text, t (M,) and d: never on how a batch is cut into shards, nor on which other tokens are
+    An element depends on seed, on stream (the name of what it is for), on its sequence's index n (M,) in the whole
+    batch and on its place there, t (M,) and d: never on how a batch is cut into shards, nor on which other tokens are
     computed. It is a hash, not a generator with a state, so it is made where it is used, on any device.
     """
     key = zlib.crc32(f"{seed} {stream}".encode())

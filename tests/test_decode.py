@@ -243,7 +243,7 @@ def test_sampling_from_the_likeliest_alone_is_greedy(case, seed):
     ("options", "message"),
     [
         ({"n": -1}, "n: expected 0 or more, got -1"),
-        ({"n": 9}, r"2 \+ 9 tokens pass the model's longest text, 10"),
+        ({"n": 9}, r"2 \+ 9 tokens pass the model's longest sequence, 10"),
         ({"temperature": -1.0}, "temperature: expected 0 or more"),
         ({"temperature": math.nan, "seed": 0}, "temperature: expected 0 or more"),
         ({"temperature": 1.0}, "needs a seed"),
@@ -269,7 +269,7 @@ def test_what_is_no_causal_language_model_is_refused(fields):
         ln.generate(random_model(replace(GPT2, **fields), seed=0), [[1, 2]], n=1)
 
 
-# --- Past the longest text -----------------------------------------------------------------------------------------
+# --- Past the longest sequence -----------------------------------------------------------------------------------------
 
 
 @proves("T16")

@@ -30,7 +30,7 @@ def test_what_is_an_id(text, ids):
         ("T8, T10 to T12 and O1: all", ("T8", "T10", "T11", "T12", "O1")),
         ("L2 (paper 4.1, eq. 3): h = x W0^T", ("L2",)),
         ("L2 on a look-up (T1): h = E[tokens]", ("L2",)),
-        ("T16, past the longest text: when that is full", ("T16",)),
+        ("T16, past the longest sequence: when that is full", ("T16",)),
         ("L5 on the whole model. Two things: one", ()),
         ("The update of one matrix (L1): dW", ()),
         ("T17: nothing", ()),
