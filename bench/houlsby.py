@@ -67,7 +67,7 @@ def half_block(base: AdaptedModel, at: Layout, params: Bottlenecks, depth: int, 
     """x + bottleneck(f(norm(x))), f attention at even depths, the feed-forward half at odd ones. (N,T,D) -> (N,T,D)."""
     (i, second), saved = divmod(depth, 2), Saved()
     h = norm(base, f"layers.{i}.norm{second + 1}", x, saved)
-    y = feed_forward(base, i, h, at, saved) if second else attend(base, i, h, h, at, at, saved)
+    y = feed_forward(base, i, h, at, saved) if second else attend(base, i, h, at, h, at, saved)
     y, saved["bottleneck"] = bottleneck(y, params, depth)
     y += x
     return y, saved

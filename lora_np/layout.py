@@ -66,11 +66,11 @@ class Layout:
         return x.reshape(self.N, self.T, -1)
 
     def heads(self, x: Array, H: int) -> Array:
-        """(..., H*K) -> (N,H,T,K), zeros at padding."""
+        """(..., H*K) -> (N,H,T,K), zeros at padding. Its backward is `rows`."""
         return self.unpack(x).reshape(self.N, self.T, H, -1).transpose(0, 2, 1, 3)  # (N,T,H*K) -> (N,H,T,K)
 
     def rows(self, x: Array) -> Array:
-        """(N,H,T,K) -> (..., H*K)."""
+        """(N,H,T,K) -> (..., H*K). Its backward is `heads`."""
         return self.pack(x.transpose(0, 2, 1, 3).reshape(self.N, self.T, -1))  # (N,H,T,K) -> (N,T,H*K)
 
     def rotate(self, x: Array) -> Array:

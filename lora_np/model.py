@@ -37,7 +37,7 @@ class Config:
         bias                            whether projections have biases (Llama: not)
         pooler_in_head                  whether train_head trains the pooler too (RoBERTa: it belongs to the classifier)
         disentangled                    DeBERTa's attention: such a model is counted, not run
-        prefix                          keys and values, weights of each layer, before those of every sequence (T9): prefix tuning
+        prefix                          keys and values, weights of each layer, before a sequence's (T9): prefix tuning
     """
 
     vocab_size: int

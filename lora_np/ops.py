@@ -342,7 +342,7 @@ QUERY_ROWS = 64  # queries of a tile: of causal attention's masked half, all but
 
 
 class Tile(NamedTuple):
-    """A part of the scores (N,G,R,T,S): sequences n, groups g, queries t, and the first `seen` keys, all that t may see."""
+    """A part of the scores (N,G,R,T,S): sequences n, groups g, queries t; the first `seen` keys, all that t may see."""
 
     n: slice
     g: slice

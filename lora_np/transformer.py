@@ -1,11 +1,12 @@
 """The transformer: forward and backward, as a composition of `ops` and `lora`.
 
-Each backward stands beneath its forward and mirrors it. A forward puts what its backward needs into `saved`, by the
-name of the matrix or norm; backward takes these out as it goes, so memory falls as it runs, and puts the gradients of
-what is trained into `grads`.
+Each backward stands beneath its forward and mirrors it. A forward puts what its backward needs into `saved`, under the
+name of what it belongs to; backward takes it out as it goes, so memory falls, and puts the gradients of what is trained
+into `grads`. L1, T9, ... number the statements of the specification (spec/statements.md); "paper" is Hu et al. 2021.
 
-Letters: N batch, T tokens, D width, H heads, G key/value heads, K = D/H, S keys, F feed-forward width. A state is
-(N,T,D), or packed (M,D): `..., D`; a `Layout` says which tokens its rows are.
+Letters: N batch, T tokens, D width, H heads, G key/value heads, K = D/H, S keys, P keys of a prefix, F feed-forward
+width. A state is (N,T,D), or packed to its M rows that are no padding, (M,D): `..., D`. Its `Layout` says which tokens
+the rows are.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Grads: TypeAlias = dict[str, Array]
 
 
 def project(model: AdaptedModel, name: str, x: Array, at: Layout, saved: Activations) -> Array:
-    """T2, L2: the matrix `name`, with its update if it has one. x (..., in) -> (..., out)."""
+    """T2, L2: the matrix `name`, with its update if it has one. x (..., in) -> (..., out). at numbers its dropout."""
     weight = model.weight_name(name)
     W0, b, update = model.weights[weight], model.weights.get(f"{name}.bias"), model.updates.get(name)
     if update is None:
@@ -58,16 +59,16 @@ def project(model: AdaptedModel, name: str, x: Array, at: Layout, saved: Activat
 
 def project_backward(model: AdaptedModel, name: str, dy: Array, saved: Activations, grads: Grads) -> Array | None:
     """T2, L4: dy (..., out) -> dx (..., in); None where nothing below is trained. Gradients go into grads."""
-    x, weight, need_dx = saved.pop(name), model.weight_name(name), model.trained_below(name)
+    kept, weight, need_dx = saved.pop(name), model.weight_name(name), model.trained_below(name)
     if f"{name}.bias" in model.trained:
         add(grads, f"{name}.bias", bias_backward(dy))
     if name in model.updates:
-        dx, dA, dB = lora_linear_backward(dy, x, need_dx=need_dx)
+        dx, dA, dB = lora_linear_backward(dy, kept, need_dx=need_dx)
         add(grads, f"{name}.A", dA)
         add(grads, f"{name}.B", dB)
         return dx
     if weight in model.trained:
-        add(grads, weight, linear_weight_backward(dy, x))
+        add(grads, weight, linear_weight_backward(dy, kept))
     return linear_backward(dy, model.weights[weight]) if need_dx else None
 
 
@@ -91,12 +92,12 @@ def norm(model: AdaptedModel, name: str, x: Array, saved: Activations) -> Array:
 
 def norm_backward(model: AdaptedModel, name: str, dy: Array, saved: Activations, grads: Grads) -> Array:
     """T3 or T4: dy (..., D) -> dx (..., D). Gradients go into grads."""
-    x = saved.pop(name)
+    kept = saved.pop(name)
     if f"{name}.weight" in model.trained:
-        grads[f"{name}.weight"] = norm_weight_backward(dy, x)
+        grads[f"{name}.weight"] = norm_weight_backward(dy, kept)
     if f"{name}.bias" in model.trained:
         grads[f"{name}.bias"] = bias_backward(dy)
-    return rms_norm_backward(dy, x) if model.config.norm == "rms" else layer_norm_backward(dy, x)
+    return rms_norm_backward(dy, kept) if model.config.norm == "rms" else layer_norm_backward(dy, kept)
 
 
 # --- T1: the embedding ---------------------------------------------------------------------------------------------
@@ -135,9 +136,10 @@ def embed_backward(model: AdaptedModel, dx: Array, saved: Activations, grads: Gr
 # --- T9 to T11: attention ------------------------------------------------------------------------------------------
 
 
-def attend(model: AdaptedModel, i: int, x_q: Array, x: Array, at_q: Layout, at: Layout, saved: Activations) -> Array:
-    """T9 to T11: layer i's attention and its projections (paper 4.2: Wq, Wk, Wv, Wo): queries from x_q, keys and
-    values from x. at_q, at: their layouts, usually the same. x_q, x (..., D) -> (..., D), laid out as x_q is."""
+def attend(model: AdaptedModel, i: int, x_q: Array, at_q: Layout, x: Array, at: Layout, saved: Activations) -> Array:
+    """T9 to T11: layer i's attention, with Wq, Wk, Wv and Wo (paper 4.2). Queries come from x_q (..., D), laid out by
+    at_q; keys and values from x (..., D), by at. The two differ only in a last layer of which one token of each
+    sequence is read. -> (..., D), laid out as x_q."""
     name, config = f"layers.{i}.attn", model.config
     q = at_q.heads(project(model, f"{name}.q", x_q, at_q, saved), config.n_head)  # (..., D) -> (N,H,T,K)
     k = at.heads(project(model, f"{name}.k", x, at, saved), config.kv_heads)  # (..., D) -> (N,G,T,K)
@@ -151,13 +153,14 @@ def attend(model: AdaptedModel, i: int, x_q: Array, x: Array, at_q: Layout, at: 
 def attend_backward(
     model: AdaptedModel, i: int, dy: Array, at_q: Layout, at: Layout, saved: Activations, grads: Grads
 ) -> list[Array | None]:
-    """T9 to T11: dy, laid out as x_q -> the parts of dx: by way of q, which is dx_q, of k, and of v; each (..., D)."""
+    """T9 to T11: dy (..., D), laid out as x_q -> dx_q (..., D), and dx by way of k and by way of v (..., D), laid out
+    as x. None where nothing below is trained: for all three, as they stand at one depth."""
     name = f"layers.{i}.attn"
-    dy_o = project_backward(model, f"{name}.o", dy, saved, grads)
-    if dy_o is None:
+    dx_o = project_backward(model, f"{name}.o", dy, saved, grads)
+    if dx_o is None:
         return [None]
-    dq, dk, dv = attention_backward(at_q.heads(dy_o, model.config.n_head), saved.pop(name))  # (..., D) -> (N,H,T,K)
-    dk, dv = context_backward(model, i, dk, dv, grads)
+    dq, dk, dv = attention_backward(at_q.heads(dx_o, model.config.n_head), saved.pop(name))  # (N,H,T,K), 2 (N,G,S,K)
+    dk, dv = context_backward(model, i, dk, dv, grads)  # (N,G,S,K) -> (N,G,T,K)
     dq, dk = at_q.rotate_backward(dq), at.rotate_backward(dk)
     dx_q = project_backward(model, f"{name}.q", at_q.rows(dq), saved, grads)  # (N,H,T,K) -> (..., D)
     dx_k = project_backward(model, f"{name}.k", at.rows(dk), saved, grads)
@@ -166,27 +169,28 @@ def attend_backward(
 
 
 def context(model: AdaptedModel, i: int, k: Array, v: Array, at: Layout) -> tuple[Array, Array, Array | None]:
-    """T9, T16: all that the queries may see: the model's prefix, what the cache holds, then k and v; and the mask.
+    """T9, T16: the keys and values of before, then k and v (N,G,T,K) -> (N,G,S,K); and the mask (N,S), if any.
 
-    A prefix is keys and values without positions, visible to every query (Li and Liang 2021). k, v (N,G,T,K) ->
-    (N,G,S,K); the mask (N,S), or None where every key counts.
+    Before are a prefix, weights of the model that have no positions (prefix tuning, Li and Liang 2021), and what the
+    cache holds, which gains k and v.
     """
     mask, P = at.mask, model.config.prefix
     if at.cache is not None:
         k, v = at.cache.extend(i, k, v)
     if P:
-        before = [model.weights[f"layers.{i}.attn.prefix.{part}"] for part in "kv"]  # (G,P,K), or (N,G,P,K)
-        k, v = (
-            xp.concatenate([xp.broadcast_to(w, (at.N, *w.shape[-3:])), own], axis=2)
-            for w, own in zip(before, (k, v), strict=True)
-        )
+        k, v = (_behind(model.weights[f"layers.{i}.attn.prefix.{part}"], x) for part, x in (("k", k), ("v", v)))
     if P and mask is not None:
-        mask = xp.concatenate([xp.ones((at.N, P), dtype=bool), mask], axis=1)
+        mask = xp.concatenate([xp.ones((at.N, P), dtype=bool), mask], axis=1)  # (N,S) -> (N,P+S)
     return k, v, mask
 
 
+def _behind(prefix: Array, x: Array) -> Array:
+    """The prefix (G,P,K), or (N,G,P,K), and x (N,G,S,K) behind it -> (N,G,P+S,K)."""
+    return xp.concatenate([xp.broadcast_to(prefix, (len(x), *prefix.shape[-3:])), x], axis=2)
+
+
 def context_backward(model: AdaptedModel, i: int, dk: Array, dv: Array, grads: Grads) -> tuple[Array, Array]:
-    """T9: a prefix's gradient sums over the sequences. dk, dv (N,G,S,K) -> those of the sequences' own (N,G,T,K)."""
+    """T9: dk, dv (N,G,P+T,K) -> those of k and v (N,G,T,K); the prefix's, a sum over the sequences, into grads."""
     P = model.config.prefix
     for part, d in (("k", dk), ("v", dv)):
         if f"layers.{i}.attn.prefix.{part}" in model.trained:
@@ -214,7 +218,7 @@ def feed_forward(model: AdaptedModel, i: int, x: Array, at: Layout, saved: Activ
 def feed_forward_backward(
     model: AdaptedModel, i: int, dy: Array, saved: Activations, grads: Grads
 ) -> list[Array | None]:
-    """T5 to T7: dy (..., D) -> the parts of dx (..., D): by way of gate, if there is one, and of up."""
+    """T5 to T7: dy (..., D) -> dx (..., D) by way of gate, if there is one, and by way of up; None as in attention."""
     name = f"layers.{i}.mlp"
     dh = project_backward(model, f"{name}.down", dy, saved, grads)
     if dh is None:
@@ -231,40 +235,42 @@ def feed_forward_backward(
 # --- T13: the block, in two halves of one form ---------------------------------------------------------------------
 
 
-def half_block(model: AdaptedModel, depth: int, x: Array, at: Layout, after: Layout) -> tuple[Array, Activations]:
-    """T13: x + f(norm(x)) in pre-norm models, norm(x + f(x)) in post-norm ones; of the rows that go on, `after`.
+def half_block(model: AdaptedModel, depth: int, x: Array, before: Layout, after: Layout) -> tuple[Array, Activations]:
+    """T13: x + f(norm(x)) in pre-norm models, norm(x + f(x)) in post-norm ones. x (..., D) -> (..., D).
 
-    Depth 2i is layer i's attention with norm1, depth 2i + 1 its feed-forward half with norm2. x (..., D) -> (..., D).
+    Depth 2i: f is layer i's attention, with norm1; depth 2i + 1: its feed-forward half, with norm2. before, after: the
+    layouts of x and of the result, which has fewer rows where only these are read.
     """
-    (i, second), saved = divmod(depth, 2), Activations()
-    name, norm_first = f"layers.{i}.norm{second + 1}", model.config.norm_first
+    i, feeds = divmod(depth, 2)
+    name, norm_first, saved = f"layers.{i}.norm{feeds + 1}", model.config.norm_first, Activations()
     h = norm(model, name, x, saved) if norm_first else x
-    if second:
-        y = feed_forward(model, i, h, at, saved)
+    if feeds:
+        y = feed_forward(model, i, h, after, saved)
     else:
-        y = attend(model, i, at.select(h, after), h, after, at, saved)
-    y += at.select(x, after)
-    return y if norm_first else norm(model, name, y, saved), saved
+        y = attend(model, i, before.select(h, after), after, h, before, saved)
+    y += before.select(x, after)
+    y = y if norm_first else norm(model, name, y, saved)
+    return y, saved
 
 
 def half_block_backward(
-    model: AdaptedModel, depth: int, dy: Array, at: Layout, after: Layout, saved: Activations, grads: Grads
+    model: AdaptedModel, depth: int, dy: Array, before: Layout, after: Layout, saved: Activations, grads: Grads
 ) -> Array | None:
     """T13: dy (..., D) -> dx (..., D), or None where nothing below is trained."""
-    i, second = divmod(depth, 2)
-    name, norm_first = f"layers.{i}.norm{second + 1}", model.config.norm_first
+    i, feeds = divmod(depth, 2)
+    name, norm_first = f"layers.{i}.norm{feeds + 1}", model.config.norm_first
     dy = dy if norm_first else norm_backward(model, name, dy, saved, grads)
-    if second:
-        first, *others = feed_forward_backward(model, i, dy, saved, grads)
+    if feeds:
+        dh, *others = feed_forward_backward(model, i, dy, saved, grads)
     else:
-        first, *others = attend_backward(model, i, dy, after, at, saved, grads)
-    if first is None:
+        dh, *others = attend_backward(model, i, dy, after, before, saved, grads)
+    if dh is None:
         return None
-    dx = at.select_backward(first, after)
+    dh = before.select_backward(dh, after)
     for part in others:
-        dx += part
-    dx = norm_backward(model, name, dx, saved, grads) if norm_first else dx
-    return at.select_backward(dy, after) + dx
+        dh += part
+    dx = norm_backward(model, name, dh, saved, grads) if norm_first else dh
+    return before.select_backward(dy, after) + dx  # the residual's, and f's
 
 
 # --- The whole model -----------------------------------------------------------------------------------------------
@@ -273,8 +279,8 @@ def half_block_backward(
 def states(model: AdaptedModel, batch: Batch, at: Layout, last: Layout) -> tuple[Array, list[Activations]]:
     """T13: the states after the last layer, and its norm in pre-norm models. tokens (N,T) -> (..., D).
 
-    at, last: the layouts of all layers' states and of what the last layer gives. Of each step is kept what backward
-    will need: nothing below the lowest trained parameter; of a half block that is computed again, its input.
+    at, last: the layouts of the states, and of what the last layer gives. Kept is what backward will need: nothing
+    below the lowest trained parameter; with activation checkpointing, the input of each half block alone.
     """
     x, saved = embed(model, batch, at)
     stack = [saved if model.lowest < (0, 0) else {}]
@@ -297,7 +303,7 @@ def states_backward(
         dx = norm_backward(model, "norm", dx, stack.pop(), grads)
     for depth, before, after in reversed(half_blocks(model, at, last)):
         saved = stack.pop()
-        if model.lowest < (depth + 1, 0):
+        if model.lowest < (depth + 1, 0):  # something in this half block, or below it, is trained
             if model.recompute:
                 _, saved = half_block(model, depth, saved["x"], before, after)
             dx = half_block_backward(model, depth, dx, before, after, saved, grads)  # type: ignore[assignment]
@@ -306,6 +312,6 @@ def states_backward(
 
 
 def half_blocks(model: AdaptedModel, at: Layout, last: Layout) -> list[tuple[int, Layout, Layout]]:
-    """The depth of each half block, with the layouts before and after it: the last attention goes from at to last."""
+    """The depth of each half block, and the layouts before and after it: only the last attention leaves rows out."""
     end = 2 * model.config.n_layer - 2
     return [(depth, at, at) for depth in range(end)] + [(end, at, last), (end + 1, last, last)]

@@ -269,7 +269,7 @@ def test_what_is_no_causal_language_model_is_refused(fields):
         ln.generate(random_model(replace(GPT2, **fields), seed=0), [[1, 2]], n=1)
 
 
-# --- Past the longest sequence -----------------------------------------------------------------------------------------
+# --- Past the longest sequence -----------------------------------------------------------------------------------
 
 
 @proves("T16")
