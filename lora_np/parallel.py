@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
@@ -54,8 +55,24 @@ def _blas() -> Any:
 def one_blas_thread() -> Iterator[None]:
     """One BLAS thread for each product meanwhile, where threadpoolctl is installed: the shards are the parallelism."""
     blas = _blas()
-    with nullcontext() if blas is None else blas.limit(limits=1):
+    if blas is None:
         yield
+        return
+    _unclaim(blas)
+    limit = blas.limit(limits=1)
+    try:
+        yield
+    finally:
+        _unclaim(blas)
+        limit.restore_original_limits()
+        _unclaim(blas)
+
+
+def _unclaim(blas: Any) -> None:
+    """Lets this thread change the limit: newer versions of threadpoolctl ignore all but the one that did so first."""
+    for library in blas.lib_controllers:
+        if hasattr(library, "clear_controlling_thread"):
+            library.clear_controlling_thread(force=True)
 
 
 @contextmanager
@@ -69,19 +86,51 @@ def quick_switches() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def threaded(f: Callable[[S], R], parts: Iterable[S], ranks: Ranks = ALONE) -> Iterator[R]:
+_turn, _changed = threading.Lock(), threading.Condition()
+_users = {True: 0, False: 0}  # the threads of this process that are within `process_settings`, by what they asked for
+_set = ExitStack()
+
+
+@contextmanager
+def process_settings(shards: bool) -> Iterator[None]:
+    """What shards need of the process meanwhile, one BLAS thread and quick switches; or all as it is, if not `shards`.
+
+    Both are the whole process's, and bits depend on them. So the first of the threads that want shards sets them and
+    the last gives them back; those that want the other wait for these, and these for them, in the order they came.
+    """
+    with _turn, _changed:  # who waits keeps the turn: nobody overtakes it
+        _changed.wait_for(lambda: not _users[not shards])
+        if shards and not _users[shards]:
+            _set.enter_context(one_blas_thread())
+            _set.enter_context(quick_switches())
+        _users[shards] += 1
+    try:
+        yield
+    finally:
+        with _changed:
+            _users[shards] -= 1
+            if not _users[shards]:
+                _set.close()
+                _changed.notify_all()
+
+
+def threaded(f: Callable[[S], R], parts: Iterable[S], ranks: Ranks = ALONE) -> Generator[R, None, None]:
     """f of each of this rank's share of the parts, in order, as they are done.
 
-    Each in a thread, with one BLAS thread; where there is one part in all, as it is. On a GPU, in turn.
+    Each in a thread, with one BLAS thread; where there is one part in all, as it is. On a GPU, in turn. Close what is
+    not read to its end: until then it holds `process_settings`.
     """
     parts = list(parts)
     mine = parts[ranks.share(len(parts))]
-    if len(parts) <= 1 or backend_name == "cupy":
+    if backend_name == "cupy":
         yield from map(f, mine)
-        return
-    threads = max(1, min(len(mine), ranks.threads or os.cpu_count() or 1))
-    with one_blas_thread(), quick_switches(), ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(f, mine)
+    elif len(parts) <= 1:
+        with process_settings(shards=False):
+            yield from map(f, mine)
+    else:
+        threads = max(1, min(len(mine), ranks.threads or os.cpu_count() or 1))
+        with process_settings(shards=True), ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(f, mine)
 
 
 def sharded_loss_and_grads(
@@ -126,4 +175,5 @@ def sharded_sums(
         return Node(shard, 1, loss, trained_grads(model, adapter, grads))
 
     like = model.weights if adapter is None else adapter.params
-    return ranks.sum(threaded(one, range(shards), ranks), shards, like)
+    with closing(threaded(one, range(shards), ranks)) as nodes:
+        return ranks.sum(nodes, shards, like)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -179,7 +180,8 @@ def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]
         loss, hits = batch_score(run, batch)
         return float(loss), int(hits), len(batch.counted)
 
-    scores = ranks.gather(threaded(one, batches, ranks))
+    with closing(threaded(one, batches, ranks)) as mine:
+        scores = ranks.gather(mine)
     count = sum(counted for _, _, counted in scores)
     if count == 0:
         raise ValueError("evaluate: expected at least one batch")
