@@ -144,7 +144,8 @@ def test_a_rank_computes_its_parts_as_one_process_would(monkeypatch):
 @pytest.fixture
 def two_blas_threads():
     """BLAS with two threads, whatever the environment says; gives a function that says how many it has."""
-    blas = pytest.importorskip("threadpoolctl", reason="limits of BLAS: pip install lora-np[cli]").ThreadpoolController()
+    threadpoolctl = pytest.importorskip("threadpoolctl", reason="limits of BLAS: pip install lora-np[cli]")
+    blas = threadpoolctl.ThreadpoolController()
     with blas.limit(limits=2, user_api="blas"):
         yield lambda: [library["num_threads"] for library in blas.select(user_api="blas").info()]
 

@@ -35,9 +35,9 @@ from ..backend import Array
 
 U = 2.0**-24  # half the distance from 1 to the next float32
 FUNCTION = 8 * U  # the relative error of a library's elementary function
-# The absolute error of its erf. GELU adds 1 to it, so libraries of vectors take Abramowitz and Stegun's 7.1.26, 1 minus
-# t (a1 + ... + a5 t^4) exp(-x^2): good to 1.5e-7, 2.5 u, but to no number of ulp near 0. The second part is about 1 there
-# and comes of a dozen roundings: computed as it stands in float32, all is off by 10.2 u at the most over all of -6 to 6
+# The absolute error of its erf. GELU adds 1 to it, so vectorised libraries take Abramowitz and Stegun's 7.1.26, 1 minus
+# t (a1 + ... + a5 t^4) exp(-x^2): good to 1.5e-7, 2.5 u, but to no number of ulp near 0. The second part is about 1
+# there and comes of a dozen roundings: computed as it stands in float32, erf is off by 10.2 u at the most from -6 to 6
 # (PyTorch's, with fused operations, by less). An erf good to 4 ulp stays within 8 u.
 ERF = 16 * U
 

@@ -164,7 +164,7 @@ def polynomial_erf(x):
 
 
 def test_the_error_of_erf_is_that_of_the_formula_that_libraries_take():
-    """It is good absolutely, to 2.5 u before its roundings, and to no number of ulp near 0; no more than that is let by."""
+    """It is good absolutely, to 2.5 u before its roundings, and to no number of ulp near 0; not much more is let by."""
     x = np.concatenate([np.geomspace(1e-6, 0.1, 100_000), np.linspace(0.1, 6, 100_000)]).astype("float32")
     y = tr.erf(tracked(x))
     single = np.abs(polynomial_erf(x) - y.value)
