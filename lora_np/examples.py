@@ -109,9 +109,9 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def label_names(labels: Sequence[str]) -> tuple[str, ...]:
-    """The different labels, in order: by size if all are whole numbers, else by the alphabet."""
-    names = set(labels)
-    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names))
+    """The different labels, in order: by size if all are whole numbers, then and else by the alphabet."""
+    names = sorted(set(labels))
+    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
 
 
 # --- Texts into tokens -----------------------------------------------------------------------------------------------

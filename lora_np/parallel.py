@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from functools import cache, reduce
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -43,52 +44,6 @@ def default_shards(N: int, T: int) -> int:
     return 1 if backend_name == "cupy" else 1 << (most.bit_length() - 1)
 
 
-@cache
-def _blas() -> Any:
-    """threadpoolctl's hold on NumPy's BLAS, which takes a while to find; None where it is not installed."""
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ImportError:
-        return None
-    return ThreadpoolController().select(user_api="blas")
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """One BLAS thread for each product meanwhile, where threadpoolctl is installed: the shards are the parallelism."""
-    blas = _blas()
-    with nullcontext() if blas is None else blas.limit(limits=1):
-        yield
-
-
-@contextmanager
-def quick_switches() -> Iterator[None]:
-    """Threads that come back from NumPy wait for the interpreter's lock 10 microseconds at most, not 5 ms."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-def threaded(
-    f: Callable[[S], R], parts: Iterable[S], *, threads: int | None = None, of: int | None = None
-) -> Iterator[R]:
-    """f of each of the parts, in order, as they are done: each in a thread, with one BLAS thread.
-
-    threads: at most so many at once; None: as many as the machine has cores. of: how many parts there are on all ranks;
-    where there is one in all, it runs as it is, on BLAS's own threads. On a GPU, in turn.
-    """
-    parts = list(parts)
-    if (len(parts) if of is None else of) <= 1 or backend_name == "cupy":
-        yield from map(f, parts)
-        return
-    threads = max(1, min(len(parts), threads or os.cpu_count() or 1))
-    with one_blas_thread(), quick_switches(), ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(f, parts)
-
-
 def sharded_loss_and_grads(
     model: Model,
     adapter: Adapter | None,
@@ -112,13 +67,14 @@ def sharded_loss_and_grads(
         dropout_seed=dropout_seed, trainable=trainable, recompute=recompute,
     )  # fmt: skip
     shards = default_shards(*batch.tokens.shape) if shards is None else shards
-    sums = root(reduce(joined, ([node] for node in nodes(adapted, batch, shards)), list[Node]()))
+    with closing(nodes(adapted, batch, shards)) as found:
+        sums = root(reduce(joined, ([node] for node in found), list[Node]()))
     return sums.loss.item(), sums.grads
 
 
 def nodes(
     model: AdaptedModel, batch: Batch, shards: int, *, mine: slice = slice(None), threads: int | None = None
-) -> Iterator[Node]:
+) -> Generator[Node, None, None]:
     """O4: the loss (a 0-d array) and the gradients of each shard of a batch, or of a rank's own shards, in order."""
     N = len(batch.tokens)
     if not 1 <= shards <= N:
@@ -186,3 +142,100 @@ def _added(one: Node, other: Node) -> Node:
     """The sums over both nodes' shards; the other's are behind the one's."""
     grads = {name: g + other.grads[name] for name, g in one.grads.items()}
     return Node(one.first, one.width + other.width, one.loss + other.loss, grads)
+
+
+# --- Threads ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _blas() -> Any:
+    """threadpoolctl's hold on NumPy's BLAS, which takes a while to find; None where it is not installed."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController().select(user_api="blas")
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """One BLAS thread for each product meanwhile, where threadpoolctl is installed: the shards are the parallelism."""
+    blas = _blas()
+    if blas is None:
+        yield
+        return
+    _unclaim(blas)
+    limit = blas.limit(limits=1)
+    try:
+        yield
+    finally:
+        _unclaim(blas)
+        limit.restore_original_limits()
+        _unclaim(blas)
+
+
+def _unclaim(blas: Any) -> None:
+    """Lets this thread change the limit: newer versions of threadpoolctl ignore all but the one that did so first."""
+    for library in blas.lib_controllers:
+        if hasattr(library, "clear_controlling_thread"):
+            library.clear_controlling_thread(force=True)
+
+
+@contextmanager
+def quick_switches() -> Iterator[None]:
+    """Threads that come back from NumPy wait for the interpreter's lock 10 microseconds at most, not 5 ms."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+_turn, _changed = threading.Lock(), threading.Condition()
+_users = {True: 0, False: 0}  # the threads of this process that are within `process_settings`, by what they asked for
+_set = ExitStack()
+
+
+@contextmanager
+def process_settings(shards: bool) -> Iterator[None]:
+    """What shards need of the process meanwhile, one BLAS thread and quick switches; or all as it is, if not `shards`.
+
+    Both are the whole process's, and bits depend on them. So the first of the threads that want shards sets them and
+    the last gives them back; those that want the other wait for these, and these for them, in the order they came.
+    """
+    with _turn, _changed:  # who waits keeps the turn: nobody overtakes it
+        _changed.wait_for(lambda: not _users[not shards])
+        if shards and not _users[shards]:
+            _set.enter_context(one_blas_thread())
+            _set.enter_context(quick_switches())
+        _users[shards] += 1
+    try:
+        yield
+    finally:
+        with _changed:
+            _users[shards] -= 1
+            if not _users[shards]:
+                _set.close()
+                _changed.notify_all()
+
+
+def threaded(
+    f: Callable[[S], R], parts: Iterable[S], *, threads: int | None = None, of: int | None = None
+) -> Generator[R, None, None]:
+    """f of each of the parts, in order, as they are done: each in a thread, with one BLAS thread.
+
+    threads: at most so many at once; None: as many as the machine has cores. of: how many parts there are on all ranks;
+    where there is one in all, it runs as it is, on BLAS's own threads. On a GPU, in turn. Close what is not read to its
+    end: until then it holds `process_settings`.
+    """
+    parts = list(parts)
+    if backend_name == "cupy":
+        yield from map(f, parts)
+    elif (len(parts) if of is None else of) <= 1:
+        with process_settings(shards=False):
+            yield from map(f, parts)
+    else:
+        threads = max(1, min(len(parts), threads or os.cpu_count() or 1))
+        with process_settings(shards=True), ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(f, parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -130,8 +131,8 @@ def _step(
     )  # fmt: skip
     N, T = batch.tokens.shape
     shards = default_shards(N, T) if settings.shards is None else min(settings.shards, N)
-    mine = nodes(adapted, batch, shards, mine=ranks.share(shards), threads=ranks.threads)
-    total, sums = ranks.sum(mine, shards, state.params)
+    with closing(nodes(adapted, batch, shards, mine=ranks.share(shards), threads=ranks.threads)) as mine:
+        total, sums = ranks.sum(mine, shards, state.params)
     grads, norm_before = clip(sums, settings.clip)
     loss, norm = float(total), float(norm_before)
     lr = settings.lr * warmup_cosine(state.step, warmup=settings.warmup, total=settings.steps)
@@ -179,8 +180,9 @@ def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]
         return float(loss), int(hits), len(batch.counted)
 
     batches = list(batches)
-    mine = batches[ranks.share(len(batches))]
-    scores = ranks.gather(threaded(one, mine, threads=ranks.threads, of=len(batches)))
+    part = batches[ranks.share(len(batches))]
+    with closing(threaded(one, part, threads=ranks.threads, of=len(batches))) as mine:
+        scores = ranks.gather(mine)
     count = sum(counted for _, _, counted in scores)
     if count == 0:
         raise ValueError("evaluate: expected at least one batch")

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -89,6 +92,16 @@ def test_a_wrong_line_is_named(tmp_path, read, name, text, message):
 def test_labels_are_ordered_by_size_or_by_the_alphabet():
     assert examples.label_names(["10", "9", "10"]) == ("9", "10")
     assert examples.label_names(["pos", "neg", "10"]) == ("10", "neg", "pos")
+    assert examples.label_names(["2", "1", "01", "٢", "001"]) == ("001", "01", "1", "2", "٢")
+
+
+@pytest.mark.parametrize("seed", ["0", "5"])
+def test_the_order_of_labels_is_the_same_in_every_process(seed):
+    """Python orders a set of texts anew in each, by PYTHONHASHSEED."""
+    script = "from lora_np.examples import label_names; print(*label_names(['1', '01', '1', '001']))"
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    printed = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
+    assert printed.split() == ["001", "01", "1"]
 
 
 # --- What is scored --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """One step over many shards: the same bits for any number of threads, the same result as without shards."""
 
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -139,6 +140,103 @@ def test_a_rank_computes_its_parts_as_one_process_would(monkeypatch):
     assert (len(limited), pools) == (2, [1, 3])
     assert list(parallel.threaded(str, [7])) == ["7"]
     assert len(limited) == 2
+
+
+@pytest.fixture
+def two_blas_threads():
+    """BLAS with two threads, whatever the environment says; gives a function that says how many it has."""
+    threadpoolctl = pytest.importorskip("threadpoolctl", reason="limits of BLAS: pip install lora-np[cli]")
+    blas = threadpoolctl.ThreadpoolController()
+    with blas.limit(limits=2, user_api="blas"):
+        yield lambda: [library["num_threads"] for library in blas.select(user_api="blas").info()]
+
+
+@proves("O4")
+@pytest.mark.skipif(backend_name == "cupy", reason="on a GPU parts are computed in turn")
+def test_many_callers_at_once_get_the_bits_of_one_alone(two_blas_threads):
+    """Batches of one shard, on BLAS's own threads, among batches of several, on one each; then all is as it was."""
+    model = random_model(ln.Config(50, 96, 1, 2, 192, 192), seed=0, dtype="float32")
+    adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
+    tokens = np.random.default_rng(0).integers(0, 50, (16, 96))
+    before = (two_blas_threads(), sys.getswitchinterval())
+    calls = [(4, 4), (4, 1), (16, 4), (2, 1)]
+
+    def step(rows, shards):
+        return ln.sharded_loss_and_grads(model, adapter, tokens[:rows], tokens[:rows], shards=shards)
+
+    alone = [step(*call) for call in calls]
+    assert not same_bits(alone[0][1], alone[1][1])  # else nothing is seen here
+    with ThreadPoolExecutor(6) as pool:
+        for n, (loss, grads) in enumerate(pool.map(lambda call: step(*call), calls * 12)):
+            assert loss == alone[n % 4][0]
+            assert same_bits(grads, alone[n % 4][1])
+    assert (two_blas_threads(), sys.getswitchinterval()) == before
+
+
+@proves("O4")
+@pytest.mark.skipif(backend_name == "cupy", reason="on a GPU parts are computed in turn")
+def test_the_last_that_shards_gives_the_settings_back(two_blas_threads):
+    def now():
+        return (two_blas_threads(), sys.getswitchinterval())
+
+    before = now()
+    first, second = (parallel.threaded(str, "ab") for _ in range(2))
+    assert (next(first), next(second)) == ("a", "a")
+    held = now()
+    assert held[0] == [1] * len(before[0])
+    assert held[1] == pytest.approx(1e-5)
+    first.close()
+    assert now() == held
+    assert list(second) == ["b"]
+    assert now() == before
+
+
+@proves("O4")
+@pytest.mark.parametrize("shards", [True, False])
+def test_those_that_want_the_settings_wait_for_those_that_want_none_and_these_for_them(shards, monkeypatch):
+    """Also one that comes while another waits: it does not overtake, though what it wants is there."""
+    inside, waiting = [], threading.Semaphore(0)
+    wait = parallel._changed.wait
+
+    def noting(timeout=None):
+        waiting.release()
+        return wait(timeout)
+
+    monkeypatch.setattr(parallel._changed, "wait", noting)
+
+    def enter(shards, name):
+        with parallel.process_settings(shards):
+            inside.append(name)
+
+    with ThreadPoolExecutor(2) as pool:
+        with parallel.process_settings(shards):
+            other = pool.submit(enter, not shards, "other")
+            waiting.acquire()
+            late = pool.submit(enter, shards, "late")
+            assert inside == []
+        other.result()
+        late.result()
+    assert inside == ["other", "late"]
+
+
+@proves("O4")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_that_fails_gives_the_settings_back(rows, monkeypatch):
+    """In a shard, and in the sum of what the shards gave; the error, and with it its frames, is kept."""
+    model = random_model(ln.Config(7, 8, 1, 1, 4, 4), seed=0)
+    adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
+    tokens, kept = np.ones((rows, 3), dtype=int), []
+    for broken in ("batch_loss_and_grads", "Node"):
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel, broken, lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError) as error:
+                ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=rows)
+            kept.append(error)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "joined", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as error:
+            ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=rows)
+    assert parallel._users == {True: 0, False: 0}
 
 
 @proves("O4")

@@ -95,8 +95,8 @@ def on_ranks(size, f):
             raise
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(size) as pool:
-        for name in ("one_blas_thread", "quick_switches"):  # a process's own, which ranks do not share
-            patch.setattr(parallel, name, nullcontext)
+        # A process's own, which ranks do not share.
+        patch.setattr(parallel, "process_settings", lambda shards: nullcontext())
         return list(pool.map(one, range(size)))
 
 

@@ -24,7 +24,8 @@ them do not change within a version; a later one may add cases.
 
 Scalars are computed in float64 and rounded where they meet an array. The bounds (`tracked`) are derived: an
 implementation in any order of sums, with fused operations or without, stays within them if its elementary functions
-are good to 4 ulp, and its singular value decompositions exact for a matrix within 32 max(n, m) u sigma_1 of the given
-one. A whole model's is 8 times the farthest of 16 evaluations with random roundings; PyTorch comes to an
-eighth of it. Expected values come from the package, in float64; they depend on BLAS and CPU in the last bits.
+are good to 4 ulp, erf to an absolute 2^-20, and its singular value decompositions exact for a matrix within
+32 max(n, m) u sigma_1 of the given one. A whole model's is 8 times the farthest of 16 evaluations with random
+roundings; PyTorch comes to an eighth of it. Expected values come from the package, in float64; they depend on BLAS and
+CPU in the last bits.
 """

@@ -396,10 +396,10 @@ def warmup_cosine(t: Inputs, c: Scalars) -> Outputs:
 
 def clip(t: Inputs, c: Scalars) -> Outputs:
     names = sorted(name for name in t if name.startswith("g"))
-    squares = [(t[name] * t[name]).sum() for name in names]
-    total = squares[0]
-    for square in squares[1:]:
-        total = total + square
+    norms = [sqrt((t[name] * t[name]).sum()) for name in names]  # the norm of norms: of all squares it rounds less
+    total = norms[0] * norms[0]
+    for one in norms[1:]:
+        total = total + one * one
     norm = sqrt(total)
     factor = tracked(c["max_norm"]) / norm if norm.value > c["max_norm"] else tracked(1.0)
     return {"norm": norm, **{f"clipped_{name}": t[name] * factor for name in names}}

