@@ -20,10 +20,16 @@ ON_DARK = ["#5bb8e0", "#f0935b", "#8fc46c", "#bf94dd", "#d9bf4a", "#999999"]
 
 
 def check_picture(path: Path) -> None:
-    """Before any work: an error as of `check_matplotlib`, or an OSError if the picture could not be written."""
+    """Before any work: an error as of `check_matplotlib`, or a ValueError or OSError if no picture can be drawn there."""
     check_matplotlib()
-    with replaced_files(path.parent, last=path.name):
-        pass
+    from matplotlib.figure import Figure
+
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a name for the picture, got a folder")
+    with replaced_files(path.parent, last=path.name) as folder:
+        Figure().savefig(folder / path.name)
+        for drawn in folder.iterdir():
+            drawn.unlink()
 
 
 def check_matplotlib() -> None:

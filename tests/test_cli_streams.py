@@ -205,14 +205,22 @@ def test_an_output_that_cannot_be_written_is_known_before_the_work(home, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["demo", "finetune"])
-def test_a_picture_that_cannot_be_written_is_known_before_the_work(home, tmp_path, capsys, monkeypatch, command):
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [("file/loss.png", "file"), ("", "expected a name for the picture, got a folder"), ("loss.none", "not supported")],
+)
+def test_a_picture_that_cannot_be_drawn_is_known_before_the_work(
+    home, tmp_path, capsys, monkeypatch, command, picture, message
+):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     monkeypatch.setattr("lora_np.demo.run", lambda *args: pytest.fail("it works for nothing"))
     (tmp_path / "file").write_text("")
     argv = finetune(home, tmp_path / "out") if command == "finetune" else ["demo"]
-    assert cli.main([*argv, "--plot", f"{tmp_path / 'file' / 'loss.png'}"]) == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert cli.main([*argv, "--plot", f"{tmp_path / picture}"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["file"]
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------

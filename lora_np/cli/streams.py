@@ -40,7 +40,4 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # for what is left in the buffer, which Python writes at its end
-        os.close(nowhere)
         raise OSError(error.errno, error.strerror, "standard output") from None
