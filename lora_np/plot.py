@@ -20,7 +20,7 @@ ON_DARK = ["#5bb8e0", "#f0935b", "#8fc46c", "#bf94dd", "#d9bf4a", "#999999"]
 
 
 def check_picture(path: Path) -> None:
-    """Before any work: an error as of `check_matplotlib`, or a ValueError or OSError if no picture can be drawn there."""
+    """Before any work: an error as of `check_matplotlib`; a ValueError or OSError if no such picture can be drawn."""
     check_matplotlib()
     from matplotlib.figure import Figure
 

@@ -267,7 +267,8 @@ for _ in range(8):
 def forked(script, folder):
     pytest.importorskip("safetensors", reason="the extra `cli` is not installed")
     argv = [sys.executable, "-c", FORKED + script, str(folder)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=500, check=False)
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # a process of one thread is forked
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=500, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,7 +1,7 @@
 """The command line: the only place that prints. Results go to standard output, progress to standard error.
 
 Exit status: 0, done; 1, it ran and the answer is no (a check failed, training diverged); 2, the input or the command
-line is wrong.
+line is wrong, or there is too little memory or room; 130, interrupted.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def add_commands(command: AddCommand) -> None:
         "--every", type=whole, help=f"steps between evaluations, each with a checkpoint (default: an epoch, or {EVERY})"
     )
     p.add_argument("--seed", type=seed, default=0, help="of everything random (default: %(default)s)")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curve")
 
     p = command("eval", run_eval, "the loss on a file, without and with an adapter; the accuracy of labels")
