@@ -13,6 +13,7 @@ from lora_np.cli.output import failure
 
 posix = pytest.mark.skipif(os.name != "posix", reason="descriptors, signals and limits are POSIX")
 full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+PATHS = [os.path.dirname(os.path.dirname(ln.__file__)), *filter(None, [os.environ.get("PYTHONPATH")])]
 TIMEOUT = 300  # seconds: longer than anything here takes, or it hangs
 
 
@@ -243,7 +244,7 @@ sys.exit(main())
 def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path, how, closed):
     (tmp_path / "numpy.py").write_text(NUMPY)
     (tmp_path / "lora-np").write_text(SCRIPT)
-    path = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(ln.__file__))])
+    path = os.pathsep.join([str(tmp_path), *PATHS])
     argv = ["-m", "lora_np"] if how == "-m" else [str(tmp_path / "lora-np")]
     call = ["bash", "-c", f'"$@" {"2>&-" if closed else ""}', "bash", sys.executable, *argv, "demo"]
     env = {**os.environ, "PYTHONPATH": path}
@@ -275,7 +276,7 @@ def test_other_programs_keep_their_own_interrupts(tmp_path):
     )
     (tmp_path / "other.py").write_text(text)
     for argv in (["-m", "other"], ["other.py"], ["-c", text]):
-        env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(ln.__file__))}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)}
         done = subprocess.run(
             [sys.executable, *argv], capture_output=True, timeout=TIMEOUT, cwd=tmp_path, env=env, check=True
         )

@@ -275,6 +275,23 @@ def test_fine_tuning_on_ranks_writes_the_files_of_one_process(tmp_path, monkeypa
     }
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_no_other_run_writes_where_the_first_rank_does(tmp_path, monkeypatch, size):
+    pytest.importorskip("safetensors", reason="the extra `cli` is not installed")
+    save, refused = finetuning.save_checkpoint, []
+
+    def saving(path, *args):
+        with pytest.raises(BlockingIOError, match="out: another process is writing there") as caught:
+            job_of(tmp_path / "out", 1, resume=True)
+        refused.append(caught)
+        save(path, *args)
+
+    monkeypatch.setattr(finetuning, "save_checkpoint", saving)
+    job_of(tmp_path / "out", size)
+    assert len(refused) == 3
+    assert files_of(tmp_path / "out").keys() == {"adapter_config.json", "adapter_model.safetensors", "task.json"}
+
+
 @proves("O4")
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 2), (2, 4)])
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(tmp_path, before, after):
