@@ -13,7 +13,11 @@ from lora_np.cli.output import failure
 
 posix = pytest.mark.skipif(os.name != "posix", reason="descriptors, signals and limits are POSIX")
 full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-PATHS = [os.path.dirname(os.path.dirname(ln.__file__)), *filter(None, [os.environ.get("PYTHONPATH")])]
+FROM = [
+    os.path.dirname(os.path.dirname(ln.__file__)),
+    *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
+]
+PATHS = [os.path.abspath(path) for path in FROM]
 TIMEOUT = 300  # seconds: longer than anything here takes, or it hangs
 
 
