@@ -19,15 +19,7 @@ from lora_np.layout import Layout
 from lora_np.loss import layouts
 from lora_np.model import Model
 from lora_np.ops import activation_backward, bias_backward, gelu_tanh, linear, linear_backward, linear_weight_backward
-from lora_np.transformer import (
-    attend,
-    attend_backward,
-    embed,
-    feed_forward,
-    feed_forward_backward,
-    norm,
-    norm_backward,
-)
+from lora_np.transformer import attend, attend_backward, embed, feed_forward, feed_forward_backward, norm, norm_backward
 
 # By depth: 0.down (m,D), 0.down.bias (m,), 0.up (D,m), 0.up.bias (D,), 1.down, ...
 Bottlenecks: TypeAlias = Mapping[str, Array]

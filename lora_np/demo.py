@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from .batch import BatchDict
 from .data import BYTES, all_windows, decode, encode, language_reference, random_windows, split, standard_library
 from .decode import generate_on
 from .formats.adapters.adapter import load_adapter, save_adapter
+from .formats.files.atomic import discard, expect_new, new_folder
 from .formats.models.folder import load_model, model_hash, save_model
 from .loss import forward, loss_and_grads
 from .model import Config, Model, init_weights
@@ -98,28 +98,67 @@ class Outcome:
 
 
 def cache_folder() -> Path:
-    """Where pretrained bases are kept: $LORA_NP_CACHE, or lora_np in the user's own cache folder."""
-    if "LORA_NP_CACHE" in os.environ:
+    """Where pretrained bases are kept: $LORA_NP_CACHE, or lora_np in the user's own cache folder.
+
+    A FileNotFoundError if the environment names none, and the user has no home.
+    """
+    if os.environ.get("LORA_NP_CACHE"):
         return Path(os.environ["LORA_NP_CACHE"])
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "lora_np"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_np"
+    if sys.platform != "darwin" and os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "lora_np"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise FileNotFoundError("this user has no home to keep a base in: set LORA_NP_CACHE to a folder") from None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "lora_np"
+
+
+BASE, SHA256 = "base", "sha256"  # what a cached folder holds: the base's own folder, and the hash of what is in that
 
 
 def base_folder(report: Callable[[Progress], None], plan: Plan) -> tuple[Path, bool]:
-    """The pretrained base's folder in the cache; it is made now if need be. -> the folder, and whether it was there."""
+    """The pretrained base's folder in the cache; it is made now if need be. -> the folder, and whether it was there.
+
+    One that is damaged is made anew, which the stage that is reported says; an OSError, before any work, if the cache
+    cannot be written.
+    """
     text = language_reference()
     key = hashlib.sha256(f"{plan.config} {plan.pretrain} {plan.rows} {text}".encode()).hexdigest()[:16]
-    folder = cache_folder() / f"base-{key}"
+    folder, stage = cache_folder() / f"base-{key}", "pretraining"
+    if _is_whole(folder):
+        return folder / BASE, True
     if folder.exists():
-        return folder, True
-    tokens, _ = split(encode(text), 0.1)
-    model = Model(plan.config, init_weights(plan.config, seed=plan.pretrain.seed))
-    model, _ = _run("pretraining", model, None, tokens, plan, plan.pretrain, report)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):  # another process was first
-        save_model(folder, model)
-    return folder, False
+        stage = f"pretraining anew, as {folder} was damaged"
+        discard(folder)
+    try:
+        expect_new(folder)
+        tokens, _ = split(encode(text), 0.1)
+        model = Model(plan.config, init_weights(plan.config, seed=plan.pretrain.seed))
+        model, _ = _run(stage, model, None, tokens, plan, plan.pretrain, report)
+        with new_folder(folder) as new:
+            save_model(new / BASE, model)
+            (new / SHA256).write_text(_digest(new / BASE))
+    except FileExistsError:  # another process was first
+        if not _is_whole(folder):
+            raise
+    return folder / BASE, False
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether each byte of a cached base is there as it was written."""
+    try:
+        return (folder / SHA256).read_bytes() == _digest(folder / BASE).encode()
+    except OSError:
+        return False
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of the names and the bytes of all files in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        digest.update(f"{path.name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
 
 
 def _run(

@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
 
 from .adapter import Adapter, LoRAConfig, count_parameters, init_adapter
 from .backend import Array, asnumpy
 from .checkpoint import load_checkpoint, save_checkpoint
 from .formats.adapters.peft import save_adapter
 from .formats.adapters.task import Task, save_task
+from .formats.files.occupied import occupied
+from .formats.files.safe import shown
 from .formats.models.folder import model_hash
 from .model import Model
 from .ranks import ALONE, Ranks
@@ -82,51 +87,54 @@ def finetune(
     """Trains an adapter and writes it to the folder `out`, in PEFT's format, with task.json beside it.
 
     Meanwhile `out` holds a checkpoint, made anew every job.every steps; with resume, training goes on from it, to the
-    same bits as without the break, on any number of ranks. All ranks compute; the first alone reads and writes `out`.
-    A FileExistsError if out holds anything without resume; a ValueError if the checkpoint is of another job, or if the
-    ranks have different jobs, or different bits, as machines of different kinds may; a TrainingError as of `train`.
+    same bits as without the break, on any number of ranks; where there is none yet, from the start. All ranks compute;
+    the first alone reads and writes `out`. A FileExistsError if out holds anything else; a BlockingIOError if another
+    process is writing there; a ValueError if the checkpoint is of another job, or if the ranks have different jobs, or
+    different bits, as machines of different kinds may; a TrainingError as of `train`.
     """
     adapter = init_adapter(model, job.lora, seed=job.settings.seed)
     about = _identity(model, data, job)
     for name, value in about.items():
         ranks.check_same(name, value)
-    if resume:
-        state, curve = ranks.of_first(lambda: _resume(out / CHECKPOINT, adapter, about))
-    else:
-        ranks.of_first(lambda: _refuse_used(out))
-        state, curve = start(model, adapter), [Point(0, *evaluate(model, adapter, data.held_out, ranks))]
-    ranks.of_first(lambda: out.mkdir(parents=True, exist_ok=True))
-    steps = job.settings.steps - state.step
+    holding: AbstractContextManager[list[str]] = occupied(out) if ranks.is_first else nullcontext([])
+    with holding as found:
+        if ranks.of_first(lambda: _resumes(out, found, resume)):
+            state, curve = ranks.of_first(lambda: _resume(out / CHECKPOINT, adapter, about, job.settings.steps))
+        else:
+            state, curve = start(model, adapter), [Point(0, *evaluate(model, adapter, data.held_out, ranks))]
+        steps = job.settings.steps - state.step
 
-    def after_step(r: Report) -> None:
-        measured = None
-        if r.step % job.every == 0 or r.step == job.settings.steps:
-            ranks.check_same(f"the parameters after step {r.step}", _digest(r.state.params))
-            measured = evaluate(*placed(model, adapter, r.state), data.held_out, ranks)
-            if not math.isfinite(measured.loss):
-                raise TrainingError(
-                    f"step {r.step}: the held-out loss is {measured.loss}: the learning rate is too high"
-                )
-            curve.append(Point(r.step, *measured))
-            if ranks.is_first:
-                save_checkpoint(out / CHECKPOINT, r.state, {**about, "curve": curve})
-        report(Seen(r.step, job.settings.steps, r.loss, measured))
+        def after_step(r: Report) -> None:
+            measured = None
+            if r.step % job.every == 0 or r.step == job.settings.steps:
+                ranks.check_same(f"the parameters after step {r.step}", _digest(r.state.params))
+                measured = evaluate(*placed(model, adapter, r.state), data.held_out, ranks)
+                if not math.isfinite(measured.loss):
+                    raise TrainingError(
+                        f"step {r.step}: the held-out loss is {measured.loss}: the learning rate is too high"
+                    )
+                curve.append(Point(r.step, *measured))
+                if ranks.is_first:
+                    save_checkpoint(out / CHECKPOINT, r.state, {**about, "curve": curve})
+            report(Seen(r.step, job.settings.steps, r.loss, measured))
 
-    state = train(model, adapter, data.batch, job.settings, state=state, report=after_step, ranks=ranks)
-    _, trained = placed(model, adapter, state)
-    assert trained is not None
-    if ranks.is_first:
-        save_task(out, job.task)
-        save_adapter(out, trained, model)
-        (out / CHECKPOINT).unlink()
-    received = sum(ranks.gather([ranks.received])) // max(1, steps)
-    return Result(trained, curve, count_parameters(model.config, job.lora), received)
+        state = train(model, adapter, data.batch, job.settings, state=state, report=after_step, ranks=ranks)
+        _, trained = placed(model, adapter, state)
+        assert trained is not None
+        if ranks.is_first:
+            save_task(out, job.task)
+            save_adapter(out, trained, model)
+            (out / CHECKPOINT).unlink()
+        received = sum(ranks.gather([ranks.received])) // max(1, steps)
+        return Result(trained, curve, count_parameters(model.config, job.lora), received)
 
 
-def _refuse_used(out: Path) -> None:
-    """A FileExistsError if the folder holds anything."""
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out}: the folder is not empty; name another, or go on with --resume")
+def _resumes(out: Path, found: list[str], resume: bool) -> bool:
+    """Whether there is a checkpoint to go on from; a FileExistsError if there is anything else, or is not to resume."""
+    if found and not (resume and CHECKPOINT in found):
+        hint = "there is no checkpoint to go on from" if resume else "or go on with --resume"
+        raise FileExistsError(f"{out}: the folder is not empty; name another, {hint}")
+    return bool(found)
 
 
 def _digest(params: Mapping[str, Array]) -> str:
@@ -151,10 +159,20 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _resume(path: Path, adapter: Adapter, about: dict[str, Any]) -> tuple[State, Curve]:
-    """The state and the scores of a checkpoint; a ValueError names what differs from this job."""
+def _resume(path: Path, adapter: Adapter, about: dict[str, Any], steps: int) -> tuple[State, Curve]:
+    """The state and the scores of a checkpoint; a ValueError names what differs from this job, or is not of one."""
     state, found = load_checkpoint(path, adapter.params)
     for name, value in about.items():
         if found.get(name) != value:
-            raise ValueError(f"{path}: {name} differs: the checkpoint has {found.get(name)}, this job {value}")
-    return state, [Point(int(step), float(loss), float(accuracy)) for step, loss, accuracy in found["curve"]]
+            other = shown(str(found.get(name)))
+            raise ValueError(f"{path}: {name} differs: the checkpoint has {other}, this job {value}")
+    if state.step > steps:
+        raise ValueError(f"{path}: expected at most this job's {steps} steps, got {state.step!r:.60}")
+    try:
+        curve = [Point(int(step), float(loss), float(accuracy)) for step, loss, accuracy in found.get("curve", ())]
+    except (TypeError, ValueError, OverflowError):
+        curve = []
+    seen = [point.step for point in curve]
+    if seen != sorted({0, *seen, state.step}) or not np.isfinite(curve).all():
+        raise ValueError(f"{path}: curve: expected step, loss and accuracy of each score up to step {state.step}")
+    return state, curve

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backend import Array
+from .formats.files.atomic import replaced_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +17,19 @@ if TYPE_CHECKING:
 Curve = Sequence[tuple[int, float]]  # (step, loss)
 COLOURS = ["#0b6e99", "#c2541b", "#4a7c2c", "#7a4a9e", "#9a7d0a", "#777777"]
 ON_DARK = ["#5bb8e0", "#f0935b", "#8fc46c", "#bf94dd", "#d9bf4a", "#999999"]
+
+
+def check_picture(path: Path) -> None:
+    """Before any work: an error as of `check_matplotlib`; a ValueError or OSError if no such picture can be drawn."""
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a name for the picture, got a folder")
+    with replaced_files(path.parent, last=path.name) as folder:
+        Figure().savefig(folder / path.name)
+        for drawn in folder.iterdir():
+            drawn.unlink()
 
 
 def check_matplotlib() -> None:
@@ -46,7 +60,9 @@ def loss_curves(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    path = Path(path)
+    with replaced_files(path.parent, last=path.name) as folder:
+        figure.savefig(folder / path.name)
 
 
 # --- SVG for a page, light or dark: as wide as a phone, so that its text stays readable there ----------------------

@@ -33,6 +33,7 @@ from lora_np.cli import main
 from lora_np.cli.output import one_end
 from lora_np.finetune import Job, finetune
 from lora_np.formats.adapters.task import Task
+from lora_np.formats.files.occupied import LOCK
 from lora_np.ranks import ALONE, LAUNCHERS, Ranks, thread_share, world
 from lora_np.tasks import Data
 from lora_np.train import Settings, TrainingError, evaluate, train
@@ -274,6 +275,23 @@ def test_fine_tuning_on_ranks_writes_the_files_of_one_process(tmp_path, monkeypa
     }
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_no_other_run_writes_where_the_first_rank_does(tmp_path, monkeypatch, size):
+    pytest.importorskip("safetensors", reason="the extra `cli` is not installed")
+    save, refused = finetuning.save_checkpoint, []
+
+    def saving(path, *args):
+        with pytest.raises(BlockingIOError, match="out: another process is writing there") as caught:
+            job_of(tmp_path / "out", 1, resume=True)
+        refused.append(caught)
+        save(path, *args)
+
+    monkeypatch.setattr(finetuning, "save_checkpoint", saving)
+    job_of(tmp_path / "out", size)
+    assert len(refused) == 3
+    assert files_of(tmp_path / "out").keys() == {"adapter_config.json", "adapter_model.safetensors", "task.json"}
+
+
 @proves("O4")
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 2), (2, 4)])
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(tmp_path, before, after):
@@ -305,7 +323,7 @@ def test_a_rank_that_rounds_otherwise_is_found_out_before_anything_is_saved(tmp_
 
     with pytest.raises(ValueError, match=r"the ranks differ in the parameters after step 4: rank 0 has .* rank 1 has"):
         job_of(tmp_path / "out", 2, seen_as=seen_as)
-    assert files_of(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
 
 
 # --- Launchers -------------------------------------------------------------------------------------------------------
@@ -463,7 +481,7 @@ def test_a_rank_that_dies_ends_the_job_and_its_checkpoint_goes_on_elsewhere(
     }
     assert reason[how] in ended.stderr
     assert (how == "bug") == ("ZeroDivisionError: a bug" in ended.stderr)
-    assert list(files_of(out)) == ["checkpoint.npz"]
+    assert files_of(out).keys() - {LOCK} == {"checkpoint.npz"}  # the lock of a rank that was ended is nobody's
     again = [*command(base, out), "--resume"]
     if after == 1:
         assert main(again) == 0

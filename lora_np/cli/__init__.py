@@ -1,7 +1,7 @@
 """The command line: the only place that prints. Results go to standard output, progress to standard error.
 
 Exit status: 0, done; 1, it ran and the answer is no (a check failed, training diverged); 2, the input or the command
-line is wrong.
+line is wrong, or there is too little memory or room; 130, interrupted.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from .. import __version__
+from .. import __version__, early
 from ..backend import backend_name
-from . import conformance, convert, demonstrate, files, learn, reproduce, spec, verify
+from . import conformance, convert, demonstrate, files, learn, reproduce, spec, streams, verify
 from .base import Run
 from .output import FAILURES, failure
 
@@ -57,8 +57,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. -> the exit status."""
-    args = _parser().parse_args(argv)
+    streams.prepare()
     try:
+        early.allow_interrupts()
+        args = _parser().parse_args(argv)
         with warnings.catch_warnings():
             # Numbers that overflow end in a TrainingError, which says more than NumPy's warnings on the way there.
             warnings.simplefilter("ignore", RuntimeWarning)

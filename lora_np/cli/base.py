@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -20,6 +21,30 @@ from .output import Bar
 
 Run: TypeAlias = Callable[[argparse.Namespace], int]  # a command: its arguments in, the exit status out
 AddCommand: TypeAlias = Callable[[str, Run, str], argparse.ArgumentParser]
+
+
+MOST = 2**48  # of a number in an option: more than any computation here could take
+
+
+def whole(text: str) -> int:
+    """An option's integer, of a size that computations are made for."""
+    value = int(text)
+    if abs(value) > MOST:
+        raise argparse.ArgumentTypeError(f"expected a number up to {MOST}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An option's seed."""
+    value = whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
+    return value
+
+
+def utf8(text: str) -> str:
+    """An option's text, which is UTF-8 in any locale."""
+    return os.fsencode(text).decode("utf-8")
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..formats.files.atomic import refuse_existing
+from ..formats.files.atomic import expect_new
 from ..formats.files.safe import shown
 from ..vectors.cases import all_cases
 from ..vectors.conform import Found, Verdict, compare
@@ -19,7 +19,7 @@ SHOWN = 8  # cases that are named
 
 
 def run_vectors(args: argparse.Namespace) -> int:
-    refuse_existing(args.out)
+    expect_new(args.out)
     vectors = made()
     write_vectors(args.out, vectors)
     ids = len({case.id for case, _ in vectors.cases})

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from ..formats.adapters.adapter import kind_of, load_adapter, save_adapter
 from ..formats.adapters.pair import load_base_for
-from ..formats.files.atomic import refuse_existing
+from ..formats.files.atomic import expect_new
 from .base import AddCommand, add_base, base_path
 from .output import Bar, emit
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    refuse_existing(args.out)
+    expect_new(args.out)
     with Bar() as bar:
         path = base_path(args, bar)
     model = load_base_for(args.adapter, path)

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 from .. import demo, plot
-from .base import AddCommand, shown_on
+from .base import AddCommand, seed, shown_on
 from .output import Bar, emit, table
+from .streams import show
 
 
 def run_demo(args: argparse.Namespace) -> int:
     if args.plot:
-        plot.check_matplotlib()
+        plot.check_picture(args.plot)
     with Bar() as bar:
         out = demo.run(shown_on(bar), demo.QUICK if args.quick else demo.STANDARD)
     if args.plot:
@@ -55,12 +56,9 @@ def run_gradcheck(args: argparse.Namespace) -> int:
         rows.append(row)
         if not args.json:
             verdict = "ok" if row.error <= row.bound else "FAIL"
-            print(
-                f"{row.id:4} {row.what:40} {row.error:8.1e}  bound {row.bound:.0e}  {row.method:18} {verdict}",
-                flush=True,
-            )
+            show(f"{row.id:4} {row.what:40} {row.error:8.1e}  bound {row.bound:.0e}  {row.method:18} {verdict}")
     if args.json:
-        print(json.dumps([row._asdict() for row in rows], indent=2))
+        show(json.dumps([row._asdict() for row in rows], indent=2))
     return 0 if all(row.error <= row.bound for row in rows) else 1
 
 
@@ -71,4 +69,4 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curves")
 
     p = command("gradcheck", run_gradcheck, "every derivative against complex steps: its worst error")
-    p.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
+    p.add_argument("--seed", type=seed, default=0, help="of the inputs (default: %(default)s)")

@@ -21,7 +21,7 @@ from ..model import Model
 from ..parallel import default_shards
 from ..ranks import Ranks, world
 from ..train import Score, Settings, evaluate
-from .base import AddCommand, adapted, add_base, add_storage, base_path, tokenizer_of
+from .base import AddCommand, adapted, add_base, add_storage, base_path, seed, tokenizer_of, utf8, whole
 from .output import Bar, emit, one_end
 
 EPOCHS, STEPS, EVERY = 3, 200, 50  # defaults: of examples; of windows of a plain text
@@ -39,7 +39,7 @@ def run_finetune(args: argparse.Namespace) -> int:
 
 def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
     if args.plot:
-        plot.check_matplotlib()
+        plot.check_picture(args.plot)
     began = time.perf_counter()
     task = _task(args)
     head: dict[str, Any] = {}
@@ -206,7 +206,7 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
         help="the next token, a label for each text, or a tag for each word (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--window", type=int, metavar="T",
+        "--window", type=whole, metavar="T",
         help=f"tokens of a window, or the most of an example (default: {LONGEST['lm']}, embedded base {WINDOW}; "
         f"classify {LONGEST['classify']}, tag {LONGEST['tag']})",
     )  # fmt: skip
@@ -221,33 +221,33 @@ def add_commands(command: AddCommand) -> None:
     add_storage(p)
     _add_task(p)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the adapter")
-    p.add_argument("--r", type=int, default=8, help="rank (default: %(default)s)")
+    p.add_argument("--r", type=whole, default=8, help="rank (default: %(default)s)")
     p.add_argument("--alpha", type=float, default=16, help="s = alpha / r (default: %(default)s)")
     p.add_argument(
         "--targets", nargs="+", default=["q", "v"], metavar="T", help=f"of {' '.join(TARGETS)} (default: q v)"
     )
     p.add_argument("--dropout", type=float, default=0.0, help="on the low-rank branch (default: %(default)s)")
     how_long = p.add_mutually_exclusive_group()
-    how_long.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS}, or {EPOCHS} epochs)")
-    how_long.add_argument("--epochs", type=int, help="how often each example comes")
+    how_long.add_argument("--steps", type=whole, help=f"optimizer steps (default: {STEPS}, or {EPOCHS} epochs)")
+    how_long.add_argument("--epochs", type=whole, help="how often each example comes")
     p.add_argument("--lr", type=float, help="highest learning rate (default: 1e-3; 1e-2 with the embedded base)")
     p.add_argument(
         "--b-ratio", type=float, default=1.0, help="B's learning rate over A's, LoRA+ (default: %(default)s)"
     )
     p.add_argument("--weight-decay", type=float, default=0.0, help="decoupled (default: %(default)s)")
-    p.add_argument("--warmup", type=int, default=20, help="steps of warm-up (default: %(default)s)")
-    p.add_argument("--batch", type=int, default=16, help="examples or windows a step (default: %(default)s)")
+    p.add_argument("--warmup", type=whole, default=20, help="steps of warm-up (default: %(default)s)")
+    p.add_argument("--batch", type=whole, default=16, help="examples or windows a step (default: %(default)s)")
     p.add_argument("--recompute", action="store_true", help="keep less for backward and compute it again: less memory")
     p.add_argument(
-        "--shards", type=int,
+        "--shards", type=whole,
         help="parts of a batch that are computed alone: in threads, on ranks, on a GPU in turn (default: by its shape)",
     )  # fmt: skip
     p.add_argument("--held-out", type=float, default=0.1, help="part of the data, without --dev (default: %(default)s)")
     p.add_argument(
-        "--every", type=int, help=f"steps between evaluations, each with a checkpoint (default: an epoch, or {EVERY})"
+        "--every", type=whole, help=f"steps between evaluations, each with a checkpoint (default: an epoch, or {EVERY})"
     )
-    p.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--seed", type=seed, default=0, help="of everything random (default: %(default)s)")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curve")
 
     p = command("eval", run_eval, "the loss on a file, without and with an adapter; the accuracy of labels")
@@ -257,16 +257,16 @@ def add_commands(command: AddCommand) -> None:
     _add_task(p)
     p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter's folder")
     p.add_argument(
-        "--windows", type=int, default=64, help="of a plain text at most so many, spread evenly (default: %(default)s)"
+        "--windows", type=whole, default=64, help="of a plain text at most so many, spread out (default: %(default)s)"
     )
 
     p = command("generate", run_generate, "text after a prompt")
     add_base(p)
     add_storage(p)
     p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter's folder")
-    p.add_argument("--prompt", required=True, help="the text to go on from")
-    p.add_argument("-n", type=int, default=200, help="tokens (default: %(default)s)")
+    p.add_argument("--prompt", type=utf8, required=True, help="the text to go on from")
+    p.add_argument("-n", type=whole, default=200, help="tokens (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: %(default)s)")
-    p.add_argument("--top-k", type=int, help="draw from the k likeliest")
+    p.add_argument("--top-k", type=whole, help="draw from the k likeliest")
     p.add_argument("--top-p", type=float, help="draw from the likeliest that together reach p")
-    p.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    p.add_argument("--seed", type=seed, default=0, help="of the draws (default: %(default)s)")

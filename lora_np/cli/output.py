@@ -14,8 +14,10 @@ from typing import Any
 
 from ..ranks import Ranks
 from ..train import TrainingError
+from .streams import show
 
-FAILURES = (TrainingError, ValueError, TypeError, OSError, ImportError, KeyboardInterrupt)  # said in one line
+# What is said in one line.
+FAILURES = (TrainingError, ValueError, TypeError, OSError, ImportError, MemoryError, KeyboardInterrupt)
 GRACE = 1.0  # seconds
 
 
@@ -67,6 +69,8 @@ def failure(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted; what was written is whole"
     if isinstance(error, TrainingError):
         return 1, str(error)
+    if isinstance(error, MemoryError):
+        return 2, f"not enough memory: {error}".rstrip(": ")
     return (2, str(error)) if isinstance(error, FAILURES) else (1, "".join(traceback.format_exception(error)))
 
 
@@ -87,7 +91,7 @@ def one_end(ranks: Ranks) -> Iterator[None]:
 
 def emit(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
     """The result: as JSON with --json, else as text."""
-    print(json.dumps(result, indent=2) if args.json else text)
+    show(json.dumps(result, indent=2) if args.json else text)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

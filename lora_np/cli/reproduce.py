@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from ..formats.files.atomic import refuse_existing
+from ..formats.files.atomic import expect_new
 from ..plot import check_matplotlib
 from .base import AddCommand, shown_on, tokenizer_of
 from .output import Bar, emit
@@ -15,7 +15,7 @@ from .output import Bar, emit
 def run_reproduce(args: argparse.Namespace) -> int:
     from ..reproduce import page, report, run  # imported here: no other command needs it
 
-    refuse_existing(args.out)
+    expect_new(args.out)
     if not args.full == (args.base is not None) == (args.data is not None):
         raise ValueError("--full, --base and --data: expected all three, or none of them")
     plan = run.QUICK if args.quick else run.FULL if args.full else run.STANDARD

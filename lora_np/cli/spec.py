@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..formats.files.atomic import refuse_existing
+from ..formats.files.atomic import expect_new
 from .base import AddCommand
 from .output import emit
 
@@ -18,7 +18,7 @@ def run_spec(args: argparse.Namespace) -> int:
     from .. import gradcheck
     from ..spec.clauses import gather
 
-    refuse_existing(args.out)
+    expect_new(args.out)
     document = gather(list(gradcheck.table()) if args.gradcheck else None)
     path = page.write(args.out, page.render(document))
     failed = [clause.id for clause in document.clauses if clause.failed]

@@ -19,7 +19,7 @@ from ..formats.merged.verifying import Comparison, compare, explained, is_traine
 from ..formats.models.folder import load_model
 from ..loss import forward
 from ..model import Config, Model
-from .base import AddCommand, tokenizer_of
+from .base import AddCommand, tokenizer_of, utf8, whole
 from .output import emit
 
 SHOWN = 5  # names in one line
@@ -139,5 +139,5 @@ def add_commands(command: AddCommand) -> None:
     )
     p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter's folder")
     p.add_argument("--merged", type=Path, metavar="DIR", help="a folder that should be the merge of the two")
-    p.add_argument("--ulps", type=int, default=1, help="how far apart an element may be (default: %(default)s)")
-    p.add_argument("--prompt", help="what to compare the outputs on (default: a few fixed tokens)")
+    p.add_argument("--ulps", type=whole, default=1, help="how far apart an element may be (default: %(default)s)")
+    p.add_argument("--prompt", type=utf8, help="what to compare the outputs on (default: a few fixed tokens)")

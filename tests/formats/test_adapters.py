@@ -268,7 +268,7 @@ def test_a_file_is_there_whole_or_not(tmp_path, model, monkeypatch, ending, at):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    module, name = [(atomic, "_sync"), (atomic.os, "rename"), (atomic.os, "fsync")][at]
+    module, name = [(atomic, "_sync"), (atomic.os, "link"), (atomic.os, "fsync")][at]
     monkeypatch.setattr(module, name, stop)
     with pytest.raises(KeyboardInterrupt):
         own_file(tmp_path, adapter_of(model), model, ending)

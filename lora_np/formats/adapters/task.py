@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..files.plain import from_fields, read_json, to_fields, to_json
+from ..files.atomic import replaced_files
+from ..files.plain import from_fields, read_json, to_fields, write_json
 
 TASK = "task.json"
 
@@ -35,12 +35,8 @@ class Task:
 
 def save_task(folder: Path, task: Task) -> None:
     """Writes task.json into a folder, whole or not at all."""
-    temporary = folder / f".{TASK}.{os.getpid()}.partial"
-    try:
-        temporary.write_text(to_json(to_fields(task), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / TASK)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_files(folder, last=TASK) as new:
+        write_json(new / TASK, to_fields(task))
 
 
 def load_task(folder: Path) -> Task | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,20 @@ import numpy as np
 from ...backend import Array
 from .safe import import_safetensors
 
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # the folders that a killed process leaves
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file of host arrays. Only an array that is not contiguous is copied."""
     safetensors = import_safetensors()
     contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; what save_file puts in its place is its owner's alone
     try:
         safetensors.numpy.save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
     except safetensors.SafetensorError as error:
         raise OSError(f"{path}: could not be written: {error}") from error
+    path.chmod(mode)
 
 
 @contextmanager
@@ -35,7 +41,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     with _partial(target.parent, target.name) as folder:
         yield folder
         _sync_all(folder)
-        os.rename(folder, target)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            refuse_existing(target)  # another process was first
+            raise
         _sync(target.parent)
 
 
@@ -46,8 +56,11 @@ def new_file(target: Path) -> Iterator[Path]:
     with _partial(target.parent, target.name) as folder:
         yield folder / target.name
         _sync(folder / target.name)
-        refuse_existing(target)  # a rename would write over a file that came to be meanwhile
-        os.rename(folder / target.name, target)
+        try:
+            os.link(folder / target.name, target)  # a rename would write over a file that came to be meanwhile
+        except OSError:  # it did, or this file system has no links
+            refuse_existing(target)
+            os.rename(folder / target.name, target)
         _sync(target.parent)
 
 
@@ -55,6 +68,19 @@ def refuse_existing(target: Path) -> None:
     """A FileExistsError if there is something of that name already."""
     if os.path.lexists(target):
         raise FileExistsError(f"{target}: exists already; it is not written over")
+
+
+def expect_new(target: Path) -> None:
+    """Before long work: a FileExistsError if there is something of that name, an OSError if it cannot be written."""
+    refuse_existing(target)
+    with _partial(target.parent, target.name):
+        pass
+
+
+def discard(target: Path) -> None:
+    """Removes a folder, if it is there; none sees a part of it."""
+    with _partial(target.parent, target.name) as folder, suppress(FileNotFoundError):
+        os.rename(target, folder / target.name)
 
 
 @contextmanager
@@ -73,12 +99,16 @@ def replaced_files(target: Path, *, last: str) -> Iterator[Path]:
 
 @contextmanager
 def _partial(parent: Path, name: str) -> Iterator[Path]:
-    """A folder in `parent` that is gone afterwards, with what is still in it."""
+    """A folder in `parent` that is gone afterwards, with what is still in it. An OSError names a file."""
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f".{name}.{secrets.token_hex(4)}.partial"
     folder.mkdir()
     try:
         yield folder
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a full disk, say
+            error.filename = str(parent)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
