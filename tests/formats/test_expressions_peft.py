@@ -15,7 +15,6 @@ from lora_np.formats.adapters.peft_config import read_config
 from lora_np.formats.models.names import module_names
 from lora_np.run import adapted_shapes
 
-pytest.importorskip("regex", reason="regular expressions need regex: pip install lora-np[models]")
 IGNORED = [
     "ignore:Setting `save_embedding_layers`",
     "ignore:Model has `tie_word_embeddings",
