@@ -20,7 +20,7 @@ MATCHING = Path(__file__).with_name("matching.py")
 
 
 class Expression(NamedTuple):
-    """One of a file: the key that it stands under, and whether it fits where it fits the end of a name, as PEFT has it."""
+    """One of a file, and the key that it stands under. at_end: it may fit the end of a name alone, as in PEFT."""
 
     key: str
     text: str
