@@ -74,11 +74,11 @@ def _growth(section: str, step: Any, tokenizers: Any) -> float:
         if n == MAX_STEPS:
             raise ValueError(f"{section}: expected at most {MAX_STEPS} steps")
         try:
-            empty = _check_fields(fields, tokenizers)
+            _check_fields(fields, tokenizers)
         except UnsafeError as error:
             text = shown(repr(fields["pattern"]["Regex"])[:60])
             raise ValueError(f"{section}: the expression {text} is not supported: {error}") from None
-        growth *= known[kind] or _grown(fields, empty)
+        growth *= known[kind] or _grown(fields)
     return growth
 
 
@@ -95,14 +95,16 @@ def _steps(step: Any) -> Iterator[dict[str, Any]]:
         yield step
 
 
-def _check_fields(fields: dict[str, Any], tokenizers: Any) -> bool:
-    """Whether a step's pattern may fit an empty text. A ValueError names a field that the package would panic at."""
+def _check_fields(fields: dict[str, Any], tokenizers: Any) -> None:
+    """A ValueError names a field that the package would panic at, or take for ever."""
     if fields.get("length") == 0 or fields.get("stop", 0) != 0:
         raise ValueError("expected a FixedLength of at least 1, and a Strip whose stop is 0")
     if "single" in fields:
         _check_template(fields["single"], fields["special_tokens"])
     pattern = fields.get("pattern") or {}
-    return check_split(pattern["Regex"], tokenizers) if "Regex" in pattern else not pattern.get("String")
+    empty = check_split(pattern["Regex"], tokenizers) if "Regex" in pattern else pattern.get("String") == ""
+    if empty and fields["type"] == "Replace":
+        raise ValueError("Replace: expected a pattern that does not fit an empty text")
 
 
 def _check_template(pieces: list[Any], special: dict[str, Any]) -> None:
@@ -114,13 +116,12 @@ def _check_template(pieces: list[Any], special: dict[str, Any]) -> None:
         raise ValueError("TemplateProcessing: expected the text once, and known tokens around it")
 
 
-def _grown(fields: dict[str, Any], empty: bool) -> float:
-    """The most bytes that a step makes of one, by its fields. empty: its pattern may fit an empty text."""
+def _grown(fields: dict[str, Any]) -> float:
+    """The most bytes that a step makes of one, by its fields."""
     if fields["type"] == "Prepend":
         return 1 + len(fields["prepend"].encode())
     if fields["type"] == "Replace":
-        content = len(fields["content"].encode())
-        return 1 + 2 * content if empty else max(1.0, content / len(fields["pattern"].get("String", "1").encode()))
+        return max(1.0, len(fields["content"].encode()) / len(fields["pattern"].get("String", "1").encode()))
     return _longest(base64.b64decode(fields["precompiled_charsmap"], validate=True))
 
 
