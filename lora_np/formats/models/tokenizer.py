@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +147,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         )
         raw["model"]["dropout"] = None
     # What was checked is what is read.
-    backend = _built(str(path), lambda tokenizers: tokenizers.Tokenizer.from_str(json.dumps(raw)))
+    backend, ids = _built(str(path), lambda tokenizers: tokenizers.Tokenizer.from_str(json.dumps(raw)))
     for token in backend.get_added_tokens_decoder().values():
         if token.normalized and backend.normalizer and not backend.normalizer.normalize_str(token.content):
             raise ValueError(f"{path}: added_tokens: nothing is left of {shown(repr(token.content))} when normalized")
@@ -155,7 +155,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     for where in (folder / SPECIAL_MAP, folder / TOKENIZER_CONFIG):
         names |= read_json(where) if where.is_file() else {}
     special = {kind: _special_id(backend, names.get(f"{kind}_token")) for kind in ("bos", "eos", "pad", "cls", "sep")}
-    largest = max(backend.get_vocab().values(), default=-1)
+    largest = max(ids, default=-1)
     if largest >= MAX_TOKENS:
         raise ValueError(f"{path}: expected ids below {MAX_TOKENS}, got {largest}")
     return Tokenizer(largest + 1, **special, backend=backend, allowed=allowed)
@@ -215,7 +215,7 @@ def _from_gguf(file: GGUFFile, pre: str | None) -> Tokenizer:
             backend.post_processor = _around(tokenizers, tokens, *ends)
         return backend
 
-    return Tokenizer(len(tokens), **special, backend=_built(str(file.path), build))
+    return Tokenizer(len(tokens), **special, backend=_built(str(file.path), build)[0])
 
 
 def _gguf_id(file: GGUFFile, key: str, n: int) -> int | None:
@@ -237,15 +237,16 @@ def _around(tokenizers: Any, tokens: list[str], bos: int | None, eos: int | None
     )
 
 
-def _built(where: str, build: Callable[[Any], Any]) -> Any:
-    """What `build` makes with the tokenizers package, its tokens of a bearable length; else a ValueError."""
+def _built(where: str, build: Callable[[Any], Any]) -> tuple[Any, Collection[int]]:
+    """What `build` makes with the tokenizers package, and its ids; a ValueError if it cannot, or a token is long."""
     tokenizers = import_tokenizers()
     with _refused(f"{where}: not a tokenizer"):
         backend = build(tokenizers)
-        longest = max((len(token.encode()) for token in backend.get_vocab()), default=0)
+        vocab = backend.get_vocab()
+        longest = max((len(token.encode()) for token in vocab), default=0)
     if longest > MAX_TOKEN_BYTES:
         raise ValueError(f"{where}: expected tokens of at most {MAX_TOKEN_BYTES} bytes, got one of {longest}")
-    return backend
+    return backend, vocab.values()
 
 
 @contextmanager
