@@ -5,6 +5,7 @@ import json
 import random
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -377,7 +378,7 @@ def test_dropout_is_switched_off_aloud(tmp_path):
 @pytest.mark.filterwarnings("default")
 def test_the_command_line_says_so_in_one_line(tmp_path, capsys):
     pytest.importorskip("safetensors", reason="reads a folder: pip install lora-np[cli]")
-    write_gpt2(tmp_path / "base", GPT2)
+    write_gpt2(tmp_path / "base", replace(GPT2, vocab_size=5))
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(WORDS | {"model": DROPS}))
     assert main(["generate", "--base", str(tmp_path / "base"), "--prompt", "ab", "-n", "1"]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "dropout" in line]
