@@ -55,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning in one line, without the place in the source that Python adds."""
+    print(f"lora-np: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. -> the exit status."""
     streams.prepare()
@@ -64,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # Numbers that overflow end in a TrainingError, which says more than NumPy's warnings on the way there.
             warnings.simplefilter("ignore", RuntimeWarning)
+            warnings.showwarning = _warn
             return int(args.run(args))
     except FAILURES as error:
         status, text = failure(error)

@@ -15,7 +15,6 @@ from lora_np.adapter import adapted_shapes
 from lora_np.formats.adapters.peft_config import read_config
 from lora_np.formats.models.names import module_names
 
-pytest.importorskip("regex", reason="regular expressions need regex: pip install lora-np[models]")
 IGNORED = [
     "ignore:Setting `save_embedding_layers`",
     "ignore:Model has `tie_word_embeddings",

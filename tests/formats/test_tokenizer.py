@@ -6,13 +6,16 @@ import random
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hostile import GPT2, write_gpt2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_np.formats.models.tokenizer import MAX_TOKENIZER_BYTES, MAX_WHOLE, load_tokenizer
+from lora_np.cli import main
+from lora_np.formats.models.tokenizer import MAX_TOKENIZER_BYTES, MAX_WHOLE, Tokenizer, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="models' own tokenizers: pip install lora-np[models]")
 
@@ -210,8 +213,8 @@ def test_first_and_last_tokens_where_the_file_says_so(write):
             "at most 16384 special",
         ),
         ({"merges": ["ab"]}, "tokenizer.ggml.merges: expected two parts"),
-        ({"merges": ["a z"]}, "not a tokenizer"),
-        ({"merges": ["a c"]}, "not a tokenizer"),
+        ({"merges": ["a z"]}, "tokenizer.ggml.merges: expected two parts that join to a token, got ('a', 'z')"),
+        ({"merges": ["a c"]}, "tokenizer.ggml.merges: expected two parts that join to a token, got ('a', 'c')"),
         ({"bos_token_id": 8}, "tokenizer.ggml.bos_token_id: expected a token's id below 8, got 8"),
         ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token: expected bool, got 1"),
     ],
@@ -287,7 +290,7 @@ def test_a_text_that_the_tokenizer_has_no_id_for(tmp_path):
     (tmp_path / "tokenizer.json").write_text(with_model(unk_token="gone"))
     ours = load_tokenizer(tmp_path)
     assert ours.encode("a b") == [0, 1]
-    with pytest.raises(ValueError, match="no id for a part of the text"):
+    with pytest.raises(ValueError, match="cannot encode this text"):
         ours.encode("a x")
 
 
@@ -364,3 +367,65 @@ print(seen + sorted(clients & sys.modules.keys()))
 """
     command = [sys.executable, "-c", script, tmp_path, write()]
     assert subprocess.check_output(command, text=True).splitlines()[1] == "[]"
+
+
+# --- What the package does, and we do not want ------------------------------------------------------------------------
+
+
+DROPS = {
+    "type": "BPE", "dropout": 0.5, "vocab": {"a": 0, "b": 1, "aa": 2, "aaaa": 3, "?": 4}, "merges": ["a a", "aa aa"],
+    "unk_token": "?",
+}  # fmt: skip
+
+
+def test_dropout_is_switched_off_aloud(tmp_path):
+    """With it the package gives one text many encodings."""
+    raw = WORDS | {"model": DROPS}
+    peer = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    assert len({tuple(peer.encode("a" * 40).ids) for _ in range(50)}) > 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.warns(UserWarning, match=r"tokenizer\.json: model\.dropout is 0\.5: switched off"):
+        ours = load_tokenizer(tmp_path)
+    assert {tuple(ours.encode("a" * 40)) for _ in range(50)} == {(3,) * 10}
+    for off in (None, 0.0):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(WORDS | {"model": DROPS | {"dropout": off}}))
+        assert load_tokenizer(tmp_path).encode("aa") == [2]
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_line_says_so_in_one_line(tmp_path, capsys):
+    pytest.importorskip("safetensors", reason="reads a folder: pip install lora-np[cli]")
+    write_gpt2(tmp_path / "base", replace(GPT2, vocab_size=5))
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(WORDS | {"model": DROPS}))
+    assert main(["generate", "--base", str(tmp_path / "base"), "--prompt", "ab", "-n", "1"]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "dropout" in line]
+    assert line.startswith("lora-np: ")
+    assert line.endswith("as encoding would be random")
+
+
+class Panicking:
+    """A tokenizer of the package that ends in an exception whatever it is asked."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def encode(self, *args, **options):
+        raise self.error
+
+    decode = encode
+
+
+def test_a_panic_is_one_line():
+    """Rust's panics are no Exceptions; a key that was pressed is none either, and goes on."""
+    panic = type("PanicException", (BaseException,), {})("index\nout of bounds")
+    ours = Tokenizer(3, backend=Panicking(panic))
+    for what, given_ in [(ours.encode, "a"), (ours.encode_words, ["a"]), (ours.decode, [0])]:
+        with pytest.raises(ValueError, match=r'(encode|decode): the tokenizer cannot .*: "index\\nout of bounds"$'):
+            what(given_)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer(3, backend=Panicking(KeyboardInterrupt())).encode("a")
+
+
+def test_a_tokens_length_in_gguf(write):
+    with pytest.raises(ValueError, match=r"x\.gguf: expected tokens of at most 1024 bytes, got one of 2000"):
+        load_tokenizer(write(tokens=[*TOKENS[:-1], "é" * 1000]))

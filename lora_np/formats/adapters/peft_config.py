@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ...adapter import TARGETS, LoRAConfig, adapted_shapes, target_of, trained_whole
 from ...model import Config
-from ..files.expressions import Expressions
+from ..files.expressions import Expression, fitting
 from ..files.plain import from_fields
 from ..files.safe import shown
 from ..models.names import family_of, module_names, saved_whole, short_names
@@ -44,6 +44,9 @@ STARTS = (True, False, "gaussian", "orthogonal")
 # PEFT adds these itself, for whichever of them the model has.
 AUTO_SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 ALL_LINEAR = "all-linear"
+# The keys that may hold regular expressions: one that fits full names, or patterns that fit their ends.
+MODULES, PATTERNS = ("target_modules", "exclude_modules"), ("rank_pattern", "alpha_pattern")
+Fits = Mapping[Expression, Collection[str]]
 SAME = 2**-50  # scales are equal that differ by no more than alpha / sqrt(r) may be off
 
 
@@ -215,7 +218,8 @@ def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoR
     there: a target or a pattern that no module fits is a ValueError.
     """
     adaptable = _adaptable(config)
-    selection = _selection(raw, config, adaptable, where)
+    fits = expressions_in(raw, READ, list(adaptable.values()), where)
+    selection = _selection(raw, config, adaptable, fits, where)
     # PEFT never adapts what it trains whole.
     heads = _names(raw, "modules_to_save", where)
     names = {
@@ -226,8 +230,8 @@ def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoR
     if not names:
         raise ValueError(f"{where}: target_modules: {raw.get('target_modules')!r:.60}: no module of this model fits")
     r, alpha = raw.get("r", READ["r"]), raw.get("lora_alpha", READ["lora_alpha"])
-    ranks = resolved(raw, "rank_pattern", names, r, where)
-    alphas = resolved(raw, "alpha_pattern", names, alpha, where)
+    ranks = resolved(raw, "rank_pattern", names, r, fits, where)
+    alphas = resolved(raw, "alpha_pattern", names, alpha, fits, where)
     fields = described(config, ranks, alphas, r, alpha) | {
         "dropout": raw.get("lora_dropout", READ["lora_dropout"]),
         "bias": raw.get("bias", READ["bias"]),
@@ -254,18 +258,34 @@ def described(
     }
 
 
-def _selection(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], where: str) -> Selection:
+def expressions_in(raw: Mapping[str, Any], keys: Collection[str], names: Sequence[str], where: str) -> Fits:
+    """The names that each regular expression under these keys fits."""
+    found = []
+    for key in keys:
+        value = raw.get(key)
+        if isinstance(value, str) and key in MODULES and value.lower() != ALL_LINEAR:
+            found.append(Expression(key, value))
+        if isinstance(value, dict) and key in PATTERNS:
+            found += [Expression(key, text, at_end=True) for text in value if not _is_dotted(text.removeprefix("^"))]
+    return fitting(found, names, where)
+
+
+def _selection(
+    raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], fits: Fits, where: str
+) -> Selection:
     """What is adapted; a regular expression becomes the full names that it fits."""
     layers, pattern = _layers(raw, where), _names(raw, "layers_pattern", where)
     targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
     if isinstance(excluded, str):
-        excluded = Expressions(f"{where}: exclude_modules").fitting(excluded, adaptable.values())
+        excluded = fits[Expression("exclude_modules", excluded)]
     else:
         excluded = _names(raw, "exclude_modules", where)
     if isinstance(targets, str):
         if layers is not None or raw.get("layers_pattern") is not None:
             raise ValueError(f"{where}: target_modules: a regular expression and layers_to_transform or layers_pattern")
-        return Selection(_fitting_targets(raw, config, adaptable, where), exclude_modules=excluded)
+        every = targets.lower() == ALL_LINEAR
+        taken = _all_linear(raw, config, adaptable) if every else fits[Expression("target_modules", targets)]
+        return Selection(taken, exclude_modules=excluded)
     targets = _names(raw, "target_modules", where)
     for name in targets:
         if not any(_ends_in(module, [name]) for module in adaptable.values()):
@@ -273,11 +293,8 @@ def _selection(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, s
     return Selection(targets, layers, pattern, excluded)
 
 
-def _fitting_targets(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], where: str) -> set[str]:
-    """The full names that target_modules means: by a regular expression, or all linears but the output."""
-    text = raw["target_modules"]
-    if text.lower() != ALL_LINEAR:
-        return Expressions(f"{where}: target_modules").fitting(text, adaptable.values())
+def _all_linear(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str]) -> set[str]:
+    """The full names of all linears but the output."""
     output = adaptable.get("head", "")
     # PEFT knows a language model's output, and a classifier's by its name, which RoBERTa's does not have.
     named = raw.get("task_type") == "SEQ_CLS" and output in AUTO_SAVED["SEQ_CLS"]
@@ -306,8 +323,13 @@ def _layers(raw: Mapping[str, Any], where: str) -> list[int] | None:
     return layers
 
 
-def resolved(raw: Mapping[str, Any], key: str, names: Mapping[str, str], default: Any, where: str) -> dict[str, Any]:
-    """The value of each module under a pattern: the first that fits, as in PEFT. Every pattern must fit one."""
+def resolved(
+    raw: Mapping[str, Any], key: str, names: Mapping[str, str], default: Any, fits: Fits, where: str
+) -> dict[str, Any]:
+    """The value of each module under a pattern: the first that fits, as in PEFT. Every pattern must fit one.
+
+    fits: the names, these and maybe others, that each expression among the patterns fits.
+    """
     patterns = raw.get(key) or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{where}: {key}: expected an object, got {type(patterns).__name__}")
@@ -316,22 +338,21 @@ def resolved(raw: Mapping[str, Any], key: str, names: Mapping[str, str], default
             raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got {number!r:.60}")
         if not abs(number) <= sys.float_info.max:
             raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got one that is too large")
-    expressions = Expressions(f"{where}: {key}")
-    fitting = {}
+    given = set(names.values())
+    taken = {}
     for pattern in patterns:
-        fitting[pattern] = _fitting(pattern, names.values(), expressions)
-        if not fitting[pattern]:
+        fitting_it = fits.get(Expression(key, pattern, at_end=True))
+        taken[pattern] = _ending(pattern, given) if fitting_it is None else given.intersection(fitting_it)
+        if not taken[pattern]:
             raise ValueError(f"{where}: {key}: {pattern!r:.60}: no adapted module fits")
     return {
-        ours: next((value for pattern, value in patterns.items() if theirs in fitting[pattern]), default)
+        ours: next((value for pattern, value in patterns.items() if theirs in taken[pattern]), default)
         for ours, theirs in names.items()
     }
 
 
-def _fitting(pattern: str, names: Collection[str], expressions: Expressions) -> set[str]:
-    """The names that a pattern fits, at their ends. A leading ^ asks for the full name."""
-    if not _is_dotted(pattern.removeprefix("^")):
-        return expressions.fitting(rf"(.*\.)?({pattern})$", names, whole=False)
+def _ending(pattern: str, names: Collection[str]) -> set[str]:
+    """The names that end in a pattern that is a name itself. A leading ^ asks for the full name."""
     return {name for name in names if (name == pattern[1:] if pattern[0] == "^" else _ends_in(name, [pattern]))}
 
 

@@ -16,7 +16,7 @@ from ...lora import singular_directions
 from ...model import Config
 from ..adapters.layout import PREFIX
 from ..adapters.peft import CONFIG, WEIGHTS
-from ..adapters.peft_config import READ, check_keys, resolved
+from ..adapters.peft_config import PATTERNS, READ, check_keys, expressions_in, resolved
 from ..files.plain import read_json
 from ..files.safe import TensorFile, open_tensors, refuse_pickle
 from ..models.names import module_names
@@ -77,8 +77,9 @@ def survey(path: str | os.PathLike[str]) -> Survey:
 def _scales(raw: dict[str, Any], names: list[str], where: str) -> dict[str, float]:
     """s of each module (L1)."""
     same = {name: name for name in names}
-    ranks = resolved(raw, "rank_pattern", same, raw.get("r", READ["r"]), where)
-    alphas = resolved(raw, "alpha_pattern", same, raw.get("lora_alpha", READ["lora_alpha"]), where)
+    fits = expressions_in(raw, PATTERNS, names, where)
+    ranks = resolved(raw, "rank_pattern", same, raw.get("r", READ["r"]), fits, where)
+    alphas = resolved(raw, "alpha_pattern", same, raw.get("lora_alpha", READ["lora_alpha"]), fits, where)
     power = 0.5 if raw.get("use_rslora") else 1.0
     return {name: alphas[name] / max(ranks[name], 1) ** power for name in names}
 

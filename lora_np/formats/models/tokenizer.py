@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from ..files.plain import read_json
+from ..files.safe import shown
 from .gguf_file import GGUFFile, open_gguf
+from .tokenizer_json import check_merges, check_tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 MAX_TOKENIZER_BYTES = 64 * 2**20
-MAX_TOKENS, MAX_MERGES, MAX_WHOLE = 2**19, 2**20, 2**14
+MAX_TOKENS, MAX_MERGES, MAX_WHOLE, MAX_TOKEN_BYTES = 2**19, 2**20, 2**14, 1024
+PIECE, SLACK = 256, 2**16  # characters whose normal form is measured at once; bytes that any text may have in it
 CONTROL, USER_DEFINED = 3, 4  # GGUF's types of tokens that are found in a text as they stand
 # How a text is cut into words, by GGUF's name: whether each digit is a word of its own. The rest is GPT-2's rule.
 PRE_TOKENIZERS = {"gpt-2": False, "default": False, "smollm": True, "starcoder": True}
@@ -29,6 +34,7 @@ class Tokenizer:
     bos, eos   the first and the last token of a text
     pad        what fills short texts up
     cls, sep   what BERT puts before a text, and behind it
+    allowed    how many times as long as a text its normal form may be; None: it never is
     """
 
     vocab_size: int
@@ -38,36 +44,51 @@ class Tokenizer:
     cls: int | None = None
     sep: int | None = None
     backend: Any = field(default=None, repr=False)  # a tokenizers.Tokenizer
+    allowed: float | None = field(default=None, repr=False)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of a text. special: with the tokens around it that the model was trained with (BERT: cls, sep).
 
         What reads like a special token in the text becomes one; bytes that there is no token for are left out (SmolLM2
         lacks a few). A TypeError if text is no str; a ValueError if it
-        holds half a surrogate pair.
+        holds half a surrogate pair, or if the tokenizer has no id for a part of it.
         """
+        return list(self._encoded(text, special).ids)
+
+    def _encoded(self, text: str, special: bool) -> Any:
+        """A tokenizers.Encoding. Errors as of `encode`."""
         if not isinstance(text, str):
             raise TypeError(f"encode: expected a str, got {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"encode: character {error.start} is half a surrogate pair") from None
-        try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
-        except Exception as error:  # the package's errors have no type of their own
-            raise ValueError(f"encode: the tokenizer has no id for a part of the text: {_line(error)}") from None
-        if max(ids, default=0) >= self.vocab_size:
-            raise ValueError(f"encode: the tokenizer puts an id around the text that it does not have: {max(ids)}")
-        return ids
+        with _refused("encode: the tokenizer cannot encode this text"):
+            self._check_growth(text)
+            encoded = self.backend.encode(text, add_special_tokens=special)
+        largest = max(encoded.ids, default=0)
+        if largest >= self.vocab_size:
+            raise ValueError(f"encode: the tokenizer puts an id around the text that it does not have: {largest}")
+        return encoded
+
+    def _check_growth(self, text: str) -> None:
+        """A ValueError if the text's normal form is much longer, measured in pieces."""
+        if self.allowed is None:
+            return
+        left = self.allowed * len(text.encode()) + SLACK
+        for at in range(0, len(text), PIECE):
+            left -= len(self.backend.normalizer.normalize_str(text[at : at + PIECE]).encode())
+            if left < 0:
+                raise ValueError("the text grows beyond all measure")
 
     def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int | None]]:
         """The ids of words, a space between them, and of which word each is, None: of none. Errors as of `encode`."""
-        ids = self.encode(" ".join(words))
-        spans = self.backend.encode(" ".join(words)).offsets  # of characters
+        encoded = self._encoded(" ".join(words), True)
+        spans = encoded.offsets  # of characters
         ends = np.cumsum([len(word) + 1 for word in words])  # a word's characters, and the space behind it
         # A token may begin with the space before it, so its last character says where it belongs.
         at = np.searchsorted(ends, [end - 1 for _, end in spans], side="right")
-        return ids, [int(n) if end > start else None for n, (start, end) in zip(at, spans, strict=True)]
+        return list(encoded.ids), [int(n) if end > start else None for n, (start, end) in zip(at, spans, strict=True)]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of ids (length,); special: with the special tokens among them. A ValueError names an unknown id."""
@@ -75,7 +96,8 @@ class Tokenizer:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"decode: expected ids of at least 0 and below {self.vocab_size}, got {i}")
-        text: str = self.backend.decode(ids, skip_special_tokens=not special)
+        with _refused("decode: the tokenizer cannot decode these ids"):
+            text: str = self.backend.decode(ids, skip_special_tokens=not special)
         return text
 
 
@@ -113,17 +135,30 @@ def _from_folder(folder: Path) -> Tokenizer:
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise ValueError(f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, got {path.stat().st_size}")
-    backend = _built(str(path), lambda tokenizers: tokenizers.Tokenizer.from_buffer(path.read_bytes()))
-    backend.no_padding()  # texts are cut and filled up in batches, not here
-    backend.no_truncation()
+    tokenizers = import_tokenizers()
+    with _refused(f"{path}: not a tokenizer"):
+        raw = json.loads(path.read_bytes())
+        allowed = check_tokenizer(raw, tokenizers)
+    raw |= {"padding": None, "truncation": None}  # texts are cut and filled up in batches, not here
+    if raw["model"].get("dropout"):
+        warnings.warn(
+            f"{path}: model.dropout is {raw['model']['dropout']!r:.20}: switched off, as encoding would be random",
+            stacklevel=3,
+        )
+        raw["model"]["dropout"] = None
+    # What was checked is what is read.
+    backend, ids = _built(str(path), lambda tokenizers: tokenizers.Tokenizer.from_str(json.dumps(raw)))
+    for token in backend.get_added_tokens_decoder().values():
+        if token.normalized and backend.normalizer and not backend.normalizer.normalize_str(token.content):
+            raise ValueError(f"{path}: added_tokens: nothing is left of {shown(repr(token.content))} when normalized")
     names: dict[str, Any] = {}
     for where in (folder / SPECIAL_MAP, folder / TOKENIZER_CONFIG):
         names |= read_json(where) if where.is_file() else {}
     special = {kind: _special_id(backend, names.get(f"{kind}_token")) for kind in ("bos", "eos", "pad", "cls", "sep")}
-    largest = max(backend.get_vocab().values(), default=-1)
+    largest = max(ids, default=-1)
     if largest >= MAX_TOKENS:
         raise ValueError(f"{path}: expected ids below {MAX_TOKENS}, got {largest}")
-    return Tokenizer(largest + 1, **special, backend=backend)
+    return Tokenizer(largest + 1, **special, backend=backend, allowed=allowed)
 
 
 def _special_id(backend: Any, name: Any) -> int | None:
@@ -155,9 +190,10 @@ def _from_gguf(file: GGUFFile, pre: str | None) -> Tokenizer:
     whole = sum(kind in (CONTROL, USER_DEFINED) for kind in types)
     if whole > MAX_WHOLE:
         raise ValueError(f"{file.path}: tokenizer.ggml.token_type: expected at most {MAX_WHOLE} special, got {whole}")
-    for merge in merges:
-        if len(merge) != 2:
-            raise ValueError(f"{file.path}: tokenizer.ggml.merges: expected two parts, got {merge!r:.100}")
+    try:
+        check_merges(merges, vocab)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: tokenizer.ggml.{error}") from None
     special = {
         kind: _gguf_id(file, f"tokenizer.ggml.{key}_token_id", len(tokens))
         for kind, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -179,7 +215,7 @@ def _from_gguf(file: GGUFFile, pre: str | None) -> Tokenizer:
             backend.post_processor = _around(tokenizers, tokens, *ends)
         return backend
 
-    return Tokenizer(len(tokens), **special, backend=_built(str(file.path), build))
+    return Tokenizer(len(tokens), **special, backend=_built(str(file.path), build)[0])
 
 
 def _gguf_id(file: GGUFFile, key: str, n: int) -> int | None:
@@ -201,15 +237,25 @@ def _around(tokenizers: Any, tokens: list[str], bos: int | None, eos: int | None
     )
 
 
-def _built(where: str, build: Any) -> Any:
-    """What `build` makes with the tokenizers package; its errors, which have no type of their own, as a ValueError."""
+def _built(where: str, build: Callable[[Any], Any]) -> tuple[Any, Collection[int]]:
+    """What `build` makes with the tokenizers package, and its ids; a ValueError if it cannot, or a token is long."""
     tokenizers = import_tokenizers()
+    with _refused(f"{where}: not a tokenizer"):
+        backend = build(tokenizers)
+        vocab = backend.get_vocab()
+        longest = max((len(token.encode()) for token in vocab), default=0)
+    if longest > MAX_TOKEN_BYTES:
+        raise ValueError(f"{where}: expected tokens of at most {MAX_TOKEN_BYTES} bytes, got one of {longest}")
+    return backend, vocab.values()
+
+
+@contextmanager
+def _refused(why: str) -> Iterator[None]:
+    """Errors of the tokenizers package, which have no type of their own, as a ValueError in one line."""
     try:
-        return build(tokenizers)
-    except Exception as error:
-        raise ValueError(f"{where}: not a tokenizer: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    """An error's message in one line."""
-    return json.dumps(str(error)[:200], ensure_ascii=False)
+        yield
+    except BaseException as error:
+        # Where Rust panics, that is no Exception, of a type that cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{why}: {json.dumps(str(error)[:200], ensure_ascii=False)}") from None
