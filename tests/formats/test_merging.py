@@ -19,6 +19,7 @@ from test_rounding import FORMATS, dtype_of, nearest
 
 import lora_np as ln
 from lora_np.formats.merged.merged_folder import merge_folder
+from lora_np.formats.models.shards import Stored
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 D, F = GPT2.d_model, GPT2.d_ff
@@ -321,18 +322,16 @@ def test_an_existing_folder_is_not_written_over(home):
 
 @pytest.mark.parametrize("at", [0, 1, 7])
 def test_a_merge_that_fails_in_the_middle_leaves_nothing(home, monkeypatch, at):
-    from lora_np.formats.merged import merging
-
-    read = merging.tensor_bytes
+    read = Stored.parts
     seen = []
 
-    def full(*args):
-        seen.append(args)
+    def full(stored):
+        seen.append(stored)
         if len(seen) > at:
             raise OSError("no space left on the device")
-        return read(*args)
+        return read(stored)
 
-    monkeypatch.setattr(merging, "tensor_bytes", full)
+    monkeypatch.setattr(Stored, "parts", full)
     with pytest.raises(OSError, match="no space"):
         merge(home)
     assert sorted(os.listdir(home)) == ["ad", "base"]
@@ -340,16 +339,16 @@ def test_a_merge_that_fails_in_the_middle_leaves_nothing(home, monkeypatch, at):
 
 SLOWLY = """
 import sys, time
-from lora_np.formats.merged import merging
 from lora_np.formats.merged.merged_folder import merge_folder
+from lora_np.formats.models.shards import Stored
 
-read = merging.tensor_bytes
+read = Stored.parts
 
-def slow(*args):
+def slow(stored):
     time.sleep(0.05)
-    return read(*args)
+    return read(stored)
 
-merging.tensor_bytes = slow
+Stored.parts = slow
 merge_folder(sys.argv[1], [sys.argv[2]], [1.0], sys.argv[3])
 """
 

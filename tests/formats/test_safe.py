@@ -175,8 +175,8 @@ def test_what_is_written_keeps_its_shape(path, shape):
     assert (read["y"] == array.T).all()
 
 
-def test_without_safetensors_the_error_says_what_to_install(path, monkeypatch):
-    raw_safetensors(path, {})
+def test_without_safetensors_files_are_read_and_the_error_says_what_writing_needs(path, monkeypatch):
+    raw_safetensors(path, GOOD, np.array([1, 2], "<f4").tobytes())
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -185,5 +185,6 @@ def test_without_safetensors_the_error_says_what_to_install(path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    assert read_all(path)["a"].tolist() == [1, 2]
     with pytest.raises(ImportError, match=r"pip install 'lora-np\[cli\]'"):
-        read_all(path)
+        write_tensors(path, {})

@@ -87,8 +87,8 @@ def _write_tensors(plan: Plan, new: Path) -> None:
     places: dict[str, str] = {}
     for path, targets in plan.files.items():
         header, by_key = plan.merged_header(path), {t.key: t for t in targets}
-        write_stream(new / path.name, header, (by_key[key].parts_bytes(plan.headers) for key in header.by_place))
-        sizes |= {t.key: t.size(plan.headers) for t in targets}
+        write_stream(new / path.name, header, (by_key[key].parts_bytes() for key in header.by_place))
+        sizes |= {t.key: t.size() for t in targets}
         places |= dict.fromkeys(by_key, path.name)
     if not plan.sharded:
         return

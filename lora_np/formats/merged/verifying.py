@@ -16,8 +16,6 @@ from ..adapters.about import KEY
 from ..adapters.peft import WEIGHTS as ADAPTER_WEIGHTS
 from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from ..files.safe import open_tensors
-from ..files.stream import read_header as read_stream_header
-from ..files.stream import tensor_bytes
 from ..models.base import Base
 from ..models.folder import CONFIG, MODEL_TYPE, read_header, read_own
 from ..models.huggingface import left_out, places, read_config, with_old_names
@@ -135,7 +133,7 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
             difference, its_sums = _difference(target, found[key], ulps)
             changed.append(difference)
             sums += its_sums
-        elif not _same(target, found[key], plan):
+        elif not _same(target, found[key]):
             altered.append(key)
     extra = sorted(key for key in found.keys() - seen if not _is_no_weight(key, header, plan.config))
     return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, config == plan.config)
@@ -223,15 +221,12 @@ def _is_no_weight(key: str, header: Mapping[str, object], config: Config) -> boo
     return model_type != MODEL_TYPE and left_out(model_type, config).fullmatch(key) is not None
 
 
-def _same(target: Target, stored: Stored, plan: Plan) -> bool:
+def _same(target: Target, stored: Stored) -> bool:
     """Whether a tensor that nothing changes is the base's: to the byte, or in another dtype rounded once."""
     source = target.source
     assert source is not None
     if stored.dtype == source.dtype:
-        header = read_stream_header(stored.path)
-        ours = tensor_bytes(source.path, plan.headers[source.path], source.name)
-        theirs = tensor_bytes(stored.path, header, stored.name)
-        return all(one == other for one, other in zip(ours, theirs, strict=True))
+        return all(one == other for one, other in zip(source.parts(), stored.parts(), strict=True))
     if source.dtype not in NAMES:
         return False
     dtype = numpy_dtype(stored.dtype)

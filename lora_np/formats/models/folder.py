@@ -106,7 +106,7 @@ def load_model(
     refuse_pickle(folder, WEIGHTS)
     with open_tensors(folder / WEIGHTS) as file:
         check_own(file, saved)
-        weights = {name: file.read(name) for name in saved.weight_shapes()}
+        weights = {name: file.read_finite(name) for name in saved.weight_shapes()}
     if weights_hash(weights) != expected_hash:
         raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
     config = with_head(saved, head, n_labels)
