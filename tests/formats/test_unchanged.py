@@ -247,7 +247,7 @@ def test_a_link_to_what_looks_like_blobs_and_lies_elsewhere(home):
     (home / "blobs").mkdir()
     (home / "blobs" / "x").write_text("a secret")
     (home / "base" / "vocab.json").symlink_to(home / "blobs" / "x")
-    with pytest.raises(ValueError, match="vocab.json: a link out"):
+    with pytest.raises(ValueError, match=r"vocab\.json: a link out"):
         merged_folder.merge_folder(home / "base", [home / "ad"], [1.0], home / "out")
 
 

@@ -35,6 +35,7 @@ class Difference(NamedTuple):
     max_ulps   the largest difference, in steps of the file's dtype
     beyond     elements that are further apart than is allowed
     wrong      of these, those that no order of summing in the file's own dtype explains either
+    not_finite elements that are NaN or infinite, there or in the sum
     scale      the multiple of the update that was added, by least squares; None: there is no update
     """
 
@@ -44,6 +45,7 @@ class Difference(NamedTuple):
     max_ulps: int
     beyond: int
     wrong: int
+    not_finite: int
     scale: float | None
 
     @property
@@ -52,7 +54,7 @@ class Difference(NamedTuple):
 
         Such a merge is known by the others: most of what differs lies within what is allowed.
         """
-        return self.wrong == 0 and 2 * self.beyond <= self.differing
+        return self.not_finite == self.wrong == 0 and 2 * self.beyond <= self.differing
 
 
 class Comparison(NamedTuple):
@@ -186,9 +188,10 @@ class _Sums(NamedTuple):
     @property
     def aligned(self) -> float:
         """cos^2 of the angle between M - W0 and dW, as a part of what rounding leaves of it in E."""
-        if not (self.added and self.due_update):
+        if not (self.added and self.due_update and self.finite):
             return float(self.added == 0)  # nothing was added: zero times the update
-        return self.added_update**2 / self.added / (self.due_update**2 / self.due)
+        ratio = self.added_update / self.due_update
+        return ratio * ratio / self.added * self.due
 
     @property
     def finite(self) -> bool:
@@ -237,11 +240,12 @@ def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, 
     """A merged tensor beside the sum, block by block, in the dtype of the folder's own file."""
     tensor = stored.read_raw()
     start = tensor if target.source is None else target.source.read_raw()
-    differing = beyond = wrong = furthest = 0
+    differing = beyond = wrong = not_finite = furthest = 0
     sums = _Sums()
     for rows in target.rows(tensor, start):
         total, merged = rows.sum(), np.ascontiguousarray(rows.place)
         due = rounded(total, merged.dtype)
+        not_finite += int(np.count_nonzero(~(np.isfinite(due) & np.isfinite(merged))))
         steps = ulps_apart(merged, due)
         far = steps > ulps
         furthest = max(furthest, int(steps.max(initial=0)))
@@ -251,7 +255,7 @@ def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, 
             wrong += int(np.count_nonzero(far & ~(abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows))))
         if rows.updates:
             sums += _sums(merged.astype(np.float64) - rows.W0, due.astype(np.float64) - rows.W0, total - rows.W0)
-    return Difference(stored.name, tensor.size, differing, furthest, beyond, wrong, sums.scale), sums
+    return Difference(stored.name, tensor.size, differing, furthest, beyond, wrong, not_finite, sums.scale), sums
 
 
 def _allowed(rows: Rows) -> Array:
