@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -82,7 +83,13 @@ def read(path: Path) -> Run:
     """A run from the file that --json wrote."""
     try:
         raw = json.loads(path.read_text())
-        return Run(raw["environment"], [Figure(*(row[name] for name in Figure._fields)) for row in raw["figures"]])
+        run = Run(raw["environment"], [Figure(*(row[name] for name in Figure._fields)) for row in raw["figures"]])
+        if not run.figures:
+            raise ValueError("it has no figures")
+        for figure in run.figures:
+            if not figure.values or not all(0 < value < math.inf for value in figure.values):
+                raise ValueError(f"{': '.join(figure.key)}: expected numbers above 0, got {figure.values!r:.60}")
+        return run
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected a file that `python -m bench ... --json` wrote: {error!r}") from error
 
@@ -139,11 +146,17 @@ def compare(before: Run, after: Run) -> list[Change]:
 
 
 def comparison(before: Run, after: Run) -> str:
-    """What changed, as text: environments first, then each figure, a star where the spreads are apart."""
+    """What changed, as text: environments first, then each figure, a star where the spreads are apart.
+
+    A ValueError if there is no figure that both have.
+    """
     names = dict.fromkeys((*before.environment, *after.environment))
     pairs = [(name, before.environment.get(name), after.environment.get(name)) for name in names]
     lines = [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
-    for change in compare(before, after):
+    changes = compare(before, after)
+    if not changes:
+        raise ValueError("nothing to compare: the two runs have no figure in common")
+    for change in changes:
         f, old = change.after, change.before
         what = f"{f.bench}: {f.case}: {f.what}"
         values = f"{shown(old.median, f.unit):>14} -> {shown(f.median, f.unit):>14}"

@@ -79,7 +79,10 @@ def _groups() -> list[Group]:
 
 
 def table(run: Run) -> str:
-    """The table in Markdown: a line for each pair of which both were measured; then the machine and the date."""
+    """The table in Markdown: a line for each pair of which both were measured; then the machine and the date.
+
+    A ValueError if there is none.
+    """
     lines = ["| work | here | beside | ratio (least to most) | aim |", "| --- | --- | --- | --- | --- |"]
     for group in _groups():
         label = group.work
@@ -88,6 +91,8 @@ def table(run: Run) -> str:
             if cells is not None:
                 lines.append(f"| {label} | {cells} | {aim} |")
                 label = ""
+    if len(lines) == 2:
+        raise ValueError("expected a run with some pair of the table's figures, got none")
     return "\n".join([*lines, "", machine(run)])
 
 

@@ -89,7 +89,8 @@ def generate(
     """T16: n tokens after each sequence: greedy at temperature 0, else drawn, from seed.
 
     tokens (N,T); shorter sequences are padded on the left, with mask (N,T) false there. -> (N, T + n), on the host, the
-    given tokens first. A ValueError if the model is no language model or T + n passes its longest sequence.
+    given tokens first. A ValueError if the model is no language model, T + n passes its longest sequence, or a logit is
+    no finite number.
     """
     config = model.config
     if config.head != "lm" or not config.causal:
@@ -110,6 +111,10 @@ def generate(
     new = result
     for _ in range(n):
         logits = asnumpy(next_logits(adapted, cache, new, mask))
+        if not np.isfinite(logits).all():
+            raise ValueError(
+                f"generate: logits are NaN or infinite: the weights, or the adapter's, overflow in {model.dtype}"
+            )
         new = choose(logits, rng, temperature=temperature, top_k=top_k, top_p=top_p)[:, None].astype(result.dtype)
         result = np.concatenate([result, new], axis=1)  # (N,S) -> (N,S+1)
         mask = None if mask is None else np.concatenate([mask, np.ones((N, 1), dtype=bool)], axis=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -108,11 +107,10 @@ def finetune(
             measured = None
             if r.step % job.every == 0 or r.step == job.settings.steps:
                 ranks.check_same(f"the parameters after step {r.step}", _digest(r.state.params))
-                measured = evaluate(*placed(model, adapter, r.state), data.held_out, ranks)
-                if not math.isfinite(measured.loss):
-                    raise TrainingError(
-                        f"step {r.step}: the held-out loss is {measured.loss}: the learning rate is too high"
-                    )
+                try:
+                    measured = evaluate(*placed(model, adapter, r.state), data.held_out, ranks)
+                except TrainingError as error:
+                    raise TrainingError(f"step {r.step}: {error}: the learning rate is too high") from None
                 curve.append(Point(r.step, *measured))
                 if ranks.is_first:
                     save_checkpoint(out / CHECKPOINT, r.state, {**about, "curve": curve})

@@ -84,6 +84,8 @@ def check(
     device = {name: xp.asarray(value) for name, value in inputs.items()}
     dy = xp.asarray(np.random.default_rng(seed).standard_normal(forward(**device).shape))
     got = backward(dy, **device)
+    if not got or got.keys() - device.keys():  # of nothing, every error would be small
+        raise ValueError(f"gradcheck.check: expected gradients of some of {' '.join(device)}, got {list(got)}")
 
     def error(name: str) -> float:
         def scalar(x: Array) -> Any:

@@ -80,7 +80,7 @@ class Report(NamedTuple):
 
 
 class TrainingError(ArithmeticError):
-    """Training met a loss or a gradient that is no finite number."""
+    """A loss or a gradient is no finite number."""
 
 
 def start(model: Model, adapter: Adapter | None) -> State:
@@ -170,7 +170,7 @@ class Score(NamedTuple):
 
 def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict], ranks: Ranks = ALONE) -> Score:
     """T15: what a model is worth on batches; no dropout. Each batch is run in a thread of its own, on one of the ranks;
-    the batches' sums are added in their order on each rank."""
+    the batches' sums are added in their order on each rank. A TrainingError if the loss is no finite number."""
 
     def one(given: BatchDict) -> tuple[float, int, int]:
         batch = check_batch(
@@ -186,4 +186,8 @@ def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]
     count = sum(counted for _, _, counted in scores)
     if count == 0:
         raise ValueError("evaluate: expected at least one batch")
-    return Score(sum(loss for loss, _, _ in scores) / count, sum(hits for _, hits, _ in scores) / count)
+    loss = sum(loss for loss, _, _ in scores) / count
+    if not math.isfinite(loss):
+        whose = "the base's weights" if adapter is None else "the base's weights, or the adapter's,"
+        raise TrainingError(f"the held-out loss is {loss}: {whose} overflow in {model.dtype}")
+    return Score(loss, sum(hits for _, hits, _ in scores) / count)

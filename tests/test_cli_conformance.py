@@ -55,7 +55,7 @@ def test_conform_says_yes(tmp_path, capsys, given):
     status, out, _ = run(capsys, "conform", results, *(["--vectors", VECTORS] if given else []))
     lines = out.splitlines()
     assert status == 0
-    assert lines[-1] == "conforms: yes"
+    assert lines[-1] == "conforms: yes, 19 of 155 cases"
     assert lines[-2].startswith("no results: A1 A2 L1 L2 L3 L5")
     assert [line.split()[:5] for line in lines[1:3]] == [["L4", "16", "16", "0", "0"], ["T10", "3", "3", "0", "0"]]
 
@@ -66,7 +66,7 @@ def test_conform_says_no_and_what_it_looks_like(tmp_path, capsys):
     assert status == 1
     assert "L4 bias: grad/A is " in out
     assert "looks like" not in out
-    assert out.splitlines()[-1] == "conforms: no"
+    assert out.splitlines()[-1] == "conforms: no, 18 of 155 cases"
     third = expected(tmp_path / "third", "L4", change=lambda name, a: a / 3 if name.endswith("bias/grad/A") else a)
     status, out, _ = run(capsys, "conform", third, "--vectors", VECTORS)
     assert "L4 looks like this mistake: dA lacks the scale s (1 of 1 failing cases)" in out
@@ -84,6 +84,39 @@ def test_what_is_missing_fails_where_all_is_asked_for(tmp_path, capsys):
     results = expected(tmp_path / "r", "T10")
     assert run(capsys, "conform", results)[0] == 0
     assert run(capsys, "conform", results, "--all")[0] == 1
+
+
+def test_what_is_not_read_is_named_and_no_case_of_an_id_is_no(tmp_path, capsys):
+    """Each gradient under another name: of none of L4's 16 cases is there all."""
+    results = expected(tmp_path / "r", "T10")
+    with open_tensors(VECTORS / "L4.safetensors") as file:
+        wanted = {name: file.read(name) for name in file.shapes if name.split("/")[1] in ("out", "grad")}
+    write_tensors(results / "L4.safetensors", {name.replace("/grad/", "/gradient/"): a for name, a in wanted.items()})
+    status, out, _ = run(capsys, "conform", results)
+    assert status == 1
+    assert "L4: no case of it is there whole, and right" in out
+    gradients = [name for name in wanted if "/grad/" in name]
+    first = sorted(name.replace("/grad/", "/gradient/") for name in gradients)[0]
+    (line,) = (line for line in out.splitlines() if line.startswith("L4: not read, as no case asks for it: "))
+    assert first in line
+    assert line.endswith(f"and {len(gradients) - 8} more")
+    assert out.splitlines()[-1] == "conforms: no, 3 of 155 cases"
+    result = json.loads(run(capsys, "conform", results, "--json")[1])
+    assert (result["holds"], result["right"], result["cases"]) == (False, 3, 155)
+    assert [(one["id"], one["holds"], len(one["not_read"])) for one in result["ids"]] == [
+        ("L4", False, len(gradients)), ("T10", True, 0)
+    ]  # fmt: skip
+
+
+def test_a_file_of_no_id_is_named(tmp_path, capsys):
+    results = expected(tmp_path / "r", "T10", "L4")
+    (results / "L4.safetensors").rename(results / "l-4.safetensors")
+    status, out, _ = run(capsys, "conform", results)
+    assert (status, "not read: l-4.safetensors: there is no such id" in out) == (0, True)
+    assert out.splitlines()[-1] == "conforms: yes, 3 of 155 cases"
+    (results / "T10.safetensors").unlink()
+    status, out, err = run(capsys, "conform", results)
+    assert (status, out, "there are no results: expected files like" in err) == (2, "", True)
 
 
 def test_a_folder_without_results_is_refused(tmp_path, capsys):

@@ -265,3 +265,10 @@ def test_the_table_keeps_its_bounds(monkeypatch):
     assert {row.what for row in rows} >= set(PRIMITIVES)
     assert len(rows) == len(PRIMITIVES) + 2 + 3
     assert all(row.error <= row.bound for row in rows)
+
+
+@pytest.mark.parametrize("names", [(), ("dx",), ("x", "y")])
+def test_gradients_of_nothing_or_of_no_input_are_refused(names):
+    """Of none at all, the largest error would be none."""
+    with pytest.raises(ValueError, match="expected gradients of some of x"):
+        gradcheck.check(lambda x: x, lambda dy, x: dict.fromkeys(names, dy), {"x": np.ones(3)})

@@ -15,7 +15,7 @@ from ..vectors.files import made, read_vectors, write_vectors
 from .base import AddCommand
 from .output import emit, table
 
-SHOWN = 8  # cases that are named
+SHOWN = 8  # cases, or tensors, that are named
 
 
 def run_vectors(args: argparse.Namespace) -> int:
@@ -42,24 +42,29 @@ def run_conform(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.results}: there are no results: expected files like L2.safetensors, with tensors "
                          "like bias/out/h")  # fmt: skip
     ids = [case.id for case in all_cases()] if theirs is None else [case.id for case, _ in theirs.cases]
+    unknown = sorted(there - set(ids))
     absent = [id for id in dict.fromkeys(ids) if id not in {one.id for one in run}]
-    incomplete = bool(absent) or any(one.missing for one in run)
-    holds = not any(one.failed for one in run) and not (args.all and incomplete)
-    lines = [*_lines(run, absent), f"conforms: {'yes' if holds else 'no'}"]
-    emit(args, {"holds": holds, "absent": absent, "ids": [_as_json(one) for one in run]}, "\n".join(lines))
+    right = sum(len(one.right) for one in run)
+    holds = all(one.holds for one in run) and not (args.all and right < len(ids))
+    lines = [*_lines(run), *(f"not read: {shown(id)}.safetensors: there is no such id" for id in unknown)]
+    lines += [f"no results: {' '.join(absent)}"] if absent else []
+    lines.append(f"conforms: {'yes' if holds else 'no'}, {right} of {len(ids)} cases")
+    result = {
+        "holds": holds, "right": right, "cases": len(ids), "absent": absent, "not_read": unknown,
+        "ids": [_as_json(one) for one in run],
+    }  # fmt: skip
+    emit(args, result, "\n".join(lines))
     return 0 if holds else 1
 
 
-def _lines(run: list[Verdict], absent: list[str]) -> list[str]:
-    """The table, what is wrong or missing, and the ids without a result."""
+def _lines(run: list[Verdict]) -> list[str]:
+    """The table, and what is wrong, missing or not read."""
     columns = ["id", "cases", "passed", "failed", "missing", "worst error / bound", "in"]
-    lines = [table([columns, *map(_row, run)]), *(line for one in run for line in _reasons(one))]
-    return [*lines, f"no results: {' '.join(absent)}"] if absent else lines
+    return [table([columns, *map(_row, run)]), *(line for one in run for line in _reasons(one))]
 
 
 def _row(one: Verdict) -> list[str]:
-    passed = sum(not found.failed and not found.missing for found in one.found)
-    counts = [len(one.found), passed, len(one.failed), len(one.missing)]
+    counts = [len(one.found), len(one.right), len(one.failed), len(one.missing)]
     where = f"{one.worst.case.name}/{one.worst.worst}" if one.worst.worst else "-"
     return [one.id, *map(str, counts), f"{one.worst.ratio:.2g}", where]
 
@@ -68,6 +73,11 @@ def _reasons(one: Verdict) -> list[str]:
     """What there is to say about an id that does not pass."""
     lines = [f"{one.id} {found.case.name}: {_reason(found)}" for found in one.found if found.failed or found.missing]
     lines = lines[:SHOWN] + ([f"{one.id}: and {len(lines) - SHOWN} cases more"] if len(lines) > SHOWN else [])
+    if not one.right:
+        lines.append(f"{one.id}: no case of it is there whole, and right")
+    if one.unread:
+        more = f" and {len(one.unread) - SHOWN} more" if len(one.unread) > SHOWN else ""
+        lines.append(f"{one.id}: not read, as no case asks for it: {' '.join(map(shown, one.unread[:SHOWN]))}{more}")
     if one.looks_like is not None:
         text, count = one.looks_like
         lines.append(f"{one.id} looks like this mistake: {text} ({count} of {len(one.failed)} failing cases)")
@@ -92,7 +102,10 @@ def _as_json(one: Verdict) -> dict[str, Any]:
         }
         for found in one.found
     ]  # fmt: skip
-    return {"id": one.id, "passed": one.passed, "looks_like": one.looks_like and one.looks_like[0], "cases": cases}
+    return {
+        "id": one.id, "holds": one.holds, "passed": one.passed, "looks_like": one.looks_like and one.looks_like[0],
+        "not_read": one.unread, "cases": cases,
+    }  # fmt: skip
 
 
 def add_commands(command: AddCommand) -> None:

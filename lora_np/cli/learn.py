@@ -153,6 +153,8 @@ def _unit(task: Task, tokenizer: Tokens) -> str:
 
 
 def run_eval(args: argparse.Namespace) -> int:
+    if args.windows < 1:
+        raise ValueError(f"--windows: expected 1 or more, got {args.windows}")
     task = None if args.adapter is None else load_task(args.adapter)
     task = _task(args) if task is None else task if args.window is None else replace(task, longest=args.window)
     with Bar() as bar:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..adapter import Adapter
-from ..backend import Array
+from ..backend import Array, asnumpy
 from ..effect import Effect, effect
 from ..formats.adapters.adapter import load_adapter
 from ..formats.adapters.pair import load_base_for
@@ -40,8 +41,8 @@ def run_verify(args: argparse.Namespace) -> int:
     has_hash, changes = records_base(args.adapter), is_trained(adapter, base)
     found = None if plan is None else compare(plan, args.merged, args.ulps)
     merged = load_model(args.merged, dtype=str(base.dtype)) if found is not None and found.loads else None
-    effects = _effects(base, adapter, merged, _tokens(args, base.config))
-    holds = changes and (found is None or found.holds)
+    effects, not_finite = _effects(base, adapter, merged, _tokens(args, base.config))
+    holds = changes and (found is None or found.holds) and not not_finite
     result: dict[str, Any] = {"holds": holds, "fits": True, "base_hash": has_hash, "trained": changes}
     seen = (
         "names, shapes and the recorded hash of the base"
@@ -53,8 +54,11 @@ def run_verify(args: argparse.Namespace) -> int:
         looks_like = explained(found, plan)
         result["merged"] = {**_as_json(found), "looks_like": looks_like}
         lines += _merged_lines(found, looks_like, args.ulps)
-    result["effect"] = {name: one._asdict() for name, one in effects.items()}
+    result |= {"effect": {name: one._asdict() for name, one in effects.items()}, "not_finite": not_finite}
     lines += [f"{name}: {_effect_line(one)}" for name, one in effects.items()]
+    lines += [
+        f"no verdict: outputs of {name} are NaN or infinite: they overflow in {base.dtype}" for name in not_finite
+    ]
     emit(args, result, "\n".join(lines))
     return 0 if holds else 1
 
@@ -86,6 +90,10 @@ def _merged_lines(found: Comparison, looks_like: str | None, ulps: int) -> list[
             "dtype can be"
         )
     for what, names in (
+        (
+            "with numbers that are NaN or infinite, there or in the sum",
+            [d.tensor for d in found.changed if d.not_finite],
+        ),
         ("not the base's, though the adapter does not touch them", found.altered),
         ("of another shape, or of a dtype that no weight has", found.misshapen),
         ("missing", found.missing),
@@ -102,13 +110,22 @@ def _merged_lines(found: Comparison, looks_like: str | None, ulps: int) -> list[
     return [f"merged: {verdict}", *lines]
 
 
-def _effects(base: Model, adapter: Adapter, merged: Model | None, tokens: Array) -> dict[str, Effect]:
-    """How far outputs move: from the base to the adapted model, and from that to the merged one, if it loads."""
-    before, after = forward(base, tokens), forward(base, tokens, adapter)
-    effects = {"effect of the adapter": effect(base.config, before, after)}
+def _effects(base: Model, adapter: Adapter, merged: Model | None, tokens: Array) -> tuple[dict[str, Effect], list[str]]:
+    """How far outputs move: from the base to the adapted model, and from that to the merged one, if it loads.
+
+    And whose outputs are not finite: nothing is concluded from those.
+    """
+    outputs = {"the base": forward(base, tokens), "the base with the adapter": forward(base, tokens, adapter)}
     if merged is not None:
-        effects["merged beside unmerged"] = effect(base.config, after, forward(merged, tokens))
-    return effects
+        outputs["the merged model"] = forward(merged, tokens)
+    finite = {name: asnumpy(y) for name, y in outputs.items() if np.isfinite(asnumpy(y)).all()}
+    pairs = zip(("effect of the adapter", "merged beside unmerged"), pairwise(outputs), strict=False)
+    effects = {
+        what: effect(base.config, finite[one], finite[other])
+        for what, (one, other) in pairs
+        if one in finite and other in finite
+    }
+    return effects, [name for name in outputs if name not in finite]
 
 
 def _tokens(args: argparse.Namespace, config: Config) -> Array:

@@ -42,10 +42,18 @@ class Found(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """One id: its cases, and what the failing ones look like: a known mistake, and how many of them it explains."""
+    """One id.
+
+    run         whether there is a file of its results
+    found       its cases
+    unread      the file's tensors that no case asks for: they may be misnamed
+    looks_like  what the failing cases look like: a known mistake, and how many of them it explains
+    """
 
     id: str
+    run: bool
     found: list[Found]
+    unread: list[str]
     looks_like: tuple[str, int] | None
 
     @property
@@ -59,14 +67,19 @@ class Verdict(NamedTuple):
         return [one for one in self.found if one.missing]
 
     @property
-    def run(self) -> bool:
-        """Whether there is a result at all."""
-        return not all(one.absent for one in self.found)
+    def right(self) -> list[Found]:
+        """The cases that are there whole, and right."""
+        return [one for one in self.found if not one.failed and not one.missing]
 
     @property
     def passed(self) -> bool:
         """Whether every case is there and right."""
-        return not self.failed and not self.missing
+        return len(self.right) == len(self.found)
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is wrong, and something right: of a file of which nothing is read, nothing is known."""
+        return bool(self.right) and not self.failed
 
     @property
     def worst(self) -> Found:
@@ -82,19 +95,26 @@ def compare(folder: Path, vectors: Vectors, *, name_mistakes: bool = True) -> li
     """
     verdicts = []
     for id in dict.fromkeys(case.id for case, _ in vectors.cases):
-        found = _found(folder / f"{id}.safetensors", [one for one in vectors.cases if one[0].id == id])
+        path = folder / f"{id}.safetensors"
+        cases = [one for one in vectors.cases if one[0].id == id]
+        found, unread = _found(path, cases)
         failing = [(one.case, one.got) for one in found if one.failed and one.got]
-        verdicts.append(Verdict(id, found, explained(failing) if name_mistakes and failing else None))
+        looks_like = explained(failing) if name_mistakes and failing else None
+        verdicts.append(Verdict(id, path.is_file(), found, unread, looks_like))
     return verdicts
 
 
-def _found(path: Path, cases: list[tuple[Case, Mapping[str, Answer]]]) -> list[Found]:
+def _found(path: Path, cases: list[tuple[Case, Mapping[str, Answer]]]) -> tuple[list[Found], list[str]]:
+    """The cases beside a file's tensors, and those of them that no case asks for."""
     if not path.is_file():
-        return [Found(case, {}, list(wanted), [], 0.0, "") for case, wanted in cases]
+        return [Found(case, {}, list(wanted), [], 0.0, "") for case, wanted in cases], []
     with open_tensors(path) as file:
         found = []
+        unread = dict.fromkeys(file.shapes)
         for case, wanted in cases:
             there = [name for name in wanted if f"{case.name}/{name}" in file.shapes]
+            for name in there:
+                del unread[f"{case.name}/{name}"]
             fitting = [name for name in there if file.shapes[f"{case.name}/{name}"] == wanted[name].shape]
             got = {name: read_tensor(file, f"{case.name}/{name}") for name in fitting}
             ratios = {name: error_ratio(a, *wanted[name]) for name, a in got.items()}
@@ -102,4 +122,4 @@ def _found(path: Path, cases: list[tuple[Case, Mapping[str, Answer]]]) -> list[F
             missing = [name for name in wanted if name not in there]
             misshapen = [name for name in there if name not in fitting]
             found.append(Found(case, got, missing, misshapen, ratios.get(worst, 0.0), worst))
-        return found
+        return found, list(unread)

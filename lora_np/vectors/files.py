@@ -115,7 +115,9 @@ def read_vectors(folder: Path) -> Vectors:
         raise ValueError(f"{path}: expected schema {SCHEMA}, got {shown(str(manifest.get('schema')))}")
     entries = manifest.get("cases")
     if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
-        raise ValueError(f"{path}: cases: expected a list of objects with id, name, operation, inputs and expected")
+        raise ValueError(
+            f"{path}: cases: expected a list of objects with id, name, operation, inputs and what is expected"
+        )
     cases: list[tuple[Case, Mapping[str, Answer]]] = []
     for id in dict.fromkeys(entry["id"] for entry in entries):
         with open_tensors(folder / f"{id}.safetensors") as file:
@@ -134,6 +136,7 @@ def _is_entry(entry: Any) -> bool:
     return (
         all(isinstance(word, str) for word in words)
         and all(isinstance(one, dict) for one in maps)
+        and bool(entry["expected"])  # a case that asks for nothing would pass whatever is there
         and re.fullmatch(r"[A-Z]\d{1,2}", entry["id"]) is not None
     )
 

@@ -38,3 +38,25 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     path.write_text('{"figures": [1]}')
     with pytest.raises(ValueError, match=r"other\.json: expected a file that"):
         figures.read(path)
+
+
+@pytest.mark.parametrize(
+    "figures_there",
+    [
+        "[]",
+        '[{"bench": "step", "case": "a", "what": "b", "unit": "s", "values": []}]',
+        '[{"bench": "step", "case": "a", "what": "b", "unit": "s", "values": [NaN]}]',
+        '[{"bench": "step", "case": "a", "what": "b", "unit": "s", "values": [1.0, 0.0]}]',
+        '[{"bench": "step", "case": "a", "what": "b", "unit": "s", "values": ["1"]}]',
+    ],
+)
+def test_a_run_that_measured_nothing_is_refused(tmp_path, figures_there):
+    path = tmp_path / "empty.json"
+    path.write_text(f'{{"environment": {{}}, "figures": {figures_there}}}')
+    with pytest.raises(ValueError, match=r"empty\.json: expected a file that"):
+        figures.read(path)
+
+
+def test_runs_with_no_figure_in_common_are_not_compared():
+    with pytest.raises(ValueError, match="nothing to compare"):
+        figures.comparison(a_run(one=[1.0]), a_run(other=[1.0]))

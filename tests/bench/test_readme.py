@@ -25,6 +25,9 @@ def test_the_table_is_written_between_its_marks(tmp_path):
     assert "2026-01-02" in text
     readme.write(path, run)
     assert path.read_text() == text  # the same again
+    with pytest.raises(ValueError, match="got none"):
+        readme.write(path, run._replace(figures=[ours]))
+    assert path.read_text() == text
     path.write_text("no marks")
     with pytest.raises(ValueError, match="README"):
         readme.write(path, run)

@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import safetensors
 from hostile import raw_safetensors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,6 +94,56 @@ def test_a_header_that_makes_no_sense(path, header):
     refusal(path)
 
 
+ODD = st.sampled_from([None, True, -1, 1.0, "a", [], {}, [1, 2], [0, -4], 2**64, 10**30])
+
+
+@st.composite
+def headers(draw):
+    """A header whose tensors lie one behind the other, and which may have an entry that is odd; and their bytes."""
+    header, end = {}, 0
+    for name in draw(st.lists(st.sampled_from(["a", "b", "é", "x\x1b[2K"]), unique=True, max_size=3)):
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        dtype, bits = draw(st.sampled_from([("F32", 32), ("BF16", 16), ("BOOL", 8), ("F8_E4M3", 8), ("F4", 4)]))
+        start, end = end, end + bits * int(np.prod(shape)) // 8
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    if header and draw(st.booleans()):
+        draw(st.sampled_from(list(header.values())))[draw(st.sampled_from(["dtype", "shape", "data_offsets"]))] = draw(
+            ODD
+        )
+    if draw(st.booleans()):
+        header["__metadata__"] = draw(st.sampled_from([{}, {"a": "b"}, {"a": 1}, [], None]))
+    return header, end + draw(st.sampled_from([0, 0, 0, 1, -1]))
+
+
+@given(headers())
+def test_headers_are_understood_as_safetensors_itself_does(tmp_path_factory, found):
+    header, size = found
+    path = tmp_path_factory.mktemp("header") / "x.safetensors"
+    raw_safetensors(path, header, bytes(max(0, size)))
+    try:
+        with safetensors.safe_open(path, framework="numpy") as theirs:
+            slices = {name: theirs.get_slice(name) for name in theirs.keys()}  # noqa: SIM118 (no mapping)
+            expected = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            metadata = theirs.metadata() or {}
+    except safetensors.SafetensorError:
+        refusal(path)
+        return
+    with open_tensors(path) as ours:
+        assert {name: (ours.dtypes[name], ours.shapes[name]) for name in ours.shapes} == expected
+        assert ours.metadata == metadata
+
+
+def test_a_key_that_stands_there_twice(path):
+    entry = json.dumps(GOOD["a"])
+    raw_safetensors(path, f'{{"a": {entry}, "a": {entry}}}'.encode(), bytes(8))
+    assert "twice" in refusal(path)
+
+
+def test_a_name_that_utf8_cannot_hold(path):
+    raw_safetensors(path, {"\ud800": GOOD["a"]}, bytes(8))
+    refusal(path).encode()
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("F16", 2), ("BF16", 2), ("I64", 8), ("U8", 1), ("BOOL", 1)])
 def test_a_dtype_that_is_not_supported(path, dtype, size):
     raw_safetensors(path, {"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * size]}}, bytes(2 * size))
@@ -175,8 +226,8 @@ def test_what_is_written_keeps_its_shape(path, shape):
     assert (read["y"] == array.T).all()
 
 
-def test_without_safetensors_the_error_says_what_to_install(path, monkeypatch):
-    raw_safetensors(path, {})
+def test_without_safetensors_files_are_read_and_the_error_says_what_writing_needs(path, monkeypatch):
+    raw_safetensors(path, GOOD, np.array([1, 2], "<f4").tobytes())
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -185,5 +236,6 @@ def test_without_safetensors_the_error_says_what_to_install(path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    assert read_all(path)["a"].tolist() == [1, 2]
     with pytest.raises(ImportError, match=r"pip install 'lora-np\[cli\]'"):
-        read_all(path)
+        write_tensors(path, {})

@@ -7,6 +7,7 @@ from our_vectors import of, ours
 pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
 
 from lora_np.formats.files.atomic import write_tensors
+from lora_np.formats.files.safe import open_tensors
 from lora_np.vectors.answers import computed
 from lora_np.vectors.conform import compare
 from lora_np.vectors.files import Vectors
@@ -84,7 +85,31 @@ def test_what_is_missing_is_said_and_is_not_wrong(tmp_path):
     assert [(found.missing, found.absent) for found in T5.missing] == [(["grad/x"], False)]
     assert not any(one.failed for one in (L2, L6, T5))
     assert (L2.run, L6.run) == (True, False)
-    assert not L2.passed
+    assert (L2.passed, L2.holds) == (False, True)
+
+
+MISNAMED = {
+    "a gradient of every case": lambda name: name.replace("/grad/", "/gradient/"),
+    "every output": lambda name: name.replace("/out/", "/output/"),
+    "every case": lambda name: f"case-{name}",
+    "all in capitals": str.upper,
+}
+
+
+@pytest.mark.parametrize("how", MISNAMED)
+def test_an_id_of_which_no_case_is_right_does_not_hold(tmp_path, how):
+    """Whether its tensors are missing or misnamed; what is not read is named."""
+    folder, rename = results(tmp_path / "r"), MISNAMED[how]
+    with open_tensors(folder / "T5.safetensors") as file:
+        tensors = {name: file.read(name) for name in file.shapes}
+    write_tensors(folder / "T5.safetensors", {rename(name): a for name, a in tensors.items()})
+    _, L6, T5 = compare(folder, FEW)
+    assert (T5.run, T5.right, T5.holds, T5.failed) == (True, [], False, [])
+    assert sorted(T5.unread) == sorted(rename(name) for name in tensors if rename(name) != name)
+    assert (L6.unread, L6.holds) == ([], True)
+    write_tensors(folder / "T5.safetensors", {name: a for name, a in tensors.items() if rename(name) == name})
+    T5 = compare(folder, FEW)[2]
+    assert (T5.run, T5.holds, T5.unread) == (True, False, [])
 
 
 def test_files_that_are_no_results_are_refused(tmp_path):

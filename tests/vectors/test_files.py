@@ -123,6 +123,7 @@ def test_an_existing_folder_is_refused(folder):
         (lambda m: m.update(cases={}), "cases: expected a list of objects"),
         (lambda m: m["cases"][0].pop("operation"), "cases: expected a list of objects"),
         (lambda m: m["cases"][0].update(id="../L1"), "cases: expected a list of objects"),
+        (lambda m: m["cases"][0].update(expected={}), "cases: expected a list of objects"),
         (lambda m: m["cases"][0].update(name="other"), "the tensor other/in/A is missing"),
         (lambda m: m["cases"][0]["scalars"].update(alpha=7), "not those that its digest was taken of"),
         (lambda m: m.update(digest="0"), "not those that its digest was taken of"),

@@ -15,6 +15,7 @@ from ..adapters.brought import label_names
 from ..files.atomic import new_folder
 from ..files.plain import read_json, write_json
 from ..files.stream import write_stream
+from ..files.unchanged import changed
 from ..models.base import LazyWeights
 from ..models.folder import CONFIG, own_header, weights_hash
 from ..models.huggingface import MODEL_TYPES
@@ -44,10 +45,15 @@ def merge_folder(
 ) -> Merged:
     """L5: writes the model of a base's folder and adapters' folders, W0 + sum_i w_i s_i B_i A_i, as a new folder.
 
-    No more is held than one tensor, read and mapped, and the adapters. Every other file, and every other tensor's
-    bytes, are the base's; config.json changes where the model is another (a head, untied tables). All is written
-    beside `out` and renamed at the end. A FileExistsError if there is anything at `out`; a ValueError or
-    FileNotFoundError, in one line, says what does not fit, and where.
+    No more is held than one tensor, as it is and in its parts, and the adapters. Every other file, and every other
+    tensor's bytes, are the base's; config.json changes where the model is another (a head, untied tables). All is
+    written beside `out` and renamed at the end. A FileExistsError if there is anything at `out`; a ValueError or
+    FileNotFoundError, in one line, says what does not fit, and where: a weight that is NaN or infinite too, and a file
+    that was changed after it was checked.
+
+    What is copied into the new folder is the base's own: a link's file is taken, weights' too, if it lies in the base's
+    folder, or is one of the hub's cache (snapshots/x/FILE -> blobs/y); a ValueError names a link that leads elsewhere,
+    and one to a folder.
     """
     target, folder, paths = Path(out), Path(base), [Path(adapter) for adapter in adapters]
     for other in (folder, *paths):
@@ -59,6 +65,8 @@ def merge_folder(
         read = {CONFIG, *(path.name for path in plan.files), *([INDEX] if plan.sharded else [])}
         left_out = [name for name in others if name not in read and re.fullmatch(OTHER_WEIGHTS, name)]
         for name in others:
+            if name not in left_out:
+                _check_link(folder, folder / name)
             if name not in read and name not in left_out:
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, new / name)
@@ -69,8 +77,11 @@ def merge_folder(
 
 
 def _other_files(folder: Path) -> Iterator[str]:
-    """The names of the folder's files, those in its subfolders too; a ValueError for what is neither of the two."""
-    for root, folders, files in os.walk(folder):
+    """The names of the folder's files, those in its subfolders too; a ValueError for what is neither of the two.
+
+    An OSError names a subfolder that cannot be read.
+    """
+    for root, folders, files in os.walk(folder, onerror=_raise):
         for name in [*folders, *files]:
             path = Path(root, name)
             if path.is_symlink() and path.is_dir():
@@ -81,20 +92,41 @@ def _other_files(folder: Path) -> Iterator[str]:
                 yield path.relative_to(folder).as_posix()
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """A ValueError if a file of the folder is a link that leads out of it, and not to the blobs of a hub's cache."""
+    own = folder.resolve()
+    blobs = [parent.parent / "blobs" for parent in own.parents if parent.name == "snapshots"]
+    found = path.resolve()
+    if not any(found.is_relative_to(allowed) for allowed in (own, *blobs)):
+        raise ValueError(f"{path}: a link out of the base's folder, to {found}: put the file itself there")
+
+
+def _copy_as_read(source: Path, target: Path, **read: Any) -> None:
+    """Copies a JSON file; a ValueError unless it still has the values that were read of it."""
+    shutil.copyfile(source, target)
+    found = read_json(target)
+    if any(found.get(key) != value for key, value in read.items()):
+        raise changed(source)
+
+
 def _write_tensors(plan: Plan, new: Path) -> None:
     """The merged files, and the index where their names are others."""
     sizes: dict[str, int] = {}
     places: dict[str, str] = {}
     for path, targets in plan.files.items():
         header, by_key = plan.merged_header(path), {t.key: t for t in targets}
-        write_stream(new / path.name, header, (by_key[key].parts_bytes(plan.headers) for key in header.by_place))
-        sizes |= {t.key: t.size(plan.headers) for t in targets}
+        write_stream(new / path.name, header, (by_key[key].parts_bytes() for key in header.by_place))
+        sizes |= {t.key: t.size() for t in targets}
         places |= dict.fromkeys(by_key, path.name)
     if not plan.sharded:
         return
     source = plan.base.folder / INDEX
     if places.keys() == plan.base.files.tensors.keys():
-        shutil.copyfile(source, new / INDEX)
+        _copy_as_read(source, new / INDEX, weight_map=places)
         return
     index = read_json(source)
     metadata = index.get("metadata")
@@ -112,7 +144,7 @@ def _write_config(plan: Plan, adapters: Sequence[Path], new: Path) -> None:
         return
     raw = merged_config(plan.base.raw, plan.base.files.saved, plan.config, _labels(plan.config, adapters))
     if raw == plan.base.raw:
-        shutil.copyfile(plan.base.folder / CONFIG, new / CONFIG)
+        _copy_as_read(plan.base.folder / CONFIG, new / CONFIG, **raw)
     else:
         write_json(new / CONFIG, raw)
 

@@ -20,7 +20,8 @@ from ...lora import Update, merge_matrix
 from ...model import Config
 from ..adapters.adapter import load_adapter
 from ..files.rounding import numpy_dtype, rounded
-from ..files.stream import METADATA, Header, new_header, read_header, tensor_bytes
+from ..files.safe import Header
+from ..files.stream import new_header
 from ..models.heads import taken
 from ..models.huggingface import Place
 from ..models.names import family_of
@@ -67,12 +68,12 @@ class Target:
         """The base's tensor whose bytes it is, if that is so."""
         return None if self.changes else self.source
 
-    def size(self, headers: Mapping[Path, Header]) -> int:
-        """How many bytes it has; `headers` are those of the base's files."""
+    def size(self) -> int:
+        """How many bytes it has."""
         if self.kept is None:
             return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
-        start, end = headers[self.kept.path].entries[self.kept.name]["data_offsets"]
-        return int(end - start)
+        entry = self.kept.file.header.tensors[self.kept.name]
+        return entry.end - entry.start
 
     def values(self) -> Array:
         """The merged tensor, in host memory."""
@@ -81,7 +82,8 @@ class Target:
         for rows in self.rows(result, result):
             rows.place[...] = rounded(rows.sum(), dtype)
         if not np.isfinite(result).all():
-            raise ValueError(f"{self.key}: a merged weight is NaN, infinite, or too large for {dtype}")
+            where = self.key if self.source is None else self.source
+            raise ValueError(f"{where}: a merged weight is NaN, infinite, or too large for {dtype}")
         return result
 
     def rows(self, tensor: Array, start: Array) -> Iterator[Rows]:
@@ -96,12 +98,15 @@ class Target:
             for rows in blocks(len(W), math.prod(W.shape[1:])):
                 yield Rows(W[rows], W0[rows].astype(np.float64), [u._replace(B=u.B[rows]) for u in factors])
 
-    def parts_bytes(self, headers: Mapping[Path, Header]) -> Iterator[bytes | memoryview]:
-        """Its bytes, a part at a time where they are the base's."""
+    def parts_bytes(self) -> Iterator[bytes | memoryview]:
+        """Its bytes, a part at a time where they are the base's; a ValueError if a weight is NaN or infinite."""
         if self.kept is None:
             yield np.ascontiguousarray(self.values()).reshape(-1).view(np.uint8).data
-        else:
-            yield from tensor_bytes(self.kept.path, headers[self.kept.path], self.kept.name)
+            return
+        for part in self.kept.parts():
+            if self.place is not None and not np.isfinite(np.frombuffer(part, numpy_dtype(self.dtype))).all():
+                raise ValueError(f"{self.kept}: holds NaN or infinite numbers")
+            yield part
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,11 +131,10 @@ class Plan:
     def merged_header(self, path: Path) -> Header:
         """The header of a merged file: the base's very bytes where the tensors' names, dtypes and shapes are."""
         header, targets = self.headers[path], self.files[path]
-        found = [(name, e["dtype"], tuple(e["shape"])) for name, e in header.tensors.items()]
+        found = [(name, entry.dtype, entry.shape) for name, entry in header.tensors.items()]
         if found == [(t.key, t.dtype, t.shape) for t in targets]:
             return header
-        tensors = {t.key: (t.dtype, t.shape, t.size(self.headers)) for t in targets}
-        return new_header(tensors, header.entries.get(METADATA))
+        return new_header({t.key: (t.dtype, t.shape, t.size()) for t in targets}, header.metadata)
 
 
 def plan_merge(base_path: Path, adapter_paths: Sequence[Path], weights: Sequence[float]) -> Plan:
@@ -142,7 +146,7 @@ def plan_merge(base_path: Path, adapter_paths: Sequence[Path], weights: Sequence
     adapters = [load_adapter(path, base) for path in adapter_paths]
     check_complete(base, adapters)
     config, changes = merge_plan(base.config, adapters, weights)
-    headers = {path: read_header(path) for path in dict.fromkeys(s.path for s in base.files.tensors.values())}
+    headers = {stored.path: stored.file.header for stored in base.files.tensors.values()}
     return Plan(base, adapters, config, headers, _targets(base, config, changes, headers))
 
 

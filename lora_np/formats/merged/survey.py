@@ -67,11 +67,20 @@ def survey(path: str | os.PathLike[str]) -> Survey:
         factors = {key for pair in pairs.values() for key in pair}
         for key in sorted(factors - file.shapes.keys()):
             raise ValueError(f"{file.path}: the tensor {key} is missing")
+        whole = sorted(key.removeprefix(PREFIX) for key in file.shapes.keys() - factors)
+        misnamed = [key for key in whole if "lora_" in key.lower()]
+        if misnamed or not pairs:
+            raise ValueError(f"{file.path}: expected lora_A and lora_B of each module, got {(misnamed or whole)[:1]}")
         scales = _scales(raw, list(pairs), str(folder / CONFIG))
         modules = [
             _module(name, _matrix(file, A), _matrix(file, B), scales[name], file) for name, (A, B) in pairs.items()
         ]
-        return Survey(raw, modules, sorted(key.removeprefix(PREFIX) for key in file.shapes.keys() - factors))
+        for module in modules:
+            if not math.isfinite(module.norm_update):
+                raise ValueError(
+                    f"{file.path}: {module.name}: the norm of s B A is too large, with s = {module.scale:g}"
+                )
+        return Survey(raw, modules, whole)
 
 
 def _scales(raw: dict[str, Any], names: list[str], where: str) -> dict[str, float]:
@@ -131,7 +140,8 @@ def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], mo
                 + (f"shape {module.n_out} x {module.n_in}, there it is {shapes[ours]}" if ours in shapes else "another")
             )
         weights = [_weight_of(config, part) for part in fused_parts(config, ours)]
-        norms.append(math.sqrt(sum(float(np.vdot(W, W)) for W in (_wide(opened.weights[name]) for name in weights))))
+        parts = [_scaled(_wide(opened.weights[name])) for name in weights]
+        norms.append(math.hypot(*(size * float(np.linalg.norm(W)) for size, W in parts)))
     return norms
 
 

@@ -16,8 +16,6 @@ from ..adapters.about import KEY
 from ..adapters.peft import WEIGHTS as ADAPTER_WEIGHTS
 from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from ..files.safe import open_tensors
-from ..files.stream import read_header as read_stream_header
-from ..files.stream import tensor_bytes
 from ..models.base import Base
 from ..models.folder import CONFIG, MODEL_TYPE, read_header, read_own
 from ..models.huggingface import left_out, places, read_config, with_old_names
@@ -37,6 +35,7 @@ class Difference(NamedTuple):
     max_ulps   the largest difference, in steps of the file's dtype
     beyond     elements that are further apart than is allowed
     wrong      of these, those that no order of summing in the file's own dtype explains either
+    not_finite elements that are NaN or infinite, there or in the sum
     scale      the multiple of the update that was added, by least squares; None: there is no update
     """
 
@@ -46,6 +45,7 @@ class Difference(NamedTuple):
     max_ulps: int
     beyond: int
     wrong: int
+    not_finite: int
     scale: float | None
 
     @property
@@ -54,7 +54,7 @@ class Difference(NamedTuple):
 
         Such a merge is known by the others: most of what differs lies within what is allowed.
         """
-        return self.wrong == 0 and 2 * self.beyond <= self.differing
+        return self.not_finite == self.wrong == 0 and 2 * self.beyond <= self.differing
 
 
 class Comparison(NamedTuple):
@@ -135,7 +135,7 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
             difference, its_sums = _difference(target, found[key], ulps)
             changed.append(difference)
             sums += its_sums
-        elif not _same(target, found[key], plan):
+        elif not _same(target, found[key]):
             altered.append(key)
     extra = sorted(key for key in found.keys() - seen if not _is_no_weight(key, header, plan.config))
     return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, config == plan.config)
@@ -188,9 +188,10 @@ class _Sums(NamedTuple):
     @property
     def aligned(self) -> float:
         """cos^2 of the angle between M - W0 and dW, as a part of what rounding leaves of it in E."""
-        if not (self.added and self.due_update):
+        if not (self.added and self.due_update and self.finite):
             return float(self.added == 0)  # nothing was added: zero times the update
-        return self.added_update**2 / self.added / (self.due_update**2 / self.due)
+        ratio = self.added_update / self.due_update
+        return ratio * ratio / self.added * self.due
 
     @property
     def finite(self) -> bool:
@@ -223,15 +224,12 @@ def _is_no_weight(key: str, header: Mapping[str, object], config: Config) -> boo
     return model_type != MODEL_TYPE and left_out(model_type, config).fullmatch(key) is not None
 
 
-def _same(target: Target, stored: Stored, plan: Plan) -> bool:
+def _same(target: Target, stored: Stored) -> bool:
     """Whether a tensor that nothing changes is the base's: to the byte, or in another dtype rounded once."""
     source = target.source
     assert source is not None
     if stored.dtype == source.dtype:
-        header = read_stream_header(stored.path)
-        ours = tensor_bytes(source.path, plan.headers[source.path], source.name)
-        theirs = tensor_bytes(stored.path, header, stored.name)
-        return all(one == other for one, other in zip(ours, theirs, strict=True))
+        return all(one == other for one, other in zip(source.parts(), stored.parts(), strict=True))
     if source.dtype not in NAMES:
         return False
     dtype = numpy_dtype(stored.dtype)
@@ -242,11 +240,12 @@ def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, 
     """A merged tensor beside the sum, block by block, in the dtype of the folder's own file."""
     tensor = stored.read_raw()
     start = tensor if target.source is None else target.source.read_raw()
-    differing = beyond = wrong = furthest = 0
+    differing = beyond = wrong = not_finite = furthest = 0
     sums = _Sums()
     for rows in target.rows(tensor, start):
         total, merged = rows.sum(), np.ascontiguousarray(rows.place)
         due = rounded(total, merged.dtype)
+        not_finite += int(np.count_nonzero(~(np.isfinite(due) & np.isfinite(merged))))
         steps = ulps_apart(merged, due)
         far = steps > ulps
         furthest = max(furthest, int(steps.max(initial=0)))
@@ -256,7 +255,7 @@ def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, 
             wrong += int(np.count_nonzero(far & ~(abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows))))
         if rows.updates:
             sums += _sums(merged.astype(np.float64) - rows.W0, due.astype(np.float64) - rows.W0, total - rows.W0)
-    return Difference(stored.name, tensor.size, differing, furthest, beyond, wrong, sums.scale), sums
+    return Difference(stored.name, tensor.size, differing, furthest, beyond, wrong, not_finite, sums.scale), sums
 
 
 def _allowed(rows: Rows) -> Array:

@@ -59,10 +59,14 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
     """Writes a model as a new folder, in its own dtype, bit for bit. `load_model` reads it.
 
     All is written beside it first and renamed at the end: an interrupted write leaves nothing at `path`. A
-    FileExistsError if there is anything at `path`; a TypeError if the weights are complex.
+    FileExistsError if there is anything at `path`; a TypeError if the weights are complex, a ValueError if one is NaN
+    or infinite.
     """
     if model.dtype.name not in ("float32", "float64"):
         raise TypeError(f"save_model: expected float32 or float64 weights, got {model.dtype}")
+    for name, value in model.weights.items():
+        if not np.isfinite(asnumpy(widened(value))).all():
+            raise ValueError(f"save_model: {name}: holds NaN or infinite numbers")
     with new_folder(Path(path)) as folder:
         write_tensors(folder / WEIGHTS, {name: asnumpy(widened(value)) for name, value in model.weights.items()})
         write_json(folder / CONFIG, own_header(model.config, model_hash(model)))
@@ -84,8 +88,8 @@ def load_model(
 ) -> Model:
     """Reads a folder that `save_model` wrote, one of Hugging Face's (GPT-2, BERT, RoBERTa, Llama), or a .gguf file.
 
-    Weights of our own are checked against the hash that was recorded; those of others must be finite, and all have a
-    place in the model.
+    All weights must be finite. Those of our own are checked against the hash that was recorded; those of others must
+    all have a place in the model.
     dtype: float32 or float64; None keeps the file's, float16 and bfloat16 widened to float32.
     head, n_labels: another head than the file's (lm, classify, tag, none; labels). Weights of the file that it has no
     use for are left out; those that the file lacks are init_weights' for `seed`, which must then be given.
@@ -106,7 +110,7 @@ def load_model(
     refuse_pickle(folder, WEIGHTS)
     with open_tensors(folder / WEIGHTS) as file:
         check_own(file, saved)
-        weights = {name: file.read(name) for name in saved.weight_shapes()}
+        weights = {name: file.read_finite(name) for name in saved.weight_shapes()}
     if weights_hash(weights) != expected_hash:
         raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
     config = with_head(saved, head, n_labels)

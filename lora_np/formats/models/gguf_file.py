@@ -7,19 +7,21 @@ is wrong with a file is one ValueError that names the file, and the key or tenso
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...backend import Array, DType
+from ..files.unchanged import changed, open_unchanged, stamp
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 MAX_HEADER_BYTES = 64 * 2**20
+AHEAD = 2**20  # bytes of it that are read at once
 MAX_TEXT_BYTES = 2**20
 MAX_ENTRIES = 2**16  # keys, and tensors
 MAX_STRINGS = 2**21  # in all arrays together
@@ -93,10 +95,10 @@ class GGUFFile:
     metadata: numbers, booleans and strings by key; arrays are `ValueList`, which `array` reads.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path = path
-        self._file, self._data = file, data
-        self._size = len(data)
+        self._file, self._data = file, bytearray()  # the file from its start on, as far as the header was read
+        self._size = stamp(file).size
         self._at = 0
         self._strings = 0
         self.metadata: dict[str, Any] = {}
@@ -175,9 +177,9 @@ class GGUFFile:
     # --- The header: one pass, each step checked against the end ---------------------------------------------------
 
     def _read_header(self) -> None:
-        if self._data[: len(MAGIC)] != MAGIC:
-            raise ValueError(f"{self.path}: not a GGUF file: it starts with {self._data[: len(MAGIC)]!r}")
         self._take(len(MAGIC), "the magic")
+        if self._data[: len(MAGIC)] != MAGIC:
+            raise ValueError(f"{self.path}: not a GGUF file: it starts with {bytes(self._data[: len(MAGIC)])!r}")
         version = self._number("I", "the version")
         if version not in VERSIONS:
             raise ValueError(f"{self.path}: GGUF version {version} is not supported; 2 and 3, little-endian, are")
@@ -211,6 +213,10 @@ class GGUFFile:
             )
         if self._at > MAX_HEADER_BYTES:
             raise ValueError(f"{self.path}: {what}: expected a header of at most {MAX_HEADER_BYTES} bytes")
+        if self._at > len(self._data):
+            self._data += self._file.read(max(AHEAD, self._at - len(self._data)))
+        if self._at > len(self._data):
+            raise changed(self.path)
         return start
 
     def _number(self, code: str, what: str) -> Any:
@@ -227,7 +233,7 @@ class GGUFFile:
         start = self._take(length, what)
         if length > MAX_TEXT_BYTES:
             raise ValueError(f"{self.path}: expected at most {MAX_TEXT_BYTES} bytes as {what}, got {length}")
-        return self._data[start : start + length]
+        return bytes(self._data[start : start + length])
 
     def _text(self, what: str) -> str:
         try:
@@ -257,10 +263,11 @@ class GGUFFile:
         self._strings += count
         if self._strings > min(MAX_STRINGS, self._size):
             raise ValueError(f"{self.path}: {what}: more strings than {min(MAX_STRINGS, self._size)}: {self._strings}")
-        start, read, last = self._at, struct.Struct("<Q").unpack_from, min(self._size, MAX_HEADER_BYTES) - 8
+        start, read = self._at, struct.Struct("<Q").unpack_from
         for _ in range(count):  # the one long loop
-            if self._at > last:
-                self._take(8, what)  # says that there is no room for another
+            if self._at + 8 > len(self._data):
+                self._take(8, what)  # reads on, or says that there is no room for another
+                self._at -= 8
             self._at += 8 + read(self._data, self._at)[0]
         self._take(0, what)
         return ValueList(kind, count, start)
@@ -280,13 +287,8 @@ class GGUFFile:
 @contextmanager
 def open_gguf(path: Path) -> Iterator[GGUFFile]:
     """A GGUF file, its header checked against its size before anything is made of it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path}: truncated: the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield GGUFFile(path, file, data)
+    with open_unchanged(path) as file:
+        yield GGUFFile(path, file)
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ...backend import Array
 from ..files.plain import read_json
-from ..files.safe import DTYPES, import_bfloat16, open_tensors, refuse_pickle, shown
+from ..files.safe import DTYPES, TensorFile, open_tensors, refuse_pickle, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN = r"[\w-][\w.-]{0,200}\.safetensors"  # a name that leads nowhere else
@@ -19,27 +19,35 @@ WIDENED = {**DTYPES, "F16": "float32", "BF16": "float32"}  # what we compute in
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and what the file's header says about it."""
+    """A tensor in a file, which is opened anew for each reading, and must be what it was."""
 
-    path: Path
+    file: TensorFile
     name: str
-    dtype: str
-    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def dtype(self) -> str:
+        return self.file.dtypes[self.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.shapes[self.name]
 
     def __str__(self) -> str:
         return f"{self.path}: {shown(self.name)}"
 
     def read_raw(self) -> Array:
-        """The tensor in its own dtype, in host memory.
-
-        The file is opened for it alone: pages of a mapped file count as memory in use until it is closed.
-        """
-        if self.dtype == "BF16":
-            import_bfloat16()
-        with open_tensors(self.path) as file:
-            if (file.dtypes.get(self.name), file.shapes.get(self.name)) != (self.dtype, self.shape):
-                raise ValueError(f"{self}: the file was changed while it was read")
+        """The tensor in its own dtype, in host memory."""
+        with self.file.again() as file:
             return file.read(self.name)
+
+    def parts(self) -> Iterator[bytes]:
+        """Its bytes, a part at a time."""
+        with self.file.again() as file:
+            yield from file.parts(self.name)
 
     def read(self, dtype: str) -> Array:
         """The tensor as float32 or float64, in host memory; a ValueError if a number is NaN, infinite or too large."""
@@ -76,7 +84,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 def _in_file(path: Path) -> dict[str, Stored]:
     with open_tensors(path) as file:
-        return {name: Stored(path, name, file.dtypes[name], shape) for name, shape in file.shapes.items()}
+        return {name: Stored(file, name) for name in file.shapes}
 
 
 def _index(path: Path) -> Mapping[str, str]:
