@@ -1,6 +1,7 @@
 """Files for the tests of formats: small models, raw safetensors written by hand, and what goes wrong with them."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,31 @@ def write_peft(folder, factors, *, r, alpha, **settings):
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     about = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": sorted(factors), **settings}
     (folder / "adapter_config.json").write_text(json.dumps(about))
+
+
+def many_tensors(n):
+    """The header of n tensors without a number in them."""
+    return {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(n)}
+
+
+def steps_of(function):
+    """How many lines of the package a call runs, however it ends: its time, but the same on every machine."""
+    count = 0
+
+    def trace(frame, event, _argument):
+        nonlocal count
+        count += event == "line"
+        return trace if "lora_np" in frame.f_code.co_filename else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except ValueError:
+        pass
+    finally:
+        sys.settrace(before)
+    return count
 
 
 def contents(folder):

@@ -178,9 +178,9 @@ def _targets(
     return files
 
 
-def _has(place: Place | None, usable: Collection[str]) -> bool:
+def _has(place: Place | None, usable: set[str]) -> bool:
     """Whether the base's tensor is of use in this place: not if it is another head's."""
-    return place is None or set(place.parts) <= set(usable)
+    return place is None or usable.issuperset(place.parts)
 
 
 def _makes(change: Change) -> bool:

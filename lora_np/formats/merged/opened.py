@@ -115,7 +115,8 @@ def _open_own(folder: Path, raw: Mapping[str, Any], *, head: str | None, n_label
     if found != expected_hash:
         raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
     config = with_head(saved, head, n_labels)
-    kept = {name: place for name, place in own_places(config).items() if name in set(taken(saved, config)) & own.keys()}
+    usable = set(taken(saved, config)) & own.keys()
+    kept = {name: place for name, place in own_places(config).items() if name in usable}
     return Files(saved, config, tensors, kept, own, {}, in_trunk=True)
 
 

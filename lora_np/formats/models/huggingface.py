@@ -21,7 +21,7 @@ from ...ops import widened
 from ...run import fused_parts
 from ..files.plain import from_fields
 from ..files.safe import shown
-from .base import Storage, held
+from .base import Storage, check_layers, held
 from .heads import completed, taken, with_head
 from .names import family_of, module_names, module_of
 from .shards import WIDENED, Stored, stored_tensors
@@ -186,8 +186,7 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
     where = str(folder / CONFIG)
     saved = read_config(raw, where)
     tensors = stored_tensors(folder)
-    if saved.n_layer > len(tensors):  # before a list of weights is made that no memory holds
-        raise ValueError(f"{where}: {saved.n_layer} layers, but the files have {len(tensors)} tensors")
+    check_layers(saved.n_layer, len(tensors), where)
     config = with_head(saved, head, n_labels)
     family = family_of(saved)
     if family_of(config) is not family:
