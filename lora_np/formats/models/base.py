@@ -50,7 +50,9 @@ class LazyWeights(Mapping[str, Array]):
 def check_layers(n_layer: int, n_tensors: int, where: str) -> None:
     """A ValueError if so few tensors cannot be so many layers: said before names are made that no memory holds."""
     if n_layer * LAYER_TENSORS > n_tensors:
-        raise ValueError(f"{where}: expected {LAYER_TENSORS} tensors at least of each of {n_layer} layers, got {n_tensors}")
+        raise ValueError(
+            f"{where}: expected {LAYER_TENSORS} tensors at least of each of {n_layer} layers, got {n_tensors}"
+        )
 
 
 def held(value: Array, storage: Storage | None, where: str) -> Array:
