@@ -25,7 +25,7 @@ def run_vectors(args: argparse.Namespace) -> int:
     ids = len({case.id for case, _ in vectors.cases})
     size = sum(path.stat().st_size for path in args.out.iterdir())
     result = {"out": str(args.out), "cases": len(vectors.cases), "ids": ids, "bytes": size, "digest": vectors.digest}
-    emit(args, result, "{out}: {cases} cases of {ids} ids, {bytes:,} bytes, digest {digest}".format(**result))
+    emit(args, result, ["{out}: {cases} cases of {ids} ids, {bytes:,} bytes, digest {digest}".format(**result)])
     return 0
 
 
@@ -46,14 +46,14 @@ def run_conform(args: argparse.Namespace) -> int:
     incomplete = bool(absent) or any(one.missing for one in run)
     holds = not any(one.failed for one in run) and not (args.all and incomplete)
     lines = [*_lines(run, absent), f"conforms: {'yes' if holds else 'no'}"]
-    emit(args, {"holds": holds, "absent": absent, "ids": [_as_json(one) for one in run]}, "\n".join(lines))
+    emit(args, {"holds": holds, "absent": absent, "ids": [_as_json(one) for one in run]}, lines)
     return 0 if holds else 1
 
 
 def _lines(run: list[Verdict], absent: list[str]) -> list[str]:
     """The table, what is wrong or missing, and the ids without a result."""
     columns = ["id", "cases", "passed", "failed", "missing", "worst error / bound", "in"]
-    lines = [table([columns, *map(_row, run)]), *(line for one in run for line in _reasons(one))]
+    lines = [*table([columns, *map(_row, run)]), *(line for one in run for line in _reasons(one))]
     return [*lines, f"no results: {' '.join(absent)}"] if absent else lines
 
 

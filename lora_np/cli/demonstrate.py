@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from .. import demo, plot
@@ -31,19 +30,17 @@ def run_demo(args: argparse.Namespace) -> int:
     checks = [f"  {'ok  ' if check.held else 'FAIL'}  {check.claim}: {check.seen}" for check in out.checks]
     texts = [f"  {name:6}  {out.samples[name]!r}" for name in ("prompt", "base", "LoRA")]
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in out.seconds.items())
-    text = "\n".join(
-        [
-            "Adapting a model of bytes from Python's language reference to the source of its standard library.",
-            "Loss in nats a byte, on text held out.", "", table(rows), "",
-            "A continuation of held-out source, with the base and with LoRA:", *texts, "",
-            "Checks:", *checks, "", f"Time: {times}.",
-        ]
-    )  # fmt: skip
+    lines = [
+        "Adapting a model of bytes from Python's language reference to the source of its standard library.",
+        "Loss in nats a byte, on text held out.", "", *table(rows), "",
+        "A continuation of held-out source, with the base and with LoRA:", *texts, "",
+        "Checks:", *checks, "", f"Time: {times}.",
+    ]  # fmt: skip
     result = {
         "losses": out.losses, "curves": out.curves, "seconds": out.seconds, "parameters": out.parameters,
         "bytes": out.bytes, "samples": out.samples, "checks": [check._asdict() for check in out.checks],
     }  # fmt: skip
-    emit(args, result, text)
+    emit(args, result, lines)
     return 0 if all(check.held for check in out.checks) else 1
 
 
@@ -60,7 +57,7 @@ def run_gradcheck(args: argparse.Namespace) -> int:
                 flush=True,
             )
     if args.json:
-        print(json.dumps([row._asdict() for row in rows], indent=2))
+        emit(args, [row._asdict() for row in rows], [])
     return 0 if all(row.error <= row.bound for row in rows) else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,7 @@ def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
     ]
     if ranks.size > 1:
         lines.append(f"{ranks.size} ranks, which got {done.bytes_a_step:,} bytes from each other in each step")
-    emit(args, result, "\n".join(lines))
+    emit(args, result, lines)
 
 
 def _check_ranks(args: argparse.Namespace, task: Task, ranks: Ranks) -> None:
@@ -170,7 +171,7 @@ def run_eval(args: argparse.Namespace) -> int:
     result = {"losses": {name: score.loss for name, score in scores.items()}}
     if task.name != "lm":
         result["accuracies"] = {name: score.accuracy for name, score in scores.items()}
-    emit(args, result, "\n".join(f"{name}: {_shown(task, score, unit)}" for name, score in scores.items()))
+    emit(args, result, [f"{name}: {_shown(task, score, unit)}" for name, score in scores.items()])
     return 0
 
 
@@ -190,7 +191,9 @@ def run_generate(args: argparse.Namespace) -> int:
     if tokenizer.eos in new:
         new = new[: new.index(tokenizer.eos)]
     text = args.prompt + tokenizer.decode(new)
-    emit(args, {"prompt": args.prompt, "text": text}, text)
+    emit(
+        args, {"prompt": args.prompt, "text": text}, text.split("\n"), longest=sys.maxsize
+    )  # JSON has it to the letter
     return 0
 
 

@@ -6,6 +6,7 @@ before its type and shape are known, and nothing is ever executed: pickle files 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from ...backend import Array
 
 MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
 DTYPES = {"F32": "float32", "F64": "float64"}
+FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -31,9 +33,19 @@ def import_safetensors() -> Any:
     return safetensors
 
 
-def shown(name: str) -> str:
-    """A name from a file, fit for one line of a message."""
-    return name[:200] if name[:200].isprintable() else ascii(name[:200])
+# What moves a terminal's cursor, ends a line, turns its direction, or is no character: control codes but the tab, line
+# and paragraph ends, embeddings and isolates of direction, halves of surrogate pairs.
+UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_SHOWN = 200
+
+
+def shown(text: str, most: int = MAX_SHOWN) -> str:
+    """A text that came from a file, fit to be a part of one line: escapes for what is unsafe, the middle left out.
+
+    most: how long it may be. What is shown already stays as it is.
+    """
+    text = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return text if len(text) <= most else f"{text[: most // 2 - 2]} ... {text[-(most - most // 2 - 3) :]}"
 
 
 def import_bfloat16() -> None:
@@ -71,7 +83,9 @@ class TensorFile:
                 raise ValueError(f"{self.path}: {name}: expected float32 or float64, got {self.dtypes[name]}")
 
     def read(self, name: str) -> Array:
-        """The tensor, in host memory. Check its name first."""
+        """The tensor, in host memory. Check its name and dtype first."""
+        if self.dtypes[name] == "BF16":
+            import_bfloat16()
         values: Array = self._handle.get_tensor(name)
         return values
 
@@ -81,7 +95,9 @@ class TensorFile:
         return self.read_finite(name).astype(dtype, copy=False)
 
     def read_finite(self, name: str) -> Array:
-        """The tensor; a ValueError if an element is NaN or infinite."""
+        """The tensor; a ValueError if its dtype is none of FLOATS, or an element is NaN or infinite."""
+        if self.dtypes[name] not in FLOATS:
+            raise ValueError(f"{self.path}: {name}: expected one of {' '.join(FLOATS)}, got {self.dtypes[name]}")
         values = self.read(name)
         if not np.isfinite(values).all():
             raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")

@@ -15,6 +15,7 @@ from ...backend import Array, asnumpy
 from ...lora import Adapter
 from ...model import Config, init_weights
 from ..adapters.brought import Brought, brought_by
+from ..files.named import named
 from ..files.safe import open_tensors
 from ..models.base import LazyWeights
 from ..models.folder import CONFIG, MODEL_TYPE, WEIGHTS, check_own, read_header, read_own, weights_hash
@@ -57,6 +58,7 @@ class Opened:
         return with_old_names(places(config, in_trunk=in_trunk), self.files.tensors)
 
 
+@named
 def open_base(path: str | os.PathLike[str], adapters: Sequence[Path] = ()) -> Opened:
     """Opens a folder that `load_model` reads, with its checks of names, shapes and hash; no weight is kept.
 

@@ -232,7 +232,7 @@ def _same(target: Target, stored: Stored, plan: Plan) -> bool:
         ours = tensor_bytes(source.path, plan.headers[source.path], source.name)
         theirs = tensor_bytes(stored.path, header, stored.name)
         return all(one == other for one, other in zip(ours, theirs, strict=True))
-    if source.dtype not in NAMES:
+    if source.dtype not in NAMES or stored.dtype not in NAMES:
         return False
     dtype = numpy_dtype(stored.dtype)
     return bool(np.array_equal(rounded(source.read_raw().astype(np.float64), dtype), stored.read_raw()))

@@ -14,6 +14,7 @@ from ...backend import Array, asnumpy
 from ...model import Config, Model
 from ...ops import widened
 from ..files.atomic import new_folder, write_tensors
+from ..files.named import named
 from ..files.plain import from_fields, read_json, to_fields, write_json
 from ..files.safe import TensorFile, open_tensors, refuse_pickle
 from .base import Base, Storage, check_layers, held
@@ -73,6 +74,7 @@ def own_header(config: Config, base_sha256: str) -> dict[str, Any]:
     return {"model_type": MODEL_TYPE, "format": FORMAT, "config": to_fields(config), "base_sha256": base_sha256}
 
 
+@named
 def load_model(
     path: str | os.PathLike[str],
     *,

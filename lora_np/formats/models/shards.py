@@ -11,7 +11,7 @@ import numpy as np
 
 from ...backend import Array
 from ..files.plain import read_json
-from ..files.safe import DTYPES, import_bfloat16, open_tensors, refuse_pickle, shown
+from ..files.safe import DTYPES, open_tensors, refuse_pickle, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN = r"[\w-][\w.-]{0,200}\.safetensors"  # a name that leads nowhere else
@@ -34,8 +34,6 @@ class Stored(NamedTuple):
 
         The file is opened for it alone: pages of a mapped file count as memory in use until it is closed.
         """
-        if self.dtype == "BF16":
-            import_bfloat16()
         with open_tensors(self.path) as file:
             if (file.dtypes.get(self.name), file.shapes.get(self.name)) != (self.dtype, self.shape):
                 raise ValueError(f"{self}: the file was changed while it was read")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files.named import named
 from ..files.plain import read_json
 from .gguf_file import GGUFFile, open_gguf
 
@@ -88,6 +89,7 @@ def import_tokenizers() -> Any:
     return tokenizers
 
 
+@named
 def load_tokenizer(path: str | os.PathLike[str], *, pre: str | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face folder (its tokenizer.json), or of a .gguf file (its metadata).
 
