@@ -163,9 +163,16 @@ def _plain(value: Any) -> Any:
 
 
 def _resume(path: Path, adapter: Adapter, about: dict[str, Any]) -> tuple[State, Curve]:
-    """The state and the scores of a checkpoint; a ValueError names what differs from this job."""
+    """The state and the scores of a checkpoint; a ValueError names what differs from this job, or makes no sense."""
     state, found = load_checkpoint(path, adapter.params)
     for name, value in about.items():
         if found.get(name) != value:
-            raise ValueError(f"{path}: {name} differs: the checkpoint has {found.get(name)}, this job {value}")
-    return state, [Point(int(step), float(loss), float(accuracy)) for step, loss, accuracy in found["curve"]]
+            raise ValueError(f"{path}: {name} differs: the checkpoint has {found.get(name)!s:.400}, this job {value}")
+    try:
+        curve = [Point(*map(float, point)) for point in found["curve"]]  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: curve: expected [step, loss, accuracy] of each evaluation") from None
+    steps = about["settings"]["steps"]
+    if not curve or not curve[-1].step == state.step <= steps:
+        raise ValueError(f"{path}: step {state.step!r:.60}: expected the last of its curve, and of {steps} at most")
+    return state, [point._replace(step=int(point.step)) for point in curve]

@@ -38,6 +38,17 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_seed(parser: argparse.ArgumentParser, of: str) -> None:
+    """The argument --seed; of: what is drawn from it."""
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help=f"of {of} (default: %(default)s)")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return int(text)
+
+
 def base_path(args: argparse.Namespace, bar: Bar) -> Path:
     """--base, or the folder of the embedded base, which is made first if need be."""
     if args.base is not None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .. import demo, plot
-from .base import AddCommand, shown_on
+from .base import AddCommand, add_seed, shown_on
 from .output import Bar, emit, table
 
 
@@ -68,4 +68,4 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curves")
 
     p = command("gradcheck", run_gradcheck, "every derivative against complex steps: its worst error")
-    p.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
+    add_seed(p, "the inputs")

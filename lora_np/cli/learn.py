@@ -22,7 +22,7 @@ from ..model import Model
 from ..parallel import default_shards
 from ..ranks import Ranks, world
 from ..train import Score, Settings, evaluate
-from .base import AddCommand, adapted, add_base, add_storage, base_path, tokenizer_of
+from .base import AddCommand, adapted, add_base, add_seed, add_storage, base_path, tokenizer_of
 from .output import Bar, emit, one_end
 
 EPOCHS, STEPS, EVERY = 3, 200, 50  # defaults: of examples; of windows of a plain text
@@ -249,7 +249,7 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument(
         "--every", type=int, help=f"steps between evaluations, each with a checkpoint (default: an epoch, or {EVERY})"
     )
-    p.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    add_seed(p, "everything random")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curve")
 
@@ -272,4 +272,4 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: %(default)s)")
     p.add_argument("--top-k", type=int, help="draw from the k likeliest")
     p.add_argument("--top-p", type=float, help="draw from the likeliest that together reach p")
-    p.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    add_seed(p, "the draws")

@@ -29,8 +29,8 @@ def test_norms_of_numbers_whose_squares_overflow_or_vanish(folder, size):
 
 def test_a_scale_that_no_float_holds(folder):
     edit_json(folder / CONFIG, lora_alpha=10**400)
-    with pytest.raises(ValueError, match="lora_alpha.: .*no float holds"):
+    with pytest.raises(ValueError, match="no float holds"):
         survey(folder)
     (folder / CONFIG).write_text((folder / CONFIG).read_text().replace(str(10**400), "1e999"))
-    with pytest.raises(ValueError, match="lora_alpha.: .*no float holds"):
+    with pytest.raises(ValueError, match="no float holds"):
         survey(folder)

@@ -6,7 +6,6 @@ Every key is in one of the tables below. A key that is not, or one that asks for
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -316,8 +315,6 @@ def resolved(raw: Mapping[str, Any], key: str, names: Mapping[str, str], default
     for what, number in [(key.replace("pattern", "default"), default), *patterns.items()]:
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got {number!r:.60}")
-        if not abs(number) <= sys.float_info.max:
-            raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got one that is too large")
     expressions = Expressions(f"{where}: {key}")
     fitting = {}
     for pattern in patterns:

@@ -70,11 +70,14 @@ class ArrayFile:
         return text[self.members[HEADER].start :]
 
     def read(self, name: str) -> Array:
-        """An array, in host memory."""
+        """An array, in host memory; a ValueError if an element is NaN or infinite."""
         member = self.members[name]
         with self._archive.open(f"{name}.npy") as file:
             data = file.read()
-        return np.frombuffer(data, dtype=member.dtype, offset=member.start).reshape(member.shape).copy()
+        values = np.frombuffer(data, dtype=member.dtype, offset=member.start).reshape(member.shape).copy()
+        if not np.isfinite(values).all():
+            raise ValueError(f"{self._path}: {name}: holds NaN or infinite numbers")
+        return values
 
 
 @contextmanager

@@ -7,7 +7,6 @@ one that must have the value with which it changes nothing. Each tensor of the f
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -271,17 +270,12 @@ def _value(raw: Mapping[str, Any], name: str, key: Key, where: str) -> Any:
     if value is NEEDED:
         raise ValueError(f"{where}: {name} is missing")
     kinds = (int, float) if key.kind is float else (key.kind,)
-    if type(value) not in kinds or (key.kind is float and not _is_positive(value)):
+    if type(value) not in kinds or (key.kind is float and value <= 0):
         raise ValueError(f"{where}: {name}: expected {_KINDS[key.kind]}, got {value!r:.60}")
     return value
 
 
 _KINDS = {int: "an integer", float: "a number above 0", str: "a name", bool: "true or false"}
-
-
-def _is_positive(value: float) -> bool:
-    """Whether a number is above 0 and a float holds it: JSON's 1e999 is infinite, and its integers have no end."""
-    return 0 < value <= sys.float_info.max
 
 
 def _head(raw: Mapping[str, Any], kind: ModelType, where: str) -> str:
@@ -320,7 +314,7 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> float:
             elif (name, inner) not in [("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)]:
                 raise ValueError(f"{where}: {key}: {shown(name)} = {inner!r:.60} is not supported")
     for name, value in found.items():
-        if type(value) not in (int, float) or not _is_positive(value):
+        if type(value) not in (int, float) or value <= 0:
             raise ValueError(f"{where}: {name}: expected a number above 0, got {value!r:.60}")
     if len(set(found.values())) > 1:
         raise ValueError(f"{where}: {' and '.join(found)} differ: {' '.join(map(repr, found.values()))}")
