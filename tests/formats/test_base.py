@@ -8,6 +8,7 @@ import pytest
 from hostile import GPT2, LLAMA, OWN, many_tensors, raw_safetensors, steps_of
 
 import lora_np as ln
+from lora_np.formats.adapters.peft_config import read_config
 
 # Each one's own keys for the number of layers; heads and widths of 1.
 CONFIGS = {
@@ -95,4 +96,27 @@ def test_an_adapter_of_many_layers_takes_as_long_as_its_file_is(tmp_path, config
 
     few, many = steps(10), steps(40)
     assert few > 100
+    assert many < 4.5 * few
+
+
+def test_a_configuration_of_many_names_takes_as_long_as_it_is():
+    """PEFT's: every module as a target and under patterns of its own, every layer by its number."""
+
+    def steps(n):
+        config = replace(LLAMA, n_layer=n)
+        names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(n) for part in "qv"]
+        patterns = {name: 1 + i % 3 for i, name in enumerate(names)}
+        raw = {
+            "peft_type": "LORA", "r": 1, "target_modules": names, "layers_to_transform": list(range(n)),
+            "rank_pattern": patterns, "alpha_pattern": {f"^{name}": value for name, value in patterns.items()},
+            "layers_pattern": ["layers", *map(str, range(n))], "exclude_modules": [f"layers.{i}.mlp" for i in range(n)],
+        }  # fmt: skip
+        lora_config, matrices = read_config(raw, config, "x")
+        assert len(matrices) == 2 * n
+        assert [lora_config.rank(name) for name in matrices] == list(patterns.values())
+        assert [lora_config.scale(name) for name in matrices] == [1.0] * (2 * n)
+        return steps_of(lambda: read_config(raw, config, "x"))
+
+    few, many = steps(20), steps(80)
+    assert few > 20
     assert many < 4.5 * few

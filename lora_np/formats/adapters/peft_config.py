@@ -75,8 +75,14 @@ class Selection(NamedTuple):
         return None
 
 
+def _endings(name: str) -> list[str]:
+    """What a dotted name ends in: itself, and what stands behind each of its dots."""
+    return [name[at:] for at in (0, *(i for i, c in enumerate(name, 1) if c == "."))]
+
+
 def _ends_in(name: str, endings: Collection[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+    """Whether a name is one of these or ends in one behind a dot; many of them come as a set, or a dict."""
+    return any(ending in endings for ending in _endings(name))
 
 
 # --- Writing -------------------------------------------------------------------------------------------------------
@@ -110,7 +116,7 @@ def write_config(config: Config, lora_config: LoRAConfig, matrices: Collection[s
         "use_rslora": rslora,
         "rank_pattern": _patterns(ranks, r, full, short),
         "alpha_pattern": _patterns(alphas, alpha, full, short),
-        **{key: value or None for key, value in _select(config, groups)._asdict().items()},
+        **{key: list(value) if value else None for key, value in _select(config, groups)._asdict().items()},
         "modules_to_save": list(dict.fromkeys(heads)) or None,
         "init_lora_weights": True if lora_config.init == "uniform" else "gaussian",
         "fan_in_fan_out": family_of(config).fan_in_fan_out,
@@ -161,7 +167,7 @@ def _select(config: Config, groups: Collection[str]) -> Selection:
     full, short = module_names(config), short_names(config)
     wanted = {full[name] for name in groups}
     endings = list(dict.fromkeys(short[name] for name in groups))
-    layers = sorted({int(name.split(".")[1]) for name in groups if name.startswith("layers.")})
+    layers = dict.fromkeys(sorted({int(name.split(".")[1]) for name in groups if name.startswith("layers.")}))
     lists = [full[name].split(".")[0] for name in groups if name.startswith("layers.")]
     for selection in (Selection(endings), Selection(endings, layers), Selection(endings, layers, lists[:1])):
         if {name for name in _adaptable(config).values() if selection.takes(name)} == wanted:
@@ -267,11 +273,12 @@ def _selection(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, s
         if layers is not None or raw.get("layers_pattern") is not None:
             raise ValueError(f"{where}: target_modules: a regular expression and layers_to_transform or layers_pattern")
         return Selection(_fitting_targets(raw, config, adaptable, where), exclude_modules=excluded)
-    targets = _names(raw, "target_modules", where)
+    targets = dict.fromkeys(_names(raw, "target_modules", where))
+    known = {ending for module in adaptable.values() for ending in _endings(module)}
     for name in targets:
-        if not any(_ends_in(module, [name]) for module in adaptable.values()):
+        if name not in known:
             raise ValueError(f"{where}: target_modules: {name!r:.60}: this model has no such module to adapt")
-    return Selection(targets, layers, pattern, excluded)
+    return Selection(targets, None if layers is None else set(layers), set(pattern), set(excluded))
 
 
 def _fitting_targets(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], where: str) -> set[str]:
@@ -316,22 +323,20 @@ def resolved(raw: Mapping[str, Any], key: str, names: Mapping[str, str], default
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got {number!r:.60}")
     expressions = Expressions(f"{where}: {key}")
-    fitting = {}
-    for pattern in patterns:
-        fitting[pattern] = _fitting(pattern, names.values(), expressions)
-        if not fitting[pattern]:
+    ending_in: dict[str, set[str]] = {pattern: set() for pattern in patterns}
+    for name in names.values():
+        for ending in (f"^{name}", *_endings(name)):  # a leading ^ asks for the full name
+            if ending in patterns:
+                ending_in[ending].add(name)
+    values: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        fitting = ending_in[pattern]
+        if not _is_dotted(pattern.removeprefix("^")):
+            fitting = expressions.fitting(rf"(.*\.)?({pattern})$", names.values(), whole=False)
+        if not fitting:
             raise ValueError(f"{where}: {key}: {pattern!r:.60}: no adapted module fits")
-    return {
-        ours: next((value for pattern, value in patterns.items() if theirs in fitting[pattern]), default)
-        for ours, theirs in names.items()
-    }
-
-
-def _fitting(pattern: str, names: Collection[str], expressions: Expressions) -> set[str]:
-    """The names that a pattern fits, at their ends. A leading ^ asks for the full name."""
-    if not _is_dotted(pattern.removeprefix("^")):
-        return expressions.fitting(rf"(.*\.)?({pattern})$", names, whole=False)
-    return {name for name in names if (name == pattern[1:] if pattern[0] == "^" else _ends_in(name, [pattern]))}
+        values |= {name: value for name in fitting if name not in values}
+    return {ours: values.get(theirs, default) for ours, theirs in names.items()}
 
 
 def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str], where: str) -> bool:
