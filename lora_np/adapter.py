@@ -156,13 +156,9 @@ def fused_parts(config: Config, name: str) -> dict[str, slice]:
     """The matrices that one adapted name stands for, and the rows of B that each takes: qkv gives q, k and v."""
     if target_of(name) != "qkv":
         return {name: slice(None)}
-    layer = name.removesuffix("qkv")
-    shapes = config.matrix_shapes()
-    parts, start = {}, 0
-    for matrix in (f"{layer}q", f"{layer}k", f"{layer}v"):
-        parts[matrix] = slice(start, start + shapes[matrix][0])
-        start += shapes[matrix][0]
-    return parts
+    layer, kv = name.removesuffix("qkv"), config.kv_heads * config.head_width
+    ends = (0, config.d_model, config.d_model + kv, config.d_model + 2 * kv)
+    return {f"{layer}{part}": slice(*ends[i : i + 2]) for i, part in enumerate("qkv")}
 
 
 def fuse_grads(config: Config, adapter: Adapter, grads: dict[str, Array]) -> dict[str, Array]:

@@ -11,6 +11,7 @@ import numpy as np
 from .backend import Array, asnumpy, xp
 from .formats.files.arrays import HEADER, ArrayFile, open_arrays
 from .formats.files.atomic import replaced_files
+from .formats.files.named import named
 from .formats.files.plain import parse_json, to_json
 from .formats.files.safe import shown
 from .optim import AdamWState
@@ -39,6 +40,7 @@ def save_checkpoint(path: str | Path, state: State, about: Mapping[str, Any]) ->
         np.savez(file, **{HEADER: np.frombuffer(header, dtype=np.uint8)}, **arrays)  # type: ignore[arg-type]
 
 
+@named
 def load_checkpoint(path: str | Path, like: Mapping[str, Array]) -> tuple[State, dict[str, Any]]:
     """Reads what save_checkpoint wrote: the state, and what the caller wrote about it.
 

@@ -124,17 +124,20 @@ class Config:
         """The name of the head's weight: the token table's when they are tied (T14)."""
         return "embed.tokens" if self.head == "lm" and self.tie_head else "head.weight"
 
+    def _layer_matrices(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix of one layer, by the end of its name."""
+        D, F, kv = self.d_model, self.d_ff, self.kv_heads * self.head_width
+        attention = {"attn.q": (D, D), "attn.k": (kv, D), "attn.v": (kv, D), "attn.o": (D, D)}
+        gate = {"mlp.gate": (F, D)} if self.activation == "silu_gated" else {}
+        return attention | gate | {"mlp.up": (F, D), "mlp.down": (D, F)}
+
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each matrix that can be adapted, by name; the look-up embed.tokens counts as (D, V)."""
-        D, F, kv = self.d_model, self.d_ff, self.kv_heads * self.head_width
-        shapes = {"embed.tokens": (D, self.vocab_size)}
+        shapes, layer = {"embed.tokens": (self.d_model, self.vocab_size)}, self._layer_matrices()
         for i in range(self.n_layer):
-            attn, mlp = f"layers.{i}.attn", f"layers.{i}.mlp"
-            shapes |= {f"{attn}.q": (D, D), f"{attn}.k": (kv, D), f"{attn}.v": (kv, D), f"{attn}.o": (D, D)}
-            shapes |= {f"{mlp}.gate": (F, D)} if self.activation == "silu_gated" else {}
-            shapes |= {f"{mlp}.up": (F, D), f"{mlp}.down": (D, F)}
+            shapes |= {f"layers.{i}.{part}": shape for part, shape in layer.items()}
         if self.head != "none":
-            shapes["head"] = (self.head_size, D)
+            shapes["head"] = (self.head_size, self.d_model)
         return shapes
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -145,11 +148,10 @@ class Config:
             parts = ("weight", "bias") if self.norm == "layer" else ("weight",)
             return {f"{name}.{part}": (D,) for part in parts}
 
-        def matrix(name: str, bias: bool) -> dict[str, tuple[int, ...]]:
-            n_out, n_in = matrices[name]
-            return {f"{name}.weight": (n_out, n_in)} | ({f"{name}.bias": (n_out,)} if bias else {})
+        def matrix(name: str, shape: tuple[int, int], bias: bool) -> dict[str, tuple[int, ...]]:
+            return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if bias else {})
 
-        matrices = self.matrix_shapes()
+        matrices = self._layer_matrices()
         shapes: dict[str, tuple[int, ...]] = {"embed.tokens": (self.vocab_size, D)}
         if self.positions == "learned":
             shapes["embed.positions"] = (self.n_positions, D)
@@ -159,21 +161,20 @@ class Config:
             shapes |= norm("embed.norm")
         for i in range(self.n_layer):
             layer = f"layers.{i}."
-            names = [name for name in matrices if name.startswith(layer)]
             shapes |= norm(f"{layer}norm1")
             if self.prefix:
                 shapes |= {f"{layer}attn.prefix.{part}": (self.kv_heads, self.prefix, self.head_width) for part in "kv"}
-            for name in names:
-                if ".mlp." in name and f"{layer}norm2.weight" not in shapes:
+            for part, shape in matrices.items():
+                if part.startswith("mlp.") and f"{layer}norm2.weight" not in shapes:
                     shapes |= norm(f"{layer}norm2")
-                shapes |= matrix(name, self.bias)
+                shapes |= matrix(layer + part, shape, self.bias)
         if self.norm_first:
             shapes |= norm("norm")
         if self.has_pooler:
             shapes |= {"pooler.weight": (D, D), "pooler.bias": (D,)}
         if self.head_weight == "head.weight" and self.head != "none":
             # GPT-2's and Llama's classifiers have no bias; taggers, and BERT's classifiers, have one.
-            shapes |= matrix("head", bias=self.head == "tag" or self.has_pooler)
+            shapes |= matrix("head", (self.head_size, D), bias=self.head == "tag" or self.has_pooler)
         return shapes
 
 

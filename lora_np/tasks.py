@@ -28,6 +28,7 @@ from .examples import (
     steps_an_epoch,
 )
 from .formats.adapters.task import Task
+from .formats.files.named import naming
 
 EVALUATED = 32  # texts in a batch of what is held out
 WINDOWS = 64  # at most so many of a plain text are held out
@@ -55,7 +56,8 @@ def task_of(name: str, path: Path, longest: int) -> Task:
         labels = label_names([label for _, label in read_labelled(path)])
     elif name == "tag":
         labels = label_names([tag for _, tags in read_tagged(path) for tag in tags])
-    return Task(name, labels, longest)  # type: ignore[arg-type]
+    with naming(path):
+        return Task(name, labels, longest)  # type: ignore[arg-type]
 
 
 def read_examples(path: Path, task: Task, tokenizer: Tokens) -> list[Example] | None:
@@ -120,7 +122,7 @@ def evaluation(path: Path, task: Task, tokenizer: Tokens, *, most: int) -> list[
     examples = read_examples(path, task, tokenizer)
     if examples is not None:
         return list(in_order(examples, N=EVALUATED))
-    return _windows(_tokens(path, tokenizer), task.longest, most)
+    return _windows(_tokens(path, tokenizer), task.longest, most, path)
 
 
 def _from_text(path: Path, dev: Path | None, T: int, tokenizer: Tokens, about: dict[str, Any]) -> Data:
@@ -132,17 +134,21 @@ def _from_text(path: Path, dev: Path | None, T: int, tokenizer: Tokens, about: d
     def batch(step: int) -> BatchDict:
         return random_windows(text, N=about["N"], T=T, seed=about["seed"], step=step)._asdict()
 
-    batch(0)  # the text is long enough, or nothing is written
-    return Data(batch, _windows(others, T, WINDOWS), None, about)
+    with naming(path):
+        batch(0)  # the text is long enough, or nothing is written
+    return Data(batch, _windows(others, T, WINDOWS, dev or path), None, about)
 
 
-def _windows(tokens: Array, T: int, most: int) -> list[BatchDict]:
-    return [windows._asdict() for windows in all_windows(tokens, N=EVALUATED, T=T, most=most)]
+def _windows(tokens: Array, T: int, most: int, path: Path) -> list[BatchDict]:
+    """Windows of a text, which `path` has."""
+    with naming(path):
+        return [windows._asdict() for windows in all_windows(tokens, N=EVALUATED, T=T, most=most)]
 
 
 def _tokens(path: Path, tokenizer: Tokens) -> Array:
     """A plain text's tokens (length,)."""
-    return np.array(tokenizer.encode(read_text(path), special=False))
+    with naming(path):
+        return np.array(tokenizer.encode(read_text(path), special=False))
 
 
 def _digest(examples: Sequence[Example]) -> str:

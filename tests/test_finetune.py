@@ -85,6 +85,77 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(files, tmp_path):
         assert asnumpy(resumed.adapter.params[key]).tobytes() == asnumpy(p).tobytes()
 
 
+def stopped(files, out):
+    """A folder whose run was stopped after its first checkpoint, at step 20. -> the checkpoint"""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(seen):
+        if seen.step == 21:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        learn(files, "lm", out, report=stop)
+    return out / "checkpoint.npz"
+
+
+def rewrite(path, *, header=lambda text: text, arrays=None):
+    """A checkpoint with another header, as text, or other arrays."""
+    with np.load(path) as file:
+        found = dict(file)
+    text = header(found.pop("header").tobytes().decode())
+    np.savez(path, header=np.frombuffer(text.encode(), np.uint8), **{**found, **(arrays or {})})
+
+
+@pytest.mark.parametrize(
+    ("step", "curve", "message"),
+    [
+        (20, '"curve": [[0, 1.0, 0.5], [20, 1.0, 0.5]]', None),
+        (20, '"other": 1', "curve: expected"),
+        (20, '"curve": null', "curve: expected"),
+        (20, '"curve": [[0, 1.0], [20, 1.0, 0.5]]', "curve: expected"),
+        (20, '"curve": [[0, "x", 0.5], [20, 1.0, 0.5]]', "curve: expected"),
+        (20, '"curve": [[0, 1.0, 0.5], [20, 1e999, 0.5]]', "header: not valid JSON: 'curve'"),
+        (20, '"curve": [[0, 1.0, 0.5], [1%s, 1, 1]]' % (400 * "0"), "header: not valid JSON: 'curve'"),
+        (20, '"curve": []', "step 20: expected the last of its curve"),
+        (20, '"curve": [[0, 1.0, 0.5]]', "step 20: expected the last of its curve"),
+        (10**9, '"curve": [[0, 1.0, 0.5], [1000000000, 1.0, 0.5]]', "step 1000000000: expected .* of 60 at most"),
+        (10**300, '"curve": [[0, 1.0, 0.5], [1e300, 1.0, 0.5]]', "step 1000.*: expected .* of 60 at most"),
+        (10**400, '"curve": [[0, 1.0, 0.5], [20, 1.0, 0.5]]', "header: not valid JSON: 'step'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_checkpoint_whose_header_makes_no_sense_is_refused(files, tmp_path, step, curve, message):
+    path = stopped(files, tmp_path / "out")
+
+    def header(text):
+        found = json.loads(text)
+        del found["about"]["curve"]
+        return f'{{"format": 1, "step": {step}, "about": {json.dumps(found["about"])[:-1]}, {curve}}}}}'
+
+    rewrite(path, header=header)
+    if message is None:
+        assert learn(files, "lm", tmp_path / "out", resume=True)[2].curve[-1].step == 60
+        return
+    with pytest.raises(ValueError, match=rf"checkpoint\.npz: {message}") as caught:
+        learn(files, "lm", tmp_path / "out", resume=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("group", ["param", "m", "v"])
+def test_a_checkpoint_with_numbers_that_are_none_is_refused(files, tmp_path, group, value):
+    path = stopped(files, tmp_path / "out")
+    name = f"{group}/layers.1.attn.q.B"
+    with np.load(path) as file:
+        array = file[name]
+    array[1, 1] = value
+    rewrite(path, arrays={name: array})
+    with pytest.raises(ValueError, match=rf"checkpoint\.npz: {name}: holds NaN or infinite"):
+        learn(files, "lm", tmp_path / "out", resume=True)
+
+
 def test_training_that_diverges_leaves_no_adapter(files, tmp_path):
     with np.errstate(all="ignore"), pytest.raises(TrainingError, match="too high"):
         learn(files, "lm", tmp_path / "out", lr=1e38)

@@ -34,14 +34,6 @@ def whole(text: str) -> int:
     return value
 
 
-def seed(text: str) -> int:
-    """An option's seed."""
-    value = whole(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
-    return value
-
-
 def utf8(text: str) -> str:
     """An option's text, which is UTF-8 in any locale."""
     return os.fsencode(text).decode("utf-8")
@@ -61,6 +53,17 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
         "--storage", choices=["bfloat16"],
         help="hold the base's matrices so, in half the memory, where its file has them in bfloat16 (default: float32)",
     )  # fmt: skip
+
+
+def add_seed(parser: argparse.ArgumentParser, of: str) -> None:
+    """The argument --seed; of: what is drawn from it."""
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help=f"of {of} (default: %(default)s)")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return whole(text)
 
 
 def base_path(args: argparse.Namespace, bar: Bar) -> Path:

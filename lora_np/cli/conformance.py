@@ -25,7 +25,7 @@ def run_vectors(args: argparse.Namespace) -> int:
     ids = len({case.id for case, _ in vectors.cases})
     size = sum(path.stat().st_size for path in args.out.iterdir())
     result = {"out": str(args.out), "cases": len(vectors.cases), "ids": ids, "bytes": size, "digest": vectors.digest}
-    emit(args, result, "{out}: {cases} cases of {ids} ids, {bytes:,} bytes, digest {digest}".format(**result))
+    emit(args, result, ["{out}: {cases} cases of {ids} ids, {bytes:,} bytes, digest {digest}".format(**result)])
     return 0
 
 
@@ -53,14 +53,14 @@ def run_conform(args: argparse.Namespace) -> int:
         "holds": holds, "right": right, "cases": len(ids), "absent": absent, "not_read": unknown,
         "ids": [_as_json(one) for one in run],
     }  # fmt: skip
-    emit(args, result, "\n".join(lines))
+    emit(args, result, lines)
     return 0 if holds else 1
 
 
 def _lines(run: list[Verdict]) -> list[str]:
     """The table, and what is wrong, missing or not read."""
     columns = ["id", "cases", "passed", "failed", "missing", "worst error / bound", "in"]
-    return [table([columns, *map(_row, run)]), *(line for one in run for line in _reasons(one))]
+    return [*table([columns, *map(_row, run)]), *(line for one in run for line in _reasons(one))]
 
 
 def _row(one: Verdict) -> list[str]:

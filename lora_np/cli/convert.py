@@ -20,7 +20,7 @@ def run_convert(args: argparse.Namespace) -> int:
     adapter = load_adapter(args.adapter, model, alpha=args.alpha, enabled=args.enabled)
     save_adapter(args.out, adapter, model)
     result = {"out": str(args.out), "from": kind_of(args.adapter), "to": kind_of(args.out)}
-    emit(args, result, "{out}: {to}'s format, from {from}'s".format(**result))
+    emit(args, result, ["{out}: {to}'s format, from {from}'s".format(**result)])
     return 0
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from .. import demo, plot
-from .base import AddCommand, seed, shown_on
+from .base import AddCommand, add_seed, shown_on
 from .output import Bar, emit, table
 from .streams import show
 
@@ -32,19 +31,17 @@ def run_demo(args: argparse.Namespace) -> int:
     checks = [f"  {'ok  ' if check.held else 'FAIL'}  {check.claim}: {check.seen}" for check in out.checks]
     texts = [f"  {name:6}  {out.samples[name]!r}" for name in ("prompt", "base", "LoRA")]
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in out.seconds.items())
-    text = "\n".join(
-        [
-            "Adapting a model of bytes from Python's language reference to the source of its standard library.",
-            "Loss in nats a byte, on text held out.", "", table(rows), "",
-            "A continuation of held-out source, with the base and with LoRA:", *texts, "",
-            "Checks:", *checks, "", f"Time: {times}.",
-        ]
-    )  # fmt: skip
+    lines = [
+        "Adapting a model of bytes from Python's language reference to the source of its standard library.",
+        "Loss in nats a byte, on text held out.", "", *table(rows), "",
+        "A continuation of held-out source, with the base and with LoRA:", *texts, "",
+        "Checks:", *checks, "", f"Time: {times}.",
+    ]  # fmt: skip
     result = {
         "losses": out.losses, "curves": out.curves, "seconds": out.seconds, "parameters": out.parameters,
         "bytes": out.bytes, "samples": out.samples, "checks": [check._asdict() for check in out.checks],
     }  # fmt: skip
-    emit(args, result, text)
+    emit(args, result, lines)
     return 0 if all(check.held for check in out.checks) else 1
 
 
@@ -58,7 +55,7 @@ def run_gradcheck(args: argparse.Namespace) -> int:
             verdict = "ok" if row.error <= row.bound else "FAIL"
             show(f"{row.id:4} {row.what:40} {row.error:8.1e}  bound {row.bound:.0e}  {row.method:18} {verdict}")
     if args.json:
-        show(json.dumps([row._asdict() for row in rows], indent=2))
+        emit(args, [row._asdict() for row in rows], [])
     return 0 if all(row.error <= row.bound for row in rows) else 1
 
 
@@ -69,4 +66,4 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curves")
 
     p = command("gradcheck", run_gradcheck, "every derivative against complex steps: its worst error")
-    p.add_argument("--seed", type=seed, default=0, help="of the inputs (default: %(default)s)")
+    add_seed(p, "the inputs")

@@ -23,7 +23,7 @@ def run_merge(args: argparse.Namespace) -> int:
         f"the merged model is in {args.out}: {done.made} tensors are new, {done.kept} are the base's bytes",
         *(f"left out, as it has the weights of the base: {name}" for name in done.left_out),
     ]
-    emit(args, {"out": str(args.out), **done._asdict()}, "\n".join(lines))
+    emit(args, {"out": str(args.out), **done._asdict()}, lines)
     return 0
 
 
@@ -52,7 +52,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     ]
     about = "effective: the rank as e to the entropy of the singular values' shares of their sum; norms: Frobenius"
     result = {**config, "B_is_zero": untrained, "whole": found.whole, "modules": modules}
-    emit(args, result, "\n".join([*lines, "", table(rows), "", about]))
+    emit(args, result, [*lines, "", *table(rows), "", about])
     return 0
 
 

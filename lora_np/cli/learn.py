@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..model import Model
 from ..parallel import default_shards
 from ..ranks import Ranks, world
 from ..train import Score, Settings, evaluate
-from .base import AddCommand, adapted, add_base, add_storage, base_path, seed, tokenizer_of, utf8, whole
+from .base import AddCommand, adapted, add_base, add_seed, add_storage, base_path, tokenizer_of, utf8, whole
 from .output import Bar, emit, one_end
 
 EPOCHS, STEPS, EVERY = 3, 200, 50  # defaults: of examples; of windows of a plain text
@@ -79,7 +80,7 @@ def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
     ]
     if ranks.size > 1:
         lines.append(f"{ranks.size} ranks, which got {done.bytes_a_step:,} bytes from each other in each step")
-    emit(args, result, "\n".join(lines))
+    emit(args, result, lines)
 
 
 def _check_ranks(args: argparse.Namespace, task: Task, ranks: Ranks) -> None:
@@ -172,7 +173,7 @@ def run_eval(args: argparse.Namespace) -> int:
     result = {"losses": {name: score.loss for name, score in scores.items()}}
     if task.name != "lm":
         result["accuracies"] = {name: score.accuracy for name, score in scores.items()}
-    emit(args, result, "\n".join(f"{name}: {_shown(task, score, unit)}" for name, score in scores.items()))
+    emit(args, result, [f"{name}: {_shown(task, score, unit)}" for name, score in scores.items()])
     return 0
 
 
@@ -192,7 +193,9 @@ def run_generate(args: argparse.Namespace) -> int:
     if tokenizer.eos in new:
         new = new[: new.index(tokenizer.eos)]
     text = args.prompt + tokenizer.decode(new)
-    emit(args, {"prompt": args.prompt, "text": text}, text)
+    emit(
+        args, {"prompt": args.prompt, "text": text}, text.split("\n"), longest=sys.maxsize
+    )  # JSON has it to the letter
     return 0
 
 
@@ -248,7 +251,7 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument(
         "--every", type=whole, help=f"steps between evaluations, each with a checkpoint (default: an epoch, or {EVERY})"
     )
-    p.add_argument("--seed", type=seed, default=0, help="of everything random (default: %(default)s)")
+    add_seed(p, "everything random")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curve")
 
@@ -271,4 +274,4 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: %(default)s)")
     p.add_argument("--top-k", type=whole, help="draw from the k likeliest")
     p.add_argument("--top-p", type=float, help="draw from the likeliest that together reach p")
-    p.add_argument("--seed", type=seed, default=0, help="of the draws (default: %(default)s)")
+    add_seed(p, "the draws")

@@ -1,9 +1,11 @@
-"""What the commands show: results on standard output, progress on standard error."""
+"""What the commands show: results on standard output, progress on standard error.
+
+Names and texts come from files that anyone may have written, so every line is `shown`: none can be taken for another.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -12,6 +14,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from ..formats.files.named import MAX_LINE
+from ..formats.files.plain import to_json
+from ..formats.files.safe import shown
 from ..ranks import Ranks
 from ..train import TrainingError
 from .streams import show
@@ -68,10 +73,13 @@ def failure(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; what was written is whole"
     if isinstance(error, TrainingError):
-        return 1, str(error)
+        return 1, shown(str(error), MAX_LINE)
     if isinstance(error, MemoryError):
         return 2, f"not enough memory: {error}".rstrip(": ")
-    return (2, str(error)) if isinstance(error, FAILURES) else (1, "".join(traceback.format_exception(error)))
+    if isinstance(error, FAILURES):
+        return 2, shown(str(error), MAX_LINE)
+    lines = "".join(traceback.format_exception(error)).split("\n")
+    return 1, "\n".join(shown(line, MAX_LINE) for line in lines)
 
 
 @contextmanager
@@ -89,17 +97,25 @@ def one_end(ranks: Ranks) -> Iterator[None]:
         ranks.end(status)
 
 
-def emit(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
-    """The result: as JSON with --json, else as text."""
-    show(json.dumps(result, indent=2) if args.json else text)
+def emit(args: argparse.Namespace, result: Any, lines: list[str], *, longest: int = MAX_LINE) -> None:
+    """The result: as JSON with --json, else as lines, each of `longest` characters at most.
+
+    A ValueError if it holds a number that is NaN or infinite: there is nothing to be concluded from it.
+    """
+    try:
+        text = to_json(result, indent=2)
+    except ValueError:
+        raise ValueError("the result holds a number that is NaN or infinite: what was computed overflowed") from None
+    show(text if args.json else "\n".join(shown(line, longest) for line in lines))
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned columns, all but the first to the right."""
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of aligned columns, all but the first to the right."""
+    rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
+    return [
         "  ".join(
             c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
-    )
+    ]

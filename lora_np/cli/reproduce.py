@@ -31,7 +31,7 @@ def run_reproduce(args: argparse.Namespace) -> int:
         lines += ["", section.title]
         for claim in section.claims:
             lines += [f"  {claim.verdict.upper():14} {claim.claim}", f"  {'':14} {claim.figure}"]
-    emit(args, report.as_data(sections, about), "\n".join([*lines, "", f"the report is in {args.out / report.HTML}"]))
+    emit(args, report.as_data(sections, about), [*lines, "", f"the report is in {args.out / report.HTML}"])
     return 0
 
 

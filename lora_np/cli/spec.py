@@ -32,7 +32,7 @@ def run_spec(args: argparse.Namespace) -> int:
         *([f"no function states {', '.join(unstated)}"] if unstated else []),
         *([f"FAIL: a derivative passes its bound: {', '.join(failed)}"] if failed else []),
     ]
-    emit(args, result, "\n".join(lines))
+    emit(args, result, lines)
     return 1 if failed else 0
 
 

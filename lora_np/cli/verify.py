@@ -36,7 +36,7 @@ def run_verify(args: argparse.Namespace) -> int:
         adapter = load_adapter(args.adapter, base)
         plan = None if args.merged is None else plan_merge(args.base, [args.adapter], [1.0])
     except ValueError as error:
-        emit(args, {"holds": False, "fits": False, "reason": str(error)}, f"fits: no. {error}")
+        emit(args, {"holds": False, "fits": False, "reason": str(error)}, [f"fits: no. {error}"])
         return 1
     has_hash, changes = records_base(args.adapter), is_trained(adapter, base)
     found = None if plan is None else compare(plan, args.merged, args.ulps)
@@ -59,7 +59,7 @@ def run_verify(args: argparse.Namespace) -> int:
     lines += [
         f"no verdict: outputs of {name} are NaN or infinite: they overflow in {base.dtype}" for name in not_finite
     ]
-    emit(args, result, "\n".join(lines))
+    emit(args, result, lines)
     return 0 if holds else 1
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..backend import Array
 from ..formats.files.atomic import new_folder, write_tensors
+from ..formats.files.named import named
 from ..formats.files.plain import read_json, to_json, write_json
 from ..formats.files.safe import TensorFile, open_tensors, shown
 from .answers import Answer, answers, computed
@@ -107,6 +108,7 @@ def _entry(case: Case, wanted: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@named
 def read_vectors(folder: Path) -> Vectors:
     """The vectors in a folder. A ValueError or FileNotFoundError says what is wrong with which file."""
     path = folder / MANIFEST

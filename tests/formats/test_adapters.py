@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import zipfile
 from dataclasses import replace
 
@@ -307,6 +308,38 @@ def test_a_file_that_is_missing_or_cut_off(tmp_path, model, ending):
 def test_a_header_of_2_to_the_60(tmp_path, model):
     raw_safetensors(tmp_path / "a.safetensors", {}, length=2**60)
     assert str(2**60) in refusal(tmp_path / "a.safetensors", model)
+
+
+@each_kind
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", 10**400, "'r': expected a number, got one that no float holds"),
+        ("r", 10**300, "expected shape|expected floats|ranks? is|q, k and v"),
+        ("alpha", "Infinity", "not valid JSON"),
+        ("r", -3.5, "LoRAConfig.r: a value of the wrong type: -3.5"),
+        ("dropout", "abc", "LoRAConfig.dropout: a value of the wrong type: 'abc'"),
+        ("sigma", "1e999", "'sigma': expected a number"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_our_own_description_with_numbers_that_are_none(tmp_path, model, ending, key, value, message):
+    path = own_file(tmp_path, adapter_of(model), model, ending)
+
+    def edit(text):
+        found = json.loads(text)
+        found["config"][key] = value
+        return json.dumps(found).replace('"Infinity"', "Infinity").replace('"1e999"', "1e999")
+
+    if ending == ".npz":
+        with np.load(path) as file:
+            arrays = dict(file)
+        text = edit(arrays.pop("header").tobytes().decode())
+        np.savez(path, header=np.frombuffer(text.encode(), np.uint8), **arrays)
+    else:
+        tensors, metadata = tensors_and_metadata(path)
+        save_file(tensors, path, {"lora_np": edit(metadata["lora_np"])})
+    assert re.search(message, refusal(path, model))
 
 
 def members_of(path):

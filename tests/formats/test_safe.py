@@ -7,14 +7,14 @@ import pickle
 import numpy as np
 import pytest
 import safetensors
-from hostile import raw_safetensors
+from hostile import EXOTIC, hostile_texts, is_safe, raw_safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.files.plain import MAX_JSON_BYTES, parse_json, read_json
-from lora_np.formats.files.safe import open_tensors, refuse_pickle
+from lora_np.formats.files.safe import open_tensors, refuse_pickle, shown
 
 GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 
@@ -152,6 +152,41 @@ def test_a_dtype_that_is_not_supported(path, dtype, size):
     assert dtype in message
 
 
+@pytest.mark.parametrize("dtype", EXOTIC)
+def test_what_is_no_float_is_not_read_as_numbers(path, dtype):
+    """Whatever the file's own tensors are expected to be."""
+    n = EXOTIC[dtype]
+    raw_safetensors(path, {"a": {"dtype": dtype, "shape": [8], "data_offsets": [0, n]}}, bytes(n))
+    with open_tensors(path) as file, pytest.raises(ValueError, match=rf"a: expected one of F64 .*, got {dtype}$"):
+        file.read_finite("a")
+
+
+@pytest.mark.parametrize(("dtype", "data"), [("F16", b"\x00\x3c\x00\x40"), ("BF16", b"\x80\x3f\x00\x40")])
+def test_the_short_floats_are_numbers(path, dtype, data):
+    """1 and 2, in the formats' own bits."""
+    raw_safetensors(path, {"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 4]}}, data)
+    with open_tensors(path) as file:
+        assert file.read_finite("a").astype("float64").tolist() == [1, 2]
+
+
+@given(hostile_texts(), st.sampled_from([20, 200, 4000]))
+def test_what_is_shown_is_one_line_of_bounded_length(text, most):
+    line = shown(text, most)
+    assert is_safe(line)
+    assert len(line) <= most
+    assert shown(line, most) == line
+
+
+@pytest.mark.parametrize("text", ["layers.0.attn.q.A", "déjà vu, 東京\u3000\u00a0", "a\tb", "👩\u200d👧", "\\x1b"])
+def test_what_harms_nobody_is_shown_as_it_is(text):
+    assert shown(text) == text
+
+
+def test_of_a_long_text_both_ends_are_shown():
+    line = shown("begin" + "x" * 1000 + "end")
+    assert (line[:5], line[-3:], len(line)) == ("begin", "end", 200)
+
+
 def test_a_missing_tensor_one_too_many_and_one_of_another_shape(path):
     save_file({"a": np.ones(2, "float32")}, path)
     assert "b is missing" in refusal(path, {"a": (2,), "b": (2,)})
@@ -193,7 +228,21 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, name):
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[1]", b"null", b'"x"', b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": "\xff"}', b"[" * 10**6],
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"null",
+        b'"x"',
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b'{"a": "\xff"}',
+        b"[" * 10**6,
+        b'{"a": ' + b"[" * 10**5,
+        b'{"a\x1b": 1 2}',
+        b"\xef\xbb\xbf{}",
+        '{"a": 1}'.encode("utf-16"),
+    ],
     ids=lambda text: repr(text[:20]),
 )
 def test_json_that_is_no_object(tmp_path, text):
@@ -202,6 +251,30 @@ def test_json_that_is_no_object(tmp_path, text):
     with pytest.raises(ValueError, match=r"x\.json") as caught:
         read_json(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "b": 2, "a": 1}', "'a' stands there twice"),
+        ('{"c": [{"x\\n": 1, "x\\n": 2}]}', r"'x\n' stands there twice"),
+        ('{"a": 1e999}', "'a': expected a number, got one that no float holds: inf"),
+        ('{"a": {"b": [1, [2, -1e309]]}}', "'b': expected a number, got one that no float holds: -inf"),
+        ('{"a": [NaN]}', "'a': expected a number, got one that no float holds: nan"),
+        ('{"a": 1' + 400 * "0" + "}", "'a': expected a number, got one that no float holds: 1000"),
+    ],
+)
+def test_json_that_readers_would_take_in_different_ways(text, said):
+    with pytest.raises(ValueError, match=r"^where: ") as caught:
+        parse_json(text, "where")
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+def test_numbers_that_real_files_have_are_read():
+    assert parse_json('{"a": 1000000000000000019884624838656, "b": 1e308, "c": [-0.5, true, null]}', "x") == {
+        "a": 1000000000000000019884624838656, "b": 1e308, "c": [-0.5, True, None],
+    }  # fmt: skip
 
 
 def test_json_numbers_too_long_and_files_too_large(tmp_path):

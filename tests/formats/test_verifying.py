@@ -344,3 +344,17 @@ def test_inspect_of_look_ups_heads_and_nothing(home, capsys):
     write_peft(home / "strange", {"transformer.h.7.mlp.c_fc": random_factors(1)[TOUCHED[:-7]]}, r=R, alpha=ALPHA)
     assert cli.main(["inspect", str(home / "strange"), "--base", str(home / "base")]) == 2
     assert "h.7.mlp.c_fc: expected a module of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool", "uint8"])
+def test_a_buffer_kept_in_a_dtype_that_no_weight_has_is_not_the_bases(tmp_path, capsys, dtype):
+    """GPT-2's causal mask, which old files have among the tensors: it is no weight, but it is not the base's byte."""
+    name = "transformer.h.0.attn.bias"
+    write_gpt2(tmp_path / "base", GPT2)
+    edit_tensors(tmp_path / "base" / WEIGHTS, lambda t: t.update({name: np.tri(4, dtype="float32")}))
+    write_peft(tmp_path / "ad", random_factors(1), r=R, alpha=ALPHA)
+    merge_folder(tmp_path / "base", [tmp_path / "ad"], [1.0], tmp_path / "merged")
+    edit_tensors(tmp_path / "merged" / WEIGHTS, lambda t: t.update({name: np.tri(4).astype(dtype)}))
+    status, result, _ = verify(capsys, tmp_path)
+    assert status == 1
+    assert result["merged"]["altered"] == [name]

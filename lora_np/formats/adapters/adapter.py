@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...adapter import Adapter
 from ...model import Model
+from ..files.named import named
 from ..files.safe import PICKLES
 from ..models.base import Base
 from . import loralib, npz, peft
@@ -31,6 +32,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
         peft.save_adapter(path, adapter, model)
 
 
+@named
 def load_adapter(
     path: str | os.PathLike[str], model: Base, *, alpha: float | None = None, enabled: Sequence[str] | None = None
 ) -> Adapter:

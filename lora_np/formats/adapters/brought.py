@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ...model import Config
 from ..files.arrays import HEADER, open_arrays
+from ..files.named import named
 from ..files.plain import read_json
 from ..files.safe import open_tensors
 from .about import KEY, read_about
@@ -44,6 +45,7 @@ class Brought(NamedTuple):
         return {"head": None, "n_labels": None}
 
 
+@named
 def brought_by(path: Path) -> Brought:
     """What an adapter's file or folder says of its head; errors are those of `load_adapter`."""
     found = _read(path)

@@ -64,10 +64,10 @@ class Slot:
 def slots(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:
     """The tensors of PEFT's file that holds the parameters `names`, by their keys. Errors as in `param_shapes`."""
     config, full = model.config, module_names(model.config)
-    groups = checked_groups(config, lora_config, names)
+    groups, shapes = checked_groups(config, lora_config, names), adapted_shapes(config)
     result: dict[str, Slot] = {}
     for module, parts in groups.items():
-        A, B = _factor_slots(model, lora_config, module, parts)
+        A, B = _factor_slots(model, lora_config, module, parts, shapes[module])
         ends = ("lora_embedding_{}" if target_of(module) == "embed" else "lora_{}.weight").format
         result |= {f"{PREFIX}{full[module]}.{ends('A')}": A, f"{PREFIX}{full[module]}.{ends('B')}": B}
     # PEFT hides an adapted module's own bias.
@@ -114,9 +114,9 @@ def read_params(file: TensorFile, model: Base, places: Mapping[str, Slot]) -> di
 def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:
     """The modules of the file that hold the adapted matrices, in the model's order; q, k, v may share one."""
     shapes, family = adapted_shapes(config), family_of(config)
-    for name in matrices:
-        if name not in shapes:
-            raise ValueError(f"adapter: {name}: the model has no such matrix")
+    matrices = set(matrices)
+    for name in sorted(matrices - shapes.keys()):
+        raise ValueError(f"adapter: {name}: the model has no such matrix")
     groups: dict[str, list[str]] = {}
     for name in shapes:
         if name in matrices:
@@ -127,9 +127,11 @@ def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:
     return {name: groups[name] for name in shapes if name in groups}
 
 
-def _factor_slots(model: Base, lora_config: LoRAConfig, module: str, parts: list[str]) -> tuple[Slot, Slot]:
-    """The tensors of one module's A and B."""
-    n_out, n_in = adapted_shapes(model.config)[module]
+def _factor_slots(
+    model: Base, lora_config: LoRAConfig, module: str, parts: list[str], shape: tuple[int, int]
+) -> tuple[Slot, Slot]:
+    """The tensors of one module's A and B; shape: (out, in), the module's."""
+    n_out, n_in = shape
     rank = sum(lora_config.rank(part) for part in parts)
     A, B = Slot((rank, n_in), model.dtype, {}), Slot((n_out, rank), model.dtype, {})
     rows = {module: slice(None)} if parts == [module] else fused_parts(model.config, module)
@@ -150,7 +152,7 @@ def _whole_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def whole_slots(model: Base, names: Collection[str]) -> dict[tuple[str, str], Slot]:
     """The tensors of what is trained whole among the parameters, by their module, as we call it, and kind."""
     config, family, shapes = model.config, family_of(model.config), _whole_shapes(model.config)
-    whole = [name for name in names if name[-2:] not in (".A", ".B")]
+    whole = dict.fromkeys(name for name in names if name[-2:] not in (".A", ".B"))
     result = {}
     for name in whole:
         stem, _, kind = name.rpartition(".")
@@ -160,7 +162,7 @@ def whole_slots(model: Base, names: Collection[str]) -> dict[tuple[str, str], Sl
             continue
         places: dict[str, Index] = {f"{part}.{kind}": (rows,) for part, rows in fused_parts(config, module).items()}
         result[module, kind] = Slot(
-            (adapted_shapes(config)[module][0],),
+            (sum(shapes[part][0] for part in places),),
             model.dtype,
             {part: index for part, index in places.items() if part in whole},
             {part: index for part, index in places.items() if part not in whole},

@@ -82,16 +82,18 @@ def load_adapter(
 
 def slots(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:
     """The tensors of the file that holds the parameters `names`, by their keys. Errors as `param_shapes` has them."""
-    full = module_names(model.config)
+    full, shapes = module_names(model.config), adapted_shapes(model.config)
     result: dict[str, Slot] = {}
     for module, parts in checked_groups(model.config, lora_config, names).items():
-        factors = _factor_slots(model, lora_config, module, parts)
+        factors = _factor_slots(model, lora_config, module, parts, shapes[parts[0]])
         result |= {full[module] + end: slot for end, slot in zip(FACTORS, factors, strict=True)}
     return result | {f"{full[module]}.{kind}": slot for (module, kind), slot in whole_slots(model, names).items()}
 
 
-def _factor_slots(model: Base, lora_config: LoRAConfig, module: str, parts: list[str]) -> tuple[Slot, Slot]:
-    """The tensors of one module's A and B: those of its parts, one below the other."""
+def _factor_slots(
+    model: Base, lora_config: LoRAConfig, module: str, parts: list[str], shape: tuple[int, int]
+) -> tuple[Slot, Slot]:
+    """The tensors of one module's A and B: those of its parts, one below the other; shape: (out, in), each part's."""
     r, s = lora_config.rank(parts[0]), lora_config.scale(parts[0])
     for part in parts:
         if lora_config.rank(part) != r or abs(lora_config.scale(part) - s) > SAME * abs(s):
@@ -99,8 +101,7 @@ def _factor_slots(model: Base, lora_config: LoRAConfig, module: str, parts: list
                 f"{module}: loralib gives one rank and one scale to q, k and v, but here they differ: r = {r}, "
                 f"s = {s!r} for {parts[0]}, r = {lora_config.rank(part)}, s = {lora_config.scale(part)!r} for {part}"
             )
-    shapes = adapted_shapes(model.config)
-    n_out, n_in = shapes[parts[0]]  # of each
+    n_out, n_in = shape
     A, B = (Slot((len(parts) * n, width), model.dtype, {}) for n, width in ((r, n_in), (n_out, r)))
     for i, part in enumerate(parts):
         A.blocks[f"{part}.A"] = (slice(i * r, (i + 1) * r), slice(None))
@@ -113,13 +114,13 @@ def _factor_slots(model: Base, lora_config: LoRAConfig, module: str, parts: list
 
 def _read_theirs(file: TensorFile, model: Base, alpha: float | None, enabled: Sequence[str] | None) -> Adapter:
     """An adapter from a file that holds tensors alone."""
-    config, where = model.config, str(file.path)
+    config, where, shapes = model.config, str(file.path), adapted_shapes(model.config)
     if alpha is None:
         raise ValueError(f"{where}: alpha: loralib's files do not say it: expected the program's lora_alpha, got none")
     keys = _keys(file, config)
     ranks: dict[str, int] = {}
     for module in dict.fromkeys(module for module, kind in keys if kind in FACTORS):
-        for matrix in _parts(file, config, module, keys, enabled):
+        for matrix in _parts(file, config, module, keys, enabled, shapes):
             ranks[matrix] = file.shapes[keys[module, FACTORS[1]]][1]
     if not ranks:
         raise ValueError(f"{where}: expected lora_A and lora_B of some module, got none")
@@ -133,7 +134,7 @@ def _read_theirs(file: TensorFile, model: Base, alpha: float | None, enabled: Se
     try:
         places = {(m, f".{kind}"): slot for (m, kind), slot in whole_slots(model, biases).items()}
         for module, parts in checked_groups(config, lora_config, factors).items():
-            A, B = _factor_slots(model, lora_config, module, parts)
+            A, B = _factor_slots(model, lora_config, module, parts, shapes[parts[0]])
             places |= {(module, FACTORS[0]): A, (module, FACTORS[1]): B}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -170,9 +171,17 @@ def _matrices(config: Config, module: str) -> list[str]:
 
 
 def _parts(
-    file: TensorFile, config: Config, module: str, keys: Mapping[tuple[str, str], str], enabled: Sequence[str] | None
+    file: TensorFile,
+    config: Config,
+    module: str,
+    keys: Mapping[tuple[str, str], str],
+    enabled: Sequence[str] | None,
+    shapes: Mapping[str, tuple[int, int]],
 ) -> list[str]:
-    """The matrices that a module's lora_A and lora_B adapt: the module, or in a MergedLinear those of q, k and v."""
+    """The matrices that a module's lora_A and lora_B adapt: the module, or in a MergedLinear those of q, k and v.
+
+    shapes: (out, in) of all that may be adapted.
+    """
     missing = [end for end in FACTORS if (module, end) not in keys]
     if missing:
         raise ValueError(f"{file.path}: {module}: {missing[0][1:]} is missing")
@@ -180,7 +189,7 @@ def _parts(
     A, B = (file.shapes[keys[module, end]] for end in FACTORS)
     if len(A) != 2 or len(B) != 2 or min(*A, *B) < 1:
         raise ValueError(f"{where}: expected matrices, got A {A} and B {B}")
-    parts, shapes = _matrices(config, module), adapted_shapes(config)
+    parts = _matrices(config, module)
     if len(parts) == 1 or (A[0] == B[1] and B[0] == shapes[module][0]):
         return [module]
     n, rest = divmod(A[0], B[1])

@@ -6,7 +6,6 @@ Every key is in one of the tables below. A key that is not, or one that asks for
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -77,8 +76,14 @@ class Selection(NamedTuple):
         return None
 
 
+def _endings(name: str) -> list[str]:
+    """What a dotted name ends in: itself, and what stands behind each of its dots."""
+    return [name[at:] for at in (0, *(i for i, c in enumerate(name, 1) if c == "."))]
+
+
 def _ends_in(name: str, endings: Collection[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+    """Whether a name is one of these or ends in one behind a dot; many of them come as a set, or a dict."""
+    return any(ending in endings for ending in _endings(name))
 
 
 # --- Writing -------------------------------------------------------------------------------------------------------
@@ -112,7 +117,7 @@ def write_config(config: Config, lora_config: LoRAConfig, matrices: Collection[s
         "use_rslora": rslora,
         "rank_pattern": _patterns(ranks, r, full, short),
         "alpha_pattern": _patterns(alphas, alpha, full, short),
-        **{key: value or None for key, value in _select(config, groups)._asdict().items()},
+        **{key: list(value) if value else None for key, value in _select(config, groups)._asdict().items()},
         "modules_to_save": list(dict.fromkeys(heads)) or None,
         "init_lora_weights": True if lora_config.init == "uniform" else "gaussian",
         "fan_in_fan_out": family_of(config).fan_in_fan_out,
@@ -163,7 +168,7 @@ def _select(config: Config, groups: Collection[str]) -> Selection:
     full, short = module_names(config), short_names(config)
     wanted = {full[name] for name in groups}
     endings = list(dict.fromkeys(short[name] for name in groups))
-    layers = sorted({int(name.split(".")[1]) for name in groups if name.startswith("layers.")})
+    layers = dict.fromkeys(sorted({int(name.split(".")[1]) for name in groups if name.startswith("layers.")}))
     lists = [full[name].split(".")[0] for name in groups if name.startswith("layers.")]
     for selection in (Selection(endings), Selection(endings, layers), Selection(endings, layers, lists[:1])):
         if {name for name in _adaptable(config).values() if selection.takes(name)} == wanted:
@@ -286,11 +291,12 @@ def _selection(
         every = targets.lower() == ALL_LINEAR
         taken = _all_linear(raw, config, adaptable) if every else fits[Expression("target_modules", targets)]
         return Selection(taken, exclude_modules=excluded)
-    targets = _names(raw, "target_modules", where)
+    targets = dict.fromkeys(_names(raw, "target_modules", where))
+    known = {ending for module in adaptable.values() for ending in _endings(module)}
     for name in targets:
-        if not any(_ends_in(module, [name]) for module in adaptable.values()):
+        if name not in known:
             raise ValueError(f"{where}: target_modules: {name!r:.60}: this model has no such module to adapt")
-    return Selection(targets, layers, pattern, excluded)
+    return Selection(targets, None if layers is None else set(layers), set(pattern), set(excluded))
 
 
 def _all_linear(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str]) -> set[str]:
@@ -336,24 +342,18 @@ def resolved(
     for what, number in [(key.replace("pattern", "default"), default), *patterns.items()]:
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got {number!r:.60}")
-        if not abs(number) <= sys.float_info.max:
-            raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got one that is too large")
-    given = set(names.values())
-    taken = {}
-    for pattern in patterns:
-        fitting_it = fits.get(Expression(key, pattern, at_end=True))
-        taken[pattern] = _ending(pattern, given) if fitting_it is None else given.intersection(fitting_it)
-        if not taken[pattern]:
+    given, ending_in = set(names.values()), {pattern: set[str]() for pattern in patterns}
+    for name in given:
+        for ending in (f"^{name}", *_endings(name)):  # a leading ^ asks for the full name
+            if ending in patterns:
+                ending_in[ending].add(name)
+    values: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        taken = given.intersection(fits.get(Expression(key, pattern, at_end=True), ending_in[pattern]))
+        if not taken:
             raise ValueError(f"{where}: {key}: {pattern!r:.60}: no adapted module fits")
-    return {
-        ours: next((value for pattern, value in patterns.items() if theirs in taken[pattern]), default)
-        for ours, theirs in names.items()
-    }
-
-
-def _ending(pattern: str, names: Collection[str]) -> set[str]:
-    """The names that end in a pattern that is a name itself. A leading ^ asks for the full name."""
-    return {name for name in names if (name == pattern[1:] if pattern[0] == "^" else _ends_in(name, [pattern]))}
+        values |= {name: value for name in taken if name not in values}
+    return {ours: values.get(theirs, default) for ours, theirs in names.items()}
 
 
 def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str], where: str) -> bool:

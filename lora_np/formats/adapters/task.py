@@ -29,8 +29,8 @@ class Task:
         if self.longest < 1:
             raise ValueError(f"Task.longest: expected at least 1, got {self.longest}")
         object.__setattr__(self, "labels", tuple(self.labels))
-        if len(set(self.labels)) < len(self.labels) or (self.name != "lm" and not self.labels):
-            raise ValueError(f"Task.labels: expected different names, got {self.labels!r:.60}")
+        if len(set(self.labels)) < len(self.labels) or (self.name != "lm" and len(self.labels) < 2):
+            raise ValueError(f"Task.labels: expected two different names at least, got {self.labels!r:.60}")
 
 
 def save_task(folder: Path, task: Task) -> None:

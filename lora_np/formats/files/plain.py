@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -26,22 +28,42 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """The object that a JSON text describes; `where` names the text in a ValueError."""
+    """The object that a JSON text describes, in UTF-8; `where` names the text in a ValueError.
+
+    It must mean one thing to every reader: no key twice in one object, no number that a float cannot hold, no NaN.
+    """
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{where}: expected at most {MAX_JSON_BYTES} bytes of JSON, got more")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        text = text if isinstance(text, str) else text.decode("utf-8")  # json itself would guess at the encoding
+        value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(f"{where}: the JSON is nested too deeply") from None
-    except ValueError as error:  # not UTF-8, not JSON, a number of too many digits
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    except ValueError as error:  # not UTF-8, not JSON, an integer of thousands of digits
+        raise ValueError(f"{where}: not valid JSON: {shown(str(error))}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a ValueError names a key that stands there twice, or whose number no float holds."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = Counter(key for key, _ in pairs)
+        raise ValueError(f"{next(key for key in keys if keys[key] > 1)!r:.60} stands there twice")
+    for key, value in pairs:
+        _check_numbers(key, value)
+    return found
+
+
+def _check_numbers(key: str, value: Any) -> None:
+    """A ValueError if a number, or one of a list, is NaN, infinite, or an integer beyond every float."""
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, list):
+            _check_numbers(key, one)
+        elif isinstance(one, (int, float)) and not abs(one) <= sys.float_info.max:
+            raise ValueError(f"{key!r:.60}: expected a number, got one that no float holds: {one!r:.20}")
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ STORED: dict[str, tuple[str | None, int]] = {
     "F8_E5M2FNUZ": (None, 8), "F6_E2M3": (None, 6), "F6_E3M2": (None, 6), "F4": (None, 4),
 }  # fmt: skip
 DTYPES = {"F32": "float32", "F64": "float64"}
+FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -46,9 +48,19 @@ def import_safetensors() -> Any:
     return safetensors
 
 
-def shown(name: str) -> str:
-    """A name from a file, fit for one line of a message."""
-    return name[:200] if name[:200].isprintable() else ascii(name[:200])
+# What moves a terminal's cursor, ends a line, turns its direction, or is no character: control codes but the tab, line
+# and paragraph ends, embeddings and isolates of direction, halves of surrogate pairs.
+UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_SHOWN = 200
+
+
+def shown(text: str, most: int = MAX_SHOWN) -> str:
+    """A text that came from a file, fit to be a part of one line: escapes for what is unsafe, the middle left out.
+
+    most: how long it may be. What is shown already stays as it is.
+    """
+    text = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return text if len(text) <= most else f"{text[: most // 2 - 2]} ... {text[-(most - most // 2 - 3) :]}"
 
 
 def import_bfloat16() -> None:
@@ -224,7 +236,9 @@ class TensorFile:
         return self.read_finite(name).astype(dtype, copy=False)
 
     def read_finite(self, name: str) -> Array:
-        """The tensor; a ValueError if an element is NaN or infinite."""
+        """The tensor; a ValueError if its dtype is none of FLOATS, or an element is NaN or infinite."""
+        if self.dtypes[name] not in FLOATS:
+            raise ValueError(f"{self.path}: {name}: expected one of {' '.join(FLOATS)}, got {self.dtypes[name]}")
         values = self.read(name)
         if not np.isfinite(values).all():
             raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")

@@ -7,7 +7,7 @@ time and rounded once to the file's dtype, in the place of W0's own copy: one te
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -182,9 +182,9 @@ def _targets(
     return files
 
 
-def _has(place: Place | None, usable: Collection[str]) -> bool:
+def _has(place: Place | None, usable: set[str]) -> bool:
     """Whether the base's tensor is of use in this place: not if it is another head's."""
-    return place is None or set(place.parts) <= set(usable)
+    return place is None or usable.issuperset(place.parts)
 
 
 def _makes(change: Change) -> bool:

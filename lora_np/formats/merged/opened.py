@@ -15,6 +15,7 @@ from ...adapter import Adapter
 from ...backend import Array, asnumpy
 from ...model import Config, init_weights
 from ..adapters.brought import Brought, brought_by
+from ..files.named import named
 from ..files.safe import open_tensors
 from ..models.base import LazyWeights
 from ..models.folder import CONFIG, MODEL_TYPE, WEIGHTS, check_own, read_header, read_own, weights_hash
@@ -57,6 +58,7 @@ class Opened:
         return with_old_names(places(config, in_trunk=in_trunk), self.files.tensors)
 
 
+@named
 def open_base(path: str | os.PathLike[str], adapters: Sequence[Path] = ()) -> Opened:
     """Opens a folder that `load_model` reads, with its checks of names, shapes and hash; no weight is kept.
 
@@ -115,7 +117,8 @@ def _open_own(folder: Path, raw: Mapping[str, Any], *, head: str | None, n_label
     if found != expected_hash:
         raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
     config = with_head(saved, head, n_labels)
-    kept = {name: place for name, place in own_places(config).items() if name in set(taken(saved, config)) & own.keys()}
+    usable = set(taken(saved, config)) & own.keys()
+    kept = {name: place for name, place in own_places(config).items() if name in usable}
     return Files(saved, config, tensors, kept, own, {}, in_trunk=True)
 
 

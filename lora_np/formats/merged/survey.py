@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...adapter import adapted_shapes, fused_parts
+from ...adapter import LoRAConfig, adapted_shapes, fused_parts
 from ...backend import Array, asnumpy, xp
 from ...lora import singular_directions
 from ...model import Config
 from ..adapters.layout import PREFIX
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..adapters.peft_config import PATTERNS, READ, check_keys, expressions_in, resolved
-from ..files.plain import read_json
+from ..files.named import named
+from ..files.plain import from_fields, read_json
 from ..files.safe import TensorFile, open_tensors, refuse_pickle
 from ..models.names import module_names
 from .opened import open_base
@@ -51,6 +52,7 @@ class Survey(NamedTuple):
     whole: list[str]
 
 
+@named
 def survey(path: str | os.PathLike[str]) -> Survey:
     """Reads an adapter's folder. A FileNotFoundError or ValueError, in one line, says what is missing or damaged."""
     folder = Path(path)
@@ -71,10 +73,8 @@ def survey(path: str | os.PathLike[str]) -> Survey:
         misnamed = [key for key in whole if "lora_" in key.lower()]
         if misnamed or not pairs:
             raise ValueError(f"{file.path}: expected lora_A and lora_B of each module, got {(misnamed or whole)[:1]}")
-        scales = _scales(raw, list(pairs), str(folder / CONFIG))
-        modules = [
-            _module(name, _matrix(file, A), _matrix(file, B), scales[name], file) for name, (A, B) in pairs.items()
-        ]
+        scales = _scales(raw, {name: _rank(file, *keys) for name, keys in pairs.items()}, str(folder / CONFIG))
+        modules = [_module(name, _matrix(file, A), _matrix(file, B), scales[name]) for name, (A, B) in pairs.items()]
         for module in modules:
             if not math.isfinite(module.norm_update):
                 raise ValueError(
@@ -83,25 +83,33 @@ def survey(path: str | os.PathLike[str]) -> Survey:
         return Survey(raw, modules, whole)
 
 
-def _scales(raw: dict[str, Any], names: list[str], where: str) -> dict[str, float]:
-    """s of each module (L1)."""
-    same = {name: name for name in names}
-    fits = expressions_in(raw, PATTERNS, names, where)
-    ranks = resolved(raw, "rank_pattern", same, raw.get("r", READ["r"]), fits, where)
-    alphas = resolved(raw, "alpha_pattern", same, raw.get("lora_alpha", READ["lora_alpha"]), fits, where)
-    power = 0.5 if raw.get("use_rslora") else 1.0
-    return {name: alphas[name] / max(ranks[name], 1) ** power for name in names}
+def _scales(raw: dict[str, Any], ranks: dict[str, int], where: str) -> dict[str, float]:
+    """s of each module (L1), whose ranks are those of its tensors; a ValueError if the configuration has others."""
+    fields = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "bias": "bias", "rslora": "use_rslora"}
+    config = from_fields(LoRAConfig, {ours: raw.get(key, READ[key]) for ours, key in fields.items()}, where)
+    same = {name: name for name in ranks}
+    fits = expressions_in(raw, PATTERNS, list(ranks), where)
+    said = resolved(raw, "rank_pattern", same, config.r, fits, where)
+    alphas = resolved(raw, "alpha_pattern", same, config.alpha, fits, where)
+    for name, rank in ranks.items():
+        if said[name] != rank:
+            raise ValueError(f"{where}: {name}: expected rank {rank}, as its tensors have, got {said[name]}")
+    return {name: alphas[name] / (math.sqrt(rank) if config.rslora else rank) for name, rank in ranks.items()}
+
+
+def _rank(file: TensorFile, A: str, B: str) -> int:
+    """The rank of two tensors; a ValueError unless they are A (r, in) and B (out, r)."""
+    a, b = file.shapes[A], file.shapes[B]
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or min(a + b) < 1:
+        raise ValueError(f"{file.path}: {A}: expected A (r, in) and B (out, r), got A {a} and B {b}")
+    return a[0]
 
 
 def _matrix(file: TensorFile, key: str) -> Array:
-    if len(file.shapes[key]) != 2:
-        raise ValueError(f"{file.path}: {key}: expected a matrix, got shape {file.shapes[key]}")
     return file.read_finite(key).astype(np.float64)
 
 
-def _module(name: str, A: Array, B: Array, s: float, file: TensorFile) -> Module:
-    if len(A) != B.shape[1]:
-        raise ValueError(f"{file.path}: {name}: A {A.shape} and B {B.shape} do not fit together")
+def _module(name: str, A: Array, B: Array, s: float) -> Module:
     # Of A and B of size 1, as squares of numbers that a file may hold overflow.
     (a, A), (b, B) = _scaled(A), _scaled(B)
     sigma = asnumpy(singular_directions(xp.asarray(A), xp.asarray(B))[1])

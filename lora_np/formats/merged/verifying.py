@@ -230,7 +230,7 @@ def _same(target: Target, stored: Stored) -> bool:
     assert source is not None
     if stored.dtype == source.dtype:
         return all(one == other for one, other in zip(source.parts(), stored.parts(), strict=True))
-    if source.dtype not in NAMES:
+    if source.dtype not in NAMES or stored.dtype not in NAMES:
         return False
     dtype = numpy_dtype(stored.dtype)
     return bool(np.array_equal(rounded(source.read_raw().astype(np.float64), dtype), stored.read_raw()))

@@ -12,6 +12,7 @@ from ...model import Config
 from ...ops import narrowed
 
 Storage: TypeAlias = Literal["bfloat16"]
+LAYER_TENSORS = 8  # of each layer of any file, at least: two norms; q, k, v, o, up and down, or c_attn and more biases
 
 
 class Base(Protocol):
@@ -44,6 +45,14 @@ class LazyWeights(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._readers)
+
+
+def check_layers(n_layer: int, n_tensors: int, where: str) -> None:
+    """A ValueError if so few tensors cannot be so many layers: said before names are made that no memory holds."""
+    if n_layer * LAYER_TENSORS > n_tensors:
+        raise ValueError(
+            f"{where}: expected {LAYER_TENSORS} tensors at least of each of {n_layer} layers, got {n_tensors}"
+        )
 
 
 def held(value: Array, storage: Storage | None, where: str) -> Array:

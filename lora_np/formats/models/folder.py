@@ -14,9 +14,10 @@ from ...backend import Array, asnumpy
 from ...model import Config, Model
 from ...ops import widened
 from ..files.atomic import new_folder, write_tensors
+from ..files.named import named
 from ..files.plain import from_fields, read_json, to_fields, write_json
 from ..files.safe import TensorFile, open_tensors, refuse_pickle
-from .base import Base, Storage, held
+from .base import Base, Storage, check_layers, held
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
 from .huggingface import MODEL_TYPES, load_huggingface
@@ -77,6 +78,7 @@ def own_header(config: Config, base_sha256: str) -> dict[str, Any]:
     return {"model_type": MODEL_TYPE, "format": FORMAT, "config": to_fields(config), "base_sha256": base_sha256}
 
 
+@named
 def load_model(
     path: str | os.PathLike[str],
     *,
@@ -149,8 +151,7 @@ def read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:
 
 def check_own(file: TensorFile, config: Config) -> None:
     """A ValueError unless the tensors are exactly the configuration's weights, all of one dtype."""
-    if config.n_layer > len(file.shapes):  # before a list of weights is made that no memory holds
-        raise ValueError(f"{file.path}: {CONFIG} says {config.n_layer} layers, the file has {len(file.shapes)} tensors")
+    check_layers(config.n_layer, len(file.shapes), str(file.path))
     file.check_names(config.weight_shapes())
     if len(set(file.dtypes.values())) > 1:
         raise ValueError(f"{file.path}: expected one dtype, got {' and '.join(sorted(set(file.dtypes.values())))}")

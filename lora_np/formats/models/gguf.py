@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...model import Config, Model
-from .base import Storage, held
+from .base import Storage, check_layers, held
 from .gguf_file import GGUFFile, open_gguf
 from .heads import completed, taken, with_head
 
@@ -81,8 +81,7 @@ def read_config(file: GGUFFile) -> Config:
         return file.get(f"{ARCHITECTURE}.{key}", kind, default)
 
     n_layer, n_head = value("block_count"), value("attention.head_count")
-    if n_layer > len(file.tensors):  # before a list of weights is made that no memory holds
-        raise ValueError(f"{file.path}: block_count says {n_layer} layers, the file has {len(file.tensors)} tensors")
+    check_layers(n_layer, len(file.tensors), f"{file.path}: block_count")
     table = file.tensors.get("token_embd.weight")
     if table is None or not table.shape:
         raise ValueError(f"{file.path}: the tensor token_embd.weight is missing")

@@ -7,7 +7,6 @@ one that must have the value with which it changes nothing. Each tensor of the f
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from ...model import Config, Model
 from ...ops import widened
 from ..files.plain import from_fields
 from ..files.safe import shown
-from .base import Storage, held
+from .base import Storage, check_layers, held
 from .heads import completed, taken, with_head
 from .names import family_of, module_names, module_of
 from .shards import WIDENED, Stored, stored_tensors
@@ -186,8 +185,7 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
     where = str(folder / CONFIG)
     saved = read_config(raw, where)
     tensors = stored_tensors(folder)
-    if saved.n_layer > len(tensors):  # before a list of weights is made that no memory holds
-        raise ValueError(f"{where}: {saved.n_layer} layers, but the files have {len(tensors)} tensors")
+    check_layers(saved.n_layer, len(tensors), where)
     config = with_head(saved, head, n_labels)
     family = family_of(saved)
     if family_of(config) is not family:
@@ -272,17 +270,12 @@ def _value(raw: Mapping[str, Any], name: str, key: Key, where: str) -> Any:
     if value is NEEDED:
         raise ValueError(f"{where}: {name} is missing")
     kinds = (int, float) if key.kind is float else (key.kind,)
-    if type(value) not in kinds or (key.kind is float and not _is_positive(value)):
+    if type(value) not in kinds or (key.kind is float and value <= 0):
         raise ValueError(f"{where}: {name}: expected {_KINDS[key.kind]}, got {value!r:.60}")
     return value
 
 
 _KINDS = {int: "an integer", float: "a number above 0", str: "a name", bool: "true or false"}
-
-
-def _is_positive(value: float) -> bool:
-    """Whether a number is above 0 and a float holds it: JSON's 1e999 is infinite, and its integers have no end."""
-    return 0 < value <= sys.float_info.max
 
 
 def _head(raw: Mapping[str, Any], kind: ModelType, where: str) -> str:
@@ -321,7 +314,7 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> float:
             elif (name, inner) not in [("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)]:
                 raise ValueError(f"{where}: {key}: {shown(name)} = {inner!r:.60} is not supported")
     for name, value in found.items():
-        if type(value) not in (int, float) or not _is_positive(value):
+        if type(value) not in (int, float) or value <= 0:
             raise ValueError(f"{where}: {name}: expected a number above 0, got {value!r:.60}")
     if len(set(found.values())) > 1:
         raise ValueError(f"{where}: {' and '.join(found)} differ: {' '.join(map(repr, found.values()))}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files.named import named
 from ..files.plain import read_json
 from ..files.safe import shown
 from .gguf_file import GGUFFile, open_gguf
@@ -110,6 +111,7 @@ def import_tokenizers() -> Any:
     return tokenizers
 
 
+@named
 def load_tokenizer(path: str | os.PathLike[str], *, pre: str | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face folder (its tokenizer.json), or of a .gguf file (its metadata).
 

@@ -1,10 +1,13 @@
 """Files for the tests of formats: small models, raw safetensors written by hand, and what goes wrong with them."""
 
 import json
+import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import lora_np as ln
@@ -86,6 +89,102 @@ def write_peft(folder, factors, *, r, alpha, **settings):
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     about = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": sorted(factors), **settings}
     (folder / "adapter_config.json").write_text(json.dumps(about))
+
+
+# --- What others may write into a name, a text or a configuration -----------------------------------------------------
+
+PARTS = [
+    "a",
+    "\n",
+    "\r",
+    "\x1b[2K",
+    "\x1b[1A",
+    "\x1b]0;x\x07",
+    "\x9b2K",
+    "\x08",
+    "\u2028",
+    "\u202e",
+    "\u2066",
+    "\x85",
+    "\0",
+]
+
+
+def hostile_texts():
+    """Texts that move a cursor, end a line, turn its direction, are no characters, or are long."""
+    return st.one_of(
+        st.lists(st.sampled_from(PARTS), max_size=8).map("".join), st.text(st.characters(), max_size=40),
+        st.sampled_from(["\ud800", "\udcff\n", "x" * 10**5, "\x1b" * 10**5]),
+    )  # fmt: skip
+
+
+def is_safe(line):
+    """Whether a text is one line that shows as it stands."""
+    categories = {unicodedata.category(c) for c in line if c != "\t"}
+    return not categories & {"Cc", "Cs", "Zl", "Zp"} and not set(line) & set(
+        "\u202a\u202b\u202d\u202e\u2066\u2067\u2068"
+    )
+
+
+HOSTILE_VALUES = [
+    "-3.5", "0", "-1", "1e999", "-1e999", "1e308", "5e-324", "NaN", "-Infinity", "1" + 400 * "0", "9" * 5000,
+    "1000000000", "18446744073709551616", "null", "true", '"abc"', '""', "[]", "{}", "[[[]]]", '{"a": 1, "a": 2}',
+    3000 * "[" + 3000 * "]", json.dumps("x\x1b[2K\nyes"), '["\\ud800"]', '{"x\\u001b[2K": 1}',
+]  # fmt: skip
+
+
+def hostile_json(text):
+    """Variants of a JSON object, in bytes: another value, a key more, a key twice, nesting, other encodings, cuts."""
+    found = json.loads(text)
+    one = st.tuples(st.sampled_from(list(found)), st.sampled_from(HOSTILE_VALUES))
+
+    def with_value(key_and_value):
+        key, value = key_and_value
+        parts = {name: json.dumps(given) for name, given in found.items()} | {key: value}
+        return "{" + ", ".join(f"{json.dumps(name)}: {given}" for name, given in parts.items()) + "}"
+
+    def with_more(key_and_value):
+        return text.rstrip()[:-1] + f", {json.dumps(key_and_value[0])}: {key_and_value[1]}}}"
+
+    unknown = st.tuples(hostile_texts(), st.sampled_from(HOSTILE_VALUES))
+    return st.one_of(
+        one.map(with_value), one.map(with_more), unknown.map(with_more),
+        st.integers(0, len(text)).map(lambda n: text[:n]),
+    ).map(str.encode) | st.sampled_from(
+        [b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16"), text.encode() + b"\xff", b"[" * 10**5]
+    )  # fmt: skip
+
+
+# The format's dtypes that are no numbers to compute with, and their bits.
+EXOTIC = {
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F4": 4,
+}  # fmt: skip
+
+
+def many_tensors(n):
+    """The header of n tensors without a number in them."""
+    return {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(n)}
+
+
+def steps_of(function):
+    """How many lines of the package a call runs, however it ends: its time, but the same on every machine."""
+    count = 0
+
+    def trace(frame, event, _argument):
+        nonlocal count
+        count += event == "line"
+        return trace if "lora_np" in frame.f_code.co_filename else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except ValueError:
+        pass
+    finally:
+        sys.settrace(before)
+    return count
 
 
 def contents(folder):
