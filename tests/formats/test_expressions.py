@@ -61,6 +61,7 @@ def test_one_process_for_all_expressions_of_a_file(monkeypatch):
     assert len(started) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Possible")
 @given(text=st.text("ab.*+?()|[]^$\\{}1,-:!<=", max_size=8), at_end=st.booleans())
 def test_any_short_expression_fits_what_it_fits_in_re(text, at_end):
     names = ["a", "b", "ab", "a.b", "aab", ""]
