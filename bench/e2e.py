@@ -18,9 +18,9 @@ import numpy as np
 
 import lora_np as ln
 from lora_np.batch import BatchDict
-from lora_np.examples import Example, bucketed, encode_pair, in_order, read_pairs
 from lora_np.formats.models.tokenizer import Tokenizer
-from lora_np.train import Score, Settings, evaluate, placed, train
+from lora_np.training.examples import Example, bucketed, encode_pair, in_order, read_pairs
+from lora_np.training.loop import Score, Settings, evaluate, placed, train
 
 from .environment import environment
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_np.plot import check_matplotlib
+from lora_np.training.plot import check_matplotlib
 
 from .figures import Figure, Run
 from .roofline import EACH_CORE, READ, STREAM

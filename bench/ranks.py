@@ -17,8 +17,8 @@ import numpy as np
 
 import lora_np as ln
 from lora_np.batch import BatchDict
-from lora_np.ranks import Ranks, world
-from lora_np.train import Report, Settings, train
+from lora_np.training.loop import Report, Settings, train
+from lora_np.training.ranks import Ranks, world
 
 from .environment import environment
 

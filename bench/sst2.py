@@ -20,10 +20,10 @@ import numpy as np
 
 import lora_np as ln
 from lora_np.batch import BatchDict
-from lora_np.examples import Example, bucketed, in_order, padded, steps_an_epoch
 from lora_np.parallel import sharded_loss_and_grads
-from lora_np.tasks import read_examples, task_of
-from lora_np.train import Score, Settings, evaluate, placed, train
+from lora_np.training.examples import Example, bucketed, in_order, padded, steps_an_epoch
+from lora_np.training.loop import Score, Settings, evaluate, placed, train
+from lora_np.training.tasks import read_examples, task_of
 
 from .environment import environment
 from .measure import Side, measure

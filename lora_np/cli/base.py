@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from .. import demo
 from ..adapter import Adapter
-from ..data import BYTES, ByteTokenizer
-from ..examples import Tokens
 from ..formats.adapters.adapter import load_adapter
-from ..formats.adapters.pair import load_base_for
+from ..formats.adapters.base import load_base_for
 from ..formats.models.folder import load_model
 from ..formats.models.tokenizer import TOKENIZER, load_tokenizer
 from ..model import Config, Model
+from ..training import embedded as demo
+from ..training.examples import Tokens
+from ..training.text import BYTES, ByteTokenizer
 from .output import Bar
 
 Run: TypeAlias = Callable[[argparse.Namespace], int]  # a command: its arguments in, the exit status out

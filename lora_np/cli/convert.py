@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..formats.adapters.adapter import kind_of, load_adapter, save_adapter
-from ..formats.adapters.pair import load_base_for
+from ..formats.adapters.base import load_base_for
 from ..formats.files.atomic import expect_new
 from .base import AddCommand, add_base, base_path
 from .output import Bar, emit

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .. import demo, plot
+from ..training import embedded as demo
+from ..training import plot
 from .base import AddCommand, add_seed, shown_on
 from .output import Bar, emit, table
 from .streams import show

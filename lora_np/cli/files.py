@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from ..formats.merged.merged_folder import merge_folder
+from ..formats.merged.folder import merge_folder
 from ..formats.merged.survey import base_norms, survey
 from .base import AddCommand, add_base, base_path
 from .output import Bar, emit, table

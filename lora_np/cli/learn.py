@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from .. import finetune, plot, tasks
 from ..adapter import TARGETS, Adapter, LoRAConfig
-from ..data import ByteTokenizer
 from ..decode import generate_on
-from ..examples import Tokens
 from ..formats.adapters.task import Task, load_task
 from ..formats.models.folder import load_model
 from ..model import Model
 from ..parallel import default_shards
-from ..ranks import Ranks, world
-from ..train import Score, Settings, evaluate
+from ..training import finetune, plot, tasks
+from ..training.examples import Tokens
+from ..training.loop import Score, Settings, evaluate
+from ..training.ranks import Ranks, world
+from ..training.text import ByteTokenizer
 from .base import AddCommand, adapted, add_base, add_seed, add_storage, base_path, tokenizer_of, utf8, whole
 from .output import Bar, emit, one_end
 

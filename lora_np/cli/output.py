@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from ..formats.files.named import MAX_LINE
-from ..formats.files.plain import to_json
-from ..formats.files.safe import shown
-from ..ranks import Ranks
-from ..train import TrainingError
+from ..formats.files.errors import MAX_LINE
+from ..formats.files.json_file import to_json
+from ..formats.files.safetensors_file import shown
+from ..training.loop import TrainingError
+from ..training.ranks import Ranks
 from .streams import show
 
 # What is said in one line.

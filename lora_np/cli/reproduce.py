@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ..formats.files.atomic import expect_new
-from ..plot import check_matplotlib
+from ..training.plot import check_matplotlib
 from .base import AddCommand, shown_on, tokenizer_of
 from .output import Bar, emit
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from ..adapter import Adapter
 from ..backend import Array, asnumpy
-from ..effect import Effect, effect
 from ..formats.adapters.adapter import load_adapter
-from ..formats.adapters.pair import load_base_for
-from ..formats.merged.merging import plan_merge
+from ..formats.adapters.base import load_base_for
+from ..formats.merged.comparison import Comparison, compare, explained, is_trained, records_base, worst
+from ..formats.merged.effect import Effect, effect
+from ..formats.merged.plan import plan_merge
 from ..formats.merged.survey import survey
-from ..formats.merged.verifying import Comparison, compare, explained, is_trained, records_base, worst
 from ..formats.models.folder import load_model
 from ..loss import forward
 from ..model import Config, Model

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from ..adapter import Adapter, LoRAConfig, count_parameters, init_adapter
 from ..backend import backend_name
 from ..batch import BatchDict
-from ..data import encode, random_windows, standard_library
 from ..model import PRESETS, Config, Model, init_weights
-from ..train import Settings, State, placed, train
+from ..training.loop import Settings, State, placed, train
+from ..training.text import encode, random_windows, standard_library
 from .counts import HALF, size
 from .section import Claim, Section, Table, Verdict, graded
 from .timing import Ratio, in_turn, ratio

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import plot
 from ..adapter import LoRAConfig, init_adapter, merge
 from ..backend import Array, asnumpy
 from ..loss import forward
 from ..model import Config, Model, init_weights
+from ..training import plot
 from .section import Claim, Picture, Section, Table, graded
 from .timing import Ratio, in_turn, ratio
 

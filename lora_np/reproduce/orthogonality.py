@@ -17,10 +17,10 @@ from ..adapter import Adapter, LoRAConfig, init_adapter, merge
 from ..backend import Array, asnumpy, xp
 from ..binding import bind
 from ..decode import new_cache, next_logits
-from ..demo import Progress
 from ..loss import forward
 from ..model import Model
-from ..train import Report, evaluate, train
+from ..training.embedded import Progress
+from ..training.loop import Report, evaluate, train
 from .rank import MAIN, PART, as_good
 from .section import Claim, Section, Table, Verdict, graded
 from .study import ALPHA, QV, Spread, Study, Trainings, counted, losses, spread

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from .. import plot
 from ..adapter import LoRAConfig, count_parameters
 from ..model import Config
-from ..train import Score
+from ..training import plot
+from ..training.loop import Score
 from .section import Claim, Picture, Section, Table, graded, listed
 from .study import FULL, QKVO, QV, Q, Setting, Spread, Study, Targets, Trainings, losses, spread
 

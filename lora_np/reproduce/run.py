@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import demo
 from ..adapter import Adapter
 from ..batch import BatchDict
-from ..data import all_windows, encode, random_windows, split, standard_library
-from ..demo import Progress
-from ..examples import Tokens, bucketed, in_order, steps_an_epoch
 from ..formats.models.folder import load_model
 from ..model import PRESETS, Config, Model
-from ..tasks import EVALUATED, read_examples, task_of
-from ..train import Settings, evaluate
+from ..training import embedded as demo
+from ..training.embedded import Progress
+from ..training.examples import Tokens, bucketed, in_order, steps_an_epoch
+from ..training.loop import Settings, evaluate
+from ..training.tasks import EVALUATED, read_examples, task_of
+from ..training.text import all_windows, encode, random_windows, split, standard_library
 from .amplification import amplification
 from .amplification import wanted as for_amplification
 from .cost import Measured, cost

@@ -10,9 +10,9 @@ import numpy as np
 
 from ..adapter import Adapter, LoRAConfig, init_adapter
 from ..batch import BatchDict
-from ..demo import Progress
 from ..model import Model
-from ..train import Report, Score, Settings, evaluate, placed, train
+from ..training.embedded import Progress
+from ..training.loop import Report, Score, Settings, evaluate, placed, train
 
 Targets: TypeAlias = tuple[str, ...]
 Q, QV, QKVO = ("q",), ("q", "v"), ("q", "k", "v", "o")

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import plot
 from ..adapter import Adapter
 from ..analysis import random_similarity, subspace_similarity
 from ..backend import Array
+from ..training import plot
 from .section import Claim, Picture, Section, Table, graded, listed
 from .study import QV, Setting, Study, Trainings, adapter_of
 

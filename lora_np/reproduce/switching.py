@@ -18,7 +18,7 @@ from ..formats.adapters.adapter import save_adapter
 from ..formats.models.folder import model_hash, save_model
 from ..loss import forward
 from ..model import Model
-from ..train import evaluate
+from ..training.loop import evaluate
 from .section import Claim, Section, Table, graded
 
 ROUNDING = 1e-12  # of the largest logit, in float64

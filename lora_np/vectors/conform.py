@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..backend import Array
-from ..formats.files.safe import open_tensors
+from ..formats.files.safetensors_file import open_tensors
 from .answers import Answer, error_ratio
 from .cases import Case
 from .files import Vectors, read_tensor

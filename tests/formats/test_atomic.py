@@ -10,7 +10,7 @@ import pytest
 
 from lora_np.formats.files import atomic
 from lora_np.formats.files.atomic import PARTIAL, discard, expect_new, new_file, new_folder, replaced_files
-from lora_np.formats.files.occupied import LOCK, occupied
+from lora_np.formats.files.lock import LOCK, occupied
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions and signals are POSIX")
 
@@ -125,7 +125,7 @@ def test_the_umask_alone_says_who_may_read_what_is_written(tmp_path, umask):
 
 HOLD = """
 import pathlib, sys, time
-from lora_np.formats.files.occupied import occupied
+from lora_np.formats.files.lock import occupied
 
 with occupied(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
@@ -182,7 +182,7 @@ def test_a_folder_that_stays_empty_is_gone_if_it_was_made(tmp_path):
 
 RACE = """
 import os, pathlib, sys
-from lora_np.formats.files.occupied import occupied
+from lora_np.formats.files.lock import occupied
 
 folder, begun = pathlib.Path(sys.argv[1]), os.pipe()
 for _ in range(4):

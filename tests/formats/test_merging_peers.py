@@ -15,9 +15,9 @@ from strategies import trained_adapter
 import lora_np as ln
 from lora_np import cli
 from lora_np.formats.files.rounding import NAMES, rounded, ulps_apart
-from lora_np.formats.merged.merged_folder import merge_folder
-from lora_np.formats.merged.merging import plan_merge
-from lora_np.formats.merged.verifying import compare
+from lora_np.formats.merged.comparison import compare
+from lora_np.formats.merged.folder import merge_folder
+from lora_np.formats.merged.plan import plan_merge
 
 pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
 

@@ -6,7 +6,7 @@ import lora_np as ln
 from lora_np.reproduce import rank
 from lora_np.reproduce.section import Claim
 from lora_np.reproduce.study import FULL, QKVO, QV, Q, Setting, Spread, losses, spread
-from lora_np.train import Score
+from lora_np.training.loop import Score
 
 BEFORE = 3.0
 

@@ -10,14 +10,14 @@ import pytest
 import lora_np as ln
 from lora_np import cli
 from lora_np.backend import asnumpy
-from lora_np.data import ByteTokenizer
 from lora_np.reproduce import latency, run
 from lora_np.reproduce import study as study_module
 from lora_np.reproduce.page import WITHOUT
 from lora_np.reproduce.rank import rank
 from lora_np.reproduce.study import FULL, QV, Setting, adapter_of, train_all
 from lora_np.reproduce.switching import unicode_names
-from lora_np.train import evaluate
+from lora_np.training.loop import evaluate
+from lora_np.training.text import ByteTokenizer
 
 STUDY = ["rank-embedded", "subspaces-embedded", "amplification-embedded"]
 SECTIONS = ["counts", "cost", *STUDY, "latency", "switching", "orthogonality"]

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from lora_np import plot
 from lora_np.reproduce.page import WITHOUT, page, tally
 from lora_np.reproduce.section import Claim, Picture, Section, Table, graded, listed
+from lora_np.training import plot
 
 VOID = {"meta", "img", "source", "br"}
 CLAIMS = [

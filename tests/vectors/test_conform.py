@@ -7,7 +7,7 @@ from our_vectors import of, ours
 pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
 
 from lora_np.formats.files.atomic import write_tensors
-from lora_np.formats.files.safe import open_tensors
+from lora_np.formats.files.safetensors_file import open_tensors
 from lora_np.vectors.answers import computed
 from lora_np.vectors.conform import compare
 from lora_np.vectors.files import Vectors

@@ -11,7 +11,7 @@ from our_vectors import ours
 pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
 
 from lora_np.formats.files.atomic import write_tensors
-from lora_np.formats.files.safe import open_tensors
+from lora_np.formats.files.safetensors_file import open_tensors
 from lora_np.vectors.answers import FLOAT64, error_ratio
 from lora_np.vectors.files import LAYOUT, MANIFEST, SCHEMA, VERSION, made, read_vectors, write_vectors
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ...adapter import Adapter
 from ...model import Model
-from ..files.named import named
-from ..files.safe import PICKLES
+from ..files.errors import named
+from ..files.safetensors_file import PICKLES
 from ..models.base import Base
 from . import loralib, npz, peft
 

@@ -20,14 +20,14 @@ from ...adapter import Adapter, LoRAConfig, adapted_shapes, fused_parts, target_
 from ...backend import Array, asnumpy
 from ...model import Config, Model
 from ..files.atomic import new_file, write_tensors
-from ..files.plain import from_fields
-from ..files.safe import TensorFile, open_tensors, shown
+from ..files.json_file import from_fields
+from ..files.safetensors_file import TensorFile, open_tensors, shown
 from ..models.base import Base
 from ..models.names import family_of, module_names
-from .about import KEY, check_about, check_savable, read_about, write_about
-from .apart import put_together, stored_apart, take_apart
-from .layout import Slot, checked_groups, read_params, whole_slots
+from .fused_qkv import put_together, stored_apart, take_apart
+from .header import KEY, check_about, check_savable, read_about, write_about
 from .peft_config import SAME, described, most_common
+from .peft_tensors import Slot, checked_groups, read_params, whole_slots
 
 FACTORS = (".lora_A", ".lora_B")
 MASKS = r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"  # GPT-2's causal masks, which older files count as biases

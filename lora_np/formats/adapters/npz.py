@@ -10,12 +10,12 @@ import numpy as np
 from ...adapter import Adapter
 from ...backend import asnumpy
 from ...model import Model
-from ..files.arrays import HEADER, open_arrays
 from ..files.atomic import new_file
-from ..files.safe import DTYPES, check_widens, shown
+from ..files.npz_file import HEADER, open_arrays
+from ..files.safetensors_file import DTYPES, check_widens, shown
 from ..models.base import Base
-from .about import check_about, check_savable, read_about, write_about
-from .layout import param_shapes
+from .header import check_about, check_savable, read_about, write_about
+from .peft_tensors import param_shapes
 
 KINDS = {np.dtype(dtype).str: name for name, dtype in DTYPES.items()}  # "<f4" -> "F32"
 

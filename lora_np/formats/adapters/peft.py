@@ -20,14 +20,14 @@ from ...backend import Array, asnumpy
 from ...model import Model
 from ...ops import widened
 from ..files.atomic import new_folder, replaced_files, write_tensors
-from ..files.plain import read_json, to_json, write_json
-from ..files.safe import TensorFile, open_tensors, refuse_pickle
+from ..files.json_file import read_json, to_json, write_json
+from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 from ..models.base import Base
 from ..models.names import module_names
-from .about import KEY, check_about, check_savable, read_about, write_about
-from .apart import put_together, stored_apart, take_apart
-from .layout import PREFIX, read_params, slots
+from .fused_qkv import put_together, stored_apart, take_apart
+from .header import KEY, check_about, check_savable, read_about, write_about
 from .peft_config import check_keys, check_same, read_config, write_config
+from .peft_tensors import PREFIX, read_params, slots
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

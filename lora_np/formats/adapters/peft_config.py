@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from ...adapter import TARGETS, LoRAConfig, adapted_shapes, target_of, trained_whole
 from ...model import Config
 from ..files.expressions import Expression, fitting
-from ..files.plain import from_fields
-from ..files.safe import shown
+from ..files.json_file import from_fields
+from ..files.safetensors_file import shown
 from ..models.names import family_of, module_names, saved_whole, short_names
-from .layout import grouped
+from .peft_tensors import grouped
 
 # What says how the adapter is built: read, and written. The values that stand for a key that is absent.
 READ: Mapping[str, Any] = {

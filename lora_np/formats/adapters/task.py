@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..files.atomic import replaced_files
-from ..files.plain import from_fields, read_json, to_fields, write_json
+from ..files.json_file import from_fields, read_json, to_fields, write_json
 
 TASK = "task.json"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ...backend import Array
-from .safe import import_safetensors
+from .safetensors_file import import_safetensors
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # the folders that a killed process leaves
 

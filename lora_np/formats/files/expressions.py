@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .safe import shown
+from .safetensors_file import shown
 
 SECONDS, MEMORY = 2.0, 2**28  # for all expressions of a file together
 MATCHING = Path(__file__).with_name("matching.py")

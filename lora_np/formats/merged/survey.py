@@ -14,14 +14,14 @@ from ...adapter import LoRAConfig, adapted_shapes, fused_parts
 from ...backend import Array, asnumpy, xp
 from ...lora import singular_directions
 from ...model import Config
-from ..adapters.layout import PREFIX
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..adapters.peft_config import PATTERNS, READ, check_keys, expressions_in, resolved
-from ..files.named import named
-from ..files.plain import from_fields, read_json
-from ..files.safe import TensorFile, open_tensors, refuse_pickle
+from ..adapters.peft_tensors import PREFIX
+from ..files.errors import named
+from ..files.json_file import from_fields, read_json
+from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 from ..models.names import module_names
-from .opened import open_base
+from .base import open_base
 
 FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 

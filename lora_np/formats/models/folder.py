@@ -14,9 +14,9 @@ from ...backend import Array, asnumpy
 from ...model import Config, Model
 from ...ops import widened
 from ..files.atomic import new_folder, write_tensors
-from ..files.named import named
-from ..files.plain import from_fields, read_json, to_fields, write_json
-from ..files.safe import TensorFile, open_tensors, refuse_pickle
+from ..files.errors import named
+from ..files.json_file import from_fields, read_json, to_fields, write_json
+from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 from .base import Base, Storage, check_layers, held
 from .gguf import load_gguf
 from .heads import completed, taken, with_head

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...backend import Array, DType
-from ..files.unchanged import changed, open_unchanged, stamp
+from ..files.stamp import changed, open_unchanged, stamp
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 MAX_HEADER_BYTES = 64 * 2**20

@@ -18,8 +18,8 @@ from ...adapter import fused_parts
 from ...backend import Array, asnumpy, xp
 from ...model import Config, Model
 from ...ops import widened
-from ..files.plain import from_fields
-from ..files.safe import shown
+from ..files.json_file import from_fields
+from ..files.safetensors_file import shown
 from .base import Storage, check_layers, held
 from .heads import completed, taken, with_head
 from .names import family_of, module_names, module_of

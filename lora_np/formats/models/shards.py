@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ...backend import Array
-from ..files.plain import read_json
-from ..files.safe import DTYPES, TensorFile, open_tensors, refuse_pickle, shown
+from ..files.json_file import read_json
+from ..files.safetensors_file import DTYPES, TensorFile, open_tensors, refuse_pickle, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN = r"[\w-][\w.-]{0,200}\.safetensors"  # a name that leads nowhere else

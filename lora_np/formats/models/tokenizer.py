@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..files.named import named
-from ..files.plain import read_json
-from ..files.safe import shown
+from ..files.errors import named
+from ..files.json_file import read_json
+from ..files.safetensors_file import shown
 from .gguf_file import GGUFFile, open_gguf
 from .tokenizer_json import check_merges, check_tokenizer
 

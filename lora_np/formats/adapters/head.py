@@ -1,0 +1,89 @@
+"""The head that an adapter brings to a base which has none, or another: its kind, its labels and their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...model import Config
+from ..files.errors import named
+from ..files.json_file import read_json
+from ..files.npz_file import HEADER, open_arrays
+from ..files.safetensors_file import open_tensors
+from .adapter import kind_of
+from .header import KEY, read_about
+from .peft import CONFIG, WEIGHTS
+from .peft_tensors import PREFIX
+from .task import TASK, load_task
+
+# What PEFT's files call the modules of a head, and RoBERTa's pooler, which is a part of its own; ours: head, pooler.
+MODULES = {
+    "score": "head", "classifier": "head", "classifier.out_proj": "head", "head": "head",
+    "classifier.dense": "pooler", "pooler": "pooler",
+}  # fmt: skip
+TASKS = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag", "FEATURE_EXTRACTION": "none"}
+
+
+class Brought(NamedTuple):
+    """What an adapter says about its base's head, None where it does not, and the head's weights that it has whole.
+
+    is_double: whether its tensors are float64.
+    """
+
+    head: str | None
+    shapes: Mapping[str, tuple[int, ...]]
+    is_double: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments head and n_labels for which `load_model` gives the model that the adapter was trained on."""
+        if self.head == "none":
+            return {"head": "none", "n_labels": None}
+        if self.head in ("classify", "tag") and "head.weight" in self.shapes:
+            return {"head": self.head, "n_labels": self.shapes["head.weight"][0]}
+        return {"head": None, "n_labels": None}
+
+
+@named
+def brought_by(path: Path) -> Brought:
+    """What an adapter's file or folder says of its head; errors are those of `load_adapter`."""
+    found = _read(path)
+    shape = found.shapes.get("head.weight", (1, 1))
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"{path}: head.weight: expected a matrix, got shape {shape}")
+    return found
+
+
+def _read(path: Path) -> Brought:
+    kind = kind_of(path)
+    if kind == "npz":
+        with open_arrays(path) as arrays:
+            about = read_about(arrays.header(), f"{path}: {HEADER}")
+            doubles = any(member.dtype == "float64" for member in arrays.members.values())
+            shapes = {name: member.shape for name, member in arrays.members.items()}
+            return Brought(about.get("head"), shapes, doubles)
+    raw = read_json(path / CONFIG) if kind == "peft" else {}
+    with open_tensors(path / WEIGHTS if kind == "peft" else path) as file:
+        about = read_about(file.metadata[KEY], f"{file.path}: metadata") if KEY in file.metadata else {}
+        shapes = {}
+        for key, shape in file.shapes.items():
+            module, _, weight = key.removeprefix(PREFIX).rpartition(".")
+            if module in MODULES:
+                shapes[f"{MODULES[module]}.{weight}"] = shape
+        doubles = "F64" in file.dtypes.values()
+    task = raw.get("task_type")
+    return Brought(about.get("head") or (TASKS.get(task) if isinstance(task, str) else None), shapes, doubles)
+
+
+def label_names(adapter: Path, config: Config) -> tuple[str, ...] | None:
+    """The names of the labels in an adapter's task.json; None if there is no such file, or no labels to name."""
+    task = load_task(adapter)
+    if task is None or config.head not in ("classify", "tag"):
+        return None
+    if task.name != config.head or len(task.labels) != config.n_labels:
+        raise ValueError(
+            f"{adapter / TASK}: expected task {config.head} with {config.n_labels} labels, as the weights are, "
+            f"got {task.name} with {len(task.labels)}"
+        )
+    return task.labels

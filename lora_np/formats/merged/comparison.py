@@ -1,0 +1,285 @@
+"""Is a folder the merge of a base and an adapter? Tensor by tensor, against the sum rounded once (L5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ...adapter import Adapter
+from ...backend import Array, asnumpy
+from ...model import Config
+from ..adapters.header import KEY
+from ..adapters.peft import WEIGHTS as ADAPTER_WEIGHTS
+from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
+from ..files.safetensors_file import open_tensors
+from ..models.base import Base
+from ..models.folder import CONFIG, MODEL_TYPE, read_header, read_own
+from ..models.huggingface import left_out, places, read_config, with_old_names
+from ..models.names import family_of
+from ..models.shards import Stored, stored_tensors
+from .base import own_places
+from .plan import Plan, Rows, Target
+
+ALIGNED = 0.9  # cos^2 of M - W0 and the update, from which on the one is called a multiple of the other
+NEAR = 0.05  # how far that multiple may be off, relatively
+
+
+class Difference(NamedTuple):
+    """A tensor of a merged folder beside what it should be.
+
+    differing  elements that are not equal
+    max_ulps   the largest difference, in steps of the file's dtype
+    beyond     elements that are further apart than is allowed
+    wrong      of these, those that no order of summing in the file's own dtype explains either
+    not_finite elements that are NaN or infinite, there or in the sum
+    scale      the multiple of the update that was added, by least squares; None: there is no update
+    """
+
+    tensor: str
+    elements: int
+    differing: int
+    max_ulps: int
+    beyond: int
+    wrong: int
+    not_finite: int
+    scale: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Elements where W0 and dW cancel may be further apart, in a merge that was rounded more often than once.
+
+        Such a merge is known by the others: most of what differs lies within what is allowed.
+        """
+        return self.not_finite == self.wrong == 0 and 2 * self.beyond <= self.differing
+
+
+class Comparison(NamedTuple):
+    """A merged folder beside the merge.
+
+    changed   the tensors that the adapter changes
+    altered   those that it does not change, and that are not the base's
+    misshapen those of another shape, or of a dtype that no weight has
+    missing, extra   tensors that should be there, or not be there
+    scale     the multiple of the updates that was added, over all tensors; None: they are zero
+    aligned   whether what was added lies along the updates: the square of a cosine
+    same_config      whether config.json says the same model
+    """
+
+    changed: list[Difference]
+    altered: list[str]
+    misshapen: list[str]
+    missing: list[str]
+    extra: list[str]
+    scale: float | None
+    aligned: float
+    same_config: bool
+
+    @property
+    def loads(self) -> bool:
+        """Whether the folder is of the same model, right or wrong."""
+        return self.same_config and not (self.misshapen or self.missing or self.extra)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the folder is the merge."""
+        right = self.scale is None or abs(self.scale - 1) <= NEAR  # in few bits, an update may hide in one ulp
+        return self.loads and right and not self.altered and all(one.fits for one in self.changed)
+
+
+def records_base(adapter: Path) -> bool:
+    """Whether an adapter's file records which base it was made for; PEFT's own do not."""
+    with open_tensors(adapter / ADAPTER_WEIGHTS) as file:
+        return KEY in file.metadata
+
+
+def is_trained(adapter: Adapter, base: Base) -> bool:
+    """Whether an adapter changes anything: a B that is not zero, or a weight trained whole that is not the base's."""
+    if any(bool((adapter.params[f"{name}.B"] != 0).any()) for name in adapter.matrices):
+        return True
+    return any(
+        not np.array_equal(asnumpy(value), asnumpy(base.weights[name if name in base.weights else "embed.tokens"]))
+        for name, value in adapter.whole.items()
+    )
+
+
+def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
+    """Compares a merged folder with the merge, a tensor at a time. A ValueError if it holds no model's weights.
+
+    ulps: how far apart an element may be, in steps of the folder's own dtype. PEFT sums in the base's dtype, which
+    rounds more than once.
+    """
+    header = read_header(folder)
+    found = stored_tensors(folder)
+    config, by_parts = _merged_places(header, folder, plan.config, found)
+    sums = _Sums()
+    changed: list[Difference] = []
+    altered: list[str] = []
+    misshapen: list[str] = []
+    missing: list[str] = []
+    seen = set()
+    for target in plan.targets:
+        key = _other_key(target.key, plan.config, found)
+        if target.place is not None:
+            key = by_parts.get(frozenset(target.place.parts))
+        if key is None:
+            missing += [target.key] if target.place is not None else []  # the others are no weights
+            continue
+        seen.add(key)
+        if found[key].shape != target.shape or (target.place is not None and found[key].dtype not in NAMES):
+            misshapen.append(key)
+        elif target.changes:
+            difference, its_sums = _difference(target, found[key], ulps)
+            changed.append(difference)
+            sums += its_sums
+        elif not _same(target, found[key]):
+            altered.append(key)
+    extra = sorted(key for key in found.keys() - seen if not _is_no_weight(key, header, plan.config))
+    return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, config == plan.config)
+
+
+def explained(comparison: Comparison, plan: Plan) -> str | None:
+    """What was merged instead, where a folder looks like something known; None: it does not."""
+    scale = comparison.scale
+    if comparison.holds or scale is None:
+        return None
+    if comparison.aligned < ALIGNED:
+        return "something else than this adapter"
+    known = [(-1.0, "the adapter subtracted"), (2.0, "the adapter merged twice"), (0.0, "the base: nothing was merged")]
+    configs = {(a.config.scale(name), a.config.rank(name)) for a in plan.adapters for name in a.matrices}
+    if len(configs) == 1:
+        s, r = next(iter(configs))
+        alpha = s * (math.sqrt(r) if plan.adapters[0].config.rslora else r)
+        known += [
+            (1 / s, "B A with no scale: alpha / r is missing"),
+            (alpha / s, "B A times alpha: the division by r is missing"),
+            (alpha / math.sqrt(r) / s, "the scale alpha / sqrt(r) in the place of alpha / r"),
+            (alpha / r / s, "the scale alpha / r in the place of alpha / sqrt(r)"),
+            (s, "the scale applied twice"),
+        ]
+    fitting = [
+        text for value, text in known if abs(value - 1) > NEAR and abs(scale - value) <= NEAR * max(abs(value), 1.0)
+    ]
+    if fitting:
+        return ", or ".join(fitting)
+    return None if abs(scale - 1) <= NEAR else f"the adapter with {scale:.4g} times its scale"
+
+
+class _Sums(NamedTuple):
+    """Sums over elements, of what was added, M - W0, what was to be, E - W0, both rounded, and the update dW."""
+
+    added_update: float = 0.0  # <M - W0, dW>
+    due_update: float = 0.0  # <E - W0, dW>
+    added: float = 0.0  # |M - W0|^2
+    due: float = 0.0  # |E - W0|^2
+    update: float = 0.0  # |dW|^2
+
+    def __add__(self, other: tuple[float, ...]) -> _Sums:  # type: ignore[override]
+        return _Sums(*(one + two for one, two in zip(self, other, strict=True)))
+
+    @property
+    def scale(self) -> float | None:
+        """The factor c for which M is nearest to what rounding makes of W0 + c dW; 1 where M is E. None without dW."""
+        return 1 + (self.added_update - self.due_update) / self.update if self.update and self.finite else None
+
+    @property
+    def aligned(self) -> float:
+        """cos^2 of the angle between M - W0 and dW, as a part of what rounding leaves of it in E."""
+        if not (self.added and self.due_update and self.finite):
+            return float(self.added == 0)  # nothing was added: zero times the update
+        ratio = self.added_update / self.due_update
+        return ratio * ratio / self.added * self.due
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(sum(self))
+
+
+def _merged_places(
+    header: Mapping[str, object], folder: Path, config: Config, found: Mapping[str, Stored]
+) -> tuple[Config, dict[frozenset[str], str]]:
+    """What a merged folder's config.json says, and the key of each tensor by the weights of `config` in it."""
+    where = str(folder / CONFIG)
+    if header["model_type"] == MODEL_TYPE:
+        said, expected = read_own(header, where)[0], own_places(config)
+    else:
+        trunk = family_of(config).trunk
+        in_trunk = any(key.startswith(f"{trunk}.") for key in found)
+        said, expected = read_config(header, where), with_old_names(places(config, in_trunk=in_trunk), found)
+    return said, {frozenset(place.parts): key for key, place in expected.items() if key in found}
+
+
+def _other_key(key: str, config: Config, found: Mapping[str, Stored]) -> str | None:
+    """The key of a tensor that is no weight, with the trunk's name in front or without."""
+    trunk = f"{family_of(config).trunk}."
+    return next((name for name in (key, trunk + key, key.removeprefix(trunk)) if name in found), None)
+
+
+def _is_no_weight(key: str, header: Mapping[str, object], config: Config) -> bool:
+    """Whether a tensor is one of those that a family's files may have beside a model's weights: buffers, a pooler."""
+    model_type = str(header["model_type"])
+    return model_type != MODEL_TYPE and left_out(model_type, config).fullmatch(key) is not None
+
+
+def _same(target: Target, stored: Stored) -> bool:
+    """Whether a tensor that nothing changes is the base's: to the byte, or in another dtype rounded once."""
+    source = target.source
+    assert source is not None
+    if stored.dtype == source.dtype:
+        return all(one == other for one, other in zip(source.parts(), stored.parts(), strict=True))
+    if source.dtype not in NAMES or stored.dtype not in NAMES:
+        return False
+    dtype = numpy_dtype(stored.dtype)
+    return bool(np.array_equal(rounded(source.read_raw().astype(np.float64), dtype), stored.read_raw()))
+
+
+def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, _Sums]:
+    """A merged tensor beside the sum, block by block, in the dtype of the folder's own file."""
+    tensor = stored.read_raw()
+    start = tensor if target.source is None else target.source.read_raw()
+    differing = beyond = wrong = not_finite = furthest = 0
+    sums = _Sums()
+    for rows in target.rows(tensor, start):
+        total, merged = rows.sum(), np.ascontiguousarray(rows.place)
+        due = rounded(total, merged.dtype)
+        not_finite += int(np.count_nonzero(~(np.isfinite(due) & np.isfinite(merged))))
+        steps = ulps_apart(merged, due)
+        far = steps > ulps
+        furthest = max(furthest, int(steps.max(initial=0)))
+        differing += int(np.count_nonzero(steps))
+        beyond += int(np.count_nonzero(far))
+        if far.any():
+            wrong += int(np.count_nonzero(far & ~(abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows))))
+        if rows.updates:
+            sums += _sums(merged.astype(np.float64) - rows.W0, due.astype(np.float64) - rows.W0, total - rows.W0)
+    return Difference(stored.name, tensor.size, differing, furthest, beyond, wrong, not_finite, sums.scale), sums
+
+
+def _allowed(rows: Rows) -> Array:
+    """By how much an element may be off that was summed in the file's own dtype.
+
+    A sum of r products and W0, in any order, each step of it rounded to that dtype (u = eps / 2), is off by no more
+    than (r + 3) u (|W0| + |s| |B| |A|), to first order.
+    """
+    r = sum(len(update.A) for update in rows.updates)
+    return (r + 3) * _epsilon(rows.place.dtype) / 2 * rows.size()
+
+
+def _sums(added: Array, due: Array, update: Array) -> _Sums:
+    return _Sums(*(float(np.vdot(*pair)) for pair in (
+        (added, update), (due, update), (added, added), (due, due), (update, update)
+    )))  # fmt: skip
+
+
+def _epsilon(dtype: np.dtype[np.generic]) -> float:
+    """The distance from 1 to the next number."""
+    one = np.ones(1, dtype)
+    return float((one.view(f"u{dtype.itemsize}") + 1).astype(f"u{dtype.itemsize}").view(dtype)[0]) - 1.0
+
+
+def worst(differences: Sequence[Difference]) -> Difference | None:
+    """The tensor that is furthest off."""
+    return max(differences, key=lambda one: (one.wrong, one.max_ulps, one.differing), default=None)

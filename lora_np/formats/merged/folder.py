@@ -1,0 +1,173 @@
+"""A merged model's folder: the base's, byte for byte but for the tensors that are merged and what follows from them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...model import Config
+from ..adapters.head import label_names
+from ..files.atomic import new_folder
+from ..files.json_file import read_json, write_json
+from ..files.safetensors_writer import write_stream
+from ..files.stamp import changed
+from ..models.base import LazyWeights
+from ..models.folder import CONFIG, own_header, weights_hash
+from ..models.huggingface import MODEL_TYPES
+from ..models.shards import INDEX, stored_tensors
+from .base import own_places
+from .plan import Plan, plan_merge
+
+# Weights beside those that were read, or in another format: the base's still, and no part of the merged model.
+OTHER_WEIGHTS = (
+    r"([^/]*\.safetensors|pytorch_model[^/]*\.bin|tf_model[^/]*\.h5|flax_model[^/]*\.msgpack)(\.index\.json)?"
+)
+
+
+class Merged(NamedTuple):
+    """What a merge did: how many tensors it made and kept, and the base's files that it left out."""
+
+    made: int
+    kept: int
+    left_out: list[str]
+
+
+def merge_folder(
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float],
+    out: str | os.PathLike[str],
+) -> Merged:
+    """L5: writes the model of a base's folder and adapters' folders, W0 + sum_i w_i s_i B_i A_i, as a new folder.
+
+    No more is held than one tensor, as it is and in its parts, and the adapters. Every other file, and every other
+    tensor's bytes, are the base's; config.json changes where the model is another (a head, untied tables). All is
+    written beside `out` and renamed at the end. A FileExistsError if there is anything at `out`; a ValueError or
+    FileNotFoundError, in one line, says what does not fit, and where: a weight that is NaN or infinite too, and a file
+    that was changed after it was checked.
+
+    What is copied into the new folder is the base's own: a link's file is taken, weights' too, if it lies in the base's
+    folder, or is one of the hub's cache (snapshots/x/FILE -> blobs/y); a ValueError names a link that leads elsewhere,
+    and one to a folder.
+    """
+    target, folder, paths = Path(out), Path(base), [Path(adapter) for adapter in adapters]
+    for other in (folder, *paths):
+        if target.resolve().is_relative_to(other.resolve()):
+            raise ValueError(f"{target}: expected a folder outside of {other}, which is not written into")
+    with new_folder(target) as new:
+        plan = plan_merge(folder, paths, weights)
+        others = list(_other_files(folder))
+        read = {CONFIG, *(path.name for path in plan.files), *([INDEX] if plan.sharded else [])}
+        left_out = [name for name in others if name not in read and re.fullmatch(OTHER_WEIGHTS, name)]
+        for name in others:
+            if name not in left_out:
+                _check_link(folder, folder / name)
+            if name not in read and name not in left_out:
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, new / name)
+        _write_tensors(plan, new)
+        _write_config(plan, paths, new)  # last: without it, no program takes the folder for a model's
+    made = sum(target.kept is None for target in plan.targets)
+    return Merged(made, len(plan.targets) - made, left_out)
+
+
+def _other_files(folder: Path) -> Iterator[str]:
+    """The names of the folder's files, those in its subfolders too; a ValueError for what is neither of the two.
+
+    An OSError names a subfolder that cannot be read.
+    """
+    for root, folders, files in os.walk(folder, onerror=_raise):
+        for name in [*folders, *files]:
+            path = Path(root, name)
+            if path.is_symlink() and path.is_dir():
+                raise ValueError(f"{path}: a link to a folder, which is not followed")
+            if name in files:
+                if not path.is_file():
+                    raise ValueError(f"{path}: expected a file, got something else, or a link to nothing")
+                yield path.relative_to(folder).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """A ValueError if a file of the folder is a link that leads out of it, and not to the blobs of a hub's cache."""
+    own = folder.resolve()
+    blobs = [parent.parent / "blobs" for parent in own.parents if parent.name == "snapshots"]
+    found = path.resolve()
+    if not any(found.is_relative_to(allowed) for allowed in (own, *blobs)):
+        raise ValueError(f"{path}: a link out of the base's folder, to {found}: put the file itself there")
+
+
+def _copy_as_read(source: Path, target: Path, **read: Any) -> None:
+    """Copies a JSON file; a ValueError unless it still has the values that were read of it."""
+    shutil.copyfile(source, target)
+    found = read_json(target)
+    if any(found.get(key) != value for key, value in read.items()):
+        raise changed(source)
+
+
+def _write_tensors(plan: Plan, new: Path) -> None:
+    """The merged files, and the index where their names are others."""
+    sizes: dict[str, int] = {}
+    places: dict[str, str] = {}
+    for path, targets in plan.files.items():
+        header, by_key = plan.merged_header(path), {t.key: t for t in targets}
+        write_stream(new / path.name, header, (by_key[key].parts_bytes() for key in header.by_place))
+        sizes |= {t.key: t.size() for t in targets}
+        places |= dict.fromkeys(by_key, path.name)
+    if not plan.sharded:
+        return
+    source = plan.base.folder / INDEX
+    if places.keys() == plan.base.files.tensors.keys():
+        _copy_as_read(source, new / INDEX, weight_map=places)
+        return
+    index = read_json(source)
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict):
+        index["metadata"] = metadata | {"total_size": sum(sizes.values())}
+    write_json(new / INDEX, index | {"weight_map": places})
+
+
+def _write_config(plan: Plan, adapters: Sequence[Path], new: Path) -> None:
+    """config.json: the base's bytes, unless the model is another."""
+    if plan.base.is_own:
+        tensors = stored_tensors(new)
+        readers = {key: partial(tensors[key].read, str(plan.base.files.dtype)) for key in own_places(plan.config)}
+        write_json(new / CONFIG, own_header(plan.config, weights_hash(LazyWeights(readers))))
+        return
+    raw = merged_config(plan.base.raw, plan.base.files.saved, plan.config, _labels(plan.config, adapters))
+    if raw == plan.base.raw:
+        _copy_as_read(plan.base.folder / CONFIG, new / CONFIG, **raw)
+    else:
+        write_json(new / CONFIG, raw)
+
+
+def _labels(config: Config, adapters: Sequence[Path]) -> tuple[str, ...] | None:
+    """The names of the labels, from the first adapter that has them."""
+    return next((labels for path in adapters if (labels := label_names(path, config)) is not None), None)
+
+
+def merged_config(
+    raw: Mapping[str, Any], saved: Config, config: Config, labels: Sequence[str] | None
+) -> dict[str, Any]:
+    """A Hugging Face config.json `raw`, which says `saved`, made to say `config`: its head, labels, untied tables."""
+    result = dict(raw)
+    if saved.head != config.head:
+        heads = MODEL_TYPES[raw["model_type"]].heads
+        result["architectures"] = [next(name for name, head in heads.items() if head == config.head)]
+    if labels is None and config.n_labels is not None and config.n_labels != saved.n_labels:
+        labels = [f"LABEL_{i}" for i in range(config.n_labels)]
+    if labels is not None:
+        result["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        result["label2id"] = {label: i for i, label in enumerate(labels)}
+        result |= {"num_labels": len(labels)} if "num_labels" in raw else {}
+    if saved.head == "lm" == config.head and saved.tie_head and not config.tie_head:
+        result["tie_word_embeddings"] = False
+    return result

@@ -1,0 +1,1 @@
+"""From data to an adapter's folder: texts, examples, tasks, the loop, checkpoints, ranks."""

@@ -1,0 +1,143 @@
+"""lora-np vectors and conform, as their user meets them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
+
+from lora_np import cli
+from lora_np.formats.files.atomic import write_tensors
+from lora_np.formats.files.safetensors_file import open_tensors
+from lora_np.vectors.files import digest, read_vectors
+
+VECTORS = Path(__file__).parents[1] / "conformance" / "vectors" / "v1"
+
+
+def run(capsys, *argv):
+    capsys.readouterr()
+    status = cli.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def expected(folder, *ids, change=lambda name, a: a):
+    """The expected tensors themselves, as results."""
+    folder.mkdir()
+    for id in ids:
+        with open_tensors(VECTORS / f"{id}.safetensors") as file:
+            wanted = {name: file.read(name) for name in file.shapes if name.split("/")[1] in ("out", "grad")}
+        write_tensors(folder / f"{id}.safetensors", {name: np.array(change(name, a)) for name, a in wanted.items()})
+    return folder
+
+
+def test_vectors_says_what_it_wrote(tmp_path, capsys):
+    status, out, _ = run(capsys, "vectors", "--out", tmp_path / "vectors", "--json")
+    result = json.loads(out)
+    assert status == 0
+    names = os.listdir(tmp_path / "vectors")
+    assert result["ids"] == len(names) - 1
+    assert result["bytes"] == sum((tmp_path / "vectors" / name).stat().st_size for name in names)
+    assert result["cases"] == len(json.loads((tmp_path / "vectors" / "manifest.json").read_text())["cases"])
+    assert result["digest"] == json.loads((VECTORS / "manifest.json").read_text())["digest"]
+    status, _, err = run(capsys, "vectors", "--out", tmp_path / "vectors")
+    assert status == 2
+    assert "exists already" in err
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_conform_says_yes(tmp_path, capsys, given):
+    results = expected(tmp_path / "r", "L4", "T10")
+    status, out, _ = run(capsys, "conform", results, *(["--vectors", VECTORS] if given else []))
+    lines = out.splitlines()
+    assert status == 0
+    assert lines[-1] == "conforms: yes, 19 of 155 cases"
+    assert lines[-2].startswith("no results: A1 A2 L1 L2 L3 L5")
+    assert [line.split()[:5] for line in lines[1:3]] == [["L4", "16", "16", "0", "0"], ["T10", "3", "3", "0", "0"]]
+
+
+def test_conform_says_no_and_what_it_looks_like(tmp_path, capsys):
+    results = expected(tmp_path / "r", "T10", "L4", change=lambda name, a: a * 1.5 if name == "bias/grad/A" else a)
+    status, out, _ = run(capsys, "conform", results, "--vectors", VECTORS)
+    assert status == 1
+    assert "L4 bias: grad/A is " in out
+    assert "looks like" not in out
+    assert out.splitlines()[-1] == "conforms: no, 18 of 155 cases"
+    third = expected(tmp_path / "third", "L4", change=lambda name, a: a / 3 if name.endswith("bias/grad/A") else a)
+    status, out, _ = run(capsys, "conform", third, "--vectors", VECTORS)
+    assert "L4 looks like this mistake: dA lacks the scale s (1 of 1 failing cases)" in out
+    status, out, _ = run(capsys, "conform", third, "--vectors", VECTORS, "--json")
+    result = json.loads(out)
+    assert status == 1
+    assert not result["holds"]
+    assert [(one["id"], one["passed"], one["looks_like"]) for one in result["ids"]] == [
+        ("L4", False, "dA lacks the scale s")
+    ]
+    assert [case["name"] for case in result["ids"][0]["cases"] if case["failed"]] == ["bias"]
+
+
+def test_what_is_missing_fails_where_all_is_asked_for(tmp_path, capsys):
+    results = expected(tmp_path / "r", "T10")
+    assert run(capsys, "conform", results)[0] == 0
+    assert run(capsys, "conform", results, "--all")[0] == 1
+
+
+def test_what_is_not_read_is_named_and_no_case_of_an_id_is_no(tmp_path, capsys):
+    """Each gradient under another name: of none of L4's 16 cases is there all."""
+    results = expected(tmp_path / "r", "T10")
+    with open_tensors(VECTORS / "L4.safetensors") as file:
+        wanted = {name: file.read(name) for name in file.shapes if name.split("/")[1] in ("out", "grad")}
+    write_tensors(results / "L4.safetensors", {name.replace("/grad/", "/gradient/"): a for name, a in wanted.items()})
+    status, out, _ = run(capsys, "conform", results)
+    assert status == 1
+    assert "L4: no case of it is there whole, and right" in out
+    gradients = [name for name in wanted if "/grad/" in name]
+    first = sorted(name.replace("/grad/", "/gradient/") for name in gradients)[0]
+    (line,) = (line for line in out.splitlines() if line.startswith("L4: not read, as no case asks for it: "))
+    assert first in line
+    assert line.endswith(f"and {len(gradients) - 8} more")
+    assert out.splitlines()[-1] == "conforms: no, 3 of 155 cases"
+    result = json.loads(run(capsys, "conform", results, "--json")[1])
+    assert (result["holds"], result["right"], result["cases"]) == (False, 3, 155)
+    assert [(one["id"], one["holds"], len(one["not_read"])) for one in result["ids"]] == [
+        ("L4", False, len(gradients)), ("T10", True, 0)
+    ]  # fmt: skip
+
+
+def test_a_file_of_no_id_is_named(tmp_path, capsys):
+    results = expected(tmp_path / "r", "T10", "L4")
+    (results / "L4.safetensors").rename(results / "l-4.safetensors")
+    status, out, _ = run(capsys, "conform", results)
+    assert (status, "not read: l-4.safetensors: there is no such id" in out) == (0, True)
+    assert out.splitlines()[-1] == "conforms: yes, 3 of 155 cases"
+    (results / "T10.safetensors").unlink()
+    status, out, err = run(capsys, "conform", results)
+    assert (status, out, "there are no results: expected files like" in err) == (2, "", True)
+
+
+def test_a_folder_without_results_is_refused(tmp_path, capsys):
+    status, _, err = run(capsys, "conform", tmp_path)
+    assert (status, "there are no results: expected files like L2.safetensors" in err) == (2, True)
+    status, _, err = run(capsys, "conform", tmp_path / "none")
+    assert (status, "no such folder" in err) == (2, True)
+    status, _, err = run(capsys, "conform", tmp_path, "--vectors", tmp_path)
+    assert (status, "manifest.json: no such file" in err) == (2, True)
+
+
+def test_vectors_of_others_are_compared_without_naming_mistakes(tmp_path, capsys):
+    """Their definitions may be others: only the numbers in their files count."""
+    (tmp_path / "theirs").mkdir()
+    shutil.copy(VECTORS / "L4.safetensors", tmp_path / "theirs")
+    manifest = json.loads((VECTORS / "manifest.json").read_text())
+    manifest["cases"] = [entry for entry in manifest["cases"] if entry["id"] == "L4"]
+    manifest["digest"] = digest(one for one in read_vectors(VECTORS).cases if one[0].id == "L4")
+    (tmp_path / "theirs" / "manifest.json").write_text(json.dumps(manifest))
+    third = expected(tmp_path / "third", "L4", change=lambda name, a: a / 3 if name.endswith("bias/grad/A") else a)
+    status, out, _ = run(capsys, "conform", third, "--vectors", tmp_path / "theirs")
+    assert status == 1
+    assert "L4 bias: grad/A" in out
+    assert "looks like" not in out
