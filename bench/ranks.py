@@ -17,7 +17,7 @@ import numpy as np
 
 import lora_np as ln
 from lora_np.batch import BatchDict
-from lora_np.training.loop import Report, Settings, train
+from lora_np.training.loop import Progress, Settings, train
 from lora_np.training.ranks import Ranks, world
 
 from .environment import environment
@@ -55,7 +55,7 @@ def measured(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     batch: BatchDict = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
     ends: list[float] = []
 
-    def report(_: Report) -> None:
+    def report(_: Progress) -> None:
         ends.append(time.perf_counter())
 
     settings = Settings(steps=args.steps + 1, lr=1e-6, shards=args.shards)

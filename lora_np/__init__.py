@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 from typing import Any as _Any
 
-from . import early as early  # first, as what follows takes a while
+from .cli import early as _early  # noqa: F401  # first, as what follows takes a while
 
 # isort: split
 from .adapter import Adapter, LoRAConfig, combine, count_parameters, init_adapter, merge, unmerge

@@ -64,17 +64,9 @@ def adamw(
     return new, AdamWState(t, m, v)
 
 
-def learning_rates(params: Arrays, lr: float, *, b_ratio: float = 1.0, head_ratio: float = 1.0) -> dict[str, float]:
-    """O1: the rate of each parameter: lr; b_ratio times it for B (LoRA+, Hayou et al. 2024: about 16); head_ratio times
-    it for a head, or a pooler, that is trained whole."""
-
-    def ratio(name: str) -> float:
-        if name.endswith(".B"):
-            return b_ratio
-        whole = not name.endswith(".A")
-        return head_ratio if whole and name.startswith(("head.", "pooler.")) else 1.0
-
-    return {name: lr * ratio(name) for name in params}
+def learning_rates(params: Arrays, lr: float, *, b_ratio: float = 1.0) -> dict[str, float]:
+    """O1: the rate of each parameter: lr; b_ratio times it for B (LoRA+, Hayou et al. 2024: about 16)."""
+    return {name: lr * (b_ratio if name.endswith(".B") else 1.0) for name in params}
 
 
 def warmup_cosine(step: int, *, warmup: int, total: int) -> float:

@@ -13,7 +13,7 @@ import lora_np as ln
 from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, xp
 from lora_np.batch import IGNORED
-from lora_np.gradcheck import perturbed
+from lora_np.vectors.derivatives import perturbed
 
 ATTENTION = ("q", "k", "v", "o")
 seeds = st.integers(0, 2**32 - 1)

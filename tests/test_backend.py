@@ -167,7 +167,7 @@ import sys
 from dataclasses import replace
 import numpy as np
 import lora_np as ln
-from lora_np.gradcheck import architectures, example_batch
+from lora_np.vectors.derivatives import architectures, example_batch
 from lora_np.backend import xp
 
 for name, config in architectures().items():

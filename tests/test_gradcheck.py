@@ -11,9 +11,10 @@ from strategies import configs, device, seeds
 import lora_np as ln
 from lora_np import gradcheck, lora, ops
 from lora_np.backend import asnumpy, backend_name, xp
+from lora_np.vectors import derivatives
 
 proves = pytest.mark.proves
-PRIMITIVES = {p.name: p for p in gradcheck.primitives()}
+PRIMITIVES = {p.name: p for p in derivatives.primitives()}
 small = st.integers(1, 4)
 
 
@@ -102,7 +103,7 @@ def test_every_backward_is_checked():
     with pytest.MonkeyPatch.context() as patch:
         for name, module in backwards.items():
             patch.setattr(module, name, spy(name, getattr(module, name)))
-        for p in gradcheck.primitives():
+        for p in derivatives.primitives():
             inputs = {n: device(a) for n, a in p.inputs.items()}
             p.backward(xp.ones_like(p.forward(**inputs)), **inputs)
     assert called == set(backwards)
@@ -195,7 +196,7 @@ def test_attention_with_any_mask_and_groups(seed, N, T, K, causal, masked, data)
 
 # --- Whole models --------------------------------------------------------------------------------------------------
 
-ARCHITECTURES = gradcheck.architectures()
+ARCHITECTURES = derivatives.architectures()
 TRAINED = {
     "q, v": ln.LoRAConfig(r=2),
     "all targets": ln.LoRAConfig(r=2, targets=("q", "k", "v", "o", "up", "down", "embed", "head"), bias="all"),
@@ -214,13 +215,13 @@ def test_gradient_of_a_model(config, lora_config):
     small = replace(config, n_layer=1, d_ff=6, vocab_size=7) if lora_config is None else replace(config, vocab_size=7)
     if lora_config is not None and config.activation == "silu_gated" and "up" in lora_config.targets:
         lora_config = replace(lora_config, targets=(*lora_config.targets, "gate"))
-    assert gradcheck.check_model(small, lora_config) <= 1e-11
+    assert derivatives.check_model(small, lora_config) <= 1e-11
 
 
 @proves("L4")
 @pytest.mark.parametrize("config", [next(iter(ARCHITECTURES.values()))])
 def test_gradient_of_a_model_by_central_difference(config):
-    assert gradcheck.check_model(config, ln.LoRAConfig(r=1), gradient=gradcheck.central_difference) <= 1e-4
+    assert derivatives.check_model(config, ln.LoRAConfig(r=1), gradient=gradcheck.central_difference) <= 1e-4
 
 
 @proves("L4", "T13")
@@ -230,7 +231,7 @@ def test_gradient_of_any_architecture(data, seed):
     config = data.draw(configs(heads=("lm", "classify", "tag"), n_layer=1, vocab_size=5))
     gate = ("gate",) if config.activation == "silu_gated" else ()
     lora_config = ln.LoRAConfig(r=1, targets=("q", "k", "v", "o", "up", "down", *gate))
-    assert gradcheck.check_model(config, lora_config, seed=seed) <= 1e-11
+    assert derivatives.check_model(config, lora_config, seed=seed) <= 1e-11
 
 
 @proves("L4")
@@ -242,15 +243,15 @@ def test_a_wrong_gradient_of_a_model_is_caught(monkeypatch):
         return right(dh, saved._replace(s=1.0), **options)
 
     monkeypatch.setattr("lora_np.transformer.lora_linear_backward", wrong)
-    assert gradcheck.check_model(next(iter(ARCHITECTURES.values())), ln.LoRAConfig(r=2)) > 1e-3
+    assert derivatives.check_model(next(iter(ARCHITECTURES.values())), ln.LoRAConfig(r=2)) > 1e-3
 
 
 @proves("L3")
 def test_perturbed_changes_b_alone():
-    config = next(iter(gradcheck.architectures().values()))
+    config = next(iter(derivatives.architectures().values()))
     model = ln.Model(config, ln.init_weights(config, seed=0, dtype="float64"))
     started = ln.init_adapter(model, ln.LoRAConfig(r=2, bias="all"), seed=0)
-    moved = gradcheck.perturbed(started, seed=0)
+    moved = derivatives.perturbed(started, seed=0)
     changed = {n for n in started.params if not bool(xp.array_equal(started.params[n], moved.params[n]))}
     assert changed == {name for name in started.params if name.endswith(".B")}
     assert all(asnumpy(moved.params[name]).all() for name in changed)
@@ -259,9 +260,9 @@ def test_perturbed_changes_b_alone():
 @proves("T5", "L4", "T13")
 def test_the_table_keeps_its_bounds(monkeypatch):
     """What the command line prints: each line's error within its bound. One architecture; the others are above."""
-    one = dict(list(gradcheck.architectures().items())[-1:])
+    one = dict(list(derivatives.architectures().items())[-1:])
     monkeypatch.setattr(gradcheck, "architectures", lambda: one)
-    rows = list(gradcheck.table())
+    rows = list(derivatives.table())
     assert {row.what for row in rows} >= set(PRIMITIVES)
     assert len(rows) == len(PRIMITIVES) + 2 + 3
     assert all(row.error <= row.bound for row in rows)

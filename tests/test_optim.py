@@ -130,8 +130,8 @@ def test_learning_rates_of_lora_plus():
         "head.A",
         "head.B",
     ]
-    rates = learning_rates(dict.fromkeys(names), 0.1, b_ratio=16, head_ratio=3)
-    assert rates == {name: 0.1 * ratio for name, ratio in zip(names, (1, 16, 3, 3, 1, 1, 16), strict=True)}
+    rates = learning_rates(dict.fromkeys(names), 0.1, b_ratio=16)
+    assert rates == {name: 0.1 * ratio for name, ratio in zip(names, (1, 16, 1, 1, 1, 1, 16), strict=True)}
     assert set(learning_rates(dict.fromkeys(names), 0.1).values()) == {0.1}
 
 

@@ -33,12 +33,14 @@ from strategies import (
 )
 
 import lora_np as ln
-from lora_np import decode, gradcheck, lora, ops, transformer
+from lora_np import decode, lora, ops, transformer
 from lora_np.adapter import adapted_shapes
 from lora_np.backend import asnumpy, backend_name
 from lora_np.batch import check_batch
 from lora_np.binding import bind, frozen
-from lora_np.gradcheck import FLOOR, complex_step, relative_error
+from lora_np.gradcheck import complex_step, relative_error
+from lora_np.vectors import derivatives
+from lora_np.vectors.derivatives import FLOOR
 
 proves = pytest.mark.proves
 LOSS = import_module("lora_np.loss")  # ln.loss is the function in it
@@ -174,10 +176,10 @@ def rows_of_products(monkeypatch, call):
 
 
 @proves("T13", "T14")
-@pytest.mark.parametrize(("name", "config"), gradcheck.architectures().items())
+@pytest.mark.parametrize(("name", "config"), derivatives.architectures().items())
 def test_padding_is_not_computed_nor_what_is_not_read(name, config, monkeypatch):
     """Each matrix sees the true tokens alone; of a classifier's last layer, all but k and v the one that is read."""
-    model, batch = random_model(config, seed=0), gradcheck.example_batch(config, N=3, T=5)
+    model, batch = random_model(config, seed=0), derivatives.example_batch(config, N=3, T=5)
     rows = rows_of_products(monkeypatch, lambda: ln.loss(model, **batch))
     true = int(batch["mask"].sum())
     assert true < 15
@@ -190,7 +192,7 @@ def test_padding_is_not_computed_nor_what_is_not_read(name, config, monkeypatch)
 
 @proves("T16")
 def test_a_prompts_last_layer_is_computed_for_its_last_token(monkeypatch):
-    model = random_model(gradcheck.architectures()["Llama, tied"], seed=0)
+    model = random_model(derivatives.architectures()["Llama, tied"], seed=0)
     rows = rows_of_products(monkeypatch, lambda: ln.generate(model, [[1, 2, 3, 4]] * 2, n=1))
     assert [rows[f"layers.1.{matrix}"] for matrix in ("attn.q", "attn.k", "mlp.down")] == [2, 8, 2]
 

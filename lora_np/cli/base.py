@@ -14,8 +14,9 @@ from ..formats.adapters.base import load_base_for
 from ..formats.models.folder import load_model
 from ..formats.models.tokenizer import TOKENIZER, load_tokenizer
 from ..model import Config, Model
-from ..training import embedded as demo
+from ..training import embedded
 from ..training.examples import Tokens
+from ..training.loop import Progress
 from ..training.text import BYTES, ByteTokenizer
 from .output import Bar
 
@@ -70,7 +71,7 @@ def base_path(args: argparse.Namespace, bar: Bar) -> Path:
     """--base, or the folder of the embedded base, which is made first if need be."""
     if args.base is not None:
         return Path(args.base)
-    return demo.base_folder(shown_on(bar), demo.STANDARD)[0]
+    return embedded.base_folder(shown_on(bar), embedded.STANDARD)[0]
 
 
 def adapted(args: argparse.Namespace, path: Path) -> tuple[Model, Adapter | None]:
@@ -92,5 +93,5 @@ def tokenizer_of(path: Path, config: Config) -> Tokens:
     return load_tokenizer(path)
 
 
-def shown_on(bar: Bar) -> Callable[[demo.Progress], None]:
+def shown_on(bar: Bar) -> Callable[[Progress], None]:
     return lambda p: bar.show(p.stage, p.step, p.steps, f"loss {p.loss:.3f}")

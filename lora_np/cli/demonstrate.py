@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..training import embedded as demo
-from ..training import plot
+from ..training import demonstration, plot
 from .base import AddCommand, add_seed, shown_on
 from .output import Bar, emit, table
 from .streams import show
@@ -16,7 +15,7 @@ def run_demo(args: argparse.Namespace) -> int:
     if args.plot:
         plot.check_picture(args.plot)
     with Bar() as bar:
-        out = demo.run(shown_on(bar), demo.QUICK if args.quick else demo.STANDARD)
+        out = demonstration.run(shown_on(bar), demonstration.QUICK if args.quick else demonstration.STANDARD)
     if args.plot:
         plot.loss_curves(
             args.plot, "Adapting to Python source", out.curves, {"base": out.losses["base"]}, unit="nats a byte"
@@ -47,10 +46,10 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_gradcheck(args: argparse.Namespace) -> int:
-    from .. import gradcheck  # imported here: no other command needs it
+    from ..vectors import derivatives  # imported here: no other command needs it
 
     rows = []
-    for row in gradcheck.table(seed=args.seed):
+    for row in derivatives.table(seed=args.seed):
         rows.append(row)
         if not args.json:
             verdict = "ok" if row.error <= row.bound else "FAIL"

@@ -19,7 +19,7 @@ from ..model import Model
 from ..parallel import default_shards
 from ..training import finetune, plot, tasks
 from ..training.examples import Tokens
-from ..training.loop import Score, Settings, evaluate
+from ..training.loop import Progress, Score, Settings, evaluate
 from ..training.ranks import Ranks, world
 from ..training.text import ByteTokenizer
 from .base import AddCommand, adapted, add_base, add_seed, add_storage, base_path, tokenizer_of, utf8, whole
@@ -57,20 +57,21 @@ def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
         job = _job(args, task, data.epoch)
         _check_ranks(args, task, ranks)
 
-        def report(seen: finetune.Seen) -> None:
+        def report(seen: Progress) -> None:
             held_out = "" if seen.held_out is None else f", held out {_shown(task, seen.held_out)}"
             bar.show("fine-tuning", seen.step, seen.steps, f"loss {seen.loss:.3f}{held_out}")
 
         done = finetune.finetune(model, data, args.out, job, resume=args.resume, report=report, ranks=ranks)
     if not ranks.is_first:
         return
-    first, last, unit = done.curve[0], done.curve[-1], _unit(task, tokenizer)
+    first, last, unit = done.curve[0], done.curve[max(done.curve)], _unit(task, tokenizer)
     if args.plot:
-        curve = [(point.step, point.loss) for point in done.curve]
+        curve = [(step, score.loss) for step, score in done.curve.items()]
         plot.loss_curves(args.plot, f"Adapting to {args.data.name}", {"LoRA": curve}, {"before": first.loss}, unit=unit)
     result = {
         "out": str(args.out), "steps": job.settings.steps, "parameters": done.parameters,
-        "curve": [point._asdict() for point in done.curve], "seconds": time.perf_counter() - began,
+        "curve": [{"step": step, **score._asdict()} for step, score in done.curve.items()],
+        "seconds": time.perf_counter() - began,
         "loss": {"base": first.loss, "adapter": last.loss}, "labels": list(task.labels),
         "ranks": ranks.size, "bytes_a_step": done.bytes_a_step,
     }  # fmt: skip
@@ -142,7 +143,7 @@ def _job(args: argparse.Namespace, task: Task, epoch: int | None) -> finetune.Jo
     )  # fmt: skip
 
 
-def _shown(task: Task, score: Score | finetune.Point, unit: str = "") -> str:
+def _shown(task: Task, score: Score, unit: str = "") -> str:
     accuracy = "" if task.name == "lm" else f", accuracy {score.accuracy:.1%}"
     return f"{score.loss:.4f} {unit}".rstrip() + accuracy
 

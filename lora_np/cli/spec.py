@@ -15,11 +15,11 @@ def run_spec(args: argparse.Namespace) -> int:
         from ..spec import page
     except ModuleNotFoundError as error:
         raise ImportError(f"spec needs {error.name}: pip install 'lora-np[spec]'") from error
-    from .. import gradcheck
     from ..spec.clauses import gather
+    from ..vectors import derivatives
 
     expect_new(args.out)
-    document = gather(list(gradcheck.table()) if args.gradcheck else None)
+    document = gather(list(derivatives.table()) if args.gradcheck else None)
     path = page.write(args.out, page.render(document))
     failed = [clause.id for clause in document.clauses if clause.failed]
     unstated = [clause.id for clause in document.clauses if not (clause.here or clause.elsewhere)]

@@ -19,8 +19,7 @@ from ..binding import bind
 from ..decode import new_cache, next_logits
 from ..loss import forward
 from ..model import Model
-from ..training.embedded import Progress
-from ..training.loop import Report, evaluate, train
+from ..training.loop import Progress, evaluate, train
 from .rank import MAIN, PART, as_good
 from .section import Claim, Section, Table, Verdict, graded
 from .study import ALPHA, QV, Spread, Study, Trainings, counted, losses, spread
@@ -64,7 +63,7 @@ def train_prefixes(
     return {kind: spread(of) for kind, of in found.items()}, model, adapter
 
 
-def _trained(study: Study, kind: str, seed: int, report: Callable[[Report], None]) -> tuple[Model, Adapter]:
+def _trained(study: Study, kind: str, seed: int, report: Callable[[Progress], None]) -> tuple[Model, Adapter]:
     """One training, of a model with a prefix."""
     model = with_prefix(study.model, study.batch(0, seed)["tokens"][0, :P])
     adapter, settings = start(model, kind, seed), replace(study.settings, seed=seed)

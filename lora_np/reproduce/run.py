@@ -11,10 +11,9 @@ from ..adapter import Adapter
 from ..batch import BatchDict
 from ..formats.models.folder import load_model
 from ..model import PRESETS, Config, Model
-from ..training import embedded as demo
-from ..training.embedded import Progress
+from ..training import embedded
 from ..training.examples import Tokens, bucketed, in_order, steps_an_epoch
-from ..training.loop import Settings, evaluate
+from ..training.loop import Progress, Settings, evaluate
 from ..training.tasks import EVALUATED, read_examples, task_of
 from ..training.text import all_windows, encode, random_windows, split, standard_library
 from .amplification import amplification
@@ -50,7 +49,7 @@ class Plan:
     passes     the model whose forward pass is timed, the batches, and the rounds
     """
 
-    base: demo.Plan
+    base: embedded.Recipe
     ranks: tuple[int, ...]
     seeds: tuple[int, ...]
     settings: Settings
@@ -67,7 +66,7 @@ _GPT2 = replace(PRESETS["gpt2"], vocab_size=256, n_positions=512, head="none", t
 _SMALL = replace(_GPT2, n_layer=1, n_head=2, d_model=64, d_ff=256)
 
 STANDARD = Plan(
-    base=demo.STANDARD,
+    base=embedded.STANDARD,
     ranks=(1, 2, 4, 8, 64),
     seeds=(0, 1, 2),
     settings=Settings(steps=120, lr=3e-3, b_ratio=4, warmup=10),
@@ -81,7 +80,7 @@ STANDARD = Plan(
 FULL = replace(STANDARD, passes=_GPT2)
 QUICK = replace(
     STANDARD,
-    base=demo.QUICK,
+    base=embedded.QUICK,
     ranks=(1, 8, 16),
     seeds=(0, 1),
     settings=Settings(steps=10, lr=1e-2, b_ratio=4, warmup=1),
@@ -101,7 +100,7 @@ TRAIN, DEV = "train.tsv", "dev.tsv"
 def sections(plan: Plan, report: Callable[[Progress], None], real: Study | None = None) -> Iterator[Section]:
     """Each section as soon as it is known. real: a study of a real base on real data beside the embedded one."""
     yield counts()
-    base = load_model(demo.base_folder(report, plan.base)[0])
+    base = load_model(embedded.base_folder(report, plan.base)[0])
     T = plan.base.config.n_positions
     yield cost(plan.heavy, Measured("the embedded base", base.config, plan.base.rows, T), plan.rounds)
     study = text_study(plan, base, SOURCE, standard_library())

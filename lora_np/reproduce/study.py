@@ -11,8 +11,7 @@ import numpy as np
 from ..adapter import Adapter, LoRAConfig, init_adapter
 from ..batch import BatchDict
 from ..model import Model
-from ..training.embedded import Progress
-from ..training.loop import Report, Score, Settings, evaluate, placed, train
+from ..training.loop import Progress, Score, Settings, evaluate, placed, train
 
 Targets: TypeAlias = tuple[str, ...]
 Q, QV, QKVO = ("q",), ("q", "v"), ("q", "k", "v", "o")
@@ -72,13 +71,13 @@ def train_all(study: Study, wanted: Iterable[Setting], report: Callable[[Progres
     }
 
 
-def counted(report: Callable[[Progress], None], study: Study, done: int, trainings: int) -> Callable[[Report], None]:
+def counted(report: Callable[[Progress], None], study: Study, done: int, trainings: int) -> Callable[[Progress], None]:
     """A training's steps, reported as steps of all trainings."""
     steps = study.settings.steps
-    return lambda r: report(Progress(study.name, done * steps + r.step, trainings * steps, r.loss))
+    return lambda r: report(r._replace(stage=study.name, step=done * steps + r.step, steps=trainings * steps))
 
 
-def _train(study: Study, setting: Setting, report: Callable[[Report], None]) -> Trained:
+def _train(study: Study, setting: Setting, report: Callable[[Progress], None]) -> Trained:
     settings = replace(study.settings, seed=setting.seed)
     adapter = None
     if setting.targets == FULL:

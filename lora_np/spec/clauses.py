@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..gradcheck import Row
+from ..vectors.derivatives import Row
 from .citations import Proof, proofs, stated
 from .definitions import PACKAGE, Definition, Module, read_package
 from .statements import PARTS, STATEMENTS, Statement
@@ -73,7 +73,7 @@ class Document:
 
 
 def gather(rows: Sequence[Row] | None, tests: Path = TESTS) -> Document:
-    """The document of the package as it is. rows: of `gradcheck.table`; None: not measured."""
+    """The document of the package as it is. rows: of `derivatives.table`; None: not measured."""
     modules = read_package()
     every = {d.key: d for module in modules.values() for d in module.definitions.values()}
     ids = {key: stated(d.docstring) for key, d in every.items()}

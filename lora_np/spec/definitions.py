@@ -66,8 +66,10 @@ class Module:
 
 
 def read_package(root: Path = PACKAGE) -> dict[str, Module]:
-    """The modules in the folder `root`, but for its __init__; what is imported stands before what imports it."""
-    found = {path.stem: read_module(path, root) for path in sorted(root.glob("*.py")) if path.stem != "__init__"}
+    """The modules in the folder `root` and in its training/; what is imported stands before what imports it."""
+    paths = [*sorted(root.glob("*.py")), *sorted(root.glob("training/*.py"))]
+    modules = (read_module(path, root) for path in paths if path.stem != "__init__")
+    found = {module.name: module for module in modules}
     order = TopologicalSorter({name: sorted(module.imports & found.keys()) for name, module in found.items()})
     return {name: found[name] for name in order.static_order()}
 

@@ -1,7 +1,6 @@
-"""The embedded default: a small language model of bytes, pretrained on text that Python brings, and LoRA on it.
+"""The embedded base: a small language model of bytes, pretrained on text that Python brings, kept in the user's cache.
 
-The base reads Python's language reference. LoRA, and full fine-tuning beside it, adapt it to the source of the standard
-library. Nothing is downloaded; the pretrained base is kept in the user's cache folder.
+It reads Python's language reference. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -9,92 +8,35 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from ..adapter import Adapter, LoRAConfig, count_parameters, init_adapter, merge, unmerge
-from ..backend import Array, asnumpy, xp
+from ..adapter import Adapter
+from ..backend import Array
 from ..batch import BatchDict
-from ..decode import generate_on
-from ..formats.adapters.adapter import load_adapter, save_adapter
 from ..formats.files.atomic import discard, expect_new, new_folder
-from ..formats.models.folder import load_model, model_hash, save_model
-from ..loss import forward, loss_and_grads
+from ..formats.models.folder import save_model
 from ..model import Config, Model, init_weights
-from .loop import Report, Settings, evaluate, placed, train
-from .text import BYTES, all_windows, decode, encode, language_reference, random_windows, split, standard_library
+from .loop import Progress, Settings, placed, train
+from .text import BYTES, encode, language_reference, random_windows, split
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The sizes of the demonstration. The quick one shows that all runs; it is too short to show how well."""
+class Recipe:
+    """How an embedded base is made: its sizes, the rows of a batch, the training."""
 
     config: Config
-    lora: LoRAConfig
     rows: int
-    pretrain: Settings
-    adapt: Settings
-    full: Settings
-    evaluations: int
-    windows: int
+    settings: Settings
 
 
-STANDARD = Plan(
-    config=Config(BYTES, 64, n_layer=4, n_head=4, d_model=128, d_ff=512),
-    lora=LoRAConfig(r=8, alpha=16, targets=("q", "v")),
-    rows=16,
-    pretrain=Settings(steps=500, lr=4e-3, warmup=20, weight_decay=0.01),
-    adapt=Settings(steps=150, lr=1e-2, b_ratio=4, warmup=10),
-    full=Settings(steps=150, lr=1e-3, warmup=10),
-    evaluations=5,
-    windows=128,
+STANDARD = Recipe(
+    Config(BYTES, 64, n_layer=4, n_head=4, d_model=128, d_ff=512),
+    16,
+    Settings(steps=500, lr=4e-3, warmup=20, weight_decay=0.01),
 )
-QUICK = replace(
-    STANDARD,
-    config=Config(BYTES, 64, n_layer=2, n_head=2, d_model=32, d_ff=64),
-    rows=8,
-    pretrain=Settings(steps=30, lr=3e-3, warmup=3),
-    adapt=Settings(steps=10, lr=1e-2, warmup=1),
-    full=Settings(steps=10, lr=1e-3, warmup=1),
-    evaluations=2,
-    windows=8,
-)
-
-
-class Progress(NamedTuple):
-    """Where a stage of work stands: for a callback."""
-
-    stage: str
-    step: int
-    steps: int
-    loss: float
-
-
-class Check(NamedTuple):
-    """One claim, whether it held, and what was seen."""
-
-    claim: str
-    held: bool
-    seen: str
-
-
-@dataclass
-class Outcome:
-    """What the demonstration found. Losses are held-out, in nats a byte; curves are (step, loss)."""
-
-    losses: dict[str, float] = field(default_factory=dict)
-    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=dict)
-    samples: dict[str, str] = field(default_factory=dict)
-    checks: list[Check] = field(default_factory=list)
+QUICK = Recipe(Config(BYTES, 64, n_layer=2, n_head=2, d_model=32, d_ff=64), 8, Settings(steps=30, lr=3e-3, warmup=3))
 
 
 def cache_folder() -> Path:
@@ -116,14 +58,14 @@ def cache_folder() -> Path:
 BASE, SHA256 = "base", "sha256"  # what a cached folder holds: the base's own folder, and the hash of what is in that
 
 
-def base_folder(report: Callable[[Progress], None], plan: Plan) -> tuple[Path, bool]:
+def base_folder(report: Callable[[Progress], None], recipe: Recipe) -> tuple[Path, bool]:
     """The pretrained base's folder in the cache; it is made now if need be. -> the folder, and whether it was there.
 
     One that is damaged is made anew, which the stage that is reported says; an OSError, before any work, if the cache
     cannot be written.
     """
     text = language_reference()
-    key = hashlib.sha256(f"{plan.config} {plan.pretrain} {plan.rows} {text}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{recipe.config} {recipe.settings} {recipe.rows} {text}".encode()).hexdigest()[:16]
     folder, stage = cache_folder() / f"base-{key}", "pretraining"
     if _is_whole(folder):
         return folder / BASE, True
@@ -133,8 +75,8 @@ def base_folder(report: Callable[[Progress], None], plan: Plan) -> tuple[Path, b
     try:
         expect_new(folder)
         tokens, _ = split(encode(text), 0.1)
-        model = Model(plan.config, init_weights(plan.config, seed=plan.pretrain.seed))
-        model, _ = _run(stage, model, None, tokens, plan, plan.pretrain, report)
+        model = Model(recipe.config, init_weights(recipe.config, seed=recipe.settings.seed))
+        model, _ = train_on_text(stage, model, None, tokens, recipe.rows, recipe.settings, report)
         with new_folder(folder) as new:
             save_model(new / BASE, model)
             (new / SHA256).write_text(_digest(new / BASE))
@@ -161,104 +103,20 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _run(
+def train_on_text(
     stage: str,
     model: Model,
     adapter: Adapter | None,
     tokens: Array,
-    plan: Plan,
+    rows: int,
     settings: Settings,
     report: Callable[[Progress], None],
-    after_step: Callable[[Report], None] = lambda _: None,
 ) -> tuple[Model, Adapter | None]:
-    """Trains on random windows of a text. -> the trained model and adapter."""
+    """Trains on random windows of a text, `rows` a batch. -> the trained model and adapter."""
 
     def batch(step: int) -> BatchDict:
-        T = plan.config.n_positions
-        return random_windows(tokens, N=plan.rows, T=T, seed=settings.seed, step=step)._asdict()
+        T = model.config.n_positions
+        return random_windows(tokens, N=rows, T=T, seed=settings.seed, step=step)._asdict()
 
-    def seen(r: Report) -> None:
-        report(Progress(stage, r.step, settings.steps, r.loss))
-        after_step(r)
-
-    return placed(model, adapter, train(model, adapter, batch, settings, report=seen))
-
-
-def run(report: Callable[[Progress], None], plan: Plan) -> Outcome:
-    """The demonstration, start to end: the base, LoRA, full fine-tuning, and the checks."""
-    began = time.perf_counter()
-    out = Outcome()
-    folder, cached = base_folder(report, plan)
-    base = load_model(folder)
-    out.seconds["base from the cache" if cached else "pretraining"] = time.perf_counter() - began
-    text, held_out = split(encode(standard_library()), 0.1)
-
-    def loss_of(model: Model, adapter: Adapter | None) -> float:
-        windows = all_windows(held_out, N=32, T=plan.config.n_positions, most=plan.windows)
-        return evaluate(model, adapter, (batch._asdict() for batch in windows)).loss
-
-    out.losses["base"] = loss_of(base, None)
-    before = model_hash(base)
-
-    def adapt(name: str, adapter: Adapter | None, settings: Settings) -> Adapter | None:
-        """Trains the adapter, or without one every weight, and notes how the held-out loss falls."""
-        start = time.perf_counter()
-        curve = out.curves[name] = [(0, out.losses["base"])]
-
-        def after_step(r: Report) -> None:
-            if r.step % max(1, settings.steps // plan.evaluations) == 0 or r.step == settings.steps:
-                curve.append((r.step, loss_of(*placed(base, adapter, r.state))))
-
-        _, trained = _run(name, base, adapter, text, plan, settings, report, after_step)
-        out.seconds[name] = time.perf_counter() - start
-        out.losses[name] = curve[-1][1]
-        return trained
-
-    lora = adapt("LoRA", init_adapter(base, plan.lora, seed=plan.adapt.seed), plan.adapt)
-    adapt("full fine-tuning", None, plan.full)
-    assert lora is not None
-    out.parameters = {
-        "base": sum(w.size for w in base.weights.values()),
-        "LoRA": count_parameters(base.config, plan.lora),
-    }
-    sample = held_out[: plan.config.n_positions // 2].astype(np.int64)[None]
-    for name, with_adapter in [("base", None), ("LoRA", lora)]:
-        new = generate_on(base, sample, with_adapter, n=100, temperature=0.7, seed=0)
-        out.samples[name] = decode(new[0, sample.shape[1] :])
-    out.samples["prompt"] = decode(sample[0])
-    window = next(all_windows(held_out, N=2, T=plan.config.n_positions, most=2))
-    out.checks = list(_checks(base, lora, before, window._asdict(), out))
-    out.seconds["all"] = time.perf_counter() - began
-    return out
-
-
-def _checks(base: Model, lora: Adapter, before: str, batch: BatchDict, out: Outcome) -> list[Check]:
-    """The claims, each tried on the trained adapter."""
-    checks = [Check("training left the base's bytes as they were", model_hash(base) == before, f"sha256 {before[:12]}")]
-    _, grads = loss_and_grads(base, lora, **batch)
-    only = grads.keys() == lora.params.keys() and all(name[-2:] in (".A", ".B") for name in grads)
-    checks.append(Check("gradients fall on A and B alone", only, f"{len(grads)} arrays, no other"))
-    merged = merge(base, lora)
-    checks.append(_check_merged(base, lora, batch))
-    again = unmerge(merged, lora)
-    exact = again is base and model_hash(again) == before
-    checks.append(Check("unmerging gives back the base, bit for bit", exact, f"sha256 {model_hash(again)[:12]}"))
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(Path(folder) / "adapter", lora, base)
-        back = load_adapter(Path(folder) / "adapter", base)
-        out.bytes["LoRA"] = sum(f.stat().st_size for f in (Path(folder) / "adapter").iterdir())
-        save_model(Path(folder) / "base", base)
-        out.bytes["base"] = sum(f.stat().st_size for f in (Path(folder) / "base").iterdir())
-    same = back.config == lora.config and all(bool((back.params[n] == p).all()) for n, p in lora.params.items())
-    checks.append(Check("the adapter, saved and reloaded, is the same", same, f"{out.bytes['LoRA']:,} bytes"))
-    return checks
-
-
-def _check_merged(base: Model, lora: Adapter, batch: BatchDict) -> Check:
-    """L5 on the whole model, in float64, where rounding is all that is left between the two."""
-    wide = replace(base, weights={name: w.astype(xp.float64) for name, w in base.weights.items()})
-    update = replace(lora, params={name: p.astype(xp.float64) for name, p in lora.params.items()})
-    unmerged = asnumpy(forward(wide, batch["tokens"], update))
-    apart = float(np.abs(asnumpy(forward(merge(wide, update), batch["tokens"])) - unmerged).max())
-    relative = apart / float(np.abs(unmerged).max())
-    return Check("merged and unmerged logits agree", relative < 1e-12, f"{relative:.1e} of the largest, in float64")
+    state = train(model, adapter, batch, settings, report=lambda seen: report(seen._replace(stage=stage)))
+    return placed(model, adapter, state)

@@ -20,7 +20,7 @@ from ..formats.files.safetensors_file import shown
 from ..formats.models.folder import model_hash
 from ..model import Model
 from .checkpoint import load_checkpoint, save_checkpoint
-from .loop import Report, Score, Settings, State, TrainingError, evaluate, placed, start, train
+from .loop import Progress, Score, Settings, State, TrainingError, evaluate, placed, start, train
 from .ranks import ALONE, Ranks
 from .tasks import Data
 
@@ -41,24 +41,7 @@ class Job:
             raise ValueError(f"every: expected at least 1, got {self.every}")
 
 
-class Point(NamedTuple):
-    """What the adapter is worth after a step, on what is held out."""
-
-    step: int
-    loss: float
-    accuracy: float
-
-
-Curve: TypeAlias = list[Point]
-
-
-class Seen(NamedTuple):
-    """A step, for a callback: its training loss, and the held-out score where it was measured."""
-
-    step: int
-    steps: int
-    loss: float
-    held_out: Score | None
+Curve: TypeAlias = dict[int, Score]  # what the adapter is worth on held-out data, after some steps
 
 
 class Result(NamedTuple):
@@ -80,7 +63,7 @@ def finetune(
     job: Job,
     *,
     resume: bool,
-    report: Callable[[Seen], None],
+    report: Callable[[Progress], None],
     ranks: Ranks = ALONE,
 ) -> Result:
     """Trains an adapter and writes it to the folder `out`, in PEFT's format, with task.json beside it.
@@ -100,10 +83,10 @@ def finetune(
         if ranks.of_first(lambda: _resumes(out, found, resume)):
             state, curve = ranks.of_first(lambda: _resume(out / CHECKPOINT, adapter, about, job.settings.steps))
         else:
-            state, curve = start(model, adapter), [Point(0, *evaluate(model, adapter, data.held_out, ranks))]
+            state, curve = start(model, adapter), {0: evaluate(model, adapter, data.held_out, ranks)}
         steps = job.settings.steps - state.step
 
-        def after_step(r: Report) -> None:
+        def after_step(r: Progress) -> None:
             measured = None
             if r.step % job.every == 0 or r.step == job.settings.steps:
                 ranks.check_same(f"the parameters after step {r.step}", _digest(r.state.params))
@@ -111,10 +94,10 @@ def finetune(
                     measured = evaluate(*placed(model, adapter, r.state), data.held_out, ranks)
                 except TrainingError as error:
                     raise TrainingError(f"step {r.step}: {error}: the learning rate is too high") from None
-                curve.append(Point(r.step, *measured))
+                curve[r.step] = measured
                 if ranks.is_first:
-                    save_checkpoint(out / CHECKPOINT, r.state, {**about, "curve": curve})
-            report(Seen(r.step, job.settings.steps, r.loss, measured))
+                    save_checkpoint(out / CHECKPOINT, r.state, {**about, "curve": [[k, *v] for k, v in curve.items()]})
+            report(r._replace(held_out=measured))
 
         state = train(model, adapter, data.batch, job.settings, state=state, report=after_step, ranks=ranks)
         _, trained = placed(model, adapter, state)
@@ -167,10 +150,9 @@ def _resume(path: Path, adapter: Adapter, about: dict[str, Any], steps: int) -> 
     if state.step > steps:
         raise ValueError(f"{path}: expected at most this job's {steps} steps, got {state.step!r:.60}")
     try:
-        curve = [Point(int(step), float(loss), float(accuracy)) for step, loss, accuracy in found.get("curve", ())]
+        curve = {int(step): Score(float(loss), float(accuracy)) for step, loss, accuracy in found.get("curve", ())}
     except (TypeError, ValueError, OverflowError):
-        curve = []
-    seen = [point.step for point in curve]
-    if seen != sorted({0, *seen, state.step}) or not np.isfinite(curve).all():
+        curve = {}
+    if list(curve) != sorted({0, *curve, state.step}) or not np.isfinite(list(curve.values())).all():
         raise ValueError(f"{path}: curve: expected step, loss and accuracy of each score up to step {state.step}")
     return state, curve

@@ -25,7 +25,7 @@ class Settings:
 
     steps         of the optimizer
     lr            the highest learning rate (O1); warmed up over `warmup` steps, then down a cosine (O2)
-    b_ratio       B's rate over A's (LoRA+); head_ratio: a trained head's
+    b_ratio       B's rate over A's (LoRA+)
     weight_decay  decoupled (O1)
     clip          the joint norm that gradients are cut to (O3)
     seed          of the dropout masks
@@ -37,7 +37,6 @@ class Settings:
     steps: int
     lr: float
     b_ratio: float = 1.0
-    head_ratio: float = 1.0
     weight_decay: float = 0.0
     warmup: int = 0
     clip: float = 1.0
@@ -52,7 +51,7 @@ class Settings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Settings.{name}: expected an integer of at least {least}, got {value!r}")
-        for name in ("lr", "b_ratio", "head_ratio", "clip"):
+        for name in ("lr", "b_ratio", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Settings.{name}: expected a finite number above 0, got {getattr(self, name)!r}")
         if not 0 <= self.weight_decay < math.inf:
@@ -69,14 +68,28 @@ class State(NamedTuple):
     optimizer: AdamWState | None
 
 
-class Report(NamedTuple):
-    """What a step did: its loss before the update, the gradients' norm before clipping, the learning rate."""
+class Score(NamedTuple):
+    """The mean loss, in nats, over all counted targets, and the part of them whose logit is the largest."""
+
+    loss: float
+    accuracy: float
+
+
+class Progress(NamedTuple):
+    """Where training stands after a step, for a callback.
+
+    loss is the batch's before the update, norm the gradients' before clipping, lr the learning rate. stage: what is
+    trained, where a piece of work has several trainings; held_out: the score on held-out data, where it was measured.
+    """
 
     step: int
+    steps: int
     loss: float
     norm: float
     lr: float
     state: State
+    stage: str = ""
+    held_out: Score | None = None
 
 
 class TrainingError(ArithmeticError):
@@ -102,7 +115,7 @@ def train(
     settings: Settings,
     *,
     state: State | None = None,
-    report: Callable[[Report], None] = lambda _: None,
+    report: Callable[[Progress], None] = lambda _: None,
     ranks: Ranks = ALONE,
 ) -> State:
     """Trains the adapter, or without one every weight (O1 to O4). -> the state after the last step.
@@ -121,7 +134,7 @@ def train(
 
 def _step(
     model: Model, adapter: Adapter | None, given: BatchDict, settings: Settings, state: State, ranks: Ranks
-) -> tuple[State, Report]:
+) -> tuple[State, Progress]:
     """One step: the gradients of the whole batch, clipped, and AdamW."""
     model, adapter = placed(model, adapter, state)
     adapted, batch = step_of(
@@ -138,7 +151,7 @@ def _step(
     lr = settings.lr * warmup_cosine(state.step, warmup=settings.warmup, total=settings.steps)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingError(_why(state, loss, norm, lr))
-    rates = learning_rates(state.params, lr, b_ratio=settings.b_ratio, head_ratio=settings.head_ratio)
+    rates = learning_rates(state.params, lr, b_ratio=settings.b_ratio)
     params, optimizer = adamw(state.params, grads, state.optimizer, lr=rates, weight_decay=settings.weight_decay)
     finite = xp.ones((), dtype=bool)
     for p in params.values():
@@ -146,7 +159,7 @@ def _step(
     if not bool(finite):  # or a state that cannot be gone on from would be kept as a good one
         raise TrainingError(f"step {state.step + 1}: the update overflows: the learning rate, {lr:.3g}, is too high")
     after = State(state.step + 1, params, optimizer)
-    return after, Report(after.step, loss, norm, lr, after)
+    return after, Progress(after.step, settings.steps, loss, norm, lr, after)
 
 
 def _why(state: State, loss: float, norm: float, lr: float) -> str:
@@ -159,13 +172,6 @@ def _why(state: State, loss: float, norm: float, lr: float) -> str:
             f"the learning rate, {lr:.3g} here, is likely too high; the parameters after step {state.step} were finite"
         )
     return f"step {state.step + 1}: {what}: {cause}"
-
-
-class Score(NamedTuple):
-    """The mean loss, in nats, over all counted targets, and the part of them whose logit is the largest."""
-
-    loss: float
-    accuracy: float
 
 
 def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict], ranks: Ranks = ALONE) -> Score:

@@ -15,6 +15,7 @@ from strategies import dense_updates, spy, trained_adapter
 import lora_np as ln
 from lora_np import cli, transformer
 from lora_np.backend import asnumpy
+from lora_np.vectors import derivatives
 
 CONFIG = ln.Config(256, 32, n_layer=2, n_head=2, d_model=16, d_ff=32)
 TEXT = "the quick brown fox jumps over the lazy dog; " * 60
@@ -349,7 +350,7 @@ def test_demo_says_so_when_a_claim_does_not_hold(capsys, tmp_path, monkeypatch):
     """As if training had changed the base: its hash is another each time that it is taken."""
     monkeypatch.setenv("LORA_NP_CACHE", str(tmp_path / "cache"))
     hashes = iter(range(100))
-    monkeypatch.setattr("lora_np.training.embedded.model_hash", lambda _: f"{next(hashes):064}")
+    monkeypatch.setattr("lora_np.training.demonstration.model_hash", lambda _: f"{next(hashes):064}")
     status, out, _ = run(capsys, "demo", "--quick")
     assert status == 1
     assert "  FAIL  training left the base's bytes as they were" in out
@@ -371,15 +372,15 @@ def test_plot_without_matplotlib_is_said_before_any_work(capsys, tmp_path, monke
 
 
 def test_gradcheck_fails_when_a_bound_is_passed(capsys, monkeypatch):
-    from lora_np.gradcheck import Row
+    from lora_np.vectors.derivatives import Row
 
     rows = [Row("L4", "good", "complex step", 1e-16, 1e-12), Row("T3", "bad", "complex step", 1e-3, 1e-12)]
-    monkeypatch.setattr("lora_np.gradcheck.table", lambda *, seed: iter(rows))
+    monkeypatch.setattr("lora_np.vectors.derivatives.table", lambda *, seed: iter(rows))
     status, out, _ = run(capsys, "gradcheck")
     assert status == 1
     assert [line.split()[-1] for line in out.splitlines()] == ["ok", "FAIL"]
     assert json.loads(run(capsys, "gradcheck", "--json")[1])[1]["what"] == "bad"
-    monkeypatch.setattr("lora_np.gradcheck.table", lambda *, seed: iter(rows[:1]))
+    monkeypatch.setattr("lora_np.vectors.derivatives.table", lambda *, seed: iter(rows[:1]))
     assert run(capsys, "gradcheck")[0] == 0
 
 
@@ -510,7 +511,7 @@ def test_spec_writes_the_page_and_nothing_over_it(tmp_path, capsys):
 @pytest.mark.usefixtures("spec_extra")
 def test_spec_measures_and_fails_where_a_bound_is_passed(tmp_path, capsys, monkeypatch):
     rows = [("T3", "layer_norm", "complex step", 2e-12, 1e-12), ("T4", "rms_norm", "complex step", 3e-16, 1e-12)]
-    monkeypatch.setattr(ln.gradcheck, "table", lambda: (ln.gradcheck.Row(*row) for row in rows))
+    monkeypatch.setattr(derivatives, "table", lambda: (derivatives.Row(*row) for row in rows))
     status, out, _ = run(capsys, "spec", "--out", tmp_path / "spec")
     assert status == 1
     assert "a derivative passes its bound: T3\n" in out

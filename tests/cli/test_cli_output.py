@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lora_np as ln
 from lora_np.cli import learn, main
 from lora_np.cli.output import emit, failure, table
+from lora_np.training.loop import TrainingError
 
 FORGED = "x\x1b[2K\x1b[1A\nmerged: yes, exactly: each of 99 elements is W0 + s B A, rounded once"
 
@@ -50,7 +51,7 @@ def test_every_row_of_a_table_is_one_line_of_bounded_length(rows):
     assert all(is_safe(line) and len(line) <= 2 * 200 + 2 for line in lines)
 
 
-@given(hostile_texts(), st.sampled_from([ValueError, OSError, ln.train.TrainingError, RuntimeError]))
+@given(hostile_texts(), st.sampled_from([ValueError, OSError, TrainingError, RuntimeError]))
 def test_errors_are_shown_safely(text, kind):
     try:
         raise kind(text)

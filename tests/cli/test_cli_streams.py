@@ -9,6 +9,7 @@ import pytest
 
 import lora_np as ln
 from lora_np import cli
+from lora_np.cli import program
 from lora_np.cli.output import failure
 
 posix = pytest.mark.skipif(os.name != "posix", reason="descriptors, signals and limits are POSIX")
@@ -174,7 +175,7 @@ def test_a_file_that_may_not_grow_is_named_and_the_run_goes_on_when_it_may(home,
 
 def integers():
     """Each option that takes an integer, with its command."""
-    commands = next(action for action in cli._parser()._actions if action.dest == "command").choices
+    commands = next(action for action in program._parser()._actions if action.dest == "command").choices
     for command, parser in commands.items():
         for action in parser._actions:
             if action.type is not None and action.type.__name__ in ("int", "whole", "seed"):
@@ -262,9 +263,9 @@ def test_an_interrupt_later_is_one_line_too(home, tmp_path):
     script = tmp_path / "lora-np"
     script.write_text(
         "import os, signal, sys\n"
-        "from lora_np import cli\n"
-        "cli.learn.load_model = lambda *args, **more: os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.exit(cli.main())\n"
+        "from lora_np.cli import learn, main\n"
+        "learn.load_model = lambda *args, **more: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(main())\n"
     )
     call = [sys.executable, str(script), *finetune(home, tmp_path / "out")]
     done = subprocess.run(call, capture_output=True, text=True, timeout=TIMEOUT, check=False)

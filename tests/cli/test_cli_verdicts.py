@@ -2,16 +2,12 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from strategies import trained_adapter
 
 pytest.importorskip("safetensors", reason="files of models: pip install lora-np[cli]")
-sys.path.append(str(Path(__file__).parent / "formats"))
-
 from hostile import GPT2, edit_json, edit_tensors, write_gpt2, write_peft
 from safetensors.numpy import load_file
 

@@ -7,7 +7,7 @@ import pytest
 from hostile import GPT2, OWN, contents, write_gpt2, write_peft
 from safetensors.numpy import load_file, save_file
 from strategies import same_bits
-from test_merging import CONFIG, INDEX, WEIGHTS, factors, split
+from test_plan import CONFIG, INDEX, WEIGHTS, factors, split
 
 import lora_np as ln
 from lora_np.formats.files.safetensors_file import TensorFile

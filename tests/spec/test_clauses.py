@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from lora_np.gradcheck import Row
 from lora_np.spec.citations import stated
 from lora_np.spec.clauses import Clause, gather, reach, refusing
 from lora_np.spec.definitions import read_package
 from lora_np.spec.statements import STATEMENTS
+from lora_np.vectors.derivatives import Row
 
 DOCUMENT = gather(None)
 PRINTED = DOCUMENT.definitions

@@ -19,10 +19,10 @@ pytest.importorskip("mdit_py_plugins", reason="the page needs the extra spec")
 pytest.importorskip("pygments", reason="the page needs the extra spec")
 
 from lora_np import adapter, lora, ops, transformer
-from lora_np.gradcheck import Row
 from lora_np.spec import page
 from lora_np.spec.clauses import gather
 from lora_np.spec.statements import STATEMENTS
+from lora_np.vectors.derivatives import Row
 
 VOID = {"meta", "link", "input", "wbr"}
 ROWS = [Row("T3", "layer_norm", "complex step", 8e-16, 1e-12), Row("L4", "one, and two", "complex step", 0.0, 1e-12)]

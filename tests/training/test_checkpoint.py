@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import batches, make
+from test_loop import batches, make
 
 from lora_np.training.checkpoint import load_checkpoint, save_checkpoint
 from lora_np.training.loop import Settings, State, start, train

@@ -12,12 +12,12 @@ import pytest
 
 import lora_np as ln
 from lora_np import cli
-from lora_np.training import embedded as demo
+from lora_np.training import embedded
 
 PLAN = replace(
-    demo.QUICK,
+    embedded.QUICK,
     config=ln.Config(256, 16, n_layer=1, n_head=1, d_model=4, d_ff=4),
-    pretrain=replace(demo.QUICK.pretrain, steps=2, warmup=1),
+    settings=replace(embedded.QUICK.settings, steps=2, warmup=1),
 )
 
 
@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch):
 
 def made(stages=None):
     """The base's folder, and whether it was there; the stages that were shown."""
-    return demo.base_folder(lambda p: None if stages is None else stages.append(p.stage), PLAN)
+    return embedded.base_folder(lambda p: None if stages is None else stages.append(p.stage), PLAN)
 
 
 def files(folder):
@@ -52,7 +52,7 @@ def test_a_base_is_made_once_and_kept(cache):
 def test_each_flipped_bit_of_a_cached_base_is_seen(cache):
     made()
     (folder,) = cache.iterdir()
-    assert demo._is_whole(folder)
+    assert embedded._is_whole(folder)
     rng = random.Random(0)
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
@@ -60,14 +60,14 @@ def test_each_flipped_bit_of_a_cached_base_is_seen(cache):
         data = path.read_bytes()
         for at in range(8 * len(data)) if len(data) < 1000 else rng.sample(range(8 * len(data)), 1000):
             path.write_bytes(data[: at // 8] + bytes([data[at // 8] ^ 1 << at % 8]) + data[at // 8 + 1 :])
-            assert not demo._is_whole(folder), (path, at)
+            assert not embedded._is_whole(folder), (path, at)
         for changed in (b"", data[:-1], data + b"\n"):
             path.write_bytes(changed)
-            assert not demo._is_whole(folder), (path, changed)
+            assert not embedded._is_whole(folder), (path, changed)
         path.unlink()
-        assert not demo._is_whole(folder), path
+        assert not embedded._is_whole(folder), path
         path.write_bytes(data)
-        assert demo._is_whole(folder)
+        assert embedded._is_whole(folder)
 
 
 @pytest.mark.parametrize("damage", ["a byte", "a file less", "a file more", "empty", "a file in its place"])
@@ -99,17 +99,17 @@ def test_who_loses_the_race_takes_the_winner_s(cache, monkeypatch, damaged):
         made()
         (folder,) = cache.iterdir()
         (folder / "sha256").write_text("")
-    run = demo._run
+    run = embedded.train_on_text
     kept = {}
 
     def slower(*args, **kwargs):
-        monkeypatch.setattr(demo, "_run", run)
+        monkeypatch.setattr(embedded, "train_on_text", run)
         assert not made()[1]
         for path in cache.rglob("*"):
             kept[path] = path.stat().st_ino
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(demo, "_run", slower)
+    monkeypatch.setattr(embedded, "train_on_text", slower)
     folder, there = made()
     assert (folder.name, there) == ("base", False)
     assert {path: path.stat().st_ino for path in cache.rglob("*")} == kept
@@ -123,14 +123,14 @@ def test_demonstrations_at_once_share_one_cache(cache):
         done = [process.communicate(timeout=300) for process in running]
         assert [process.returncode for process in running] == [0, 0, 0], done
         (folder,) = cache.iterdir()  # one, and nothing half-written
-        assert demo._is_whole(folder)
+        assert embedded._is_whole(folder)
         (folder / "base" / "config.json").write_text("{}")
 
 
 def test_a_cache_that_cannot_be_written_is_known_before_the_work(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORA_NP_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(demo, "_run", lambda *args, **kwargs: pytest.fail("it pretrains"))
+    monkeypatch.setattr(embedded, "train_on_text", lambda *args, **kwargs: pytest.fail("it pretrains"))
     assert cli.main(["demo", "--quick"]) == 2
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
@@ -142,13 +142,13 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert demo.cache_folder() == tmp_path / ".cache" / "lora_np"
+    assert embedded.cache_folder() == tmp_path / ".cache" / "lora_np"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert demo.cache_folder() == tmp_path / "x" / "lora_np"
+    assert embedded.cache_folder() == tmp_path / "x" / "lora_np"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert demo.cache_folder() == tmp_path / "Library" / "Caches" / "lora_np"
+    assert embedded.cache_folder() == tmp_path / "Library" / "Caches" / "lora_np"
     monkeypatch.setenv("LORA_NP_CACHE", str(tmp_path / "y"))
-    assert demo.cache_folder() == tmp_path / "y"
+    assert embedded.cache_folder() == tmp_path / "y"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="users without a home are POSIX")

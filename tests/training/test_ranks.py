@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import device, dtypes, same_bits, seeds, spy
-from test_train import batches, make
+from test_loop import batches, make
 from test_parallel import halves, leaves
 
 import lora_np as ln

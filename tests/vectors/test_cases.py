@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from lora_np.gradcheck import architectures
 from lora_np.model import Config
 from lora_np.vectors.cases import _fields
+from lora_np.vectors.derivatives import architectures
 from lora_np.vectors.references import _config
 
 
