@@ -44,7 +44,7 @@ def test_a_base_is_made_once_and_kept(cache):
     assert set(stages) == {"pretraining"}
     before = files(cache)
     assert made(stages) == (folder, True)
-    assert len(stages) == PLAN.pretrain.steps
+    assert len(stages) == PLAN.settings.steps
     assert files(cache) == before
     assert ln.load_model(folder).config == PLAN.config
 
