@@ -47,9 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there as JSON")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draws them into PNG files there")
-    parser.add_argument(
-        "--readme", type=Path, default=README, help="where `table` writes (default: bench/README.md)"
-    )
+    parser.add_argument("--readme", type=Path, default=README, help="where `table` writes (default: bench/README.md)")
     return parser
 
 

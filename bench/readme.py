@@ -1,4 +1,4 @@
-"""The table of figures in bench/README.md, written from a run: what was measured, beside what, and what it was to reach."""
+"""The table in bench/README.md, written from a run: what was measured, beside what, and what it was to reach."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-READMES = [README, *(path for part in ("bench", "lora_np", "tests") for path in sorted((ROOT / part).rglob("README.md")))]
+READMES = [README, *(path for part in ("bench", "lora_np", "tests") for path in (ROOT / part).rglob("README.md"))]
 
 
 def prose(path):
@@ -46,7 +46,9 @@ def test_every_link_and_picture_is_there(path):
 
 def test_a_link_that_leads_nowhere_is_found(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text("# One: two\n[a](#one-two) [b](#three) ![c](c.png) [d](README.md#four) [e](https://f)\n```\n[g](h)\n```\n")
+    path.write_text(
+        "# One: two\n[a](#one-two) [b](#three) ![c](c.png) [d](README.md#four) [e](https://f)\n```\n[g](h)\n```\n"
+    )
     assert missing(path) == ["#three", "c.png", "README.md#four"]
 
 
@@ -62,6 +64,7 @@ def test_every_readme_is_reached_from_the_first():
 
 
 def test_the_first_example_prints_the_sentence_that_was_learned():
-    example = re.search(r"^```python\n(.+?)^```$", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)[1]
+    _, _, rest = README.read_text(encoding="utf-8").partition("```python\n")
+    example, _, _ = rest.partition("```\n")
     printed = subprocess.run([sys.executable, "-c", example], cwd=ROOT, check=True, capture_output=True, text=True)
     assert printed.stdout.strip() == "b'The capital of Atlantis is Poseidonis, a city by the sea.'"
