@@ -6,7 +6,7 @@ measure, worker, timing  sides of a comparison in processes that take turns; one
 models, peft_side        what is measured; the same in PyTorch + PEFT, transformers and loralib
 flops, roofline          the products of a step, counted; what the machine can do
 figures, environment     what was found, as text and JSON, and beside another run; what it depends on
-plots, readme            pictures; the README's table
+plots, readme            pictures; the table in README.md
 ranks                    steps on MPI's ranks, with a command line of its own
 sst2, e2e                trainings on real data beside PyTorch + PEFT, each with a command line of its own
 """

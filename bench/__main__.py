@@ -1,4 +1,4 @@
-"""python -m bench: lists the benchmarks and runs them; compares two runs; writes the README's table."""
+"""python -m bench: lists the benchmarks and runs them; compares two runs; writes README.md's table."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from . import figures, readme
 from .environment import environment
 from .options import Options
 
+README = Path(__file__).with_name("README.md")
 BENCHES = ("ops", "step", "memory", "decode", "merge", "switch", "scaling", "peers")
 
 
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="list: what there is. NAMES, or all: runs them. compare A B: what changed from one run to another. "
-        "table A: writes the README's table of figures.",
+        "table A: writes the table of figures in bench/README.md.",
     )
     parser.add_argument("what", nargs="*", default=["list"], metavar="list | NAMES | all | compare A B | table A")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is measured, in turn (default: 5)")
@@ -46,9 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there as JSON")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draws them into PNG files there")
-    parser.add_argument(
-        "--readme", type=Path, default=Path("README.md"), help="where `table` writes (default: README.md)"
-    )
+    parser.add_argument("--readme", type=Path, default=README, help="where `table` writes (default: bench/README.md)")
     return parser
 
 

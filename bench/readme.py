@@ -1,4 +1,4 @@
-"""The README's table of figures, written from a run: what was measured, beside what, and what it was to reach."""
+"""The table in bench/README.md, written from a run: what was measured, beside what, and what it was to reach."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _groups() -> list[Group]:
             "peak memory of its process", "memory", GPT2.case,
             [(step.LORA, step.EAGER, "at most 0.30x"), (step.LORA, step.COMPILED, "")],
         ),
-        Group("that step, blocks computed again in backward", "step", GPT2.case, [(step.RECOMPUTED, step.LORA, "")]),
+        Group("that step, with activation checkpointing", "step", GPT2.case, [(step.RECOMPUTED, step.LORA, "")]),
         Group("its peak memory", "memory", GPT2.case, [(step.RECOMPUTED, step.LORA, "")]),
         Group(f"LoRA step, {MINILM.case}", "step", MINILM.case, [(step.LORA, step.EAGER, "1.2x")]),
         Group(f"LoRA step, {SMOLLM2.case}", "step", SMOLLM2.case, [(step.LORA, step.EAGER, "1.35x")]),

@@ -1,8 +1,9 @@
-"""The table of figures in the README."""
+"""The table of figures in bench/README.md."""
 
 import pytest
 
 from bench import readme
+from bench.__main__ import README
 from bench.figures import Figure, Run
 from bench.models import work
 
@@ -32,3 +33,8 @@ def test_the_table_is_written_between_its_marks(tmp_path):
     with pytest.raises(ValueError, match="README"):
         readme.write(path, run)
     assert path.read_text() == "no marks"
+
+
+def test_the_file_that_table_writes_has_its_marks_once_and_in_their_order():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line in (readme.BEGIN, readme.END)] == [readme.BEGIN, readme.END]
