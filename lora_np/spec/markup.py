@@ -114,7 +114,7 @@ def source_html(module: Module, anchor: Anchor) -> list[Markup]:
     lines, column = [""], 0
     for kind, text in lex(module.text, PythonLexer(stripnl=False, ensurenl=False)):
         colour = next((COLOURED[k] for k in reversed(kind.split()) if k in COLOURED), None)
-        target = places.get((len(lines), column))
+        target = places.get((len(lines), column + text.startswith("@")))  # a decorator is one token with its sign
         for n, part in enumerate(text.split("\n")):
             if n:
                 lines.append("")
