@@ -224,7 +224,7 @@ def norm_weight_backward(dy: Array, saved: Saved) -> Array:
 
 # In float32, erf x = sin(x + x R(y)), y = x^2 / (x^2 + 9.6): arcsin(erf x) is odd, and the sine's flat top damps the
 # error of R where erf nears 1. In float64, erf x = -expm1(-t P(t) / Q(t)), t = |x|: -log(erfc t) / t is smooth and
-# positive, and the exponential damps likewise. R, P and Q are weighted minimax fits, highest power first; beyond the
+# positive, and the exponential damps likewise. R, P and Q are weighted minimax fits, highest power first; past the
 # last place erf rounds to 1. Largest error: 1.7 ulp over all float32 numbers, 6e-16 in float64.
 _ERF_R = (1.8857645, -2.91408044, 0.144045615, 0.825238128, 0.736327052, -0.336979454, -1.31209554, 0.128379166)
 _ERF_R_LAST = 3.9375

@@ -140,7 +140,7 @@ def encode_labelled(tokenizer: Tokens, text: str, label: int, longest: int) -> E
 
 
 def encode_tagged(tokenizer: Tokens, words: Sequence[str], tags: Sequence[int], longest: int) -> Example:
-    """The tokens of words, cut to `longest`; each word's tag is asked of its first token."""
+    """The tokens of words, cut to `longest`; a word's first token is labelled with its tag."""
     ids, word_of = tokenizer.encode_words(words)
     targets = np.full(len(ids), IGNORED)
     seen: set[int] = set()
