@@ -195,7 +195,7 @@ def test_a_number_beyond_all_computation_is_refused_by_name(capsys, command, opt
 def test_a_negative_seed_is_refused_by_name(capsys, command):
     with pytest.raises(SystemExit):
         cli.main([command, "--seed=-1"])
-    assert "argument --seed: expected 0 or more, got -1" in capsys.readouterr().err
+    assert "argument --seed: expected an integer of at least 0, got '-1'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["reproduce", "vectors", "convert"])
@@ -219,7 +219,7 @@ def test_a_picture_that_cannot_be_drawn_is_known_before_the_work(
     home, tmp_path, capsys, monkeypatch, command, picture, message
 ):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    monkeypatch.setattr("lora_np.training.embedded.run", lambda *args: pytest.fail("it works for nothing"))
+    monkeypatch.setattr("lora_np.training.demonstration.run", lambda *args: pytest.fail("it works for nothing"))
     (tmp_path / "file").write_text("")
     argv = finetune(home, tmp_path / "out") if command == "finetune" else ["demo"]
     assert cli.main([*argv, "--plot", f"{tmp_path / picture}"]) == 2
