@@ -299,3 +299,30 @@ def with_updates(model, updates, whole=()):
         else:
             weights[f"{name}.weight"] = weights[f"{name}.weight"] + dW.astype(model.dtype)
     return ln.Model(config, weights)
+
+
+# --- Shared by the tests of the model and of its loss ---
+
+
+def case_of(config, *, N=3, T=5, seed=0, dtype="float64", **lora_fields):
+    """A Case without padding, of a given architecture."""
+    rng = np.random.default_rng(seed)
+    model = random_model(config, seed=seed, dtype=dtype)
+    places = (N,) if config.head == "classify" else (N, T)
+    batch = {"tokens": rng.integers(0, config.vocab_size, (N, T)), "targets": rng.integers(0, config.head_size, places)}
+    return Case(model, trained_adapter(model, ln.LoRAConfig(**{"r": 2, **lora_fields}), seed=seed), batch, seed)
+
+
+def real_logits(config, logits, mask):
+    """The logits of a batch, a text at a time, without those of padding."""
+    logits = asnumpy(logits)
+    if config.head == "classify" or mask is None:
+        return list(logits)
+    return [row[real] for row, real in zip(logits, mask, strict=True)]
+
+
+def rescaled(adapter, c):
+    """The adapter with every alpha c times as large."""
+    config = adapter.config
+    patterns = {name: c * alpha for name, alpha in config.alpha_pattern.items()}
+    return replace(adapter, config=replace(config, alpha=c * config.alpha, alpha_pattern=patterns))
