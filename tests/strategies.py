@@ -3,6 +3,7 @@
 Hypothesis draws what shapes a case: sizes, switches, seeds. The numbers in the arrays come from the seeds.
 """
 
+import sys
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import lora_np as ln
+from lora_np import ops
 from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, xp
 from lora_np.batch import IGNORED
@@ -47,6 +49,22 @@ def spy(patch, module, name):
         return function(*args, **kwargs)
 
     patch.setattr(module, name, noting)
+    return calls
+
+
+def spy_everywhere(patch, name):
+    """`spy` on one of ops' functions in every module of the package that has it. -> one list for all calls."""
+    function, calls = getattr(ops, name), []
+
+    def noting(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] == "lora_np":
+            for own, value in list(vars(module).items()):
+                if value is function:
+                    patch.setattr(module, own, noting)
     return calls
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     FLOAT64,
+    bits,
     case_of,
     cases,
     configs,
@@ -29,20 +30,24 @@ from strategies import (
     same_bits,
     seeds,
     spy,
+    spy_everywhere,
     trained_adapter,
     with_updates,
 )
 
 import lora_np as ln
-from lora_np import decode, gradcheck, lora, ops, transformer
-from lora_np.adapter import adapted_shapes
+from lora_np import decode, gradcheck, ops, transformer
+from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, backend_name
+from lora_np.batch import check_batch
 from lora_np.binding import bind
 
 proves = pytest.mark.proves
 LOSS = import_module("lora_np.loss")  # ln.loss is the function in it
 GPT2 = ln.Config(7, 8, 2, 2, 8, 6)
 EVERY_HEAD = ("lm", "classify", "tag", "none")
+ARCHITECTURES = gradcheck.architectures()
+WIDE = ln.Config(512, 8, 1, 2, 512, 512)  # matrices beside which a token is small
 
 
 # --- T1 to T14: against a transformer that knows one text, no padding and no LoRA -----------------------------------
@@ -156,8 +161,8 @@ def rows_of_products(monkeypatch, call):
 
 
 @proves("T13", "T14")
-@pytest.mark.parametrize(("name", "config"), gradcheck.architectures().items())
-def test_padding_is_not_computed_nor_what_is_not_read(name, config, monkeypatch):
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_padding_is_not_computed_nor_what_is_not_read(config, monkeypatch):
     """Each matrix sees the true tokens alone; of a classifier's last layer, all but k and v the one that is read."""
     model, batch = random_model(config, seed=0), gradcheck.example_batch(config, N=3, T=5)
     rows = rows_of_products(monkeypatch, lambda: ln.loss(model, **batch))
@@ -172,7 +177,7 @@ def test_padding_is_not_computed_nor_what_is_not_read(name, config, monkeypatch)
 
 @proves("T16")
 def test_a_prompts_last_layer_is_computed_for_its_last_token(monkeypatch):
-    model = random_model(gradcheck.architectures()["Llama, tied"], seed=0)
+    model = random_model(ARCHITECTURES["Llama, tied"], seed=0)
     rows = rows_of_products(monkeypatch, lambda: ln.generate(model, [[1, 2, 3, 4]] * 2, n=1))
     assert [rows[f"layers.1.{matrix}"] for matrix in ("attn.q", "attn.k", "mlp.down")] == [2, 8, 2]
 
@@ -183,18 +188,128 @@ def test_a_prompts_last_layer_is_computed_for_its_last_token(monkeypatch):
 @proves("L4")
 @given(cases(whole=False))
 def test_no_gradient_of_a_frozen_weight_is_formed(case):
-    """Not formed and thrown away: whatever forms a weight's gradient is called for A and B alone."""
+    """Not formed and thrown away: whatever forms a weight's gradient is called for A and B alone, in any module."""
     updates = bind(case.model, case.adapter, rows=1).updates
+    names = ("linear_weight_backward", "embedding_backward", "bias_backward", "norm_weight_backward")
     with pytest.MonkeyPatch.context() as patch:
-        of_matrices = [spy(patch, module, "linear_weight_backward") for module in (lora, transformer)]
-        of_tables = [spy(patch, module, "embedding_backward") for module in (lora, transformer)]
-        of_rest = [spy(patch, transformer, name) for name in ("bias_backward", "norm_weight_backward")]
+        calls = {name: spy_everywhere(patch, name) for name in names}
         _, grads = ln.loss_and_grads(case.model, case.adapter, **case.batch)
     embed = "embed.tokens" in updates
-    assert [len(calls) for calls in of_matrices] == [2 * len(updates) - embed, 0]
-    assert [len(calls) for calls in of_tables] == [embed, 0]
-    assert [len(calls) for calls in of_rest] == [0, 0]
+    assert [len(calls[name]) for name in names] == [2 * len(updates) - embed, embed, 0, 0]
     assert grads.keys() == case.adapter.params.keys()
+
+
+@proves("L4")
+@pytest.mark.parametrize("config", [WIDE, replace(WIDE, activation="silu_gated", tie_head=False)])
+def test_no_array_of_a_frozen_matrix_s_size_is_made_in_a_step(config):
+    """Whatever product would form it: a step of two tokens takes less than half of the smallest of them."""
+    model = random_model(config, seed=0)
+    targets = ("q", "k", "v", "o", "up", "down", "embed", "head")
+    adapter = trained_adapter(model, ln.LoRAConfig(r=1, targets=targets, dropout=0.5), seed=0)
+
+    def step():
+        ln.loss_and_grads(model, adapter, [[1, 2]], [[2, 3]], dropout_seed=0)
+
+    step()  # what is imported or cached the first time is no part of it
+    tracemalloc.start()
+    step()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < min(w.nbytes for w in model.weights.values() if w.size >= 512 * 512) / 2
+
+
+READERS = [(transformer, "project"), (LOSS, "project"), (transformer, "norm")]
+
+
+def changed_inputs(model, adapters, batch):
+    """The matrices and norms whose input differs between two adapters."""
+    inputs_of = []
+    for adapter in adapters:
+        with pytest.MonkeyPatch.context() as patch:
+            calls = [spy(patch, module, name) for module, name in READERS]
+            ln.loss(model, adapter=adapter, **batch)
+        inputs_of.append([(args[1], bits(args[2])) for part in calls for args in part])
+    return {name for (name, one), (_, other) in zip(*inputs_of, strict=True) if one != other}
+
+
+def noting_dx(function, formed):
+    """A project_backward that notes the names of the matrices of which it gives dx."""
+
+    def noting(model, name, *args):
+        dx = function(model, name, *args)
+        formed.update(() if dx is None else (name,))
+        return dx
+
+    return noting
+
+
+@proves("L4", "T13", "T14")
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_backward_goes_down_to_what_is_trained_and_no_further(config):
+    """Each weight, and each pair A, B, trained alone: dx is formed of the matrices whose input depends on it (which a
+    forward with another value shows), and of no other; and a weight's gradient is, to the bit, what it is among all."""
+    model, batch = random_model(config, seed=0), gradcheck.example_batch(config)
+    _, every = ln.loss_and_grads(model, None, **batch, trainable="all")
+    alone = [ln.Adapter(ln.LoRAConfig(), {name: w}) for name, w in model.weights.items()]
+    for matrix in config.matrix_shapes():
+        target = target_of(matrix)
+        pairs = trained_adapter(model, ln.LoRAConfig(r=1, targets=(target,)), seed=0)
+        pair = {name: p for name, p in pairs.params.items() if name.rpartition(".")[0] == matrix}
+        alone.append(replace(pairs, params=pair))
+    rng = np.random.default_rng(0)
+    for adapter in alone:
+        *_, (trained, value) = adapter.params.items()
+        moved = replace(adapter, params={**adapter.params, trained: value + device(rng.standard_normal(value.shape))})
+        depends = changed_inputs(model, (adapter, moved), batch)
+        formed = set()
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (transformer, LOSS):
+                patch.setattr(module, "project_backward", noting_dx(module.project_backward, formed))
+            normed = spy(patch, transformer, "norm_backward")
+            _, grads = ln.loss_and_grads(model, adapter, **batch)
+        assert formed == depends & {*config.matrix_shapes(), "pooler"}, trained
+        norms = {name.rpartition(".")[0] for name in model.weights if "norm" in name}
+        assert {args[1] for args in normed} == norms & (depends | {trained.rpartition(".")[0]}), trained
+        if trained in every:
+            assert same_bits(grads, {trained: every[trained]}), trained
+
+
+@proves("L4", "T13")
+def test_what_is_kept_for_backward():
+    """Nothing below the lowest trained parameter, nor of a frozen matrix; with checkpoints, a half block's input."""
+    model = random_model(replace(GPT2, n_layer=3), seed=0)
+    checked = check_batch(model.config, [[1, 2, 3]], [[2, 3, 4]], None, None)
+    run = bind(model, trained_adapter(model, ln.LoRAConfig(r=2, targets=("up",), layers=(1,)), seed=0), rows=1)
+    at, last = LOSS.layouts(run, checked)
+    _, stack = transformer.states(run, checked, at, last)
+    assert [bool(saved) for saved in stack] == [False, False, False, False, True, True, True, True]
+    above = [name for name in model.config.matrix_shapes() if name.startswith("layers.2.")]
+    assert {name for saved in stack for name, x in saved.items() if x is None} == {"layers.1.mlp.down", *above}
+    _, stack = transformer.states(replace(run, recompute=True), checked, at, last)
+    assert [saved.keys() for saved in stack[4:7]] == [{"x"}] * 3
+    assert not any(stack[:4])
+
+
+@proves("L4", "T13", "T16")
+def test_a_forward_keeps_nothing():
+    """Without a backward, with an adapter or one for each row: forward, loss, generate."""
+    model, adapter, batch, _ = case_of(GPT2, targets=("embed", "q", "up"))
+    stacks = []
+
+    def noting(*args):
+        x, stack = transformer.states(*args)
+        stacks.append(stack[:-1])  # the last norm's values are gone when the caller returns
+        return x, stack
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (LOSS, decode):
+            patch.setattr(module, "states", noting)
+        for one in (adapter, [adapter, None, adapter]):
+            ln.forward(model, batch["tokens"], one)
+            ln.loss(model, **batch, adapter=one)
+            ln.generate(model, batch["tokens"][:, :2], one, n=2)
+    assert len(stacks) == 1 + 1 + 2 + 1 + 3 + 2
+    assert not any(saved for stack in stacks for saved in stack)
 
 
 @proves("L4")
