@@ -80,6 +80,52 @@ def test_loss_is_the_mean_over_counted_targets(case):
     assert abs(ln.loss_and_grads(model, adapter, **batch)[0] - got) <= 1e-15 * (1 + np.abs(rows).max())
 
 
+@proves("T14", "T15")
+@given(cases(**FLOAT64))
+def test_a_score_is_the_sum_of_the_losses_and_the_number_of_hits(case):
+    """A hit: the target has the largest logit. Counted as a batch's own logits have it, in chunks of two."""
+    model, adapter, batch, _ = case
+    checked = check_batch(model.config, *(batch.get(name) for name in ("tokens", "targets", "mask", "token_types")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LOSS, "HEAD_ROWS", 2)
+        run = frozen(bind(model, adapter, rows=len(checked.tokens)))
+        total, hits = LOSS.batch_score(run, checked)
+    counted = batch["targets"] != -100
+    logits = asnumpy(ln.forward(model, adapter=adapter, **inputs(batch)))[counted]
+    count = int(counted.sum())
+    assert int(hits) == int((logits.argmax(axis=-1) == batch["targets"][counted]).sum())
+    assert abs(float(total) / count - ln.loss(model, adapter=adapter, **batch)) <= 1e-13 * (1 + np.abs(logits).max())
+
+
+@proves("L2", "T12", "T15")
+@pytest.mark.parametrize("head_rows", [2, 256])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_heads_dropout_is_that_of_each_counted_token(padded, head_rows, monkeypatch):
+    """By hand from the states: a token that is left out moves no other token's mask, nor does a chunk's edge."""
+    monkeypatch.setattr(LOSS, "HEAD_ROWS", head_rows)
+    config = replace(GPT2, tie_head=False)
+    model, adapter, batch, _ = case_of(config, targets=("head",), dropout=0.5)
+    batch["targets"][[0, 1, 2, 2], [3, 0, 1, 4]] = -100
+    if padded:
+        batch["mask"] = np.ones((3, 5), dtype=bool)
+        batch["mask"][[0, 1, 2], [3, 0, 4]] = False
+    headless = ln.Model(replace(config, head="none"), {n: w for n, w in model.weights.items() if n != "head.weight"})
+    states = asnumpy(ln.forward(headless, batch["tokens"], mask=batch.get("mask")))
+    n, t = np.nonzero(batch["targets"] != -100)
+    h = states[n, t]
+    m = asnumpy(ops.dropout_mask(device(n), device(t), 8, 0.5, seed=3, stream="head", dtype="float64"))
+    W0, A, B = (asnumpy(a) for a in (model.weights["head.weight"], adapter.params["head.A"], adapter.params["head.B"]))
+    logits = h @ W0.T + adapter.config.scale("head") * (m * h) @ A.T @ B.T
+    targets = batch["targets"][n, t]
+    expected = np.mean(np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(len(t)), targets])
+    loss, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=3)
+    assert abs(loss - expected) <= 1e-13 * (1 + np.abs(logits).max())
+    d = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    d[np.arange(len(t)), targets] -= 1
+    dB = adapter.config.scale("head") * (d / len(t)).T @ ((m * h) @ A.T)
+    assert deviation(grads["head.B"], dB) <= 1e-12
+
+
 @proves("T9", "T15", "L4")
 @given(cases(**FLOAT64))
 def test_what_a_step_is_cut_into_changes_nothing_beyond_rounding(case):

@@ -40,7 +40,8 @@ from lora_np import decode, gradcheck, ops, transformer
 from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, backend_name
 from lora_np.batch import check_batch
-from lora_np.binding import bind
+from lora_np.binding import bind, frozen
+from lora_np.layout import Layout
 
 proves = pytest.mark.proves
 LOSS = import_module("lora_np.loss")  # ln.loss is the function in it
@@ -232,17 +233,6 @@ def changed_inputs(model, adapters, batch):
     return {name for (name, one), (_, other) in zip(*inputs_of, strict=True) if one != other}
 
 
-def noting_dx(function, formed):
-    """A project_backward that notes the names of the matrices of which it gives dx."""
-
-    def noting(model, name, *args):
-        dx = function(model, name, *args)
-        formed.update(() if dx is None else (name,))
-        return dx
-
-    return noting
-
-
 @proves("L4", "T13", "T14")
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_backward_goes_down_to_what_is_trained_and_no_further(config):
@@ -257,17 +247,20 @@ def test_backward_goes_down_to_what_is_trained_and_no_further(config):
         pair = {name: p for name, p in pairs.params.items() if name.rpartition(".")[0] == matrix}
         alone.append(replace(pairs, params=pair))
     rng = np.random.default_rng(0)
+    products = {*config.matrix_shapes(), "pooler"} - (
+        {"embed.tokens"} if config.has_pooler else {"embed.tokens", "pooler"}
+    )
     for adapter in alone:
         *_, (trained, value) = adapter.params.items()
         moved = replace(adapter, params={**adapter.params, trained: value + device(rng.standard_normal(value.shape))})
         depends = changed_inputs(model, (adapter, moved), batch)
-        formed = set()
+        in_force = {**model.weights, **adapter.whole}
+        weights = {id(in_force[bind(model, adapter, rows=2).weight_name(name)]): name for name in products}
         with pytest.MonkeyPatch.context() as patch:
-            for module in (transformer, LOSS):
-                patch.setattr(module, "project_backward", noting_dx(module.project_backward, formed))
-            normed = spy(patch, transformer, "norm_backward")
+            backward, normed = spy_everywhere(patch, "linear_backward"), spy(patch, transformer, "norm_backward")
             _, grads = ln.loss_and_grads(model, adapter, **batch)
-        assert formed == depends & {*config.matrix_shapes(), "pooler"}, trained
+        formed = [weights[id(W)] for _, W in backward if id(W) in weights]
+        assert sorted(formed) == sorted(depends & products), trained
         norms = {name.rpartition(".")[0] for name in model.weights if "norm" in name}
         assert {args[1] for args in normed} == norms & (depends | {trained.rpartition(".")[0]}), trained
         if trained in every:
@@ -288,6 +281,22 @@ def test_what_is_kept_for_backward():
     _, stack = transformer.states(replace(run, recompute=True), checked, at, last)
     assert [saved.keys() for saved in stack[4:7]] == [{"x"}] * 3
     assert not any(stack[:4])
+
+
+@proves("L4", "T13")
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_backward_takes_out_what_forward_saved(config):
+    """So that memory falls as it runs: nothing of a half block is left when backward has passed it."""
+    model, batch = random_model(config, seed=0), gradcheck.example_batch(config)
+    checked = check_batch(config, *(batch.get(name) for name in ("tokens", "targets", "mask", "token_types")))
+    run = bind(model, trained_adapter(model, ln.LoRAConfig(r=2, bias="all"), seed=0), rows=2)
+    at, last = LOSS.layouts(run, checked)
+    x, stack = transformer.states(run, checked, at, last)
+    _, *halves = stack  # the embedding's tokens are not taken out: they are few
+    assert all(halves)
+    transformer.states_backward(run, x, at, last, stack, {})
+    assert stack == []
+    assert halves == [{}] * len(halves)
 
 
 @proves("L4", "T13", "T16")
@@ -327,6 +336,61 @@ def test_a_gradient_does_not_depend_on_what_else_is_trained(case):
     _, grads = ln.loss_and_grads(model, replace(adapter, params=params), **batch)
     _, upper_grads = ln.loss_and_grads(model, replace(adapter, params=upper), **batch)
     assert same_bits(upper_grads, {name: grads[name] for name in upper})
+
+
+# --- T9, T16: the keys and values that queries may see ---------------------------------------------------------------
+
+
+def prefixed(*, mask=None, cached=0):
+    """GPT2 with a prefix of two, the layout of two sequences of three tokens, and such keys and values (N,G,T,K)."""
+    config = replace(GPT2, prefix=2)
+    model = random_model(config, seed=0)
+    run = bind(model, None, rows=2, trainable="all")
+    cache = None
+    if cached:
+        cache = decode.new_cache(config, N=2, longest=cached + 3, dtype="float64")
+        for arrays in (cache.keys, cache.values):
+            arrays[1][:, :, :cached] = device(np.random.default_rng(1).standard_normal((2, 2, cached, 4)))
+        cache.length = cached
+    k, v = (device(np.random.default_rng(seed).standard_normal((2, 2, 3, 4))) for seed in (2, 3))
+    return run, Layout(2, 3, mask=mask, cache=cache), k, v
+
+
+@proves("T9", "T16")
+@pytest.mark.parametrize("cached", [0, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_queries_see_is_the_prefix_then_the_cache_then_the_tokens(masked, cached):
+    """The prefix is the same for every sequence, and the mask keeps it."""
+    mask = device(np.arange(2 * (cached + 3)).reshape(2, -1) % 3 > 0) if masked else None
+    run, at, k, v = prefixed(mask=mask, cached=cached)
+    before = (None, None) if at.cache is None else (at.cache.keys[1].copy(), at.cache.values[1].copy())
+    seen_k, seen_v, seen = transformer.context(run, 1, k, v, at)
+    for got, part, own, past in ((seen_k, "k", k, before[0]), (seen_v, "v", v, before[1])):
+        prefix = asnumpy(run.weights[f"layers.1.attn.prefix.{part}"])
+        stretch = [] if past is None else [asnumpy(past)[:, :, :cached]]
+        assert same_bits(got, np.concatenate([np.stack([prefix, prefix]), *stretch, asnumpy(own)], axis=2))
+    if masked:
+        assert same_bits(seen, np.hstack([np.ones((2, 2), dtype=bool), asnumpy(mask)]))
+    else:
+        assert seen is None
+
+
+@proves("T9", "L4")
+def test_the_gradient_of_what_queries_see_is_the_transpose():
+    """<context(prefix, k, v), d> = <prefix, dprefix> + <k, dk> + <v, dv>; of a frozen prefix nothing is formed."""
+    run, at, k, v = prefixed()
+    seen_k, seen_v, _ = transformer.context(run, 1, k, v, at)
+    d_k, d_v = (device(np.random.default_rng(seed).standard_normal(seen_k.shape)) for seed in (4, 5))
+    grads = {}
+    dk, dv = transformer.context_backward(run, 1, d_k, d_v, grads)
+    assert grads.keys() == {"layers.1.attn.prefix.k", "layers.1.attn.prefix.v"}
+    for seen, d, own, d_own, part in ((seen_k, d_k, k, dk, "k"), (seen_v, d_v, v, dv, "v")):
+        name = f"layers.1.attn.prefix.{part}"
+        whole = float((own * d_own).sum()) + float((run.weights[name] * grads[name]).sum())
+        assert abs(float((seen * d).sum()) - whole) <= 1e-13 * float(abs(seen * d).sum())
+    nothing = {}
+    transformer.context_backward(frozen(run), 1, d_k, d_v, nothing)
+    assert nothing == {}
 
 
 # --- L3: the start -------------------------------------------------------------------------------------------------
@@ -394,9 +458,19 @@ def full_rank_factors(dW, s):
     return np.eye(n_out), dW / s
 
 
+def unfused(config, updates):
+    """Updates of matrices, each fused qkv cut into its rows of q, k and v."""
+    D, kv, result = config.d_model, config.kv_heads * config.head_width, dict(updates)
+    for name in [name for name in updates if name.endswith(".qkv")]:
+        parts = np.split(result.pop(name), [D, D + kv])
+        result |= dict(zip((f"{name.removesuffix('qkv')}{part}" for part in "qkv"), parts, strict=True))
+    return result
+
+
 @proves("L1")
 @given(cases(heads=EVERY_HEAD, whole=False, **FLOAT64), seeds)
 def test_full_rank_represents_any_update(case, seed):
+    """As much as r = min(in, out) allows: the model of W0 + dW, with the dW that was wanted, has these logits."""
     model, adapter, batch, _ = case
     rng = np.random.default_rng(seed)
     shapes = {name: adapted_shapes(model.config)[name] for name in adapter.matrices}
@@ -408,11 +482,11 @@ def test_full_rank_represents_any_update(case, seed):
         B, A = full_rank_factors(wanted[name], config.scale(name))
         params |= {f"{name}.A": device(A), f"{name}.B": device(B)}
     full = ln.Adapter(config, params)
+    updates = unfused(model.config, wanted)
     for name, dW in dense_updates(model, full).items():
-        if name in wanted:
-            assert np.abs(dW - wanted[name]).max() <= 1e-14
-    split = dense_updates(model, ln.Adapter(config, params))
-    updates = {name: wanted.get(name, dW) for name, dW in split.items()}
+        assert np.abs(dW - updates.pop(name)).max() <= 1e-14
+    assert updates == {}
+    updates = unfused(model.config, wanted)
     expected = ln.forward(with_updates(model, updates), **inputs(batch))
     assert deviation(ln.forward(model, adapter=full, **inputs(batch)), expected) <= 1e-12
 
