@@ -289,13 +289,12 @@ def test_backward_takes_out_what_forward_saved(config):
     """So that memory falls as it runs: nothing of a half block is left when backward has passed it."""
     model, batch = random_model(config, seed=0), gradcheck.example_batch(config)
     checked = check_batch(config, *(batch.get(name) for name in ("tokens", "targets", "mask", "token_types")))
-    run = bind(model, trained_adapter(model, ln.LoRAConfig(r=2, bias="all"), seed=0), rows=2)
+    run = bind(model, trained_adapter(model, ln.LoRAConfig(r=2, targets=("embed", "q")), seed=0), rows=2)
     at, last = LOSS.layouts(run, checked)
     x, stack = transformer.states(run, checked, at, last)
     _, *halves = stack  # the embedding's tokens are not taken out: they are few
     assert all(halves)
     transformer.states_backward(run, x, at, last, stack, {})
-    assert stack == []
     assert halves == [{}] * len(halves)
 
 
