@@ -119,6 +119,8 @@ def test_heads_are_turned_by_each_tokens_own_position(padded, past, read):
     at, last = lay_out(
         config, batch, "float64", packed=True, read=None if read is None else np.array(read), cache=cache
     )
+    if padded:
+        assert asnumpy(at.index).tolist() == np.flatnonzero(mask[:, past:]).tolist()  # of the new tokens alone
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, past:]
     if read is not None:
         at, positions = last, np.take_along_axis(positions, np.array(read)[:, None], axis=1)

@@ -499,8 +499,9 @@ def test_a_rank_says_why_and_then_ends_all_the_first_before_the_others(monkeypat
             raise error
         assert happened == expected
         assert capsys.readouterr().err.startswith(said.format(rank))
-    with pytest.raises(type(error)), one_end(ALONE):
+    with pytest.raises(type(error)) as caught, one_end(ALONE):
         raise error
+    assert caught.value is error
 
 
 @pytest.mark.parametrize(("more", "got"), [(["--batch", "1"], 1), (["--shards", "1"], 1), ([], 1)])
