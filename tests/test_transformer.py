@@ -490,7 +490,8 @@ def test_full_rank_represents_any_update(case, seed):
     params, wanted = {}, {}
     for name, shape in shapes.items():
         wanted[name] = 0.3 * rng.standard_normal(shape)
-        B, A = full_rank_factors(wanted[name], config.scale(name))
+        s = 2 * math.sqrt(ranks[name]) if config.rslora else 2.0
+        B, A = full_rank_factors(wanted[name], s)
         params |= {f"{name}.A": device(A), f"{name}.B": device(B)}
     full = ln.Adapter(config, params)
     updates = unfused(model.config, wanted)
