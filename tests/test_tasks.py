@@ -62,6 +62,7 @@ def test_data_are_known_by_what_they_say(tmp_path):
     assert about() == about()
     others = [about("b.tsv"), about(dev=tmp_path / "b.tsv"), about(N=5), about(held_out=0.3), about(seed=1)]
     assert all(other != about() for other in others)
+    assert about(dev=tmp_path / "a.tsv") != about(dev=tmp_path / "b.tsv")
 
 
 def examples_of(batches):
