@@ -1,10 +1,13 @@
 """How many examples a property is tried on. `pytest --hypothesis-profile=thorough` tries many more."""
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
 import lora_np
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and what it starts too
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 

@@ -3,6 +3,7 @@
 Hypothesis draws what shapes a case: sizes, switches, seeds. The numbers in the arrays come from the seeds.
 """
 
+import sys
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import lora_np as ln
+from lora_np import ops
 from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, xp
 from lora_np.batch import IGNORED
@@ -47,6 +49,22 @@ def spy(patch, module, name):
         return function(*args, **kwargs)
 
     patch.setattr(module, name, noting)
+    return calls
+
+
+def spy_everywhere(patch, name):
+    """`spy` on one of ops' functions in every module of the package that has it. -> one list for all calls."""
+    function, calls = getattr(ops, name), []
+
+    def noting(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] == "lora_np":
+            for own, value in list(vars(module).items()):
+                if value is function:
+                    patch.setattr(module, own, noting)
     return calls
 
 
@@ -299,3 +317,30 @@ def with_updates(model, updates, whole=()):
         else:
             weights[f"{name}.weight"] = weights[f"{name}.weight"] + dW.astype(model.dtype)
     return ln.Model(config, weights)
+
+
+# --- Shared by the tests of the model and of its loss ---
+
+
+def case_of(config, *, N=3, T=5, seed=0, dtype="float64", **lora_fields):
+    """A Case without padding, of a given architecture."""
+    rng = np.random.default_rng(seed)
+    model = random_model(config, seed=seed, dtype=dtype)
+    places = (N,) if config.head == "classify" else (N, T)
+    batch = {"tokens": rng.integers(0, config.vocab_size, (N, T)), "targets": rng.integers(0, config.head_size, places)}
+    return Case(model, trained_adapter(model, ln.LoRAConfig(**{"r": 2, **lora_fields}), seed=seed), batch, seed)
+
+
+def real_logits(config, logits, mask):
+    """The logits of a batch, a text at a time, without those of padding."""
+    logits = asnumpy(logits)
+    if config.head == "classify" or mask is None:
+        return list(logits)
+    return [row[real] for row, real in zip(logits, mask, strict=True)]
+
+
+def rescaled(adapter, c):
+    """The adapter with every alpha c times as large."""
+    config = adapter.config
+    patterns = {name: c * alpha for name, alpha in config.alpha_pattern.items()}
+    return replace(adapter, config=replace(config, alpha=c * config.alpha, alpha_pattern=patterns))

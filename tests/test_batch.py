@@ -102,5 +102,7 @@ def test_counted_places_and_rows():
     assert batch.counted.tolist() == [1, 3, 5]
     second = batch.rows(slice(1, 2))
     assert (second.tokens.tolist(), second.counted.tolist()) == ([[4, 5, 6]], [0, 2])
+    assert (second.mask.tolist(), second.first) == ([[True] * 3], 1)
+    assert second.rows(slice(0, 1)).first == 1  # a row's number is the whole step's
     assert second.mask.shape == second.token_types.shape == (1, 3)
     assert check_batch(CLASSIFIER, TOKENS, [0, -100], MASK, None).targets.shape == (2, 1)

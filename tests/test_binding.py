@@ -93,6 +93,36 @@ def test_what_is_below_a_matrix():
     assert [only_o.trained_below(name) for name in asked] == [False, False, False, True, True]
 
 
+@proves("L4", "T13")
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_the_depth_of_every_parameter(norm_first):
+    """As a token meets them: what writes into the residual stream stands above what reads it; a norm is first or last.
+
+    So the order is that of the forward, and within a step there is none: q, k, v and a prefix stand side by side.
+    """
+    config = replace(
+        GROUPED, n_layer=1, norm_first=norm_first, activation="silu_gated", prefix=2, n_types=2,
+        head="classify", n_labels=2, causal=False,
+    )  # fmt: skip
+    steps = [["embed."]]
+    for norm, first, then in (
+        ("norm1", "attn.q attn.k attn.v attn.prefix", "attn.o"),
+        ("norm2", "mlp.up mlp.gate", "mlp.down"),
+    ):
+        half = [[norm], first.split(), [then]] if norm_first else [first.split(), [then], [norm]]
+        steps += [[f"layers.0.{part}." for part in step] for step in half]
+    steps += [["norm."], ["pooler."], ["head."]]
+    names = [[name for name in config.weight_shapes() if name.startswith(tuple(step))] for step in steps]
+    assert {name for step in names for name in step} == set(config.weight_shapes())
+    model = replace(bound()[0], config=config)
+    for i, step in enumerate(names):
+        for name in step:
+            run = replace(model, trained=frozenset({name}))
+            below = [matrix for matrix in config.matrix_shapes() if run.trained_below(matrix)]
+            above = tuple(start for later in steps[i + 1 :] for start in later)
+            assert below == [m for m in config.matrix_shapes() if f"{m}.".startswith(above)], name
+
+
 @proves("L4", "T14")
 def test_the_lowest_of_a_classifiers_parts():
     model = random_model(replace(GROUPED, head="classify", n_labels=2, causal=False, pooler_in_head=True), seed=0)

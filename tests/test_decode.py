@@ -196,16 +196,22 @@ def test_top_p_is_reached_after_top_k_has_cut():
 
 @proves("T16")
 def test_rounding_never_draws_a_token_that_was_cut():
-    """A cumulated sum may end a little below the largest number drawn."""
-    for top_k in (1, 2, 3):
-        assert chosen([np.nextafter(1.0, 0)] * 2, np.log([1 / 3] * 7), top_k=top_k) == [top_k - 1] * 2
+    """A cumulated sum may end a little below the largest number drawn, as it does of 49 equal ones."""
+    largest = np.nextafter(1.0, 0)
+    ends = {k: np.cumsum(np.full(k, 1.0) / k)[-1] for k in range(1, 100)}
+    below = [k for k, end in ends.items() if end < largest]
+    assert len(below) >= 5
+    for k in (1, 2, 3, *below):
+        assert chosen([largest] * 2, np.zeros(k + 1), top_k=k) == [k - 1] * 2
 
 
 @proves("T16")
 def test_equal_logits_are_taken_in_order():
-    greedy = decode.choose(np.zeros((2, 4)), None, temperature=0.0, top_k=None, top_p=None)
-    assert greedy.tolist() == [0, 0]
-    assert chosen([0.99], np.zeros(4), top_k=2) == [1]
+    """Among so many that a sort which is not stable would mix them."""
+    logits = np.tile([0.0, 1.0, 1.0, -1.0], 250)
+    greedy = decode.choose(np.tile(logits, (2, 1)), None, temperature=0.0, top_k=None, top_p=None)
+    assert greedy.tolist() == [1, 1]
+    assert [chosen([0.999], logits, top_k=k) for k in (1, 2, 3, 4, 5, 500)] == [[1], [2], [5], [6], [9], [998]]
 
 
 @proves("T16")
@@ -287,13 +293,37 @@ def test_past_the_longest_text_its_last_half_is_the_prompt(case, n):
 
 
 @proves("T16")
+def test_past_the_longest_text_each_part_has_its_prompt_and_its_own_seed(monkeypatch):
+    """Of ten places: eight are filled up, then each time the last five tokens are the prompt of five more."""
+    model, tokens = random_model(GPT2, seed=0), np.array([[1, 2], [3, 4]])
+    calls, generate = [], ln.generate
+
+    def noting(*args, **options):
+        calls.append((args[1], options["n"], options["seed"]))
+        return generate(*args, **options)
+
+    monkeypatch.setattr(decode, "generate", noting)
+    result = decode.generate_on(model, tokens, n=20, temperature=2.0, seed=1)
+    assert [n for _, n, _ in calls] == [8, 5, 5, 2]
+    ends = (2, 10, 15, 20)
+    for (prompt, _, _), start, end in zip(calls, (0, 5, 10, 15), ends, strict=True):
+        assert np.array_equal(prompt, result[:, start:end])
+    assert len({seed for *_, seed in calls}) == 4
+
+
+@proves("T16")
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "int64"])
+def test_new_tokens_are_of_the_dtype_of_the_given_ones(dtype):
+    assert ln.generate(random_model(GPT2, seed=0), np.array([[1, 2]], dtype=dtype), n=3).dtype == dtype
+
+
+@proves("T16")
 def test_past_the_longest_text_too_the_draws_depend_on_the_seed_alone():
     model, tokens = random_model(GPT2, seed=0), np.zeros((4, 2), dtype=int)
     one, two, other = (decode.generate_on(model, tokens, n=40, temperature=2.0, seed=s) for s in (1, 1, 2))
     assert one.shape == (4, 42)
     assert np.array_equal(one, two)
     assert not np.array_equal(one, other)
-    assert not np.array_equal(one[:, 10:15], one[:, 15:20])  # each part is drawn anew
 
 
 @pytest.mark.parametrize("wrong", [{"n": -1}, {"n": 3, "temperature": 1.0}, {"n": 3, "top_k": 2}], ids=str)

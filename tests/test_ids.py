@@ -10,7 +10,19 @@ from lora_np.spec.statements import STATEMENTS
 TESTS = Path(__file__).parent
 
 # In these every test names an id, but for those of input that is refused.
-FILES = ("lora", "ops", "layout", "binding", "transformer", "adapter", "optim", "parallel", "decode", "analysis")
+FILES = (
+    "lora",
+    "ops",
+    "layout",
+    "binding",
+    "transformer",
+    "loss",
+    "adapter",
+    "optim",
+    "parallel",
+    "decode",
+    "analysis",
+)
 MATHEMATICS = {f"test_{name}" for name in FILES}
 REFUSED = re.compile(r"_(is|are)_refused$")
 

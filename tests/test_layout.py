@@ -9,10 +9,11 @@ from strategies import same_bits
 import lora_np as ln
 from lora_np.backend import asnumpy, xp
 from lora_np.batch import Batch
-from lora_np.layout import Layout, lay_out
+from lora_np.layout import Cache, Layout, lay_out
 
 proves = pytest.mark.proves
 small = st.integers(1, 4)
+GPT2 = ln.Config(7, 9, 1, 1, 4, 4)
 
 
 @st.composite
@@ -87,18 +88,72 @@ def test_the_rows_of_a_padded_batch():
     packed, last = lay_out(config, batch, "float64", packed=True, read=np.array([1, 2, 3]))
     assert asnumpy(packed.pack(xp.asarray(batch.tokens))).tolist() == [0, 1, 5, 6, 4]
     assert asnumpy(packed.positions).tolist() == [2, 3, 2, 3, 2]
+    assert packed.angles is None
+    assert all(asnumpy(at.mask).tolist() == mask.tolist() for at in (packed, last))
     assert [asnumpy(a).tolist() for a in packed.sequence_and_place()] == [[5, 5, 6, 6, 7], [0, 1, 1, 2, 3]]
     assert asnumpy(packed.row_of(xp.asarray([1, 6, 11]))).tolist() == [1, 3, 4]
     assert asnumpy(last.selected).tolist() == [1, 3, 4]
     assert [asnumpy(a).tolist() for a in last.sequence_and_place()] == [[5, 6, 7], [1, 2, 3]]
     whole, last = lay_out(config, batch, "float64", packed=False, read=np.array([1, 2, 3]))
     assert whole.index is None
+    assert asnumpy(whole.mask).tolist() == mask.tolist()
     assert asnumpy(whole.positions)[mask].tolist() == [2, 3, 2, 3, 2]
     assert asnumpy(whole.row_of(xp.asarray([1, 6, 11]))).tolist() == [1, 6, 11]
     assert asnumpy(last.selected).tolist() == [1, 6, 11]
     assert [asnumpy(a).tolist() for a in whole.part(xp.asarray([6])).sequence_and_place()] == [[6], [2]]
     assert [asnumpy(a).tolist() for a in packed.part(xp.asarray([3])).sequence_and_place()] == [[6], [2]]
     assert [asnumpy(a).tolist() for a in last.part(xp.asarray([2])).sequence_and_place()] == [[7], [3]]
+
+
+@proves("T11")
+@pytest.mark.parametrize("read", [None, [1, 2, 3]], ids=["every token", "one of each sequence"])
+@pytest.mark.parametrize("past", [0, 2])
+@pytest.mark.parametrize("padded", [False, True])
+def test_heads_are_turned_by_each_tokens_own_position(padded, past, read):
+    """Positions count true tokens, a cache's included; backward turns back. In pairs, as complex numbers."""
+    mask = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1]], dtype=bool)
+    mask = mask[:, : past + 4] if padded else np.ones((3, past + 4), dtype=bool)
+    batch = Batch(np.zeros((3, 4), dtype=int), mask if padded else None, None)
+    config = ln.Config(7, 9, 1, 2, 8, 4, positions="rotary", rope_theta=50.0)
+    cache = Cache([], [], past) if past else None
+    at, last = lay_out(
+        config, batch, "float64", packed=True, read=None if read is None else np.array(read), cache=cache
+    )
+    if padded:
+        assert asnumpy(at.index).tolist() == np.flatnonzero(mask[:, past:]).tolist()  # of the new tokens alone
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, past:]
+    if read is not None:
+        at, positions = last, np.take_along_axis(positions, np.array(read)[:, None], axis=1)
+    x = np.random.default_rng(0).standard_normal((3, 2, positions.shape[1], 4))
+    turn = np.exp(1j * positions[:, None, :, None] * 50.0 ** (-np.arange(2) / 2))
+    for got, z in [
+        (at.rotate(xp.asarray(x)), (x[..., :2] + 1j * x[..., 2:]) * turn),
+        (at.rotate_backward(xp.asarray(x)), (x[..., :2] + 1j * x[..., 2:]) / turn),
+    ]:
+        assert np.abs(asnumpy(got) - np.concatenate([z.real, z.imag], axis=-1)).max() <= 1e-14
+
+
+@proves("T11")
+def test_learned_positions_turn_nothing():
+    x = xp.ones((1, 2, 4, 4))
+    at = Layout(1, 4)
+    assert at.rotate(x) is x
+    assert at.rotate_backward(x) is x
+
+
+@proves("T16")
+def test_a_cache_holds_the_tokens_before_and_then_the_new_ones():
+    """Two tokens, then three: a view of all five, whose order is theirs; the other layer's are its own."""
+    k, v = np.random.default_rng(0).standard_normal((2, 1, 2, 5, 3))
+    cache = Cache(*([xp.zeros((1, 2, 7, 3)) for _ in range(2)] for _ in "kv"))
+    for start, end in ((0, 2), (2, 5)):
+        parts = [cache.extend(1, *(xp.asarray(a[:, :, start:end]) for a in (k, v))) for _ in range(2)][-1]
+        assert same_bits(parts[0], k[:, :, :end])
+        assert same_bits(parts[1], v[:, :, :end])
+        cache.length = end
+    assert not asnumpy(cache.keys[0]).any()
+    assert same_bits(cache.keys[1][:, :, :5], k)
+    assert not asnumpy(cache.values[1][:, :, 5:]).any()
 
 
 @proves("T14")
@@ -111,3 +166,11 @@ def test_a_classifier_reads_the_first_true_token_or_the_last_if_causal():
     whole = Batch(batch.tokens, None, None)
     assert (whole.read_at(causal=False).tolist(), whole.read_at(causal=True).tolist()) == ([0] * 3, [3] * 3)
     assert whole.kept is None
+
+
+@proves("T14")
+def test_where_every_token_is_read_nothing_is_selected():
+    """The layouts of all states and of the last are one object, so that `select` has nothing to do."""
+    for mask in (None, np.array([[True, False], [True, True]])):
+        at, last = lay_out(GPT2, Batch(np.zeros((2, 2), dtype=int), mask, None), "float64", packed=True, read=None)
+        assert last is at

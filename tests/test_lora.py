@@ -93,7 +93,10 @@ def test_an_update_for_each_row(case, seed, missing):
     x, W0, b = case["x"], case["W0"], case["b"]
     n_out, n_in = W0.shape
     ranks = rng.integers(1, 4, len(x))
-    rows = [Update(whole_numbers(rng, r, n_in), whole_numbers(rng, n_out, r), 2.0 ** float(-r)) for r in ranks]
+    scales = [float(sign * 2.0**-r) for sign, r in zip(rng.choice([-1, 1], len(x)), ranks, strict=True)]
+    rows = [
+        Update(whole_numbers(rng, r, n_in), whole_numbers(rng, n_out, r), s) for r, s in zip(ranks, scales, strict=True)
+    ]
     if missing and len(rows) > 1:
         rows[0] = None
     stacked = lora.stack_updates(rows)

@@ -41,7 +41,7 @@ def test_gpt3_has_175_billion_parameters():
 
 
 def test_presets_cannot_be_changed():
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         ln.PRESETS["gpt2"] = SMALL
     with pytest.raises(FrozenInstanceError):
         ln.PRESETS["gpt2"].n_layer = 1
@@ -163,7 +163,7 @@ def test_writing_to_a_frozen_weight_raises():
 
 def test_weights_cannot_be_replaced():
     model = random_model(SMALL, seed=0)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         model.weights["norm.bias"] = 0
     with pytest.raises(FrozenInstanceError):
         model.weights = {}

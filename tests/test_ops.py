@@ -257,6 +257,31 @@ def test_layer_norm_gradient_is_orthogonal_to_what_it_forgets(seed, N, T, D, eps
     assert np.all(error <= 1e-11 * D * size * (1 + np.abs(xhat).max()) ** 3)
 
 
+@proves("T3", "T4")
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@given(seeds, small, st.integers(1, 9), st.sampled_from([1e-5, 1.0]))
+def test_norm_backward_is_the_derivative(norm, seed, N, D, eps):
+    """Of the sum of dy * y by each element of x, by complex steps of the forward; and by w and b, to rounding."""
+    x, w, b = drawn_norm(seed, N, 2, D, "float64")
+    dy = drawn_norm(seed + 1, N, 2, D, "float64")[0]
+
+    def y(x):
+        return ops.layer_norm(x, device(w), device(b), eps) if norm == "layer" else ops.rms_norm(x, device(w), eps)
+
+    saved = y(device(x))[1]
+    dx = asnumpy((ops.layer_norm_backward if norm == "layer" else ops.rms_norm_backward)(device(dy), saved))
+    rstd = asnumpy(saved[1])
+    for d in range(D):
+        step = np.zeros(D)
+        step[d] = 1e-30
+        expected = (dy * asnumpy(y(device(x + 1j * step))[0]).imag).sum(axis=-1) / 1e-30
+        size = (rstd * np.abs(dy * w).sum(axis=-1, keepdims=True) * (1 + np.abs(asnumpy(saved[0])).max()) ** 2)[..., 0]
+        assert np.all(np.abs(dx[..., d] - expected) <= 1e-13 * (D + 6) * size)
+    dw = asnumpy(ops.norm_weight_backward(device(dy), saved))
+    terms = dy * asnumpy(saved[0])
+    assert np.all(np.abs(dw - terms.sum(axis=(0, 1))) <= gamma(2 * N + 2) * np.abs(terms).sum(axis=(0, 1)))
+
+
 # --- T5, T6, T7, T14: activations ----------------------------------------------------------------------------------
 
 POINTS = np.concatenate([np.linspace(-40, 40, 1601), np.linspace(-3, 3, 1201), [0.0, 1e-300, -1e-300]])
@@ -322,11 +347,18 @@ def test_activation_far_out(name, dtype):
     np.testing.assert_array_equal(dydx, np.array(limits[1], dtype))
 
 
-@proves("T5", "T6", "T7")
-@given(seeds, small)
-def test_activation_backward_is_a_product(seed, T):
-    dy, dydx = np.random.default_rng(seed).standard_normal((2, T, 3))
-    assert same_bits(ops.activation_backward(device(dy), device(dydx)), dy * dydx)
+@proves("T5", "T6", "T7", "T14")
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@given(seeds, small, small)
+def test_activation_backward_is_the_derivative_of_the_forward(name, seed, N, T):
+    """Of the sum of dy * y, by a complex step of the forward at every element at once: it acts element by element."""
+    x, dy = 3 * np.random.default_rng(seed).standard_normal((2, N, T, 3))
+    op, h = ACTIVATIONS[name][0], 1e-30
+    expected = dy * asnumpy(op(device(x + 1j * h))[0]).imag / h
+    dx = ops.activation_backward(device(dy), op(device(x))[1])
+    slack = 32 * np.finfo(float).eps * np.abs(dy) * np.maximum(1, np.abs(x))
+    assert dx.dtype == "float64"
+    assert np.all(np.abs(asnumpy(dx) - expected) <= slack)
 
 
 def erf_points(dtype):

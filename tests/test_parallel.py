@@ -3,7 +3,7 @@
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -116,7 +116,11 @@ def test_the_default_number_of_shards_comes_from_the_shape(N, T, shards, monkeyp
 
 @proves("O4")
 def test_the_interpreter_switches_threads_as_before_when_a_step_is_done():
+    """And meanwhile within 10 microseconds, not the 5 ms that are the default."""
     before = sys.getswitchinterval()
+    if backend_name != "cupy":
+        assert before > 1e-4
+        assert list(parallel.threaded(lambda part: sys.getswitchinterval(), [1, 2, 3])) == pytest.approx([1e-5] * 3)
     assert list(parallel.threaded(lambda part: part + 1, [1, 2, 3])) == [2, 3, 4]
     with pytest.raises(ZeroDivisionError):
         list(parallel.threaded(lambda part: 1 / part, [1, 0]))
@@ -237,6 +241,24 @@ def test_a_step_that_fails_gives_the_settings_back(rows, monkeypatch):
         with pytest.raises(ZeroDivisionError) as error:
             ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=rows)
     assert parallel._users == {True: 0, False: 0}
+
+
+@proves("O4")
+def test_a_product_has_one_blas_thread_meanwhile(monkeypatch):
+    """What threadpoolctl is asked for, and for how long."""
+    happened = []
+
+    class Blas:
+        @contextmanager
+        def limit(self, *, limits):
+            happened.append(limits)
+            yield
+            happened.append("as before")
+
+    monkeypatch.setattr(parallel, "_blas", Blas)
+    with parallel.one_blas_thread():
+        happened.append("products")
+    assert happened == [1, "products", "as before"]
 
 
 @proves("O4")

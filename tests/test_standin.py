@@ -99,16 +99,24 @@ TO_NUMPY = {
 }
 
 
+NO_DEVICE_ARRAY = r"Implicit conversion to a NumPy array is not allowed|operand 'ndarray' does not support ufuncs"
+NO_HOST_ARRAY = (
+    r"Unsupported type <class '(numpy\.ndarray|list|NoneType)'>|set\(\) takes a NumPy array of the same shape"
+)
+NO_NUMBER = r"'ndarray' object cannot be interpreted as an integer|slice indices must be integers"
+NO_FUNCTION = r"numpy\.\w+ does not take device arrays: call xp\."
+
+
 @pytest.mark.parametrize("mix", MIXTURES.values(), ids=MIXTURES)
 def test_host_and_device_do_not_mix(a, mix):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=f"^({NO_DEVICE_ARRAY}|{NO_HOST_ARRAY})"):
         mix(a)
     assert counted() == (0, 0, 0)
 
 
 @pytest.mark.parametrize("use", TO_NUMPY.values(), ids=TO_NUMPY)
 def test_no_device_array_becomes_a_numpy_array_unasked(a, use):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=f"^({NO_DEVICE_ARRAY}|{NO_FUNCTION}|{NO_NUMBER})"):
         use(a)
     assert counted() == (0, 0, 0)
 
@@ -138,7 +146,7 @@ def test_keywords_that_cupy_lacks(a):
         lambda: xp.matmul(a, a.T, where=True),
         lambda: xp.matmul(a, a.T, a),
     ):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=r"^\S+ (got an unexpected keyword argument|takes .* positional argument)"):
             call()
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     FLOAT64,
-    Case,
     bits,
+    case_of,
     cases,
     configs,
     dense_updates,
@@ -25,36 +25,31 @@ from strategies import (
     largest,
     lora_configs,
     random_model,
+    real_logits,
+    rescaled,
     same_bits,
     seeds,
     spy,
+    spy_everywhere,
     trained_adapter,
     with_updates,
 )
 
 import lora_np as ln
-from lora_np import decode, lora, ops, transformer
-from lora_np.adapter import adapted_shapes
+from lora_np import decode, ops, transformer
+from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, backend_name
 from lora_np.batch import check_batch
 from lora_np.binding import bind, frozen
-from lora_np.gradcheck import complex_step, relative_error
+from lora_np.layout import Layout
 from lora_np.vectors import derivatives
-from lora_np.vectors.derivatives import FLOOR
 
 proves = pytest.mark.proves
 LOSS = import_module("lora_np.loss")  # ln.loss is the function in it
 GPT2 = ln.Config(7, 8, 2, 2, 8, 6)
 EVERY_HEAD = ("lm", "classify", "tag", "none")
-
-
-def case_of(config, *, N=3, T=5, seed=0, dtype="float64", **lora_fields):
-    """A Case without padding, of a given architecture."""
-    rng = np.random.default_rng(seed)
-    model = random_model(config, seed=seed, dtype=dtype)
-    places = (N,) if config.head == "classify" else (N, T)
-    batch = {"tokens": rng.integers(0, config.vocab_size, (N, T)), "targets": rng.integers(0, config.head_size, places)}
-    return Case(model, trained_adapter(model, ln.LoRAConfig(**{"r": 2, **lora_fields}), seed=seed), batch, seed)
+ARCHITECTURES = derivatives.architectures()
+WIDE = ln.Config(512, 8, 1, 2, 512, 512)  # matrices beside which a token is small
 
 
 # --- T1 to T14: against a transformer that knows one text, no padding and no LoRA -----------------------------------
@@ -139,19 +134,8 @@ def logits_by_hand(model, tokens, types):
     return linear_by_hand(w, "head", x)
 
 
-def real_logits(config, logits, mask):
-    """The logits of a batch, a text at a time, without those of padding."""
-    logits = asnumpy(logits)
-    if config.head == "classify" or mask is None:
-        return list(logits)
-    return [row[real] for row, real in zip(logits, mask, strict=True)]
-
-
-@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T9", "T10", "T11", "T13", "T14", "L2")
-@given(cases(heads=EVERY_HEAD, **FLOAT64))
-def test_forward_is_the_plain_transformer(case):
-    """Each text alone, what the mask leaves out left out, every s B A added to its W0: within 1e-12."""
-    model, adapter, batch, _ = case
+def check_against_plain(model, adapter, batch):
+    """The logits of a batch, beside those of the model with W0 + s B A, a text at a time."""
     tokens, mask = batch["tokens"], batch["mask"]
     real = np.ones(tokens.shape, dtype=bool) if mask is None else mask
     types = batch.get("token_types", np.zeros_like(tokens))
@@ -159,6 +143,21 @@ def test_forward_is_the_plain_transformer(case):
     logits = ln.forward(model, adapter=adapter, **inputs(batch))
     for n, got in enumerate(real_logits(model.config, logits, mask)):
         assert deviation(got, logits_by_hand(plain, tokens[n][real[n]], types[n][real[n]])) <= 1e-12
+
+
+@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T9", "T10", "T11", "T13", "T14", "L2")
+@given(cases(heads=EVERY_HEAD, **FLOAT64))
+def test_forward_is_the_plain_transformer(case):
+    """Each text alone, what the mask leaves out left out, every s B A added to its W0: within 1e-12."""
+    check_against_plain(*case[:3])
+
+
+@proves("T13", "T14", "L2")
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_forward_of_each_architecture_is_the_plain_transformer(config):
+    """None is left to what hypothesis happens to draw: five tokens, padding on both sides."""
+    model, batch = random_model(config, seed=0), derivatives.example_batch(config)
+    check_against_plain(model, trained_adapter(model, ln.LoRAConfig(r=2, bias="all"), seed=0), batch)
 
 
 def rows_of_products(monkeypatch, call):
@@ -176,8 +175,8 @@ def rows_of_products(monkeypatch, call):
 
 
 @proves("T13", "T14")
-@pytest.mark.parametrize(("name", "config"), derivatives.architectures().items())
-def test_padding_is_not_computed_nor_what_is_not_read(name, config, monkeypatch):
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_padding_is_not_computed_nor_what_is_not_read(config, monkeypatch):
     """Each matrix sees the true tokens alone; of a classifier's last layer, all but k and v the one that is read."""
     model, batch = random_model(config, seed=0), derivatives.example_batch(config, N=3, T=5)
     rows = rows_of_products(monkeypatch, lambda: ln.loss(model, **batch))
@@ -192,104 +191,146 @@ def test_padding_is_not_computed_nor_what_is_not_read(name, config, monkeypatch)
 
 @proves("T16")
 def test_a_prompts_last_layer_is_computed_for_its_last_token(monkeypatch):
-    model = random_model(derivatives.architectures()["Llama, tied"], seed=0)
+    model = random_model(ARCHITECTURES["Llama, tied"], seed=0)
     rows = rows_of_products(monkeypatch, lambda: ln.generate(model, [[1, 2, 3, 4]] * 2, n=1))
     assert [rows[f"layers.1.{matrix}"] for matrix in ("attn.q", "attn.k", "mlp.down")] == [2, 8, 2]
-
-
-@proves("T14")
-@given(cases(heads=EVERY_HEAD))
-def test_logits_have_the_shape_of_the_head_and_the_dtype_of_the_model(case):
-    model, adapter, batch, _ = case
-    (N, T), config = batch["tokens"].shape, model.config
-    shapes = {
-        "lm": (N, T, config.vocab_size),
-        "classify": (N, config.n_labels),
-        "tag": (N, T, config.n_labels),
-        "none": (N, T, config.d_model),
-    }
-    logits = ln.forward(model, adapter=adapter, **inputs(batch))
-    assert logits.shape == shapes[config.head]
-    assert logits.dtype == model.dtype
-
-
-@proves("T15")
-@given(cases(**FLOAT64))
-def test_loss_is_the_mean_over_counted_targets(case):
-    model, adapter, batch, _ = case
-    logits = asnumpy(ln.forward(model, adapter=adapter, **inputs(batch)))
-    counted = batch["targets"] != -100
-    rows, targets = logits[counted], batch["targets"][counted]
-    losses = [math.log(math.fsum(np.exp(row))) - row[t] for row, t in zip(rows, targets, strict=True)]
-    expected = math.fsum(losses) / len(losses)
-    got = ln.loss(model, adapter=adapter, **batch)
-    assert isinstance(got, float)
-    assert abs(got - expected) <= 1e-13 * (1 + np.abs(rows).max())
-    assert abs(ln.loss_and_grads(model, adapter, **batch)[0] - got) <= 1e-15 * (1 + np.abs(rows).max())
-
-
-@proves("T9", "T15", "L4")
-@given(cases(**FLOAT64))
-def test_what_a_step_is_cut_into_changes_nothing_beyond_rounding(case):
-    """The head's chunks, attention's tiles, the blocks of elementwise steps, few rows of a product and many."""
-    model, adapter, batch, _ = case
-    loss, grads = ln.loss_and_grads(model, adapter, **batch)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LOSS, "HEAD_ROWS", 2)
-        patch.setattr(ops, "QUERY_ROWS", 2)
-        patch.setattr(ops, "FEW_ROWS", 0)
-        patch.setattr("lora_np.backend.CACHE_ELEMENTS", 16)
-        cut_loss, cut = ln.loss_and_grads(model, adapter, **batch)
-    assert abs(loss - cut_loss) <= 1e-13 * (1 + abs(loss))
-    assert farthest(grads, cut) <= 1e-12 * max(gradient_scale(model, batch), largest(grads))
 
 
 # --- L4: which gradients there are -----------------------------------------------------------------------------------
 
 
-def described(arrays):
-    return {name: (a.shape, a.dtype) for name, a in arrays.items()}
-
-
-@proves("L4")
-@given(cases(dropout=True), seeds, st.booleans())
-def test_gradients_are_the_adapters_and_the_base_never_changes(case, dropout_seed, recompute):
-    """Nor does the adapter, nor the batch."""
-    model, adapter, batch, _ = case
-    given_arrays = model.weights, adapter.params, {name: a for name, a in batch.items() if a is not None}
-    before = [{name: bits(a) for name, a in arrays.items()} for arrays in given_arrays]
-    _, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=dropout_seed, recompute=recompute)
-    assert list(grads) == list(adapter.params)
-    assert described(grads) == described(adapter.params)
-    assert before == [{name: bits(a) for name, a in arrays.items()} for arrays in given_arrays]
-
-
-@proves("L4")
-@given(cases())
-def test_full_gradients_are_every_weights(case):
-    model, _, batch, _ = case
-    before = {name: bits(a) for name, a in model.weights.items()}
-    _, grads = ln.loss_and_grads(model, None, **batch, trainable="all")
-    assert list(grads) == list(model.weights)
-    assert described(grads) == described(model.weights)
-    assert before == {name: bits(a) for name, a in model.weights.items()}
-
-
 @proves("L4")
 @given(cases(whole=False))
 def test_no_gradient_of_a_frozen_weight_is_formed(case):
-    """Not formed and thrown away: whatever forms a weight's gradient is called for A and B alone."""
+    """Not formed and thrown away: whatever forms a weight's gradient is called for A and B alone, in any module."""
     updates = bind(case.model, case.adapter, rows=1).updates
+    names = ("linear_weight_backward", "embedding_backward", "bias_backward", "norm_weight_backward")
     with pytest.MonkeyPatch.context() as patch:
-        of_matrices = [spy(patch, module, "linear_weight_backward") for module in (lora, transformer)]
-        of_tables = [spy(patch, module, "embedding_backward") for module in (lora, transformer)]
-        of_rest = [spy(patch, transformer, name) for name in ("bias_backward", "norm_weight_backward")]
+        calls = {name: spy_everywhere(patch, name) for name in names}
         _, grads = ln.loss_and_grads(case.model, case.adapter, **case.batch)
     embed = "embed.tokens" in updates
-    assert [len(calls) for calls in of_matrices] == [2 * len(updates) - embed, 0]
-    assert [len(calls) for calls in of_tables] == [embed, 0]
-    assert [len(calls) for calls in of_rest] == [0, 0]
+    assert [len(calls[name]) for name in names] == [2 * len(updates) - embed, embed, 0, 0]
     assert grads.keys() == case.adapter.params.keys()
+
+
+@proves("L4")
+@pytest.mark.parametrize("config", [WIDE, replace(WIDE, activation="silu_gated", tie_head=False)])
+def test_no_array_of_a_frozen_matrix_s_size_is_made_in_a_step(config):
+    """Whatever product would form it: a step of two tokens takes less than half of the smallest of them."""
+    model = random_model(config, seed=0)
+    targets = ("q", "k", "v", "o", "up", "down", "embed", "head")
+    adapter = trained_adapter(model, ln.LoRAConfig(r=1, targets=targets, dropout=0.5), seed=0)
+
+    def step():
+        ln.loss_and_grads(model, adapter, [[1, 2]], [[2, 3]], dropout_seed=0)
+
+    step()  # what is imported or cached the first time is no part of it
+    tracemalloc.start()
+    step()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < min(w.nbytes for w in model.weights.values() if w.size >= 512 * 512) / 2
+
+
+READERS = [(transformer, "project"), (LOSS, "project"), (transformer, "norm")]
+
+
+def changed_inputs(model, adapters, batch):
+    """The matrices and norms whose input differs between two adapters."""
+    inputs_of = []
+    for adapter in adapters:
+        with pytest.MonkeyPatch.context() as patch:
+            calls = [spy(patch, module, name) for module, name in READERS]
+            ln.loss(model, adapter=adapter, **batch)
+        inputs_of.append([(args[1], bits(args[2])) for part in calls for args in part])
+    return {name for (name, one), (_, other) in zip(*inputs_of, strict=True) if one != other}
+
+
+@proves("L4", "T13", "T14")
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_backward_goes_down_to_what_is_trained_and_no_further(config):
+    """Each weight, and each pair A, B, trained alone: dx is formed of the matrices whose input depends on it (which a
+    forward with another value shows), and of no other; and a weight's gradient is, to the bit, what it is among all."""
+    model, batch = random_model(config, seed=0), derivatives.example_batch(config)
+    _, every = ln.loss_and_grads(model, None, **batch, trainable="all")
+    alone = [ln.Adapter(ln.LoRAConfig(), {name: w}) for name, w in model.weights.items()]
+    for matrix in config.matrix_shapes():
+        target = target_of(matrix)
+        pairs = trained_adapter(model, ln.LoRAConfig(r=1, targets=(target,)), seed=0)
+        pair = {name: p for name, p in pairs.params.items() if name.rpartition(".")[0] == matrix}
+        alone.append(replace(pairs, params=pair))
+    rng = np.random.default_rng(0)
+    products = {*config.matrix_shapes(), "pooler"} - (
+        {"embed.tokens"} if config.has_pooler else {"embed.tokens", "pooler"}
+    )
+    for adapter in alone:
+        *_, (trained, value) = adapter.params.items()
+        moved = replace(adapter, params={**adapter.params, trained: value + device(rng.standard_normal(value.shape))})
+        depends = changed_inputs(model, (adapter, moved), batch)
+        in_force = {**model.weights, **adapter.whole}
+        weights = {id(in_force[bind(model, adapter, rows=2).weight_name(name)]): name for name in products}
+        with pytest.MonkeyPatch.context() as patch:
+            backward, normed = spy_everywhere(patch, "linear_backward"), spy(patch, transformer, "norm_backward")
+            _, grads = ln.loss_and_grads(model, adapter, **batch)
+        formed = [weights[id(W)] for _, W in backward if id(W) in weights]
+        assert sorted(formed) == sorted(depends & products), trained
+        norms = {name.rpartition(".")[0] for name in model.weights if "norm" in name}
+        assert {args[1] for args in normed} == norms & (depends | {trained.rpartition(".")[0]}), trained
+        if trained in every:
+            assert same_bits(grads, {trained: every[trained]}), trained
+
+
+@proves("L4", "T13")
+def test_what_is_kept_for_backward():
+    """Nothing below the lowest trained parameter, nor of a frozen matrix; with checkpoints, a half block's input."""
+    model = random_model(replace(GPT2, n_layer=3), seed=0)
+    checked = check_batch(model.config, [[1, 2, 3]], [[2, 3, 4]], None, None)
+    run = bind(model, trained_adapter(model, ln.LoRAConfig(r=2, targets=("up",), layers=(1,)), seed=0), rows=1)
+    at, last = LOSS.layouts(run, checked)
+    _, stack = transformer.states(run, checked, at, last)
+    assert [bool(saved) for saved in stack] == [False, False, False, False, True, True, True, True]
+    above = [name for name in model.config.matrix_shapes() if name.startswith("layers.2.")]
+    assert {name for saved in stack for name, x in saved.items() if x is None} == {"layers.1.mlp.down", *above}
+    _, stack = transformer.states(replace(run, recompute=True), checked, at, last)
+    assert [saved.keys() for saved in stack[4:7]] == [{"x"}] * 3
+    assert not any(stack[:4])
+
+
+@proves("L4", "T13")
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_backward_takes_out_what_forward_saved(config):
+    """So that memory falls as it runs: nothing of a half block is left when backward has passed it."""
+    model, batch = random_model(config, seed=0), derivatives.example_batch(config)
+    checked = check_batch(config, *(batch.get(name) for name in ("tokens", "targets", "mask", "token_types")))
+    run = bind(model, trained_adapter(model, ln.LoRAConfig(r=2, targets=("embed", "q")), seed=0), rows=2)
+    at, last = LOSS.layouts(run, checked)
+    x, stack = transformer.states(run, checked, at, last)
+    _, *halves = stack  # the embedding's tokens are not taken out: they are few
+    assert all(halves)
+    transformer.states_backward(run, x, at, last, stack, {})
+    assert halves == [{}] * len(halves)
+
+
+@proves("L4", "T13", "T16")
+def test_a_forward_keeps_nothing():
+    """Without a backward, with an adapter or one for each row: forward, loss, generate."""
+    model, adapter, batch, _ = case_of(GPT2, targets=("embed", "q", "up"))
+    stacks = []
+
+    def noting(*args):
+        x, stack = transformer.states(*args)
+        stacks.append(stack[:-1])  # the last norm's values are gone when the caller returns
+        return x, stack
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (LOSS, decode):
+            patch.setattr(module, "states", noting)
+        for one in (adapter, [adapter, None, adapter]):
+            ln.forward(model, batch["tokens"], one)
+            ln.loss(model, **batch, adapter=one)
+            ln.generate(model, batch["tokens"][:, :2], one, n=2)
+    assert len(stacks) == 1 + 1 + 2 + 1 + 3 + 2
+    assert not any(saved for stack in stacks for saved in stack)
 
 
 @proves("L4")
@@ -307,6 +348,61 @@ def test_a_gradient_does_not_depend_on_what_else_is_trained(case):
     _, grads = ln.loss_and_grads(model, replace(adapter, params=params), **batch)
     _, upper_grads = ln.loss_and_grads(model, replace(adapter, params=upper), **batch)
     assert same_bits(upper_grads, {name: grads[name] for name in upper})
+
+
+# --- T9, T16: the keys and values that queries may see ---------------------------------------------------------------
+
+
+def prefixed(*, mask=None, cached=0):
+    """GPT2 with a prefix of two, the layout of two sequences of three tokens, and such keys and values (N,G,T,K)."""
+    config = replace(GPT2, prefix=2)
+    model = random_model(config, seed=0)
+    run = bind(model, None, rows=2, trainable="all")
+    cache = None
+    if cached:
+        cache = decode.new_cache(config, N=2, longest=cached + 3, dtype="float64")
+        for arrays in (cache.keys, cache.values):
+            arrays[1][:, :, :cached] = device(np.random.default_rng(1).standard_normal((2, 2, cached, 4)))
+        cache.length = cached
+    k, v = (device(np.random.default_rng(seed).standard_normal((2, 2, 3, 4))) for seed in (2, 3))
+    return run, Layout(2, 3, mask=mask, cache=cache), k, v
+
+
+@proves("T9", "T16")
+@pytest.mark.parametrize("cached", [0, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_queries_see_is_the_prefix_then_the_cache_then_the_tokens(masked, cached):
+    """The prefix is the same for every sequence, and the mask keeps it."""
+    mask = device(np.arange(2 * (cached + 3)).reshape(2, -1) % 3 > 0) if masked else None
+    run, at, k, v = prefixed(mask=mask, cached=cached)
+    before = (None, None) if at.cache is None else (at.cache.keys[1].copy(), at.cache.values[1].copy())
+    seen_k, seen_v, seen = transformer.context(run, 1, k, v, at)
+    for got, part, own, past in ((seen_k, "k", k, before[0]), (seen_v, "v", v, before[1])):
+        prefix = asnumpy(run.weights[f"layers.1.attn.prefix.{part}"])
+        stretch = [] if past is None else [asnumpy(past)[:, :, :cached]]
+        assert same_bits(got, np.concatenate([np.stack([prefix, prefix]), *stretch, asnumpy(own)], axis=2))
+    if masked:
+        assert same_bits(seen, np.hstack([np.ones((2, 2), dtype=bool), asnumpy(mask)]))
+    else:
+        assert seen is None
+
+
+@proves("T9", "L4")
+def test_the_gradient_of_what_queries_see_is_the_transpose():
+    """<context(prefix, k, v), d> = <prefix, dprefix> + <k, dk> + <v, dv>; of a frozen prefix nothing is formed."""
+    run, at, k, v = prefixed()
+    seen_k, seen_v, _ = transformer.context(run, 1, k, v, at)
+    d_k, d_v = (device(np.random.default_rng(seed).standard_normal(seen_k.shape)) for seed in (4, 5))
+    grads = {}
+    dk, dv = transformer.context_backward(run, 1, d_k, d_v, grads)
+    assert grads.keys() == {"layers.1.attn.prefix.k", "layers.1.attn.prefix.v"}
+    for seen, d, own, d_own, part in ((seen_k, d_k, k, dk, "k"), (seen_v, d_v, v, dv, "v")):
+        name = f"layers.1.attn.prefix.{part}"
+        whole = float((own * d_own).sum()) + float((run.weights[name] * grads[name]).sum())
+        assert abs(float((seen * d).sum()) - whole) <= 1e-13 * float(abs(seen * d).sum())
+    nothing = {}
+    transformer.context_backward(frozen(run), 1, d_k, d_v, nothing)
+    assert nothing == {}
 
 
 # --- L3: the start -------------------------------------------------------------------------------------------------
@@ -353,13 +449,6 @@ def test_who_attends_to_one_token_alone_has_no_gradient_in_q_and_k(target):
 # --- L1: what an update can be ---------------------------------------------------------------------------------------
 
 
-def rescaled(adapter, c):
-    """The adapter with every alpha c times as large."""
-    config = adapter.config
-    patterns = {name: c * alpha for name, alpha in config.alpha_pattern.items()}
-    return replace(adapter, config=replace(config, alpha=c * config.alpha, alpha_pattern=patterns))
-
-
 @proves("L1")
 @given(cases(heads=EVERY_HEAD), st.sampled_from([-2.0, 0.25, 8.0]))
 def test_scaling_alpha_scales_the_update(case, c):
@@ -381,9 +470,19 @@ def full_rank_factors(dW, s):
     return np.eye(n_out), dW / s
 
 
+def unfused(config, updates):
+    """Updates of matrices, each fused qkv cut into its rows of q, k and v."""
+    D, kv, result = config.d_model, config.kv_heads * config.head_width, dict(updates)
+    for name in [name for name in updates if name.endswith(".qkv")]:
+        parts = np.split(result.pop(name), [D, D + kv])
+        result |= dict(zip((f"{name.removesuffix('qkv')}{part}" for part in "qkv"), parts, strict=True))
+    return result
+
+
 @proves("L1")
 @given(cases(heads=EVERY_HEAD, whole=False, **FLOAT64), seeds)
 def test_full_rank_represents_any_update(case, seed):
+    """As much as r = min(in, out) allows: the model of W0 + dW, with the dW that was wanted, has these logits."""
     model, adapter, batch, _ = case
     rng = np.random.default_rng(seed)
     shapes = {name: adapted_shapes(model.config)[name] for name in adapter.matrices}
@@ -392,14 +491,15 @@ def test_full_rank_represents_any_update(case, seed):
     params, wanted = {}, {}
     for name, shape in shapes.items():
         wanted[name] = 0.3 * rng.standard_normal(shape)
-        B, A = full_rank_factors(wanted[name], config.scale(name))
+        s = 2 * math.sqrt(ranks[name]) if config.rslora else 2.0
+        B, A = full_rank_factors(wanted[name], s)
         params |= {f"{name}.A": device(A), f"{name}.B": device(B)}
     full = ln.Adapter(config, params)
+    updates = unfused(model.config, wanted)
     for name, dW in dense_updates(model, full).items():
-        if name in wanted:
-            assert np.abs(dW - wanted[name]).max() <= 1e-14
-    split = dense_updates(model, ln.Adapter(config, params))
-    updates = {name: wanted.get(name, dW) for name, dW in split.items()}
+        assert np.abs(dW - updates.pop(name)).max() <= 1e-14
+    assert updates == {}
+    updates = unfused(model.config, wanted)
     expected = ln.forward(with_updates(model, updates), **inputs(batch))
     assert deviation(ln.forward(model, adapter=full, **inputs(batch)), expected) <= 1e-12
 
@@ -444,99 +544,6 @@ def test_gradients_are_the_chain_rule_of_full_fine_tuning(case):
     for name in adapter.whole:
         g = asnumpy(grads[name])
         assert np.abs(g - host[name]).max() <= slack(g, grads) + slack(host[name], host)
-
-
-# --- L7: an adapter for each row ------------------------------------------------------------------------------------
-
-
-@st.composite
-def rows_of_adapters(draw, whole=True, targets=None, **fields):
-    """A Case whose adapter is a list: for each row an adapter of its own targets, ranks and scale, or none."""
-    case = draw(cases(**fields))
-    lora = lora_configs(case.model.config, dropout=False, whole=whole, targets=targets)
-    chosen = [draw(st.one_of(st.none(), lora, lora)) for _ in case.batch["tokens"]]
-    adapters = [
-        None if lora_config is None else trained_adapter(case.model, lora_config, seed=(case.seed + n) % 2**32)
-        for n, lora_config in enumerate(chosen)
-    ]
-    return case._replace(adapter=adapters)
-
-
-def row_of(batch, n):
-    return {name: None if a is None else a[n : n + 1] for name, a in batch.items()}
-
-
-@proves("L7")
-@given(rows_of_adapters(heads=EVERY_HEAD, **FLOAT64))
-def test_adapters_per_row_act_as_each_row_alone(case):
-    model, adapters, batch, _ = case
-    logits = real_logits(model.config, ln.forward(model, adapter=adapters, **inputs(batch)), batch["mask"])
-    for n, adapter in enumerate(adapters):
-        row = row_of(batch, n)
-        alone = ln.forward(model, adapter=adapter, **inputs(row))
-        assert deviation(logits[n], real_logits(model.config, alone, row["mask"])[0]) <= 1e-12
-
-
-@proves("L7")
-@given(cases(heads=EVERY_HEAD, min_rows=2))
-def test_the_rows_of_one_adapter_are_that_adapter(case):
-    """Where s is a power of two, or not: s goes into B, one rounding more; the same adapter for each row otherwise."""
-    model, adapter, batch, _ = case
-    N = len(batch["tokens"])
-    together = ln.forward(model, adapter=adapter, **inputs(batch))
-    by_row = ln.forward(model, adapter=[adapter] * N, **inputs(batch))
-    nobody = ln.forward(model, adapter=[None] * N, **inputs(batch))
-    real, real_by_row = (real_logits(model.config, logits, batch["mask"]) for logits in (together, by_row))
-    for one, other in zip(real_by_row, real, strict=True):
-        assert deviation(one, other) <= (1e-12 if model.dtype == "float64" else 1e-3)
-    assert same_bits(nobody, ln.forward(model, **inputs(batch)))
-
-
-def check_loss_per_row(model, adapters, batch):
-    """The loss of a batch with a list of adapters is the mean of its rows', by their counted targets."""
-    total, count = 0.0, 0
-    for n, adapter in enumerate(adapters):
-        row = row_of(batch, n)
-        counted = int((row["targets"] != -100).sum())
-        if counted:
-            total += counted * ln.loss(model, adapter=adapter, **row)
-            count += counted
-    assert abs(ln.loss(model, adapter=adapters, **batch) - total / count) <= 1e-12 * (1 + total / count)
-
-
-@proves("L7", "T15")
-@given(rows_of_adapters(whole=False, targets=("q", "v", "embed"), **FLOAT64))
-def test_the_loss_of_adapters_per_row_is_the_mean_over_rows(case):
-    check_loss_per_row(*case[:3])
-
-
-@proves("L7", "T15")
-@pytest.mark.parametrize("fields", [{"targets": ("head",)}, {"train_head": True}, {"bias": "all"}], ids=str)
-def test_the_loss_of_heads_per_row_is_the_mean_over_rows(fields):
-    model, adapter, batch, _ = case_of(replace(GPT2, head="tag", n_labels=3), **fields)
-    check_loss_per_row(model, [adapter, None, rescaled(adapter, 2.0)], batch)
-
-
-@proves("L7", "T15")
-@given(rows_of_adapters(whole=False, targets=("q", "o", "up"), padding=("left", "right", "holes"), **FLOAT64))
-def test_counted_rows_are_found_where_each_row_has_an_adapter(case):
-    """No padding is left out there, and the targets are still scored against the logits of their own places."""
-    model, adapters, batch, _ = case
-    checked = check_batch(model.config, *(batch.get(name) for name in ("tokens", "targets", "mask", "token_types")))
-    total, _ = LOSS.batch_score(frozen(bind(model, adapters, rows=len(adapters))), checked)
-    expected = ln.loss(model, adapter=adapters, **batch) * len(checked.counted)
-    assert abs(float(total) - expected) <= 1e-12 * (1 + expected)
-
-
-@proves("L7")
-@given(cases(**FLOAT64))
-def test_switching_adapters_leaves_the_model_alone(case):
-    """Forward with one adapter, then another, then none: each as if it were the first."""
-    model, adapter, batch, _ = case
-    other = trained_adapter(model, adapter.config, seed=case.seed // 2 + 1)
-    first = [bits(ln.forward(model, adapter=a, **inputs(batch))) for a in (adapter, other, None)]
-    again = [bits(ln.forward(model, adapter=a, **inputs(batch))) for a in (None, other, adapter)]
-    assert first == again[::-1]
 
 
 # --- T9: what a token cannot see -------------------------------------------------------------------------------------
@@ -614,143 +621,7 @@ def test_padding_on_either_side_changes_nothing(case, left, right):
     assert farthest(grads, wide_grads) <= 1e-12 * max(gradient_scale(model, batch), largest(grads))
 
 
-# --- O4: order and splitting -----------------------------------------------------------------------------------------
-
-
-@proves("O4")
-@given(cases(min_rows=2, **FLOAT64), seeds)
-def test_the_order_of_a_batch_changes_nothing_beyond_rounding(case, seed):
-    model, adapter, batch, _ = case
-    order = np.random.default_rng(seed).permutation(len(batch["tokens"]))
-    shuffled = {name: None if a is None else a[order] for name, a in batch.items()}
-    logits = asnumpy(ln.forward(model, adapter=adapter, **inputs(batch)))
-    assert deviation(ln.forward(model, adapter=adapter, **inputs(shuffled)), logits[order]) <= 1e-12
-    loss, grads = ln.loss_and_grads(model, adapter, **batch)
-    other_loss, others = ln.loss_and_grads(model, adapter, **shuffled)
-    assert abs(loss - other_loss) <= 1e-12 * (1 + abs(loss))
-    assert farthest(grads, others) <= 1e-12 * max(gradient_scale(model, batch), largest(grads))
-
-
-@proves("O4")
-@given(cases(min_rows=2, **FLOAT64))
-def test_splitting_a_batch_changes_nothing_beyond_rounding(case):
-    """Each row alone gives its logits; loss and gradients are the means of the rows', by their counted targets."""
-    model, adapter, batch, _ = case
-    logits = asnumpy(ln.forward(model, adapter=adapter, **inputs(batch)))
-    loss, grads = ln.loss_and_grads(model, adapter, **batch)
-    total, sums, count = 0.0, dict.fromkeys(grads, 0.0), int((batch["targets"] != -100).sum())
-    for n in range(len(logits)):
-        row = row_of(batch, n)
-        alone = asnumpy(ln.forward(model, adapter=adapter, **inputs(row)))
-        assert np.abs(alone[0] - logits[n]).max() <= 1e-12 * np.abs(logits).max()
-        counted = int((row["targets"] != -100).sum())
-        if counted:
-            row_loss, row_grads = ln.loss_and_grads(model, adapter, **row)
-            total += row_loss * counted / count
-            sums = {name: sums[name] + asnumpy(row_grads[name]) * counted / count for name in sums}
-    assert abs(loss - total) <= 1e-12 * (1 + abs(loss))
-    assert farthest(grads, {name: device(total) for name, total in sums.items()}) <= 1e-12 * max(
-        gradient_scale(model, batch), largest(grads)
-    )
-
-
-# --- T12: dropout ----------------------------------------------------------------------------------------------------
-
-DROPOUT = {"dropout": 0.4, "targets": ("q", "v", "o", "up", "down", "head")}
-
-
-@proves("T12", "L2")
-def test_dropout_depends_on_its_seed_alone():
-    model, adapter, batch, _ = case_of(replace(GPT2, tie_head=False), **DROPOUT)
-    results = [ln.loss_and_grads(model, adapter, **batch, dropout_seed=seed) for seed in (1, 1, 2, None)]
-    assert results[0][0] == results[1][0]
-    assert same_bits(results[0][1], results[1][1])
-    assert len({loss for loss, _ in results}) == 3
-    assert results[3][0] == ln.loss(model, adapter=adapter, **batch)
-
-
-@proves("T12", "L3")
-@given(cases(), seeds)
-def test_no_dropout_without_a_probability(case, seed):
-    model, adapter, batch, _ = case
-    loss, grads = ln.loss_and_grads(model, adapter, **batch)
-    with_seed = ln.loss_and_grads(model, adapter, **batch, dropout_seed=seed)
-    assert with_seed[0] == loss
-    assert same_bits(with_seed[1], grads)
-
-
-@proves("T12", "L4")
-@pytest.mark.parametrize(
-    "config",
-    [
-        GPT2,
-        replace(GPT2, head="classify", n_labels=3, causal=False),
-        replace(GPT2, activation="silu_gated", n_kv_head=1, positions="rotary", tie_head=False),
-    ],
-    ids=["language model", "classifier", "gated, grouped, rotary"],
-)
-def test_gradients_under_dropout(config):
-    """Of the loss with the same masks, by complex step, for every target that has dropout."""
-    gate = ("gate",) if config.activation == "silu_gated" else ()
-    model, adapter, batch, _ = case_of(config, N=2, T=3, **{**DROPOUT, "targets": (*DROPOUT["targets"], "k", *gate)})
-    wide = ln.Model(config, {name: w.astype(complex) for name, w in model.weights.items()})
-    params = {name: p.astype(complex) for name, p in adapter.params.items()}
-    _, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=5)
-    floor = FLOOR * largest(grads)
-    for name, value in adapter.params.items():
-
-        def loss(x, name=name):
-            there = replace(adapter, params={**params, name: x})
-            return ln.loss_and_grads(wide, there, **batch, dropout_seed=5)[0]
-
-        assert relative_error(grads[name], complex_step(loss, value), floor=floor) <= 1e-11
-
-
-@proves("T12", "L4")
-def test_a_fused_pair_shares_its_dropout_mask():
-    """Three separate updates with the fused one's A have other masks; with the mask shared, one A sees one input."""
-    model, adapter, batch, _ = case_of(GPT2, targets=("qkv",), dropout=0.4)
-    D = GPT2.d_model
-    params = {}
-    for i in range(GPT2.n_layer):
-        A, B = (adapter.params[f"layers.{i}.attn.qkv.{f}"] for f in "AB")
-        for j, part in enumerate("qkv"):
-            params |= {f"layers.{i}.attn.{part}.A": A, f"layers.{i}.attn.{part}.B": B[j * D : (j + 1) * D]}
-    split = ln.Adapter(replace(adapter.config, targets=("q", "k", "v")), params)
-    without = [ln.loss_and_grads(model, a, **batch) for a in (adapter, split)]
-    assert without[0][0] == without[1][0]
-    for i in range(GPT2.n_layer):
-        parts = [asnumpy(without[1][1][f"layers.{i}.attn.{part}.A"]) for part in "qkv"]
-        assert deviation(without[0][1][f"layers.{i}.attn.qkv.A"], sum(parts)) <= 1e-14
-        joined = np.concatenate([asnumpy(without[1][1][f"layers.{i}.attn.{part}.B"]) for part in "qkv"])
-        assert same_bits(without[0][1][f"layers.{i}.attn.qkv.B"], joined)
-    fused, separate = (ln.loss_and_grads(model, a, **batch, dropout_seed=1)[0] for a in (adapter, split))
-    assert fused != separate
-
-
-# --- What does not fit -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("adapter", "trainable", "error", "message"),
-    [
-        (None, "adapter", ValueError, "expected an adapter to train"),
-        ("one", "all", ValueError, "expected an adapter to train"),
-        ("one", "some", ValueError, "trainable: expected adapter or all, got 'some'"),
-        ("list", "adapter", TypeError, "one adapter is trained at a time, got list"),
-    ],
-)
-def test_training_the_wrong_thing_is_refused(adapter, trainable, error, message):
-    model, one, batch, _ = case_of(GPT2)
-    adapter = {"one": one, "list": [one] * 3}.get(adapter)
-    with pytest.raises(error, match=message):
-        ln.loss_and_grads(model, adapter, **batch, trainable=trainable)
-
-
-def test_a_list_of_adapters_of_the_wrong_length_is_refused():
-    model, one, batch, _ = case_of(GPT2)
-    with pytest.raises(ValueError, match="for each of 3 rows, got a list of 2"):
-        ln.forward(model, batch["tokens"], [one, None])
+# --- T13: activation checkpointing ------------------------------------------------------------------------------------
 
 
 @proves("T13", "T12")
@@ -813,10 +684,3 @@ def test_a_base_held_in_bfloat16_merges_in_float32(case):
     got = {name: ops.widened(w) for name, w in merged.weights.items()}
     assert same_bits(got, dict(ln.merge(wide, case.adapter).weights))
     assert ln.unmerge(merged, case.adapter) is narrow
-
-
-@proves("T2")
-def test_what_is_held_in_bfloat16_is_not_trained():
-    _, narrow = in_bfloat16(random_model(ln.Config(7, 8, 1, 1, 4, 4), seed=0, dtype="float32"))
-    with pytest.raises(ValueError, match=r"trainable='all': embed.tokens is held in bfloat16, which is for frozen"):
-        ln.loss_and_grads(narrow, None, [[1]], [[2]], trainable="all")

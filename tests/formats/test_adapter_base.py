@@ -95,7 +95,7 @@ def test_what_an_untrusted_adapter_says(tmp_path):
         save_file(tensors, path / "adapter_model.safetensors", {"lora_np": json.dumps({**about, "head": head})})
         assert load_base_for(path, tmp_path / "base").config == model.config  # read as it is
     for name in ("none", "none.npz", "none.safetensors"):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError, match=rf"{name}.*: no such f"):
             load_base_for(tmp_path / name, tmp_path / "base")
     (tmp_path / "a.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="any code"):

@@ -302,7 +302,8 @@ def test_a_file_that_is_missing_or_cut_off(tmp_path, model, ending):
     whole = path.read_bytes()
     for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        refusal(path, model)
+        said = "damaged, or not a file of ours" if ending == ".npz" else "truncated, or not a safetensors file"
+        assert said in refusal(path, model)
 
 
 def test_a_header_of_2_to_the_60(tmp_path, model):
@@ -392,11 +393,14 @@ def test_arrays_that_were_changed(tmp_path, model, change, message):
     assert message in refusal(path, model)
 
 
-@pytest.mark.parametrize("name", ["header.npy", A_Q])
-def test_an_array_that_is_missing(tmp_path, model, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("header.npy", "it has no header: it is none of this package's"), (A_Q, "layers.0.attn.q.A is missing")],
+)
+def test_an_array_that_is_missing(tmp_path, model, name, message):
     path = own_file(tmp_path, adapter_of(model), model, ".npz")
     write_members(path, {key: data for key, data in members_of(path).items() if key != name})
-    refusal(path, model)
+    assert message in refusal(path, model)
 
 
 def test_an_archive_that_swells_or_holds_a_name_twice(tmp_path, model):

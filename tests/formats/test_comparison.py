@@ -10,12 +10,11 @@ from hostile import GPT2, edit_json, edit_tensors, write_gpt2, write_peft
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from strategies import seeds, trained_adapter
+from strategies import trained_adapter
 from test_rounding import dtype_of
 
 import lora_np as ln
 from lora_np import cli
-from lora_np.formats.merged.effect import effect
 from lora_np.formats.merged.folder import merge_folder
 
 CONFIG, WEIGHTS, TENSORS = "config.json", "model.safetensors", "adapter_model.safetensors"
@@ -286,18 +285,6 @@ def test_a_prompt_is_what_outputs_are_compared_on(tmp_path, capsys):
     assert status == 0
     assert result["effect"]["effect of the adapter"]["change"] == float(np.abs(after.astype(float) - before).max())
     assert result["effect"]["effect of the adapter"]["places"] == 5
-
-
-@given(seeds)
-def test_the_effect_is_that_of_the_probabilities(seed):
-    rng = np.random.default_rng(seed)
-    one, other = rng.standard_normal((2, 2, 3, 5))
-    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (one, other))
-    got = effect(GPT2, one, other)
-    assert got.change == np.abs(one - other).max()
-    assert got.kl == pytest.approx((p * np.log(p / q)).sum(-1).max(), rel=1e-9)
-    assert got.flipped == (p.argmax(-1) != q.argmax(-1)).sum()
-    assert got.places == 6
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------

@@ -194,36 +194,50 @@ def test_a_pickle_in_the_place_of_the_weights(folder):
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "message"),
     [
-        {"format": 2},
-        {"base_sha256": None},
-        {"base_sha256": "0" * 64},
-        {"config": None},
-        {"config": [1]},
-        {"config": {"vocab_size": 11}},
+        ({"format": 2}, "config.json: format: expected 1, got 2"),
+        ({"base_sha256": None}, "config.json: base_sha256: expected the weights' hash, got None"),
+        ({"base_sha256": "0" * 64}, "model.safetensors: damaged: the weights are not those that were saved"),
+        ({"config": None}, "config.json: expected an object with Config's fields, got NoneType"),
+        ({"config": [1]}, "config.json: expected an object with Config's fields, got list"),
+        ({"config": {"vocab_size": 11}}, "missing 5 required positional arguments: 'n_positions', 'n_layer'"),
     ],
     ids=repr,
 )
-def test_a_header_that_is_not_ours(folder, values):
+def test_a_header_that_is_not_ours(folder, values, message):
     edit_json(folder / "config.json", **values)
-    refusal(folder)
+    assert message in refusal(folder)
 
 
 @pytest.mark.parametrize(
-    "field",
+    ("field", "message"),
     [
-        {"n_layer": 10**12}, {"n_layer": 3}, {"n_layer": 1}, {"d_model": 10**12}, {"d_model": 16}, {"d_ff": 12.5},
-        {"vocab_size": True}, {"n_head": 0}, {"n_head": 3}, {"n_kv_head": {}}, {"norm": ["layer"]}, {"eps": "x"},
-        {"eps": -1}, {"norm_first": "yes"}, {"activation": "relu"}, {"surplus": 1}, {"head": "classify"},
-        {"head": "tag", "n_labels": 2**70},
+        ({"n_layer": 10**12}, "model.safetensors: config.json says 1000000000000 layers, the file has 36 tensors"),
+        ({"n_layer": 3}, "model.safetensors: the tensor layers.2.attn.k.bias is missing"),
+        ({"n_layer": 1}, "model.safetensors: the tensor layers.1.attn.k.bias has no place in this model"),
+        ({"d_model": 10**12}, "embed.tokens: expected shape (11, 1000000000000), got (11, 8)"),
+        ({"d_model": 16}, "embed.tokens: expected shape (11, 16), got (11, 8)"),
+        ({"d_ff": 12.5}, "Config.d_ff: a value of the wrong type: 12.5"),
+        ({"vocab_size": True}, "Config.vocab_size: a value of the wrong type: True"),
+        ({"n_head": 0}, "Config.n_head: expected an integer of at least 1, got 0"),
+        ({"n_head": 3}, "Config: d_model = 8 is not a multiple of n_head = 3"),
+        ({"n_kv_head": {}}, "Config.n_kv_head: a value of the wrong type: {}"),
+        ({"norm": ["layer"]}, "Config.norm: a value of the wrong type: ['layer']"),
+        ({"eps": "x"}, "Config.eps: a value of the wrong type: 'x'"),
+        ({"eps": -1}, "Config: expected eps and rope_theta above 0, got -1 and 10000.0"),
+        ({"norm_first": "yes"}, "Config.norm_first: a value of the wrong type: 'yes'"),
+        ({"activation": "relu"}, "Config.activation: expected one of gelu gelu_tanh silu_gated, got 'relu'"),
+        ({"surplus": 1}, "config.json: Config has no field 'surplus'"),
+        ({"head": "classify"}, "Config: head='classify' needs n_labels"),
+        ({"head": "tag", "n_labels": 2**70}, "model.safetensors: the tensor head.bias is missing"),
     ],
     ids=repr,
-)  # fmt: skip
-def test_a_configuration_that_does_not_fit_the_weights(folder, model, field):
+)
+def test_a_configuration_that_does_not_fit_the_weights(folder, model, field, message):
     config = {f: getattr(GPT2, f) for f in GPT2.__dataclass_fields__}
     edit_json(folder / "config.json", config=config | field)
-    refusal(folder)
+    assert message in refusal(folder)
 
 
 def test_weights_that_were_changed(folder):

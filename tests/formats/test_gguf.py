@@ -286,7 +286,8 @@ def test_counts_and_lengths_that_are_not_true(path, huge):
     assert str(huge) in refusal(path)
     for kind in (8, *gguf_file.SCALARS):
         raw(path, entry("a", 9, struct.pack("<I", kind) + length), n_keys=1)
-        refusal(path)
+        size = 1 if kind == 8 else np.dtype(gguf_file.SCALARS[kind]).itemsize
+        assert f"{huge * size}" in refusal(path)
     raw(path, entry("a", 8, length), n_keys=1)
     assert str(huge) in refusal(path)
     raw(path, length, n_tensors=1)

@@ -656,32 +656,60 @@ def test_a_bias_of_the_bases_that_was_changed(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"format": 2}, {"params": None}, {"params": []}, {"params": ["x"]}, {"params": [1]}, {"config": None},
-        {"params": ["layers.0.attn.q.A"]}, {"params": ["layers.0.attn.q.A", "layers.0.attn.q.A"]},
-        {"params": ["layers.9.attn.q.A", "layers.9.attn.q.B"]}, {"config": {"r": 10**12}}, {"config": {"r": "2"}},
-        {"config": {"targets": ["q", "z"]}}, {"config": {"surplus": 1}}, {"config": {"bias": "all"}},
-        {"config": {"alpha": 10**400}}, {"config": {"layers": [1.5]}}, {"config": {"alpha": 7}}, {"base_sha256": 1},
-        {"base_sha256": "\n" * 64}, {"params": ["a\nb"]}, {"params": ["a" * 1000]}, {"config": {"init": "a" * 10**5}},
-        {"config": {"a" * 10**5: 1}}, {"config": {"targets": ["q", "a" * 10**5]}},
+        ({"format": 2}, "metadata: format: expected 1, got 2"),
+        ({"params": None}, "metadata: params: expected a list of names, each once, got None"),
+        ({"params": []}, "h.0.attn.c_attn.lora_A.weight has no place in this model"),
+        ({"params": ["x"]}, "adapter: x: the configuration does not say that it is trained"),
+        ({"params": [1]}, "metadata: params: expected a list of names, each once, got [1]"),
+        ({"config": None}, "metadata: expected an object with LoRAConfig's fields, got NoneType"),
+        ({"params": ["layers.0.attn.q.A"]}, "adapter: layers.0.attn.q.B is missing"),
+        ({"params": ["layers.0.attn.q.A", "layers.0.attn.q.A"]}, "expected a list of names, each once, got ['layers"),
+        ({"params": ["layers.9.attn.q.A", "layers.9.attn.q.B"]}, "layers.9.attn.q: the model has no such matrix"),
+        ({"config": {"r": 10**12}}, "lora_A.weight: expected shape (2000000000000, 8), got (4, 8)"),
+        ({"config": {"r": "2"}}, "metadata: LoRAConfig.r: a value of the wrong type: '2'"),
+        ({"config": {"targets": ["q", "z"]}}, "metadata: LoRAConfig.targets: expected names of q k v"),
+        ({"config": {"surplus": 1}}, "metadata: LoRAConfig has no field 'surplus'"),
+        ({"config": {"bias": "all"}}, "adapter: layers.0.attn.k.bias is missing"),
+        ({"config": {"alpha": 10**400}}, "metadata: int too large to convert to float"),
+        ({"config": {"layers": [1.5]}}, "metadata: LoRAConfig.layers: a value of the wrong type: [1.5]"),
+        ({"config": {"alpha": 7}}, "lora_alpha: the tensors beside it were saved with 14, got 6"),
+        ({"base_sha256": 1}, "metadata: made for another base: the SHA-256 of its base's weights starts with 1,"),
+        ({"base_sha256": "\n" * 64}, r"the SHA-256 of its base's weights starts with '\n\n"),
+        ({"params": ["a\nb"]}, r"metadata: params: expected a list of names, each once, got ['a\nb']"),
+        ({"params": ["a" * 1000]}, "metadata: params: expected a list of names, each once, got ['aaa"),
+        ({"config": {"init": "a" * 10**5}}, "metadata: LoRAConfig.init: expected uniform or normal, got 'aaa"),
+        ({"config": {"a" * 10**5: 1}}, "metadata: LoRAConfig has no field 'aaa"),
+        ({"config": {"targets": ["q", "a" * 10**5]}}, "metadata: LoRAConfig.targets: expected names of q k v"),
     ],
-    ids=lambda change: str(change)[:50],
-)  # fmt: skip
-def test_metadata_that_was_changed(folder, model, change):
+    ids=lambda value: str(value)[:50],
+)
+def test_metadata_that_was_changed(folder, model, change, message):
     tensors, metadata = tensors_and_metadata(folder / WEIGHTS)
     about = json.loads(metadata["lora_np"])
     for key, value in change.items():
         about[key] = {**about[key], **value} if isinstance(value, dict) else value
     save_file(tensors, folder / WEIGHTS, {"lora_np": json.dumps(about)})
-    refusal(folder, model)
+    assert message in refusal(folder, model)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 10**5, '{"format": NaN}', "x" * (5 * 2**20)], ids=range(6))
-def test_metadata_that_is_no_object(folder, model, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ("{", "not valid JSON"),
+        ("[" * 10**5, "the JSON is nested too deeply"),
+        ('{"format": NaN}', "not valid JSON: NaN is no number"),
+        ("x" * (5 * 2**20), "expected at most 4194304 bytes of JSON"),
+    ],
+    ids=range(6),
+)
+def test_metadata_that_is_no_object(folder, model, text, message):
     tensors, _ = tensors_and_metadata(folder / WEIGHTS)
     save_file(tensors, folder / WEIGHTS, {"lora_np": text})
-    refusal(folder, model)
+    assert f"metadata: {message}" in refusal(folder, model)
 
 
 def test_a_configuration_that_the_tensors_were_not_saved_with(folder, model):

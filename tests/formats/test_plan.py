@@ -135,9 +135,14 @@ def test_a_first_classifier(tmp_path, prefix):
     merge(tmp_path, out="unnamed")
     about = json.loads((tmp_path / "unnamed" / CONFIG).read_text())
     assert about["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
-    for labels in (["no", "yes"], ["no", "no", "so"], "no", [1, 2, 3]):
+    for labels, message in (
+        (["no", "yes"], "expected task classify with 3 labels, as the weights are, got classify with 2"),
+        (["no", "no", "so"], r"Task\.labels: expected different names, got \('no', 'no', 'so'\)"),
+        ("no", r"Task\.labels: a value of the wrong type: 'no'"),
+        ([1, 2, 3], r"Task\.labels: a value of the wrong type: \[1, 2, 3\]"),
+    ):
         (tmp_path / "ad" / "task.json").write_text(json.dumps({"name": "classify", "labels": labels}))
-        with pytest.raises(ValueError, match=r"task\.json: .*expected|Task.labels"):
+        with pytest.raises(ValueError, match=rf"task\.json: {message}$"):
             merge(tmp_path, out="never")
     assert not (tmp_path / "never").exists()
 

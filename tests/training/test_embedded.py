@@ -8,10 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lora_np as ln
 from lora_np import cli
+from lora_np.backend import asnumpy
 from lora_np.training import embedded
 
 PLAN = replace(
@@ -165,3 +167,43 @@ def test_a_user_without_a_home_is_told_what_to_set(capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "lora-np: this user has no home to keep a base in: set LORA_NP_CACHE to a folder\n"
     )
+
+
+# --- What is trained ------------------------------------------------------------------------------------------------
+
+TINY = replace(
+    embedded.QUICK,
+    config=ln.Config(256, 16, n_layer=1, n_head=2, d_model=16, d_ff=16),
+    settings=replace(embedded.QUICK.settings, steps=20),
+)
+
+
+def nothing(progress):
+    pass
+
+
+def test_the_base_is_trained(cache):
+    seen = []
+    embedded.base_folder(seen.append, TINY)
+    assert [one.step for one in seen] == list(range(1, 21))
+    assert {(one.stage, one.steps) for one in seen} == {("pretraining", 20)}
+    assert seen[-1].loss < seen[0].loss - 0.5  # it has learned
+
+
+def test_what_is_kept_is_the_trained_model(cache):
+    """Not the first weights: every matrix has moved; its configuration is the plan's."""
+    folder, _ = embedded.base_folder(nothing, TINY)
+    base = ln.load_model(folder)
+    first = ln.init_weights(TINY.config, seed=TINY.settings.seed)
+    assert base.config == TINY.config
+    assert all(not np.array_equal(asnumpy(base.weights[name]), asnumpy(w)) for name, w in first.items())
+
+
+def test_the_same_plan_gives_the_same_bytes_and_another_its_own_folder(cache, tmp_path, monkeypatch):
+    folder, _ = embedded.base_folder(nothing, TINY)
+    longer, _ = embedded.base_folder(nothing, replace(TINY, settings=replace(TINY.settings, steps=3)))
+    assert longer != folder
+    monkeypatch.setenv("LORA_NP_CACHE", str(tmp_path / "elsewhere"))
+    again, there = embedded.base_folder(nothing, TINY)
+    assert (again.parent.name, there) == (folder.parent.name, False)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
