@@ -78,24 +78,33 @@ def test_a_file_cut_anywhere(tmp_path_factory, cut):
     [
         (
             {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": GOOD["a"]},
-            "invalid offset",
-        ),  # overlapping
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}, "invalid offset"),  # beyond the end
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, "invalid offset"),
-        ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}}, "overflow"),
-        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, "invalid value: integer `-2`"),
-        ({"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}, "unknown variant `F99`"),
-        ({"a": {"dtype": "F32", "shape": [2]}}, "missing field `data_offsets`"),
-        ({"a": [1, 2]}, "invalid type: integer `1`"),
-        ([], "invalid type: sequence"),
-        (b"\x80\x04not json", "invalid utf-8"),
-        (b"[" * 100_000, "invalid type: sequence"),
+            "b: expected its bytes from 8 on, got 0",
+        ),
+        (
+            {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}},
+            "a: expected its bytes from 0 on, got 8",
+        ),
+        (
+            {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
+            r"a: F32 of shape \[2\] does not take -8 bytes",
+        ),
+        (
+            {"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}},
+            "a: expected a shape and two offsets",
+        ),
+        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, r"a: expected a shape .*, got \[-2\] and"),
+        ({"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}, "a: expected a known dtype, .* 'F99'"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, r"a: expected a shape and two offsets, got \[2\] and None"),
+        ({"a": [1, 2]}, r"a: expected a known dtype, a shape and data_offsets, got \[1, 2\]"),
+        ([], "expected an object"),
+        (b"\x80\x04not json", "'utf-8' codec can't decode byte 0x80"),
+        (b"[" * 100_000, "maximum recursion depth"),
     ],
     ids=lambda value: str(value)[:70],
 )
 def test_a_header_that_makes_no_sense(path, header, message):
     raw_safetensors(path, header, bytes(8))
-    assert re.search(f"not a safetensors file: Error while deserializing header: .*{message}", refusal(path))
+    assert re.search(f"truncated, or not a safetensors file: {message}", refusal(path))
 
 
 ODD = st.sampled_from([None, True, -1, 1.0, "a", [], {}, [1, 2], [0, -4], 2**64, 10**30])
@@ -225,7 +234,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, name):
     (folder / "w.safetensors").touch()
     refuse_pickle(folder, "w.safetensors")  # what lies beside the file that is read is nobody's business
     raw_safetensors(tmp_path / "x.safetensors", pickle.dumps(Bomb(sign)))
-    assert "not a safetensors file: Error while deserializing header" in refusal(tmp_path / "x.safetensors")
+    assert "not a safetensors file: 'utf-8' codec can't decode" in refusal(tmp_path / "x.safetensors")
     (tmp_path / "x.safetensors").write_bytes(pickle.dumps(Bomb(sign)))
     assert "not a safetensors file: it is" in refusal(tmp_path / "x.safetensors")
     assert not sign.exists()
@@ -239,8 +248,8 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, name):
         (b"[1]", "expected a JSON object, got list"),
         (b"null", "expected a JSON object, got NoneType"),
         (b'"x"', "expected a JSON object, got str"),
-        (b'{"a": NaN}', "not valid JSON: NaN is no number"),
-        (b'{"a": -Infinity}', "not valid JSON: -Infinity is no number"),
+        (b'{"a": NaN}', "not valid JSON: 'a': expected a number, got one that no float holds: nan"),
+        (b'{"a": -Infinity}', "not valid JSON: 'a': expected a number, got one that no float holds: -inf"),
         (b'{"a": "\xff"}', "not valid JSON"),
         (b"[" * 10**6, "nested too deeply"),
         (b'{"a": ' + b"[" * 10**5, "nested too deeply"),

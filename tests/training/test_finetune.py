@@ -160,8 +160,8 @@ def test_a_task_survives_its_file(tmp_path):
     ("change", "message"),
     [
         ({"name": "sort"}, "Task.name: expected lm, classify or tag, got 'sort'"),
-        ({"labels": ["a", "a"]}, r"Task.labels: expected different names, got \('a', 'a'\)"),
-        ({"labels": []}, r"Task.labels: expected different names, got \(\)"),
+        ({"labels": ["a", "a"]}, r"Task.labels: expected two different names at least, got \('a', 'a'\)"),
+        ({"labels": []}, r"Task.labels: expected two different names at least, got \(\)"),
         ({"longest": 0}, "Task.longest: expected at least 1, got 0"),
         ({"labels": "ab"}, "Task.labels: a value of the wrong type: 'ab'"),
         ({"more": 1}, "Task has no field 'more'"),
