@@ -86,7 +86,7 @@ def test_a_file_cut_anywhere(tmp_path_factory, cut):
         ),
         (
             {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
-            r"a: F32 of shape \[2\] does not take -8 bytes",
+            r"F32 of shape \[2\] does not take -8 bytes",
         ),
         (
             {"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}},
@@ -104,7 +104,7 @@ def test_a_file_cut_anywhere(tmp_path_factory, cut):
 )
 def test_a_header_that_makes_no_sense(path, header, message):
     raw_safetensors(path, header, bytes(8))
-    assert re.search(f"truncated, or not a safetensors file: {message}", refusal(path))
+    assert re.search(f"truncated, or not a safetensors file: .*{message}", refusal(path))
 
 
 ODD = st.sampled_from([None, True, -1, 1.0, "a", [], {}, [1, 2], [0, -4], 2**64, 10**30])
