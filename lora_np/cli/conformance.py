@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.files.atomic import expect_new
-from ..formats.files.safetensors_file import shown
+from ..formats.files.messages import shown
 from ..vectors.cases import all_cases
 from ..vectors.conform import Found, Verdict, compare
 from ..vectors.files import made, read_vectors, write_vectors

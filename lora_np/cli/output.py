@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from ..formats.files.errors import MAX_LINE
 from ..formats.files.json_file import to_json
-from ..formats.files.safetensors_file import shown
+from ..formats.files.messages import MAX_LINE, shown
 from ..training.loop import TrainingError
 from ..training.ranks import Ranks
 from .streams import show

@@ -10,10 +10,9 @@ import numpy as np
 
 from ..backend import Array, asnumpy, xp
 from ..formats.files.atomic import replaced_files
-from ..formats.files.errors import named
 from ..formats.files.json_file import parse_json, to_json
+from ..formats.files.messages import named, shown
 from ..formats.files.npz_file import HEADER, ArrayFile, open_arrays
-from ..formats.files.safetensors_file import shown
 from ..optim import AdamWState
 from .loop import State
 

@@ -16,7 +16,7 @@ from ..backend import Array, asnumpy
 from ..formats.adapters.peft import save_adapter
 from ..formats.adapters.task import Task, save_task
 from ..formats.files.lock import occupied
-from ..formats.files.safetensors_file import shown
+from ..formats.files.messages import shown
 from ..formats.models.folder import model_hash
 from ..model import Model
 from .checkpoint import load_checkpoint, save_checkpoint

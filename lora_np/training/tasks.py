@@ -12,7 +12,7 @@ import numpy as np
 from ..backend import Array
 from ..batch import BatchDict
 from ..formats.adapters.task import Task
-from ..formats.files.errors import naming
+from ..formats.files.messages import naming
 from .examples import (
     Example,
     Tokens,

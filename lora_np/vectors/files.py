@@ -13,9 +13,9 @@ import numpy as np
 
 from ..backend import Array
 from ..formats.files.atomic import new_folder, write_tensors
-from ..formats.files.errors import named
 from ..formats.files.json_file import read_json, to_json, write_json
-from ..formats.files.safetensors_file import TensorFile, open_tensors, shown
+from ..formats.files.messages import named, shown
+from ..formats.files.safetensors_file import TensorFile, open_tensors
 from .answers import Answer, answers, computed
 from .cases import Case, all_cases
 from .operations import OPERATIONS

@@ -141,6 +141,12 @@ def test_what_matches_ends_of_itself():
     """Nobody need be there to end it: who asked may have been killed."""
     request = {"seconds": 0.5, "memory": expressions.MEMORY, "names": ["a" * 100]}
     request["expressions"] = [["a*", True], ["(?:.*.*.*.*.*.*)*q", True]]
-    command = [sys.executable, str(expressions.MATCHING)]
+    command = [sys.executable, str(expressions.MATCHER)]
     found = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout) == (1, "[0]\n")
+
+
+def test_a_python_that_does_not_start_is_no_expressions_fault(monkeypatch, tmp_path):
+    monkeypatch.setattr(expressions, "MATCHER", tmp_path / "none.py")
+    with pytest.raises(OSError, match=r"here: no expression was matched: .* ended with status 2"):
+        fitting([Expression("key", "a*")], ["a"], "here")

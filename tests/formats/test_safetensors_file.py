@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.files.json_file import MAX_JSON_BYTES, parse_json, read_json
-from lora_np.formats.files.safetensors_file import open_tensors, refuse_pickle, shown
+from lora_np.formats.files.messages import shown
+from lora_np.formats.files.safetensors_file import open_tensors, refuse_pickle
 
 GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...adapter import Adapter
 from ...model import Model
-from ..files.errors import named
+from ..files.messages import named
 from ..files.safetensors_file import PICKLES
 from ..models.base import Base
 from . import loralib, npz, peft

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...model import Config
-from ..files.errors import named
 from ..files.json_file import read_json
+from ..files.messages import named
 from ..files.npz_file import HEADER, open_arrays
 from ..files.safetensors_file import open_tensors
 from .adapter import kind_of

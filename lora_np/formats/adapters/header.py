@@ -13,7 +13,8 @@ from ...adapter import Adapter, LoRAConfig, check_adapter
 from ...backend import asnumpy
 from ...model import Model
 from ..files.json_file import from_fields, parse_json, to_fields, to_json
-from ..files.safetensors_file import DTYPES, check_widens, shown
+from ..files.messages import shown
+from ..files.safetensors_file import DTYPES, check_widens
 from ..models.base import Base, LazyWeights
 from ..models.folder import weights_hash
 

@@ -21,7 +21,8 @@ from ...backend import Array, asnumpy
 from ...model import Config, Model
 from ..files.atomic import new_file, write_tensors
 from ..files.json_file import from_fields
-from ..files.safetensors_file import TensorFile, open_tensors, shown
+from ..files.messages import shown
+from ..files.safetensors_file import TensorFile, open_tensors
 from ..models.base import Base
 from ..models.names import family_of, module_names
 from .fused_qkv import put_together, stored_apart, take_apart

@@ -11,8 +11,9 @@ from ...adapter import Adapter
 from ...backend import asnumpy
 from ...model import Model
 from ..files.atomic import new_file
+from ..files.messages import shown
 from ..files.npz_file import HEADER, open_arrays
-from ..files.safetensors_file import DTYPES, check_widens, shown
+from ..files.safetensors_file import DTYPES, check_widens
 from ..models.base import Base
 from .header import check_about, check_savable, read_about, write_about
 from .peft_tensors import param_shapes

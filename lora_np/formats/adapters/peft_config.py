@@ -14,7 +14,7 @@ from ...adapter import TARGETS, LoRAConfig, adapted_shapes, target_of, trained_w
 from ...model import Config
 from ..files.expressions import Expression, fitting
 from ..files.json_file import from_fields
-from ..files.safetensors_file import shown
+from ..files.messages import shown
 from ..models.names import family_of, module_names, saved_whole, short_names
 from .peft_tensors import grouped
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .safetensors_file import shown
+from .messages import shown
 
 SECONDS, MEMORY = 2.0, 2**28  # for all expressions of a file together
-MATCHING = Path(__file__).with_name("matching.py")
+MATCHER = Path(__file__).with_name("matcher.py")
 
 
 class Expression(NamedTuple):
@@ -36,9 +36,13 @@ def fitting(expressions: Sequence[Expression], names: Sequence[str], where: str)
         "expressions": [(rf"(.*\.)?({e.text})$" if e.at_end else e.text, not e.at_end) for e in expressions],
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-I", "-S", str(MATCHING)], input=json.dumps(request).encode(), stdout=subprocess.PIPE,
+        [sys.executable, "-I", "-S", str(MATCHER)], input=json.dumps(request).encode(), stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, check=False,
     )  # fmt: skip
+    if done.returncode > 1:  # 1: its time was up; negative: a signal ended it, as where memory was up
+        raise OSError(
+            f"{sys.executable}: {MATCHER.name} ended with status {done.returncode}: no expression was matched"
+        )
     answers = done.stdout.split(b"\n")[:-1]  # the last line of a process that ended early may not be whole
     found = {}
     for expression, answer in zip(expressions, map(json.loads, answers), strict=False):

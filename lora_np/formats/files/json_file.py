@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from .safetensors_file import shown
+from .messages import shown
 
 MAX_JSON_BYTES = 4 * 2**20  # far more than any configuration needs, far less than would hurt
 
@@ -48,12 +48,17 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; a ValueError names a key that stands there twice, or whose number no float holds."""
+    for key, value in pairs:
+        _check_numbers(key, value)
+    return each_once(pairs)
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a ValueError names a key that stands there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = Counter(key for key, _ in pairs)
         raise ValueError(f"{next(key for key in keys if keys[key] > 1)!r:.60} stands there twice")
-    for key, value in pairs:
-        _check_numbers(key, value)
     return found
 
 

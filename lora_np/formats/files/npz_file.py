@@ -14,7 +14,7 @@ import numpy as np
 
 from ...backend import Array
 from .json_file import MAX_JSON_BYTES
-from .safetensors_file import shown
+from .messages import shown
 
 HEADER = "header"  # the array of bytes that says in JSON what the others are
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 
 from ...backend import Array
+from .json_file import each_once
+from .messages import shown
 from .stamp import Stamp, changed, open_unchanged, stamp
 
 METADATA = "__metadata__"
@@ -46,21 +47,6 @@ def import_safetensors() -> Any:
     except ImportError as error:
         raise ImportError("writing safetensors files needs safetensors: pip install 'lora-np[cli]'") from error
     return safetensors
-
-
-# What moves a terminal's cursor, ends a line, turns its direction, or is no character: control codes but the tab, line
-# and paragraph ends, embeddings and isolates of direction, halves of surrogate pairs.
-UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-MAX_SHOWN = 200
-
-
-def shown(text: str, most: int = MAX_SHOWN) -> str:
-    """A text that came from a file, fit to be a part of one line: escapes for what is unsafe, the middle left out.
-
-    most: how long it may be. What is shown already stays as it is.
-    """
-    text = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
-    return text if len(text) <= most else f"{text[: most // 2 - 2]} ... {text[-(most - most // 2 - 3) :]}"
 
 
 def import_bfloat16() -> None:
@@ -107,7 +93,7 @@ def read_header(path: Path, file: BufferedReader) -> Header:
         raise ValueError(f"{path}: expected a header of at most {MAX_HEADER_BYTES} bytes, got {length}")
     raw += file.read(length)
     try:
-        found = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_each_once)
+        found = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=each_once)
         if not isinstance(found, dict):
             raise ValueError("expected an object")
         metadata = _metadata(found.pop(METADATA, None))
@@ -123,12 +109,6 @@ def read_header(path: Path, file: BufferedReader) -> Header:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: truncated, or not a safetensors file: {shown(str(error))}") from None
     return header
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return found
 
 
 def _text(value: object) -> str:

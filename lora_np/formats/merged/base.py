@@ -15,7 +15,7 @@ from ...adapter import Adapter
 from ...backend import Array, asnumpy
 from ...model import Config, init_weights
 from ..adapters.head import Brought, brought_by
-from ..files.errors import named
+from ..files.messages import named
 from ..files.safetensors_file import open_tensors
 from ..models.base import LazyWeights
 from ..models.folder import CONFIG, MODEL_TYPE, WEIGHTS, check_own, read_header, read_own, weights_hash

@@ -17,8 +17,8 @@ from ...model import Config
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..adapters.peft_config import PATTERNS, READ, check_keys, expressions_in, resolved
 from ..adapters.peft_tensors import PREFIX
-from ..files.errors import named
 from ..files.json_file import from_fields, read_json
+from ..files.messages import named
 from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 from ..models.names import module_names
 from .base import open_base

@@ -14,8 +14,8 @@ from ...backend import Array, asnumpy
 from ...model import Config, Model
 from ...ops import widened
 from ..files.atomic import new_folder, write_tensors
-from ..files.errors import named
 from ..files.json_file import from_fields, read_json, to_fields, write_json
+from ..files.messages import named
 from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 from .base import Base, Storage, check_layers, held
 from .gguf import load_gguf

@@ -19,7 +19,7 @@ from ...backend import Array, asnumpy, xp
 from ...model import Config, Model
 from ...ops import widened
 from ..files.json_file import from_fields
-from ..files.safetensors_file import shown
+from ..files.messages import shown
 from .base import Storage, check_layers, held
 from .heads import completed, taken, with_head
 from .names import family_of, module_names, module_of

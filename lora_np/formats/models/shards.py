@@ -11,7 +11,8 @@ import numpy as np
 
 from ...backend import Array
 from ..files.json_file import read_json
-from ..files.safetensors_file import DTYPES, TensorFile, open_tensors, refuse_pickle, shown
+from ..files.messages import shown
+from ..files.safetensors_file import DTYPES, TensorFile, open_tensors, refuse_pickle
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN = r"[\w-][\w.-]{0,200}\.safetensors"  # a name that leads nowhere else

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..files.errors import named
 from ..files.json_file import read_json
-from ..files.safetensors_file import shown
+from ..files.messages import named, shown
 from .gguf_file import GGUFFile, open_gguf
 from .tokenizer_json import check_merges, check_tokenizer
 

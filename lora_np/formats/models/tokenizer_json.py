@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files.safetensors_file import shown
+from ..files.messages import shown
 from .splits import UnsafeError, check_split
 
 MAX_STEPS = 100

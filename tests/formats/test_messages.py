@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_np.formats.files.errors import MAX_LINE, named, naming
+from lora_np.formats.files.messages import MAX_LINE, named, naming
 
 
 class Special(ValueError):

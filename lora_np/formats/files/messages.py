@@ -1,19 +1,32 @@
-"""What goes wrong with a file names the file: for whatever reads one."""
+"""What is said of a file: its own words fit for a line, and errors that name it."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from .safetensors_file import shown
-
 MAX_LINE = 4000  # characters: what is said of a file, with paths as long as they may be
 
 Reader = TypeVar("Reader", bound=Callable[..., Any])
+
+# What moves a terminal's cursor, ends a line, turns its direction, or is no character: control codes but the tab, line
+# and paragraph ends, embeddings and isolates of direction, halves of surrogate pairs.
+UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_SHOWN = 200
+
+
+def shown(text: str, most: int = MAX_SHOWN) -> str:
+    """A text that came from a file, fit to be a part of one line: escapes for what is unsafe, the middle left out.
+
+    most: how long it may be. What is shown already stays as it is.
+    """
+    text = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return text if len(text) <= most else f"{text[: most // 2 - 2]} ... {text[-(most - most // 2 - 3) :]}"
 
 
 @contextmanager
