@@ -40,9 +40,7 @@ def fitting(expressions: Sequence[Expression], names: Sequence[str], where: str)
         stderr=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     if done.returncode > 1:  # 1: its time was up; negative: a signal ended it, as where memory was up
-        raise OSError(
-            f"{sys.executable}: {MATCHER.name} ended with status {done.returncode}: no expression was matched"
-        )
+        raise OSError(f"{where}: no expression was matched: {sys.executable} ended with status {done.returncode}")
     answers = done.stdout.split(b"\n")[:-1]  # the last line of a process that ended early may not be whole
     found = {}
     for expression, answer in zip(expressions, map(json.loads, answers), strict=False):
