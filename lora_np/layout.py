@@ -74,11 +74,11 @@ class Layout:
         return self.pack(x.transpose(0, 2, 1, 3).reshape(self.N, self.T, -1))  # (N,H,T,K) -> (N,T,H*K)
 
     def rotate(self, x: Array) -> Array:
-        """T11: queries or keys (N,H,T,K) turned by their positions; as they are where positions are learned."""
+        """T11: queries (N,H,T,K) or keys (N,G,T,K), turned by their positions; if those are learned, as they are."""
         return x if self.angles is None else rotary(x, *self.angles)[0]
 
     def rotate_backward(self, dx: Array) -> Array:
-        """T11: dx (N,H,T,K) -> (N,H,T,K)."""
+        """T11: dx (N,H,T,K) or (N,G,T,K) -> the same."""
         return dx if self.angles is None else rotary_backward(dx, self.angles)
 
     def select(self, x: Array, after: Layout) -> Array:
@@ -114,7 +114,8 @@ def lay_out(
 
     Positions count true tokens, so that padding on the left changes nothing. dtype: of the angles. packed: whether
     padding is left out. read (N,), on the host: the place of the one token of each sequence that is read in the end;
-    None: all. cache: what stands before; the mask is over its tokens too.
+    None: all. Attention takes its query for the last: if causal, that must be the last true token. cache: what stands
+    before; the mask is over its tokens too.
     """
     (N, T), past = batch.tokens.shape, 0 if cache is None else cache.length
     mask = None if batch.mask is None else xp.asarray(batch.mask)

@@ -1,8 +1,9 @@
 """The transformer: forward and backward, as a composition of `ops` and `lora`.
 
 Each backward stands beneath its forward and mirrors it. A forward puts what its backward needs into `saved`, under the
-name of what it belongs to; backward takes it out as it goes, so memory falls, and puts the gradients of what is trained
-into `grads`. L1, T9, ... number the statements of the specification (spec/statements.md); "paper" is Hu et al. 2021.
+name of what it belongs to; backward takes it out where it uses it, so memory falls, and puts the gradients of what is
+trained into `grads`. L1, T9, ... number the statements of the specification (spec/statements.md); "paper" is Hu et al.
+2021.
 
 Letters: N batch, T tokens, D width, H heads, G key/value heads, K = D/H, S keys, P keys of a prefix, F feed-forward
 width. A state is (N,T,D), or packed to its M rows that are no padding, (M,D): `..., D`. Its `Layout` says which tokens
@@ -139,40 +140,40 @@ def embed_backward(model: AdaptedModel, dx: Array, saved: Activations, grads: Gr
 def attend(model: AdaptedModel, i: int, x_q: Array, at_q: Layout, x: Array, at: Layout, saved: Activations) -> Array:
     """T9 to T11: layer i's attention, with Wq, Wk, Wv and Wo (paper 4.2). Queries come from x_q (..., D), laid out by
     at_q; keys and values from x (..., D), by at. The two differ only in a last layer of which one token of each
-    sequence is read. -> (..., D), laid out as x_q."""
+    sequence is read: the queries are then T = 1 there. -> h (..., D), laid out as x_q."""
     name, config = f"layers.{i}.attn", model.config
-    q = at_q.heads(project(model, f"{name}.q", x_q, at_q, saved), config.n_head)  # (..., D) -> (N,H,T,K)
-    k = at.heads(project(model, f"{name}.k", x, at, saved), config.kv_heads)  # (..., D) -> (N,G,T,K)
+    q = at_q.heads(project(model, f"{name}.q", x_q, at_q, saved), config.n_head)  # (..., D) -> (..., H*K) -> (N,H,T,K)
+    k = at.heads(project(model, f"{name}.k", x, at, saved), config.kv_heads)  # (..., D) -> (..., G*K) -> (N,G,T,K)
     v = at.heads(project(model, f"{name}.v", x, at, saved), config.kv_heads)
     q, k = at_q.rotate(q), at.rotate(k)
     k, v, mask = context(model, i, k, v, at)  # (N,G,T,K) -> (N,G,S,K); (N,S)
     y, saved[name] = attention(q, k, v, causal=config.causal, mask=mask)
-    return project(model, f"{name}.o", at_q.rows(y), at_q, saved)  # (N,H,T,K) -> (..., D)
+    return project(model, f"{name}.o", at_q.rows(y), at_q, saved)  # (N,H,T,K) -> (..., H*K) -> (..., D)
 
 
 def attend_backward(
-    model: AdaptedModel, i: int, dy: Array, at_q: Layout, at: Layout, saved: Activations, grads: Grads
+    model: AdaptedModel, i: int, dh: Array, at_q: Layout, at: Layout, saved: Activations, grads: Grads
 ) -> list[Array | None]:
-    """T9 to T11: dy (..., D), laid out as x_q -> dx_q (..., D), and dx by way of k and by way of v (..., D), laid out
-    as x. None where nothing below is trained: for all three, as they stand at one depth."""
+    """T9 to T11: dh (..., D), laid out as x_q -> dx_q (..., D), then dx by way of k, and by way of v (..., D), laid out
+    as x; each None where nothing below Wq, Wk and Wv is trained. `heads` and `rows` are each other's backward."""
     name = f"layers.{i}.attn"
-    dx_o = project_backward(model, f"{name}.o", dy, saved, grads)
-    if dx_o is None:
-        return [None]
-    dq, dk, dv = attention_backward(at_q.heads(dx_o, model.config.n_head), saved.pop(name))  # (N,H,T,K), 2 (N,G,S,K)
+    dy = project_backward(model, f"{name}.o", dh, saved, grads)  # (..., D) -> (..., H*K)
+    if dy is None:  # nothing below Wo is trained
+        return [None, None, None]
+    dq, dk, dv = attention_backward(at_q.heads(dy, model.config.n_head), saved.pop(name))  # (N,H,T,K), 2 (N,G,S,K)
     dk, dv = context_backward(model, i, dk, dv, grads)  # (N,G,S,K) -> (N,G,T,K)
     dq, dk = at_q.rotate_backward(dq), at.rotate_backward(dk)
-    dx_q = project_backward(model, f"{name}.q", at_q.rows(dq), saved, grads)  # (N,H,T,K) -> (..., D)
-    dx_k = project_backward(model, f"{name}.k", at.rows(dk), saved, grads)
+    dx_q = project_backward(model, f"{name}.q", at_q.rows(dq), saved, grads)  # (N,H,T,K) -> (..., H*K) -> (..., D)
+    dx_k = project_backward(model, f"{name}.k", at.rows(dk), saved, grads)  # (N,G,T,K) -> (..., G*K) -> (..., D)
     dx_v = project_backward(model, f"{name}.v", at.rows(dv), saved, grads)
     return [dx_q, dx_k, dx_v]
 
 
 def context(model: AdaptedModel, i: int, k: Array, v: Array, at: Layout) -> tuple[Array, Array, Array | None]:
-    """T9, T16: the keys and values of before, then k and v (N,G,T,K) -> (N,G,S,K); and the mask (N,S), if any.
+    """T9, T16: the prefix, the cache, then k and v (N,G,T,K) -> (N,G,S,K); and the mask (N,S) over them all, if any.
 
-    Before are a prefix, weights of the model that have no positions (prefix tuning, Li and Liang 2021), and what the
-    cache holds, which gains k and v.
+    A prefix is weights of the model, keys and values that have no positions (prefix tuning, Li and Liang 2021). The
+    cache is extended by k and v, in place.
     """
     mask, P = at.mask, model.config.prefix
     if at.cache is not None:
@@ -190,7 +191,10 @@ def _behind(prefix: Array, x: Array) -> Array:
 
 
 def context_backward(model: AdaptedModel, i: int, dk: Array, dv: Array, grads: Grads) -> tuple[Array, Array]:
-    """T9: dk, dv (N,G,P+T,K) -> those of k and v (N,G,T,K); the prefix's, a sum over the sequences, into grads."""
+    """T9: dk, dv (N,G,S,K) -> those of k and v (N,G,T,K); the prefix's, a sum over the sequences, into grads.
+
+    Here S = P + T: with a cache there is no backward.
+    """
     P = model.config.prefix
     for part, d in (("k", dk), ("v", dv)):
         if f"layers.{i}.attn.prefix.{part}" in model.trained:
@@ -216,19 +220,19 @@ def feed_forward(model: AdaptedModel, i: int, x: Array, at: Layout, saved: Activ
 
 
 def feed_forward_backward(
-    model: AdaptedModel, i: int, dy: Array, saved: Activations, grads: Grads
+    model: AdaptedModel, i: int, dh: Array, saved: Activations, grads: Grads
 ) -> list[Array | None]:
-    """T5 to T7: dy (..., D) -> dx (..., D) by way of gate, if there is one, and by way of up; None as in attention."""
+    """T5 to T7: dh (..., D) -> dx (..., D) by way of gate, if there is one, and by way of up; None as in attention."""
     name = f"layers.{i}.mlp"
-    dh = project_backward(model, f"{name}.down", dy, saved, grads)
-    if dh is None:
+    d_down = project_backward(model, f"{name}.down", dh, saved, grads)  # (..., D) -> (..., F)
+    if d_down is None:  # nothing below W_down is trained
         return [None]
     if model.config.activation == "silu_gated":
         act, up = saved.pop(name)
-        d_gate = activation_backward(dh * up, saved.pop(f"{name}.act"))
+        d_gate = activation_backward(d_down * up, saved.pop(f"{name}.act"))
         dx_gate = project_backward(model, f"{name}.gate", d_gate, saved, grads)
-        return [dx_gate, project_backward(model, f"{name}.up", dh * act, saved, grads)]
-    d_up = activation_backward(dh, saved.pop(f"{name}.act"))
+        return [dx_gate, project_backward(model, f"{name}.up", d_down * act, saved, grads)]
+    d_up = activation_backward(d_down, saved.pop(f"{name}.act"))
     return [project_backward(model, f"{name}.up", d_up, saved, grads)]
 
 
@@ -247,7 +251,7 @@ def half_block(model: AdaptedModel, depth: int, x: Array, before: Layout, after:
     if feeds:
         y = feed_forward(model, i, h, after, saved)
     else:
-        y = attend(model, i, before.select(h, after), after, h, before, saved)
+        y = attend(model, i, before.select(h, after), at_q=after, x=h, at=before, saved=saved)
     y += before.select(x, after)
     y = y if norm_first else norm(model, name, y, saved)
     return y, saved
@@ -263,10 +267,10 @@ def half_block_backward(
     if feeds:
         dh, *others = feed_forward_backward(model, i, dy, saved, grads)
     else:
-        dh, *others = attend_backward(model, i, dy, after, before, saved, grads)
+        dh, *others = attend_backward(model, i, dy, at_q=after, at=before, saved=saved, grads=grads)
     if dh is None:
         return None
-    dh = before.select_backward(dh, after)
+    dh = before.select_backward(dh, after)  # the first part is laid out by after, the others by before
     for part in others:
         dh += part
     dx = norm_backward(model, name, dh, saved, grads) if norm_first else dh

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ..adapter import Adapter, LoRAConfig, count_parameters, init_adapter
-from ..backend import Array, asnumpy
 from ..formats.adapters.peft import save_adapter
 from ..formats.adapters.task import Task, save_task
+from ..formats.files.json_file import to_json
 from ..formats.files.lock import occupied
 from ..formats.files.messages import shown
-from ..formats.models.folder import model_hash
+from ..formats.models.folder import model_hash, weights_hash
 from ..model import Model
 from .checkpoint import load_checkpoint, save_checkpoint
 from .loop import Progress, Score, Settings, State, TrainingError, evaluate, placed, start, train
@@ -89,7 +89,7 @@ def finetune(
         def after_step(r: Progress) -> None:
             measured = None
             if r.step % job.every == 0 or r.step == job.settings.steps:
-                ranks.check_same(f"the parameters after step {r.step}", _digest(r.state.params))
+                ranks.check_same(f"the parameters after step {r.step}", weights_hash(r.state.params))
                 try:
                     measured = evaluate(*placed(model, adapter, r.state), data.held_out, ranks)
                 except TrainingError as error:
@@ -118,26 +118,11 @@ def _resumes(out: Path, found: list[str], resume: bool) -> bool:
     return bool(found)
 
 
-def _digest(params: Mapping[str, Array]) -> str:
-    """SHA-256 of the parameters' bytes."""
-    digest = hashlib.sha256()
-    for value in params.values():
-        digest.update(asnumpy(value).tobytes())
-    return digest.hexdigest()
-
-
 def _identity(model: Model, data: Data, job: Job) -> dict[str, Any]:
     """What a checkpoint must share with the job that goes on from it: all that its bits depend on."""
     named = {"base": model_hash(model), **data.about, **asdict(job)}
     del named["settings"]["recompute"]  # so that what ran out of memory may go on with less
-    return {name: _plain(value) for name, value in named.items()}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return json.loads(to_json(named))  # as a checkpoint gives it back
 
 
 def _resume(path: Path, adapter: Adapter, about: dict[str, Any], steps: int) -> tuple[State, Curve]:

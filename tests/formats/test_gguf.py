@@ -3,7 +3,6 @@
 import importlib.util
 import struct
 import sys
-import time
 import tracemalloc
 import warnings
 from dataclasses import replace
@@ -363,14 +362,12 @@ def test_bytes_of_the_header_changed(tmp_path_factory, good, flips):
     for at, value in flips:
         data[at] = value
     path.write_bytes(data)
-    started = time.perf_counter()
     message = ""
     try:
         ln.load_model(path)
     except ValueError as error:
         message = str(error)
     assert not message or ("x.gguf" in message and "\n" not in message)
-    assert time.perf_counter() - started < 5
 
 
 def test_a_hostile_file_costs_little(path):
@@ -379,9 +376,7 @@ def test_a_hostile_file_costs_little(path):
     with open(path, "wb") as file:
         file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + strings)
         file.truncate(2 * 10**9)  # sparse: no such space is used
-    started = time.perf_counter()
     assert "general.architecture is missing" in refusal(path)
-    assert time.perf_counter() - started < 10
     raw(path, entry("a", 8, text(bytes(gguf_file.MAX_TEXT_BYTES + 1))), n_keys=1)
     assert "expected at most 1048576 bytes as the value of 'a'" in refusal(path)
     raw(path, entry("a", 9, struct.pack("<IQ", 8, 10**5) + bytes(8 * 10**5)), n_keys=1)
@@ -389,7 +384,8 @@ def test_a_hostile_file_costs_little(path):
     refusal(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2**18
+    # The header's bytes, and as many again as they are read on: no string is made of 10^5 empty ones, 49 bytes each.
+    assert peak < 2 * path.stat().st_size + 2**20 < 10**5 * 49
 
 
 # --- SmolLM2 ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -13,6 +13,16 @@ from ...ops import narrowed
 
 Storage: TypeAlias = Literal["bfloat16"]
 LAYER_TENSORS = 8  # of each layer of any file, at least: two norms; q, k, v, o, up and down, or c_attn and more biases
+
+
+class Wanted(NamedTuple):
+    """How a model is to be loaded: load_model's keyword arguments."""
+
+    dtype: str | None
+    head: str | None
+    n_labels: int | None
+    seed: int | None
+    storage: Storage | None
 
 
 class Base(Protocol):

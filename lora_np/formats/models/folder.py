@@ -17,7 +17,7 @@ from ..files.atomic import new_folder, write_tensors
 from ..files.json_file import from_fields, read_json, to_fields, write_json
 from ..files.messages import named
 from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
-from .base import Base, Storage, check_layers, held
+from .base import Base, Storage, Wanted, check_layers, held
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
 from .huggingface import MODEL_TYPES, load_huggingface
@@ -100,14 +100,14 @@ def load_model(
     A FileNotFoundError or ValueError, in one line, says which file is missing, of another model type, or damaged, and
     which key or tensor is at fault.
     """
-    if Path(path).suffix.lower() == ".gguf":
-        return load_gguf(path, dtype=dtype, head=head, n_labels=n_labels, seed=seed, storage=storage)
-    folder = Path(path)
     if dtype is not None and dtype not in ("float32", "float64"):
         raise ValueError(f"load_model: dtype: expected float32 or float64, got {dtype!r}")
+    folder, wanted = Path(path), Wanted(dtype, head, n_labels, seed, storage)
+    if folder.suffix.lower() == ".gguf":
+        return load_gguf(folder, wanted)
     header = read_header(folder)
     if header["model_type"] in MODEL_TYPES:
-        return load_huggingface(folder, header, dtype=dtype, head=head, n_labels=n_labels, seed=seed, storage=storage)
+        return load_huggingface(folder, header, wanted)
     saved, expected_hash = read_own(header, str(folder / CONFIG))
     refuse_pickle(folder, WEIGHTS)
     with open_tensors(folder / WEIGHTS) as file:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from ...model import Config, Model
-from .base import Storage, check_layers, held
+from .base import Wanted, check_layers, held
 from .gguf_file import GGUFFile, open_gguf
 from .heads import completed, taken, with_head
 
@@ -35,39 +34,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def load_gguf(
-    path: str | os.PathLike[str],
-    *,
-    dtype: str | None = None,
-    head: str | None = None,
-    n_labels: int | None = None,
-    seed: int | None = None,
-    storage: Storage | None = None,
-) -> Model:
-    """Reads a .gguf file of the llama architecture.
+def load_gguf(path: Path, wanted: Wanted) -> Model:
+    """The model in a .gguf file of the llama architecture, as load_model is asked for it.
 
     Tensors of type F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K and Q6_K; the head is tied where the file has none. They are
-    read one by one: no more is held than the weights in `dtype`, and one tensor as the file has it.
-    dtype: float32 or float64; None: float32.
-    head, n_labels, seed, storage: as `load_model` has them.
-    A ValueError, in one line, names what is damaged or not supported: the file, and the key or the tensor.
+    read one by one: no more is held than the weights in their dtype, float32 if none is wanted, and one tensor as the
+    file has it. A ValueError, in one line, names what is damaged or not supported: the file, and the key or the tensor.
     """
-    if dtype is not None and dtype not in ("float32", "float64"):
-        raise ValueError(f"load_model: dtype: expected float32 or float64, got {dtype!r}")
-    dtype = dtype or "float32"
-    with open_gguf(Path(path)) as file:
+    dtype = wanted.dtype or "float32"
+    with open_gguf(path) as file:
         saved = read_config(file)
         _check_tensors(file, saved)
-        config = with_head(saved, head, n_labels)
+        config = with_head(saved, wanted.head, wanted.n_labels)
         weights = {
             name: held(
                 file.read(file_name(name), dtype, heads=_paired_heads(name, config)),
-                storage,
+                wanted.storage,
                 f"{file.path}: {file_name(name)}",
             )
             for name in taken(saved, config)
         }
-    return Model(config, completed(config, weights, seed, str(path)))
+    return Model(config, completed(config, weights, wanted.seed, str(path)))
 
 
 def read_config(file: GGUFFile) -> Config:

@@ -20,7 +20,7 @@ from ...model import Config, Model
 from ...ops import widened
 from ..files.json_file import from_fields
 from ..files.messages import shown
-from .base import Storage, check_layers, held
+from .base import Wanted, check_layers, held
 from .heads import completed, taken, with_head
 from .names import family_of, module_names, module_of
 from .shards import WIDENED, Stored, stored_tensors
@@ -203,28 +203,19 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
     return Files(saved, config, tensors, wanted, own, tied, in_trunk)
 
 
-def load_huggingface(
-    folder: Path,
-    raw: Mapping[str, Any],
-    *,
-    dtype: str | None = None,
-    head: str | None = None,
-    n_labels: int | None = None,
-    seed: int | None = None,
-    storage: Storage | None = None,
-) -> Model:
-    """The model in a folder whose config.json says `raw`; the arguments are load_model's.
+def load_huggingface(folder: Path, raw: Mapping[str, Any], wanted: Wanted) -> Model:
+    """The model in a folder whose config.json says `raw`, as load_model is asked for it.
 
     Tensors are read one by one: no more is held than the weights in their dtype, and one tensor.
     """
-    files = open_huggingface(folder, raw, head=head, n_labels=n_labels)
-    dtype = dtype or files.dtype
+    files = open_huggingface(folder, raw, head=wanted.head, n_labels=wanted.n_labels)
+    dtype = wanted.dtype or files.dtype
     weights: dict[str, Array] = {}
     for key, place in files.places.items():
         parts = place.split(files.tensors[key].read(dtype))
-        weights |= {name: held(part, storage, str(files.tensors[key])) for name, part in parts.items()}
+        weights |= {name: held(part, wanted.storage, str(files.tensors[key])) for name, part in parts.items()}
     files.check_tied(asnumpy(widened(weights["embed.tokens"])), dtype, str(folder / CONFIG))
-    return Model(files.config, completed(files.config, weights, seed, str(folder)))
+    return Model(files.config, completed(files.config, weights, wanted.seed, str(folder)))
 
 
 # --- config.json ---------------------------------------------------------------------------------------------------
