@@ -3,9 +3,10 @@
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,17 +249,18 @@ def test_a_product_has_one_blas_thread_meanwhile(monkeypatch):
     """What threadpoolctl is asked for, and for how long."""
     happened = []
 
-    class Blas:
-        @contextmanager
-        def limit(self, *, limits):
-            happened.append(limits)
-            yield
-            happened.append("as before")
+    def blas():
+        return SimpleNamespace(
+            lib_controllers=[SimpleNamespace(clear_controlling_thread=lambda *, force: happened.append("unclaimed"))],
+            limit=lambda *, limits: (
+                happened.append(limits) or SimpleNamespace(restore_original_limits=lambda: happened.append("as before"))
+            ),
+        )
 
-    monkeypatch.setattr(parallel, "_blas", Blas)
+    monkeypatch.setattr(parallel, "_blas", blas)
     with parallel.one_blas_thread():
         happened.append("products")
-    assert happened == [1, "products", "as before"]
+    assert happened == ["unclaimed", 1, "products", "unclaimed", "as before", "unclaimed"]
 
 
 @proves("O4")

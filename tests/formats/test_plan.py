@@ -137,7 +137,7 @@ def test_a_first_classifier(tmp_path, prefix):
     assert about["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
     for labels, message in (
         (["no", "yes"], "expected task classify with 3 labels, as the weights are, got classify with 2"),
-        (["no", "no", "so"], r"Task\.labels: expected different names, got \('no', 'no', 'so'\)"),
+        (["no", "no", "so"], r"Task\.labels: expected two different names at least, got \('no', 'no', 'so'\)"),
         ("no", r"Task\.labels: a value of the wrong type: 'no'"),
         ([1, 2, 3], r"Task\.labels: a value of the wrong type: \[1, 2, 3\]"),
     ):

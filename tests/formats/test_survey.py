@@ -58,7 +58,7 @@ def test_a_configuration_that_no_adapter_has(folder, said, value, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("shapes", [([2, 8], [8, 3]), ([0, 8], [8, 0]), ([2], [8, 2]), ([1, 0, 2**62], [8, 1])])
+@pytest.mark.parametrize("shapes", [([2, 8], [8, 3]), ([0, 8], [8, 0]), ([2], [8, 2]), ([1, 0, 8], [8, 1])])
 def test_tensors_that_are_no_factors(folder, shapes):
     names = [f"base_model.model.transformer.h.0.attn.c_proj.lora_{factor}.weight" for factor in "AB"]
     header, end = {}, 0
