@@ -1,11 +1,11 @@
 """lora_np: the executable specification of LoRA. A transformer in NumPy, forward and backward written by hand."""
 
-from importlib import import_module as _import_module
-from typing import Any as _Any
-
 from .cli import early as _early  # noqa: F401  # first, as what follows takes a while
 
 # isort: split
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from .adapter import Adapter, LoRAConfig, combine, count_parameters, init_adapter, merge, unmerge
 from .backend import asnumpy, backend_name
 from .decode import generate

@@ -1,11 +1,7 @@
 """The command line: the only place that prints. Results go to standard output, progress to standard error."""
 
-from __future__ import annotations
 
-from collections.abc import Sequence
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs a command. -> the exit status."""
     from . import program  # imported here: what it imports takes a while
 

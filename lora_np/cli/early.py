@@ -1,24 +1,25 @@
-"""Ctrl-C before the command line runs: the package, as the program that was started, ends in one line then too."""
+"""Ctrl-C before the command line runs: the package, as the program that was started, ends in one line then too.
+
+It is imported first of all, and imports as little as it can: until it is there, Ctrl-C is Python's own.
+"""
 
 import os
 import signal
 import sys
-from contextlib import suppress
-from itertools import pairwise
-from types import FrameType
 
 
 def _is_program() -> bool:
     """Whether Python was started to run lora-np, and is not another's program that imports this package."""
     started = os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(".exe") == "lora-np"
-    return started or ("-m", "lora_np") in pairwise(sys.orig_argv)
+    return started or ("-m", "lora_np") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
 
 
-def _end(signum: int, frame: FrameType | None) -> None:
+def _end(signum: int, frame: object) -> None:
     """Ends the process: nothing has been written yet, and libraries turn an exception during import into others."""
-    with suppress(OSError):
+    try:
         os.write(2, b"lora-np: interrupted\n")
-    os._exit(130)
+    finally:
+        os._exit(130)
 
 
 def allow_interrupts() -> None:
@@ -28,5 +29,7 @@ def allow_interrupts() -> None:
 
 
 if _is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    with suppress(ValueError):  # not in the main thread
+    try:  # noqa: SIM105  (contextlib takes a while)
         signal.signal(signal.SIGINT, _end)
+    except ValueError:  # not in the main thread
+        pass
