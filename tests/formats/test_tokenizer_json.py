@@ -165,6 +165,7 @@ REFUSED = [
     (pre(step("Split", pattern={"Regex": "(a+)+$"}, behavior="Isolated", invert=False)), "'(a+)+$' is not supported"),
     ({"normalizer": replace("(a+)+$", "", "Regex")}, "'(a+)+$' is not supported"),
     ({"decoder": replace("(a+)+$", "", "Regex")}, "'(a+)+$' is not supported"),
+    ({"decoder": replace(r"(?>\s)", "", "Regex")}, r"'(?>\\s)' is not supported"),
     ({"model": step("WordPiece", vocab={"a": 0}, unk_token="a", continuing_subword_prefix="##",
       max_input_chars_per_word=10**6)}, "max_input_chars_per_word: expected at most 1000"),
     # what ends in a panic
@@ -198,7 +199,7 @@ REFUSED = [
 def test_what_is_refused(load, sections, message, capfd):
     with pytest.raises(ValueError, match=r"^\S*tokenizer\.json: ") as caught:
         load(**sections)
-    assert any(part in str(caught.value).replace('\\"', '"') for part in message.split("|"))
+    assert any(part in str(caught.value) for part in message.split("|"))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
@@ -219,7 +220,7 @@ def test_a_text_that_grows_is_measured(load):
                 return measured[-1]
 
     object.__setattr__(ours, "backend", Backend)
-    with pytest.raises(ValueError, match=r"encode: .*the text grows beyond all measure"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: encode: .*the text grows beyond all measure"):
         ours.encode("a" * 100_000)
     assert sum(map(len, measured)) < 32 * 100_000 + 2**16 + 256_000 + 1  # no more than allowed, and a piece
 
@@ -294,7 +295,7 @@ def test_any_steps_give_ids_or_one_line(load, capfd):
     check()
     for message in refused:
         assert "\n" not in message
-        assert "tokenizer.json: " in message or message.startswith(("encode: ", "decode: "))
+        assert "tokenizer.json: " in message
     assert "panicked" not in capfd.readouterr().err
 
 

@@ -35,6 +35,7 @@ class Tokenizer:
     pad        what fills short texts up
     cls, sep   what BERT puts before a text, and behind it
     allowed    how many times as long as a text its normal form may be; None: it never is
+    path       its file, which errors name
     """
 
     vocab_size: int
@@ -45,6 +46,7 @@ class Tokenizer:
     sep: int | None = None
     backend: Any = field(default=None, repr=False)  # a tokenizers.Tokenizer
     allowed: float | None = field(default=None, repr=False)
+    path: Path = field(default=Path(), repr=False)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of a text. special: with the tokens around it that the model was trained with (BERT: cls, sep).
@@ -63,12 +65,14 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"encode: character {error.start} is half a surrogate pair") from None
-        with _refused("encode: the tokenizer cannot encode this text"):
+        with _refused(f"{self.path}: encode: the tokenizer cannot encode this text"):
             self._check_growth(text)
             encoded = self.backend.encode(text, add_special_tokens=special)
         largest = max(encoded.ids, default=0)
         if largest >= self.vocab_size:
-            raise ValueError(f"encode: the tokenizer puts an id around the text that it does not have: {largest}")
+            raise ValueError(
+                f"{self.path}: encode: expected ids below {self.vocab_size} around the text, got {largest}"
+            )
         return encoded
 
     def _check_growth(self, text: str) -> None:
@@ -91,12 +95,15 @@ class Tokenizer:
         return list(encoded.ids), [int(n) if end > start else None for n, (start, end) in zip(at, spans, strict=True)]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """The text of ids (length,); special: with the special tokens among them. A ValueError names an unknown id."""
+        """The text of ids (length,); special: with the special tokens among them. A ValueError names a negative id.
+
+        Ids beyond the tokenizer's are left out: a model may have more rows than its tokenizer has tokens.
+        """
         ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"decode: expected ids of at least 0 and below {self.vocab_size}, got {i}")
-        with _refused("decode: the tokenizer cannot decode these ids"):
+        if min(ids, default=0) < 0:
+            raise ValueError(f"{self.path}: decode: expected ids of at least 0, got {min(ids)}")
+        ids = [i for i in ids if i < self.vocab_size]
+        with _refused(f"{self.path}: decode: the tokenizer cannot decode these ids"):
             text: str = self.backend.decode(ids, skip_special_tokens=not special)
         return text
 
@@ -132,8 +139,10 @@ def load_tokenizer(path: str | os.PathLike[str], *, pre: str | None = None) -> T
 
 def _from_folder(folder: Path) -> Tokenizer:
     path = folder / TOKENIZER
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: no regular file")
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise ValueError(f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, got {path.stat().st_size}")
     tokenizers = import_tokenizers()
@@ -159,7 +168,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     largest = max(ids, default=-1)
     if largest >= MAX_TOKENS:
         raise ValueError(f"{path}: expected ids below {MAX_TOKENS}, got {largest}")
-    return Tokenizer(largest + 1, **special, backend=backend, allowed=allowed)
+    return Tokenizer(largest + 1, **special, backend=backend, allowed=allowed, path=path)
 
 
 def _special_id(backend: Any, name: Any) -> int | None:
@@ -216,7 +225,7 @@ def _from_gguf(file: GGUFFile, pre: str | None) -> Tokenizer:
             backend.post_processor = _around(tokenizers, tokens, *ends)
         return backend
 
-    return Tokenizer(len(tokens), **special, backend=_built(str(file.path), build)[0])
+    return Tokenizer(len(tokens), **special, backend=_built(str(file.path), build)[0], path=Path(file.path))
 
 
 def _gguf_id(file: GGUFFile, key: str, n: int) -> int | None:
@@ -259,4 +268,4 @@ def _refused(why: str) -> Iterator[None]:
         # Where Rust panics, that is no Exception, of a type that cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{why}: {json.dumps(str(error)[:200], ensure_ascii=False)}") from None
+        raise ValueError(f"{why}: {shown(str(error))}") from None
