@@ -431,7 +431,7 @@ def test_a_panic_is_one_line():
     panic = type("PanicException", (BaseException,), {})("index\nout of bounds")
     ours = Tokenizer(3, backend=Panicking(panic), path=Path("x"))
     for what, given_ in [(ours.encode, "a"), (ours.encode_words, ["a"]), (ours.decode, [0])]:
-        with pytest.raises(ValueError, match=r'x: (encode|decode): the tokenizer cannot .*: index\\nout of bounds$'):
+        with pytest.raises(ValueError, match=r"x: (encode|decode): the tokenizer cannot .*: index\\nout of bounds$"):
             what(given_)
     with pytest.raises(KeyboardInterrupt):
         Tokenizer(3, backend=Panicking(KeyboardInterrupt())).encode("a")
