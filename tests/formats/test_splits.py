@@ -31,17 +31,39 @@ REAL = {
     "words": r"(?i)\w+|[^\w\s]",
     "any": r"[\s\S]",
 }
+SLOW_REAL = {
+    "kimi": (r"[\p{Lu}\p{M}&&[^\p{Han}]]", 1), "digits from the right": (r"\d", 1), "digits of a number": (r"\d", 3),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", REAL.values(), ids=REAL)
 def test_what_real_tokenizers_have(text):
     tokenizers.Regex(text)
-    assert check_split(text, tokenizers) is (text == REAL["digits from the right"])
+    rows = [row for name, row in SLOW_REAL.items() if REAL[name] == text]
+    assert check_split(text, tokenizers) == (text == REAL["digits from the right"], rows)
 
 
 @pytest.mark.parametrize("text", ["", "a*", "a|", "(?:a|b?)", r"\b", "^", "$", "(?=a)", "(?i)", "a{0,3}b?"])
 def test_what_fits_an_empty_text(text):
-    assert check_split(text, tokenizers)
+    assert check_split(text, tokenizers)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    {
+        r"\s+!|\s+": [], r"\s*x|\s+y|z?\s+a?": [], "(?i)[a-z]+!|[a-z]+": [], r"\s+(?!\S)": [],
+        "[a-z]+!": [("[a-z]", 1)], r"\s+$": [(r"\s", 1)], "b?c{1,2}(?:[ab]c)+d": [("[ab]|c", 4)],
+        r"a(?=a*)": [("a", 1)], "(?:a*|b*)c": [("a", 2), ("b", 2)],
+        # what looks as if it took the row
+        r"\s+!|\s|\s+": [(r"\s", 1)], r"\s+!|\s+?|\s+": [(r"\s", 1)], r"\s+!|\s+?\s|\s+": [(r"\s", 1)],
+        "a+!|[ab]+": [("a", 1)], "a+!|ba+": [("a", 1)], "a+!|a+b": [("a", 1)] * 2, "a+!|(?:a|b)": [("a", 1)],
+        "(?i:k+!)k*|k+": [("k", 1)], "a+!|a*+a+": [("a", 1)] * 2, r"\s++(?!\S)": [(r"\s", 1)],
+        r"\s+?(?!\S)": [(r"\s", 1)], r"\d+(?!\S)": [(r"\d", 1)],
+    }.items(),
+)  # fmt: skip
+def test_rows_that_are_slow(text, rows):
+    """An alternative right behind, which takes the whole row, makes up for one that is taken back."""
+    assert check_split(text, tokenizers)[1] == rows
 
 
 UNSAFE = {

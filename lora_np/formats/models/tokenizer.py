@@ -16,7 +16,7 @@ import numpy as np
 from ..files.json_file import read_json
 from ..files.messages import named, shown
 from .gguf_file import GGUFFile, open_gguf
-from .tokenizer_json import check_merges, check_tokenizer
+from .tokenizer_json import Limits, check_merges, check_tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 MAX_TOKENIZER_BYTES = 64 * 2**20
@@ -34,7 +34,8 @@ class Tokenizer:
     bos, eos   the first and the last token of a text
     pad        what fills short texts up
     cls, sep   what BERT puts before a text, and behind it
-    allowed    how many times as long as a text its normal form may be; None: it never is
+    limits     what a text may be, so that it is encoded in good time
+    path       its file, which errors name
     """
 
     vocab_size: int
@@ -44,14 +45,15 @@ class Tokenizer:
     cls: int | None = None
     sep: int | None = None
     backend: Any = field(default=None, repr=False)  # a tokenizers.Tokenizer
-    allowed: float | None = field(default=None, repr=False)
+    limits: Limits = field(default=Limits(), repr=False)
+    path: Path = field(default=Path(), repr=False)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of a text. special: with the tokens around it that the model was trained with (BERT: cls, sep).
 
         What reads like a special token in the text becomes one; bytes that there is no token for are left out (SmolLM2
-        lacks a few). A TypeError if text is no str; a ValueError if it
-        holds half a surrogate pair, or if the tokenizer has no id for a part of it.
+        lacks a few). A TypeError if text is no str; a ValueError if it holds half a surrogate pair, if the tokenizer
+        has no id for a part of it, or would take too long over it.
         """
         return list(self._encoded(text, special).ids)
 
@@ -63,23 +65,41 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"encode: character {error.start} is half a surrogate pair") from None
-        with _refused("encode: the tokenizer cannot encode this text"):
+        with _refused(f"{self.path}: encode: the tokenizer cannot encode this text"):
             self._check_growth(text)
+            self._check_rows(text)
             encoded = self.backend.encode(text, add_special_tokens=special)
         largest = max(encoded.ids, default=0)
         if largest >= self.vocab_size:
-            raise ValueError(f"encode: the tokenizer puts an id around the text that it does not have: {largest}")
+            raise ValueError(
+                f"{self.path}: encode: expected ids below {self.vocab_size} around the text, got {largest}"
+            )
         return encoded
 
     def _check_growth(self, text: str) -> None:
         """A ValueError if the text's normal form is much longer, measured in pieces."""
-        if self.allowed is None:
+        if self.limits.growth is None:
             return
-        left = self.allowed * len(text.encode()) + SLACK
+        left = self.limits.growth * len(text.encode()) + SLACK
         for at in range(0, len(text), PIECE):
             left -= len(self.backend.normalizer.normalize_str(text[at : at + PIECE]).encode())
             if left < 0:
                 raise ValueError("the text grows beyond all measure")
+
+    def _check_rows(self, text: str) -> None:
+        """A ValueError if a row of characters on which the tokenizer is slow is long, in the text's normal form."""
+        if not self.limits.rows:
+            return
+        tokenizers, normalizer = import_tokenizers(), self.backend.normalizer
+        text = normalizer.normalize_str(text) if normalizer else text
+        for chars in self.limits.rows:
+            row = tokenizers.Regex(f"(?:{chars}|(?im:{chars}))+")  # either case, as a flag may stand around them
+            found = tokenizers.pre_tokenizers.Split(row, "removed", invert=True).pre_tokenize_str(text)
+            longest = max((len(piece) for piece, _ in found), default=0)
+            if longest > self.limits.longest:
+                raise ValueError(
+                    f"expected at most {self.limits.longest} characters in a row that fit {shown(chars)}, got {longest}"
+                )
 
     def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int | None]]:
         """The ids of words, a space between them, and of which word each is, None: of none. Errors as of `encode`."""
@@ -91,12 +111,15 @@ class Tokenizer:
         return list(encoded.ids), [int(n) if end > start else None for n, (start, end) in zip(at, spans, strict=True)]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """The text of ids (length,); special: with the special tokens among them. A ValueError names an unknown id."""
+        """The text of ids (length,); special: with the special tokens among them. A ValueError names a negative id.
+
+        Ids beyond the tokenizer's are left out: a model may have more rows than its tokenizer has tokens.
+        """
         ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"decode: expected ids of at least 0 and below {self.vocab_size}, got {i}")
-        with _refused("decode: the tokenizer cannot decode these ids"):
+        if min(ids, default=0) < 0:
+            raise ValueError(f"{self.path}: decode: expected ids of at least 0, got {min(ids)}")
+        ids = [i for i in ids if i < self.vocab_size]
+        with _refused(f"{self.path}: decode: the tokenizer cannot decode these ids"):
             text: str = self.backend.decode(ids, skip_special_tokens=not special)
         return text
 
@@ -132,14 +155,16 @@ def load_tokenizer(path: str | os.PathLike[str], *, pre: str | None = None) -> T
 
 def _from_folder(folder: Path) -> Tokenizer:
     path = folder / TOKENIZER
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: no regular file")
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise ValueError(f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, got {path.stat().st_size}")
     tokenizers = import_tokenizers()
     with _refused(f"{path}: not a tokenizer"):
         raw = json.loads(path.read_bytes())
-        allowed = check_tokenizer(raw, tokenizers)
+        limits = check_tokenizer(raw, tokenizers)
     raw |= {"padding": None, "truncation": None}  # texts are cut and filled up in batches, not here
     if raw["model"].get("dropout"):
         warnings.warn(
@@ -159,7 +184,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     largest = max(ids, default=-1)
     if largest >= MAX_TOKENS:
         raise ValueError(f"{path}: expected ids below {MAX_TOKENS}, got {largest}")
-    return Tokenizer(largest + 1, **special, backend=backend, allowed=allowed)
+    return Tokenizer(largest + 1, **special, backend=backend, limits=limits, path=path)
 
 
 def _special_id(backend: Any, name: Any) -> int | None:
@@ -195,7 +220,7 @@ def _from_gguf(file: GGUFFile, pre: str | None) -> Tokenizer:
         check_merges(merges, vocab)
     except ValueError as error:
         raise ValueError(f"{file.path}: tokenizer.ggml.{error}") from None
-    special = {
+    special: dict[str, Any] = {
         kind: _gguf_id(file, f"tokenizer.ggml.{key}_token_id", len(tokens))
         for kind, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
@@ -216,7 +241,7 @@ def _from_gguf(file: GGUFFile, pre: str | None) -> Tokenizer:
             backend.post_processor = _around(tokenizers, tokens, *ends)
         return backend
 
-    return Tokenizer(len(tokens), **special, backend=_built(str(file.path), build)[0])
+    return Tokenizer(len(tokens), **special, backend=_built(str(file.path), build)[0], path=Path(file.path))
 
 
 def _gguf_id(file: GGUFFile, key: str, n: int) -> int | None:
@@ -259,4 +284,4 @@ def _refused(why: str) -> Iterator[None]:
         # Where Rust panics, that is no Exception, of a type that cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{why}: {json.dumps(str(error)[:200], ensure_ascii=False)}") from None
+        raise ValueError(f"{why}: {shown(str(error))}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ MAX_STEPS = 100
 MAX_GROWTH = 32  # times as many bytes as a text has, in all
 MAX_NORMAL = 10_000  # the same of the normalizer alone, which is measured on each text if it may exceed MAX_GROWTH
 MAX_AFFIX = 100  # bytes of what is put to each piece of a text, or in its place
+MAX_ROW = 4096  # characters in a row, where an expression takes the square of their number
 MAX_WORD = 1000  # characters of a word, which WordPiece searches in the square of its length
 # The most bytes that a step makes of one, on any text; None: its fields say it.
 STEPS: dict[str, dict[str, float | None]] = {
@@ -39,21 +40,34 @@ STEPS: dict[str, dict[str, float | None]] = {
 LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
-def check_tokenizer(raw: Any, tokenizers: Any) -> float | None:
-    """How many times as long as a text its normal form may be; None: it is never longer than that.
+class Limits(NamedTuple):
+    """What a text may be.
 
-    A ValueError says what a tokenizer.json may not hold.
+    growth     how many times as long as a text its normal form may be; None: it never is
+    rows       expressions of characters of which only so many may stand in a row, in the normal form
+    longest    how many
     """
+
+    growth: float | None = None
+    rows: tuple[str, ...] = ()
+    longest: int = MAX_ROW
+
+
+def check_tokenizer(raw: Any, tokenizers: Any) -> Limits:
+    """What a text may be. A ValueError says what a tokenizer.json may not hold."""
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
-    growth = {section: _growth(section, raw.get(section), tokenizers) for section in STEPS}
+    found = {section: _growth(section, raw.get(section), tokenizers) for section in STEPS}
+    growth = {section: most for section, (most, _) in found.items()}
     normal = growth.pop("normalizer")
     for section, most in [("normalizer", normal / MAX_NORMAL), *((s, g / MAX_GROWTH) for s, g in growth.items())]:
         if most > 1:
             raise ValueError(f"{section}: a text might grow beyond all measure")
     _check_model(raw.get("model"))
     allowed = MAX_GROWTH / growth["pre_tokenizer"]
-    return None if normal <= allowed else allowed
+    rows = found["pre_tokenizer"][1]
+    longest = MAX_ROW // max(1, sum(ways for _, ways in rows))
+    return Limits(None if normal <= allowed else allowed, tuple(dict.fromkeys(chars for chars, _ in rows)), longest)
 
 
 def check_merges(merges: Iterable[Any], vocab: Any, prefix: str = "") -> None:
@@ -64,9 +78,9 @@ def check_merges(merges: Iterable[Any], vocab: Any, prefix: str = "") -> None:
             raise ValueError(f"merges: expected two parts that join to a token, got {shown(repr(merge))}")
 
 
-def _growth(section: str, step: Any, tokenizers: Any) -> float:
-    """The most bytes that the steps of a section make of one."""
-    growth, known = 1.0, STEPS[section]
+def _growth(section: str, step: Any, tokenizers: Any) -> tuple[float, list[tuple[str, int]]]:
+    """The most bytes that the steps of a section make of one; and the rows that its expressions are slow on."""
+    growth, rows, known = 1.0, [], STEPS[section]
     for n, fields in enumerate(_steps(step)):
         kind = fields.get("type")
         if kind not in known:
@@ -74,12 +88,15 @@ def _growth(section: str, step: Any, tokenizers: Any) -> float:
         if n == MAX_STEPS:
             raise ValueError(f"{section}: expected at most {MAX_STEPS} steps")
         try:
-            _check_fields(fields, tokenizers)
+            slow = _check_fields(fields, tokenizers)
+            if slow and (section != "pre_tokenizer" or growth > 1):
+                raise UnsafeError("it takes the square of a word's length, and may cut only a text in its normal form")
         except UnsafeError as error:
             text = shown(repr(fields["pattern"]["Regex"])[:60])
             raise ValueError(f"{section}: the expression {text} is not supported: {error}") from None
+        rows += slow
         growth *= known[kind] or _grown(fields)
-    return growth
+    return growth, rows
 
 
 def _steps(step: Any) -> Iterator[dict[str, Any]]:
@@ -95,16 +112,19 @@ def _steps(step: Any) -> Iterator[dict[str, Any]]:
         yield step
 
 
-def _check_fields(fields: dict[str, Any], tokenizers: Any) -> None:
-    """A ValueError names a field that the package would panic at, or take for ever."""
+def _check_fields(fields: dict[str, Any], tokenizers: Any) -> list[tuple[str, int]]:
+    """The rows that its expression is slow on. A ValueError names what the package would panic at, or take for ever."""
     if fields.get("length") == 0 or fields.get("stop", 0) != 0:
         raise ValueError("expected a FixedLength of at least 1, and a Strip whose stop is 0")
     if "single" in fields:
         _check_template(fields["single"], fields["special_tokens"])
     pattern = fields.get("pattern") or {}
-    empty = check_split(pattern["Regex"], tokenizers) if "Regex" in pattern else pattern.get("String") == ""
+    empty, rows = pattern.get("String") == "", list[tuple[str, int]]()
+    if "Regex" in pattern:
+        empty, rows = check_split(pattern["Regex"], tokenizers)
     if empty and fields["type"] == "Replace":
         raise ValueError("Replace: expected a pattern that does not fit an empty text")
+    return rows
 
 
 def _check_template(pieces: list[Any], special: dict[str, Any]) -> None:
