@@ -69,7 +69,8 @@ def survey(path: str | os.PathLike[str]) -> Survey:
         factors = {key for pair in pairs.values() for key in pair}
         for key in sorted(factors - file.shapes.keys()):
             raise ValueError(f"{file.path}: the tensor {key} is missing")
-        whole = sorted(key.removeprefix(PREFIX) for key in file.shapes.keys() - factors)
+        others = sorted(file.shapes.keys() - factors)
+        whole = [key.removeprefix(PREFIX) for key in others]
         misnamed = [key for key in whole if "lora_" in key.lower()]
         if misnamed or not pairs:
             raise ValueError(f"{file.path}: expected lora_A and lora_B of each module, got {(misnamed or whole)[:1]}")
@@ -80,6 +81,8 @@ def survey(path: str | os.PathLike[str]) -> Survey:
                 raise ValueError(
                     f"{file.path}: {module.name}: the norm of s B A is too large, with s = {module.scale:g}"
                 )
+        for key in others:
+            file.read_finite(key)
         return Survey(raw, modules, whole)
 
 
