@@ -121,6 +121,8 @@ def evaluation(path: Path, task: Task, tokenizer: Tokens, *, most: int) -> list[
     """Batches of a whole file, to evaluate on: all its examples, or at most `most` windows of a plain text."""
     examples = read_examples(path, task, tokenizer)
     if examples is not None:
+        if not examples:
+            raise ValueError(f"{path}: expected at least one example, got none")
         return list(in_order(examples, N=EVALUATED))
     return _windows(_tokens(path, tokenizer), task.longest, most, path)
 
