@@ -200,3 +200,9 @@ def test_a_wrong_task_file_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=rf"task\.json: {message}$") as caught:
         load_task(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_task_file_without_a_name_is_refused(tmp_path):
+    (tmp_path / "task.json").write_text('{"labels": ["a", "b"]}')
+    with pytest.raises(ValueError, match=r"task\.json: Task\.name is missing$"):
+        load_task(tmp_path)
