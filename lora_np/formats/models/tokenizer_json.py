@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -46,14 +47,29 @@ def check_tokenizer(raw: Any, tokenizers: Any) -> float | None:
     """
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
-    growth = {section: _growth(section, raw.get(section), tokenizers) for section in STEPS}
+    growth = {}
+    for section in STEPS:
+        with _typed(section):
+            growth[section] = _growth(section, raw.get(section), tokenizers)
     normal = growth.pop("normalizer")
     for section, most in [("normalizer", normal / MAX_NORMAL), *((s, g / MAX_GROWTH) for s, g in growth.items())]:
         if most > 1:
             raise ValueError(f"{section}: a text might grow beyond all measure")
-    _check_model(raw.get("model"))
+    with _typed("model"):
+        _check_model(raw.get("model"))
     allowed = MAX_GROWTH / growth["pre_tokenizer"]
     return None if normal <= allowed else allowed
+
+
+@contextmanager
+def _typed(section: str) -> Iterator[None]:
+    """A ValueError in the place of what Python says of a value that has another type than what is read of it."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError(
+            f"{section}: expected each field of its own type, got one that is missing or of another"
+        ) from None
 
 
 def check_merges(merges: Iterable[Any], vocab: Any, prefix: str = "") -> None:
