@@ -105,8 +105,9 @@ def learn_from(
             raise ValueError(f"{dev}: expected examples, as {path} has, got plain text")
         others = found
     if not examples or not others:
+        lacking = (dev or path) if examples else path
         raise ValueError(
-            f"{path}: expected examples to train on and some to hold out, got {len(examples)} and {len(others)}"
+            f"{lacking}: expected examples to train on and some to hold out, got {len(examples)} and {len(others)}"
         )
     about |= {"data": _digest(examples), "dev": _digest(others)}
     return Data(
