@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..formats.files.messages import shown
 from ..formats.merged.folder import merge_folder
-from ..formats.merged.survey import base_norms, survey
+from ..formats.merged.survey import Module, base_norms, survey
 from .base import AddCommand, add_base, base_path
 from .output import Bar, emit, table
 
@@ -46,14 +48,22 @@ def run_inspect(args: argparse.Namespace) -> int:
         )
     config = {key: found.config.get(key) for key in ("target_modules", "r", "lora_alpha", "lora_dropout", "bias")}
     lines = [
-        ", ".join(f"{key} {value}" for key, value in config.items()),
-        "B is zero throughout: this adapter is not trained" if untrained else "B is not zero: this adapter is trained",
+        ", ".join(f"{key} {shown(str(value))}" for key, value in config.items()),
+        _verdict(found.modules),
         *([f"trained whole: {', '.join(found.whole)}"] if found.whole else []),
     ]
     about = "effective: the rank as e to the entropy of the singular values' shares of their sum; norms: Frobenius"
     result = {**config, "B_is_zero": untrained, "whole": found.whole, "modules": modules}
     emit(args, result, [*lines, "", *table(rows), "", about])
     return 0
+
+
+def _verdict(modules: Sequence[Module]) -> str:
+    if all(module.norm_B == 0 for module in modules):
+        return "B is zero throughout: this adapter is not trained"
+    if all(0 in (module.norm_B, module.scale) for module in modules):
+        return "B is not zero, but its scale is 0: it changes nothing"
+    return "B is not zero: this adapter is trained"
 
 
 def add_commands(command: AddCommand) -> None:
@@ -68,4 +78,4 @@ def add_commands(command: AddCommand) -> None:
 
     p = command("inspect", run_inspect, "what is in an adapter: targets, ranks, norms, is B still zero")
     p.add_argument("adapter", type=Path, metavar="DIR", help="the adapter's folder")
-    p.add_argument("--base", type=Path, metavar="DIR", help="the base model's folder, to compare norms with")
+    p.add_argument("--base", type=Path, metavar="DIR", help="a model's folder, or a .gguf file, to compare norms with")

@@ -19,7 +19,7 @@ from ..model import Model
 from ..parallel import default_shards
 from ..training import finetune, plot, tasks
 from ..training.examples import Tokens
-from ..training.loop import Progress, Score, Settings, evaluate
+from ..training.loop import Progress, Score, Settings, TrainingError, evaluate
 from ..training.ranks import Ranks, world
 from ..training.text import ByteTokenizer
 from .base import AddCommand, adapted, add_base, add_seed, add_storage, base_path, tokenizer_of, utf8, whole
@@ -170,7 +170,10 @@ def run_eval(args: argparse.Namespace) -> int:
     if adapter is not None:
         kinds["adapter"] = adapter
     unit = _unit(task, tokenizer)
-    scores = {name: evaluate(model, kind, batches) for name, kind in kinds.items()}
+    try:
+        scores = {name: evaluate(model, kind, batches) for name, kind in kinds.items()}
+    except TrainingError as error:
+        raise TrainingError(f"{path if adapter is None else f'{path} with {args.adapter}'}: {error}") from None
     result = {"losses": {name: score.loss for name, score in scores.items()}}
     if task.name != "lm":
         result["accuracies"] = {name: score.accuracy for name, score in scores.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..formats.adapters.base import load_base_for
 from ..formats.merged.comparison import Comparison, compare, explained, is_trained, records_base, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.plan import plan_merge
-from ..formats.merged.survey import survey
+from ..formats.merged.survey import Module, survey
 from ..formats.models.folder import load_model
 from ..loss import forward
 from ..model import Config, Model
@@ -29,7 +30,7 @@ SHOWN = 5  # names in one line
 def run_verify(args: argparse.Namespace) -> int:
     if args.ulps < 0:
         raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
-    survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
+    modules = survey(args.adapter).modules  # what is missing or damaged is bad input; what does not fit is an answer
     load_model(args.base)
     try:
         base = load_base_for(args.adapter, args.base)
@@ -49,7 +50,7 @@ def run_verify(args: argparse.Namespace) -> int:
         if has_hash
         else ("names and shapes; the file records no hash of its base, as PEFT's do not")
     )
-    lines = [f"fits: yes ({seen})", f"trained: {_trained_line(changes)}"]
+    lines = [f"fits: yes ({seen})", f"trained: {_trained_line(changes, modules)}"]
     if found is not None and plan is not None:
         looks_like = explained(found, plan)
         result["merged"] = {**_as_json(found), "looks_like": looks_like}
@@ -63,8 +64,12 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0 if holds else 1
 
 
-def _trained_line(changes: bool) -> str:
-    return "yes" if changes else "no: B is zero throughout, and what is trained whole equals the base"
+def _trained_line(changes: bool, modules: Sequence[Module]) -> str:
+    if changes:
+        return "yes"
+    if any(module.norm_B for module in modules):
+        return "no: its scale is 0: it changes nothing"
+    return "no: B is zero throughout, and what is trained whole equals the base"
 
 
 def _as_json(found: Comparison) -> dict[str, Any]:

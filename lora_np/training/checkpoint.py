@@ -63,6 +63,9 @@ def load_checkpoint(path: str | Path, like: Mapping[str, Array]) -> tuple[State,
             if (found.shape, found.dtype) != (p.shape, p.dtype):
                 raise ValueError(f"{path}: {name}: expected {p.dtype} {p.shape}, got {found.dtype} {found.shape}")
         params, *averages = ({name: xp.asarray(file.read(f"{group}/{name}")) for name in like} for group in groups)
+        for name, v in (averages[1] if averages else {}).items():
+            if (v < 0).any():
+                raise ValueError(f"{path}: v/{name}: expected at least 0, got {float(v.min()):g}")
     return State(step, params, AdamWState(step, *averages) if averages else None), about
 
 

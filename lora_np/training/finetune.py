@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ..adapter import Adapter, LoRAConfig, count_parameters, init_adapter
-from ..formats.adapters.peft import save_adapter
+from ..formats.adapters.peft import CONFIG, WEIGHTS, save_adapter
 from ..formats.adapters.task import Task, save_task
 from ..formats.files.json_file import to_json
 from ..formats.files.lock import occupied
@@ -113,6 +113,10 @@ def finetune(
 def _resumes(out: Path, found: list[str], resume: bool) -> bool:
     """Whether there is a checkpoint to go on from; a FileExistsError if there is anything else, or is not to resume."""
     if found and not (resume and CHECKPOINT in found):
+        if resume and {CONFIG, WEIGHTS}.issubset(found):
+            raise FileExistsError(
+                f"{out}: training is finished: there is no checkpoint to go on from; to train anew, name another folder"
+            )
         hint = "there is no checkpoint to go on from" if resume else "or go on with --resume"
         raise FileExistsError(f"{out}: the folder is not empty; name another, {hint}")
     return bool(found)

@@ -105,8 +105,9 @@ def learn_from(
             raise ValueError(f"{dev}: expected examples, as {path} has, got plain text")
         others = found
     if not examples or not others:
+        lacking = (dev or path) if examples else path
         raise ValueError(
-            f"{path}: expected examples to train on and some to hold out, got {len(examples)} and {len(others)}"
+            f"{lacking}: expected examples to train on and some to hold out, got {len(examples)} and {len(others)}"
         )
     about |= {"data": _digest(examples), "dev": _digest(others)}
     return Data(
@@ -121,6 +122,8 @@ def evaluation(path: Path, task: Task, tokenizer: Tokens, *, most: int) -> list[
     """Batches of a whole file, to evaluate on: all its examples, or at most `most` windows of a plain text."""
     examples = read_examples(path, task, tokenizer)
     if examples is not None:
+        if not examples:
+            raise ValueError(f"{path}: expected at least one example, got none")
         return list(in_order(examples, N=EVALUATED))
     return _windows(_tokens(path, tokenizer), task.longest, most, path)
 

@@ -121,6 +121,14 @@ def test_inspect_measures_a_base_whose_squares_overflow(home, capsys):
     assert strict(out)["modules"][0]["norm_W0"] == pytest.approx(1e200 * np.linalg.norm(W), rel=1e-12)
 
 
+@pytest.mark.parametrize("targets", ["c" * 10**5, ["c_fc"] * 10**5])
+def test_inspect_shows_a_part_of_long_targets(home, capsys, targets):
+    edit_json(home / "ad" / "adapter_config.json", target_modules=targets)
+    status, out, _ = run(capsys, "inspect", home / "ad")
+    assert status == 0
+    assert max(map(len, out.splitlines())) < 300
+
+
 @pytest.mark.parametrize(
     ("options", "whose"),
     [
@@ -132,7 +140,7 @@ def test_a_loss_that_is_no_number_is_no_result(home, capsys, options, whose):
     argv = [home / one if not one.startswith("--") else one for one in options]
     status, out, err = run(capsys, "eval", *argv, "--data", home / "text.txt")
     assert (status, out) == (1, "")
-    assert "the held-out loss is " in err
+    assert f"{' with '.join(map(str, argv[1::2]))}: the held-out loss is " in err
     assert whose in err
 
 
@@ -150,6 +158,18 @@ def test_no_text_is_generated_from_logits_that_are_no_numbers(home, capsys, temp
     status, out, err = run(capsys, *argv)
     assert (status, out) == (2, "")
     assert "generate: logits are NaN or infinite" in err
+
+
+@pytest.mark.parametrize("patterns", [{"lora_alpha": 0}, {"alpha_pattern": {MODULE: 0}}])
+def test_an_adapter_whose_scale_is_0_changes_nothing(home, capsys, patterns):
+    edit_json(home / "ad" / "adapter_config.json", **patterns)
+    argv = ["verify", "--base", home / "base", "--adapter", home / "ad"]
+    status, out, _ = run(capsys, *argv)
+    assert status == 1
+    assert "trained: no: its scale is 0: it changes nothing" in out
+    result = strict(run(capsys, *argv, "--json")[1])
+    assert (result["holds"], result["trained"]) == (False, False)
+    assert "B is not zero, but its scale is 0: it changes nothing" in run(capsys, "inspect", home / "ad")[1]
 
 
 # --- Nothing that counts ---------------------------------------------------------------------------------------------

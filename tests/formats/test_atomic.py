@@ -170,6 +170,20 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     assert left not in os.listdir(tmp_path)
 
 
+@posix
+def test_what_only_has_the_name_of_a_partial_is_somebody_elses(tmp_path):
+    out, theirs = tmp_path / "out", tmp_path / "theirs"
+    for folder in (out, theirs):
+        folder.mkdir()
+    write(theirs)
+    (out / ".new.0123abcd.partial").write_text("a file")
+    (out / ".new.4567abcd.partial").symlink_to(theirs)
+    with occupied(out) as found:
+        assert found == [".new.0123abcd.partial", ".new.4567abcd.partial"]
+    assert sorted(os.listdir(out)) == found
+    assert tree(theirs) == {"a": "ours"}
+
+
 def test_a_folder_that_stays_empty_is_gone_if_it_was_made(tmp_path):
     with occupied(tmp_path / "a" / "b"):
         pass

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_np as ln
+from lora_np.formats.merged.survey import base_norms, survey
 from lora_np.formats.models import gguf_file
 from lora_np.formats.models.gguf import file_name
 from lora_np.formats.models.gguf_file import open_gguf
@@ -145,6 +146,15 @@ def test_another_head(path):
         ln.load_model(path, n_labels=3)
     with pytest.raises(ValueError, match="dtype"):
         ln.load_model(path, dtype="float16")
+
+
+def test_norms_beside_an_adapters(path, tmp_path):
+    write(path, SMALL)
+    model = ln.load_model(path)
+    ln.save_adapter(tmp_path / "ad", ln.init_adapter(model, ln.LoRAConfig(r=2, targets=("o",)), seed=0), model)
+    expected = np.linalg.norm(model.weights["layers.0.attn.o.weight"].astype(np.float64))
+    (found,) = base_norms(path, tmp_path / "ad", survey(tmp_path / "ad").modules)
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_memory_is_the_weights_and_one_tensor(path):

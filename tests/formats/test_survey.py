@@ -81,3 +81,17 @@ def test_factors_that_are_no_floats_are_refused_by_name(folder, dtype):
     raw_safetensors(folder / WEIGHTS, header, bytes(2 * size))
     with pytest.raises(ValueError, match=rf"c_proj\.lora_A\.weight: expected one of F64 F32 F16 BF16, got {dtype}"):
         survey(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.full((3, 8), np.nan, "float32"), "holds NaN or infinite numbers"),
+        (np.ones((3, 8), "int64"), "expected one of F64 F32 F16 BF16, got I64"),
+        (np.ones((3, 8), bool), "expected one of F64 F32 F16 BF16, got BOOL"),
+    ],
+)
+def test_what_is_trained_whole_is_finite_floats_too(folder, value, message):
+    edit_tensors(folder / WEIGHTS, lambda t: t.update({"base_model.model.classifier.weight": value}))
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: base_model\.model\.classifier\.weight: {message}"):
+        survey(folder)

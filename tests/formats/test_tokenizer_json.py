@@ -197,8 +197,15 @@ REFUSED = [
     ({"normalizer": step("Zzz", pattern={"String": "a"}, content="b")}, "normalizer: 'Zzz' is not supported"),
     ({"normalizer": {"pattern": {"String": "a"}, "content": "b"}}, "normalizer: None is not supported"),
     ({"decoder": [{"String": "a"}, "b"]}, "expected a step as an object, got list"),
-    ({"normalizer": step("Replace")}, "not a tokenizer"),
-    ({"model": []}, "not a tokenizer"),
+    # what has another type
+    ({"normalizer": step("Replace")}, "normalizer: expected each field of its own type"),
+    ({"normalizer": step([])}, "normalizer: expected each field of its own type"),
+    ({"post_processor": template(None)}, "post_processor: expected each field of its own type"),
+    ({"model": []}, "model: expected each field of its own type"),
+    ({"model": None}, "model: expected each field of its own type"),
+    ({"model": step("BPE", vocab={}, merges=None)}, "model: expected each field of its own type"),
+    ({"model": step("BPE", vocab={}, merges=[1])}, "model: expected each field of its own type"),
+    ({"model": WORDS | {"unk_token": 1}}, "model: expected each field of its own type"),
 ]  # fmt: skip
 
 

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from hostile import contents
 
 import lora_np as ln
 from lora_np.backend import asnumpy
 from lora_np.formats.adapters.task import Task, load_task, save_task
+from lora_np.formats.files.lock import LOCK
 from lora_np.training import finetune, tasks
 from lora_np.training.loop import Settings, TrainingError, evaluate
 from lora_np.training.text import ByteTokenizer
@@ -139,6 +141,30 @@ def test_a_checkpoint_with_numbers_that_are_none_is_refused(files, tmp_path, gro
         learn(files, "lm", tmp_path / "out", resume=True)
 
 
+def test_a_checkpoint_with_a_negative_second_moment_is_refused(files, tmp_path):
+    path = stopped(files, tmp_path / "out")
+    name = "v/layers.1.attn.q.B"
+    with np.load(path) as file:
+        array = file[name]
+    array[1, 1] = -2.5
+    rewrite(path, arrays={name: array})
+    with pytest.raises(ValueError, match=rf"checkpoint\.npz: {name}: expected at least 0, got -2\.5$"):
+        learn(files, "lm", tmp_path / "out", resume=True)
+
+
+def test_a_finished_folder_says_so_and_stays_as_it_is(files, tmp_path):
+    """A kill after the checkpoint is gone, the last step, leaves the lock behind."""
+    learn(files, "lm", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / LOCK).touch()
+    with pytest.raises(FileExistsError, match="out: training is finished: there is no checkpoint to go on from"):
+        learn(files, "lm", tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out" / "adapter_config.json").unlink()
+    with pytest.raises(FileExistsError, match="out: the folder is not empty; name another"):
+        learn(files, "lm", tmp_path / "out", resume=True)
+
+
 def test_training_that_diverges_leaves_no_adapter(files, tmp_path):
     with np.errstate(all="ignore"), pytest.raises(TrainingError, match="too high"):
         learn(files, "lm", tmp_path / "out", lr=1e38)
@@ -174,3 +200,9 @@ def test_a_wrong_task_file_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=rf"task\.json: {message}$") as caught:
         load_task(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_task_file_without_a_name_is_refused(tmp_path):
+    (tmp_path / "task.json").write_text('{"labels": ["a", "b"]}')
+    with pytest.raises(ValueError, match=r"task\.json: Task\.name is missing$"):
+        load_task(tmp_path)

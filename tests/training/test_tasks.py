@@ -87,6 +87,23 @@ def test_a_file_is_evaluated_whole(tmp_path):
     assert {row.tobytes() for row in rows[3]} <= {row.tobytes() for row in rows[100]}
 
 
+@pytest.mark.parametrize("name", ["classify", "tag", "lm"])
+def test_a_file_without_an_example_is_named(tmp_path, name):
+    path = tmp_path / ("a.jsonl" if name == "lm" else "a.txt")
+    path.write_text("\n\n \n")
+    task = Task(name, () if name == "lm" else ("a", "b"))
+    with pytest.raises(ValueError, match=rf"{path.name}: expected at least one example, got none"):
+        tasks.evaluation(path, task, ByteTokenizer(), most=1)
+
+
+def test_the_file_that_has_nothing_to_hold_out_is_named(tmp_path):
+    for name, text in (("a.tsv", "one\ta\ntwo\tb\n"), ("dev.tsv", "\n \n")):
+        (tmp_path / name).write_text(text)
+    task, paths = Task("classify", ("a", "b")), (tmp_path / "a.tsv", tmp_path / "dev.tsv")
+    with pytest.raises(ValueError, match=r"dev\.tsv: expected examples to train on and some to hold out, got 2 and 0"):
+        tasks.learn_from(*paths, task, ByteTokenizer(), N=1, held_out=0.5, seed=0)
+
+
 def test_data_are_known_by_what_they_say(tmp_path):
     """The same file, split and size have one description; any other, another: a checkpoint of these is refused."""
     (tmp_path / "a.tsv").write_text("".join(f"text {i}\t{i % 2}\n" for i in range(20)))

@@ -97,6 +97,11 @@ def replaced_files(target: Path, *, last: str) -> Iterator[Path]:
         _sync(target)
 
 
+def is_partial(path: Path) -> bool:
+    """Whether it is a folder that a killed process left: what only has such a name is somebody else's."""
+    return PARTIAL.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
+
+
 @contextmanager
 def _partial(parent: Path, name: str) -> Iterator[Path]:
     """A folder in `parent` that is gone afterwards, with what is still in it. An OSError names a file."""

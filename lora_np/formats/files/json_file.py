@@ -8,7 +8,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -91,7 +91,7 @@ def to_fields(value: Any) -> dict[str, Any]:
 
 
 def from_fields(cls: type[T], data: object, where: str) -> T:
-    """The dataclass whose fields JSON gave; a ValueError names a field that is unknown or of another type."""
+    """The dataclass whose fields JSON gave; a ValueError names a field that is unknown, of another type, or missing."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object with {cls.__name__}'s fields, got {type(data).__name__}")
     hints = typing.get_type_hints(cls)
@@ -100,6 +100,9 @@ def from_fields(cls: type[T], data: object, where: str) -> T:
             raise ValueError(f"{where}: {cls.__name__} has no field {name!r:.60}")
         if not _fits(value, hints[name]):
             raise ValueError(f"{where}: {cls.__name__}.{name}: a value of the wrong type: {value!r:.60}")
+    for field in fields(cls):  # type: ignore[arg-type]
+        if field.name not in data and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{where}: {cls.__name__}.{field.name} is missing")
     try:
         return cls(**data)
     except (TypeError, ValueError, OverflowError) as error:

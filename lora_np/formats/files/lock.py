@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .atomic import PARTIAL
+from .atomic import is_partial
 
 LOCK = ".lora_np.lock"
 
@@ -29,7 +29,7 @@ def occupied(folder: Path) -> Iterator[list[str]]:
     descriptor = _lock(lock)
     try:
         for name in os.listdir(folder):
-            if PARTIAL.fullmatch(name):
+            if is_partial(folder / name):
                 shutil.rmtree(folder / name)
         yield sorted(set(os.listdir(folder)) - {LOCK})
     finally:

@@ -97,8 +97,8 @@ def records_base(adapter: Path) -> bool:
 
 
 def is_trained(adapter: Adapter, base: Base) -> bool:
-    """Whether an adapter changes anything: a B that is not zero, or a weight trained whole that is not the base's."""
-    if any(bool((adapter.params[f"{name}.B"] != 0).any()) for name in adapter.matrices):
+    """Whether an adapter changes anything: an s B that is not zero, or a weight trained whole unlike the base's."""
+    if any(adapter.config.scale(name) and bool((adapter.params[f"{name}.B"] != 0).any()) for name in adapter.matrices):
         return True
     return any(
         not np.array_equal(asnumpy(value), asnumpy(base.weights[name if name in base.weights else "embed.tokens"]))

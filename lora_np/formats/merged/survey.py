@@ -14,12 +14,14 @@ from ...adapter import LoRAConfig, adapted_shapes, fused_parts
 from ...backend import Array, asnumpy, xp
 from ...lora import singular_directions
 from ...model import Config
+from ..adapters.base import load_base_for
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..adapters.peft_config import PATTERNS, READ, check_keys, expressions_in, resolved
 from ..adapters.peft_tensors import PREFIX
 from ..files.json_file import from_fields, read_json
 from ..files.messages import named
 from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
+from ..models.base import Base
 from ..models.names import module_names
 from .base import open_base
 
@@ -69,7 +71,8 @@ def survey(path: str | os.PathLike[str]) -> Survey:
         factors = {key for pair in pairs.values() for key in pair}
         for key in sorted(factors - file.shapes.keys()):
             raise ValueError(f"{file.path}: the tensor {key} is missing")
-        whole = sorted(key.removeprefix(PREFIX) for key in file.shapes.keys() - factors)
+        others = sorted(file.shapes.keys() - factors)
+        whole = [key.removeprefix(PREFIX) for key in others]
         misnamed = [key for key in whole if "lora_" in key.lower()]
         if misnamed or not pairs:
             raise ValueError(f"{file.path}: expected lora_A and lora_B of each module, got {(misnamed or whole)[:1]}")
@@ -80,6 +83,8 @@ def survey(path: str | os.PathLike[str]) -> Survey:
                 raise ValueError(
                     f"{file.path}: {module.name}: the norm of s B A is too large, with s = {module.scale:g}"
                 )
+        for key in others:
+            file.read_finite(key)
         return Survey(raw, modules, whole)
 
 
@@ -131,11 +136,12 @@ def _effective_rank(sigma: Array) -> float:
 
 
 def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], modules: Sequence[Module]) -> list[float]:
-    """The Frobenius norm of each module's W0, read one by one from the base's folder.
+    """The Frobenius norm of each module's W0, read one by one from the base's folder, or all at once from a .gguf file.
 
     A ValueError names a module that the base lacks, or that has another shape there.
     """
-    opened = open_base(base, [Path(adapter)])
+    is_gguf = Path(base).suffix.lower() == ".gguf"
+    opened: Base = load_base_for(adapter, base) if is_gguf else open_base(base, [Path(adapter)])
     config = opened.config
     names = {theirs: ours for ours, theirs in module_names(config).items()}
     shapes = adapted_shapes(config)
@@ -144,7 +150,7 @@ def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], mo
         ours = names.get(module.name, "")
         if shapes.get(ours) != (module.n_out, module.n_in):
             raise ValueError(
-                f"{adapter}: {module.name}: expected a module of {opened.folder}, got "
+                f"{adapter}: {module.name}: expected a module of {base}, got "
                 + (f"shape {module.n_out} x {module.n_in}, there it is {shapes[ours]}" if ours in shapes else "another")
             )
         weights = [_weight_of(config, part) for part in fused_parts(config, ours)]

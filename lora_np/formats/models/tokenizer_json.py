@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,17 +58,32 @@ def check_tokenizer(raw: Any, tokenizers: Any) -> Limits:
     """What a text may be. A ValueError says what a tokenizer.json may not hold."""
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
-    found = {section: _growth(section, raw.get(section), tokenizers) for section in STEPS}
+    found = {}
+    for section in STEPS:
+        with _typed(section):
+            found[section] = _growth(section, raw.get(section), tokenizers)
     growth = {section: most for section, (most, _) in found.items()}
     normal = growth.pop("normalizer")
     for section, most in [("normalizer", normal / MAX_NORMAL), *((s, g / MAX_GROWTH) for s, g in growth.items())]:
         if most > 1:
             raise ValueError(f"{section}: a text might grow beyond all measure")
-    _check_model(raw.get("model"))
+    with _typed("model"):
+        _check_model(raw.get("model"))
     allowed = MAX_GROWTH / growth["pre_tokenizer"]
     rows = found["pre_tokenizer"][1]
     longest = MAX_ROW // max(1, sum(ways for _, ways in rows))
     return Limits(None if normal <= allowed else allowed, tuple(dict.fromkeys(chars for chars, _ in rows)), longest)
+
+
+@contextmanager
+def _typed(section: str) -> Iterator[None]:
+    """A ValueError in the place of what Python says of a value that has another type than what is read of it."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError(
+            f"{section}: expected each field of its own type, got one that is missing or of another"
+        ) from None
 
 
 def check_merges(merges: Iterable[Any], vocab: Any, prefix: str = "") -> None:
