@@ -378,7 +378,7 @@ def test_a_merge_that_is_killed_leaves_no_folder_that_looks_whole(home):
 
 MEASURE = """
 import pathlib, resource, sys
-import lora_np.formats.merged.merged_folder, ml_dtypes, safetensors.numpy
+import lora_np.formats.merged.folder, ml_dtypes, safetensors.numpy
 
 def peak():
     # Linux hands ru_maxrss on from the process that started this one; VmHWM starts anew.
@@ -388,7 +388,7 @@ def peak():
     return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
 
 before = peak()
-lora_np.formats.merged.merged_folder.merge_folder(sys.argv[1], [sys.argv[2]], [1.0], sys.argv[3])
+lora_np.formats.merged.folder.merge_folder(sys.argv[1], [sys.argv[2]], [1.0], sys.argv[3])
 print(peak() - before)
 """
 LARGE = ln.Config(20000, 64, 12, 8, 512, 2048)
