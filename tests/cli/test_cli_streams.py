@@ -164,8 +164,11 @@ def test_a_file_that_may_not_grow_is_named_and_the_run_goes_on_when_it_may(home,
         statuses.append(status)
         if status == 0:
             break
-        last = err.splitlines()[-1]
-        assert last.startswith("lora-np: ")
+        last = [line for line in err.splitlines() if line.startswith("lora-np: ")][-1]
+        assert err.endswith(f"{last}\n") or sys.version_info < (
+            3,
+            11,
+        )  # whose zipfile says something of its own behind it
         assert str(tmp_path / "out") in last
         assert not (tmp_path / "out").exists() or files(tmp_path / "out").keys() <= {"checkpoint.npz", "task.json"}
     assert statuses == [2] * (len(statuses) - 1) + [0]
