@@ -20,15 +20,17 @@ AnyAdapter: TypeAlias = Adapter | Sequence[Adapter | None] | None
 
 @dataclass(frozen=True, eq=False)
 class AdaptedModel:
-    """What every layer reads of a model with its adapter in place.
+    """A model with its adapter in place.
 
-    weights       the base's; what an adapter trains whole stands in its place
-    updates       of each adapted matrix, by its name
-    trained       the names that get a gradient
-    adapter       the one that is trained; None where it is the weights, or one for each row
-    by_row        whether weights and updates have a row axis: one for each sequence of the batch (L7)
-    dropout_seed  of the dropout masks; None: no dropout, as in evaluation
-    recompute     activation checkpointing: whether backward computes each half block again, from its input
+    Every layer reads it and none writes to it, so one serves many batches and threads at once.
+
+        weights       the base's; what an adapter trains whole stands in its place
+        updates       of each adapted matrix, by its name
+        trained       the names that get a gradient
+        adapter       the one that is trained; None where it is the weights, or one for each row
+        by_row        whether weights and updates have a row axis: one for each sequence of the batch (L7)
+        dropout_seed  of the dropout masks; None: no dropout, as in evaluation
+        recompute     activation checkpointing: whether backward computes each half block again, from its input
     """
 
     config: Config

@@ -32,16 +32,18 @@ class Cache:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The rows of a state: tokens of N sequences, T places each.
+    """The rows of a state.
 
-    index      (M,), the place n*T + t of each row: packed, the state is (M,D); None: it is (N,T,D)
-    t          (N,), where a sequence's one row stands in it (T = 1); None: as index says
-    selected   (N,), which row of the state before it that is; None: the rows are not a selection
-    first      the batch's first sequence among those of the whole step, of which it may be a shard
-    positions  (T,), (N,T) or (M,), rows of the position table; None with rotary positions
-    angles     rotary's cos and sin, (T,K/2) or (N,1,T,K/2) each; None with learned positions
-    mask       (N,S) bool, the keys that count, those before included; None: all
-    cache      the keys and values before, in decoding
+    They are tokens of N sequences, T places each.
+
+        index      (M,), the place n*T + t of each row: packed, the state is (M,D); None: it is (N,T,D)
+        t          (N,), where a sequence's one row stands in it (T = 1); None: as index says
+        selected   (N,), which row of the state before it that is; None: the rows are not a selection
+        first      the batch's first sequence among those of the whole step, of which it may be a shard
+        positions  (T,), (N,T) or (M,), rows of the position table; None with rotary positions
+        angles     rotary's cos and sin, (T,K/2) or (N,1,T,K/2) each; None with learned positions
+        mask       (N,S) bool, the keys that count, those before included; None: all
+        cache      the keys and values before, in decoding
     """
 
     N: int
