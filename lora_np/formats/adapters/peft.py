@@ -86,6 +86,14 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
         return Adapter(lora_config, put_together(model.config, params, names, str(file.path)))
 
 
+def records_base(folder: Path) -> bool:
+    """Whether an adapter's file records which base it was made for; PEFT's own do not."""
+    if not (folder / WEIGHTS).is_file():
+        return False
+    with open_tensors(folder / WEIGHTS) as file:
+        return KEY in file.metadata
+
+
 def _read_params(
     file: TensorFile,
     model: Base,

@@ -38,8 +38,18 @@ FREE = (
     "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision", "task_type",
 )  # fmt: skip
-# Starts that leave the base as it is; the others (PiSSA, OLoRA, ...) change the base's own weights.
-STARTS = (True, False, "gaussian", "orthogonal")
+# Of these, what an adapter that is merged by its modules' names may have on.
+BY_NAME = ("ensure_weight_tying", "eva_config", "lora_bias", "target_parameters", "trainable_token_indices")
+# What is known by another name than its key.
+METHODS = {
+    "use_dora": "DoRA", "alora_invocation_tokens": "aLoRA", "use_bdlora": "BD-LoRA", "use_qalora": "QALoRA",
+    "arrow_config": "Arrow", "corda_config": "CorDA", "loftq_config": "LoftQ", "kasa_config": "KaSA",
+    "lora_ga_config": "LoRA-GA", "velora_config": "VeLoRA", "monteclora_config": "MonteCLoRA",
+}  # fmt: skip
+# Starts that leave the base as it is, and by their first letters those that change the base's own weights.
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+CHANGING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+NEUTRAL = (None, False, "", (), [], {})  # values of a key that is not known with which it says nothing
 # PEFT adds these itself, for whichever of them the model has.
 AUTO_SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 ALL_LINEAR = "all-linear"
@@ -192,18 +202,40 @@ def _task(config: Config, lora_config: LoRAConfig) -> str | None:
 # --- Reading -------------------------------------------------------------------------------------------------------
 
 
-def check_keys(raw: Mapping[str, Any], where: str) -> None:
-    """A ValueError that names a key of the file which is not known, or asks for what is not supported."""
+def check_keys(raw: Mapping[str, Any], where: str, on: Collection[str] = ()) -> None:
+    """A ValueError that names a key of the file which is not known, or asks for what is not supported.
+
+    on: keys of OFF that may be on.
+    """
     if raw.get("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type: expected 'LORA', got {raw.get('peft_type')!r:.60}")
+    _check_start(raw, where)
     for key, value in raw.items():
-        if key not in READ and key not in OFF and key not in FREE:
+        if key not in READ and key not in OFF and key not in FREE and not _is_one_of(value, NEUTRAL):
             raise ValueError(f"{where}: {shown(key)}: not known, so not supported (value {value!r:.60})")
-        if key in OFF and not any(value is off or (value == off and type(value) is type(off)) for off in OFF[key]):
-            raise ValueError(f"{where}: {key}: not supported (expected it to be off, got {value!r:.60})")
+        if key in OFF and key not in on and not _is_one_of(value, OFF[key]):
+            method = f"{METHODS[key]} is " if key in METHODS else ""
+            raise ValueError(f"{where}: {key}: {method}not supported (expected it to be off, got {value!r:.60})")
+
+
+def _check_start(raw: Mapping[str, Any], where: str) -> None:
+    """A ValueError for a start that changes the base: its A and B say only what is added to another base."""
     start = raw.get("init_lora_weights", True)
-    if not any(start is known or (start == known and isinstance(start, str)) for known in STARTS):
+    if _is_one_of(start, STARTS):
+        return
+    name = next((CHANGING[key] for key in CHANGING if isinstance(start, str) and start.lower().startswith(key)), None)
+    if name is None:
         raise ValueError(f"{where}: init_lora_weights: {start!r:.60} is not supported: such starts change the base")
+    raise ValueError(
+        f"{where}: init_lora_weights: {start!r:.60}: {name} is not supported: it changes the base, so A and B are no "
+        "update of the model that it was made from; have PEFT convert it: save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=...)"
+    )
+
+
+def _is_one_of(value: Any, known: Collection[Any]) -> bool:
+    """Whether a value is one of these, and of its type: 0 is not False."""
+    return any(value is one or (value == one and type(value) is type(one)) for one in known)
 
 
 def check_same(raw: Mapping[str, Any], written: Mapping[str, Any], where: str) -> None:

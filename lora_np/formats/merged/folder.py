@@ -10,15 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...model import Config
-from ..adapters.head import label_names
 from ..files.atomic import new_folder
 from ..files.json_file import read_json, write_json
 from ..files.safetensors_writer import write_stream
 from ..files.stamp import changed
 from ..models.base import LazyWeights
 from ..models.folder import CONFIG, own_header, weights_hash
-from ..models.huggingface import MODEL_TYPES
 from ..models.shards import INDEX, stored_tensors
 from .base import own_places
 from .plan import Plan, plan_merge
@@ -71,7 +68,7 @@ def merge_folder(
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, new / name)
         _write_tensors(plan, new)
-        _write_config(plan, paths, new)  # last: without it, no program takes the folder for a model's
+        _write_config(plan, new)  # last: without it, no program takes the folder for a model's
     made = sum(target.kept is None for target in plan.targets)
     return Merged(made, len(plan.targets) - made, left_out)
 
@@ -124,8 +121,8 @@ def _write_tensors(plan: Plan, new: Path) -> None:
         places |= dict.fromkeys(by_key, path.name)
     if not plan.sharded:
         return
-    source = plan.base.folder / INDEX
-    if places.keys() == plan.base.files.tensors.keys():
+    source = plan.folder / INDEX
+    if places.keys() == {key for header in plan.headers.values() for key in header.tensors}:
         _copy_as_read(source, new / INDEX, weight_map=places)
         return
     index = read_json(source)
@@ -135,39 +132,15 @@ def _write_tensors(plan: Plan, new: Path) -> None:
     write_json(new / INDEX, index | {"weight_map": places})
 
 
-def _write_config(plan: Plan, adapters: Sequence[Path], new: Path) -> None:
+def _write_config(plan: Plan, new: Path) -> None:
     """config.json: the base's bytes, unless the model is another."""
-    if plan.base.is_own:
-        tensors = stored_tensors(new)
-        readers = {key: partial(tensors[key].read, str(plan.base.files.dtype)) for key in own_places(plan.config)}
+    if plan.about is None:
+        assert plan.config is not None
+        tensors, own = stored_tensors(new), own_places(plan.config)
+        dtype = "float64" if any(stored.dtype == "F64" for stored in tensors.values()) else "float32"
+        readers = {key: partial(tensors[key].read, dtype) for key in own}
         write_json(new / CONFIG, own_header(plan.config, weights_hash(LazyWeights(readers))))
-        return
-    raw = merged_config(plan.base.raw, plan.base.files.saved, plan.config, _labels(plan.config, adapters))
-    if raw == plan.base.raw:
-        _copy_as_read(plan.base.folder / CONFIG, new / CONFIG, **raw)
+    elif plan.about == plan.raw:
+        _copy_as_read(plan.folder / CONFIG, new / CONFIG, **plan.about)
     else:
-        write_json(new / CONFIG, raw)
-
-
-def _labels(config: Config, adapters: Sequence[Path]) -> tuple[str, ...] | None:
-    """The names of the labels, from the first adapter that has them."""
-    return next((labels for path in adapters if (labels := label_names(path, config)) is not None), None)
-
-
-def merged_config(
-    raw: Mapping[str, Any], saved: Config, config: Config, labels: Sequence[str] | None
-) -> dict[str, Any]:
-    """A Hugging Face config.json `raw`, which says `saved`, made to say `config`: its head, labels, untied tables."""
-    result = dict(raw)
-    if saved.head != config.head:
-        heads = MODEL_TYPES[raw["model_type"]].heads
-        result["architectures"] = [next(name for name, head in heads.items() if head == config.head)]
-    if labels is None and config.n_labels is not None and config.n_labels != saved.n_labels:
-        labels = [f"LABEL_{i}" for i in range(config.n_labels)]
-    if labels is not None:
-        result["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        result["label2id"] = {label: i for i, label in enumerate(labels)}
-        result |= {"num_labels": len(labels)} if "num_labels" in raw else {}
-    if saved.head == "lm" == config.head and saved.tie_head and not config.tie_head:
-        result["tie_word_embeddings"] = False
-    return result
+        write_json(new / CONFIG, plan.about)

@@ -7,26 +7,32 @@ time and rounded once to the file's dtype, in the place of W0's own copy: one te
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...adapter import Adapter, Change, merge_plan
+from ...adapter import Change, merge_plan
 from ...backend import Array, asnumpy, blocks, xp
 from ...lora import Update, merge_matrix
 from ...model import Config
 from ..adapters.adapter import load_adapter
-from ..files.rounding import numpy_dtype, rounded
+from ..adapters.contents import Contents, read_contents
+from ..adapters.head import MODULES, label_names
+from ..adapters.peft import records_base
+from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..files.safetensors_file import Header
 from ..files.safetensors_writer import new_header
+from ..models.folder import MODEL_TYPE, read_any_header
 from ..models.heads import taken
-from ..models.huggingface import Place
+from ..models.huggingface import MODEL_TYPES, Place
 from ..models.names import family_of
-from ..models.shards import WEIGHTS, Stored
+from ..models.shards import WEIGHTS, Stored, stored_tensors
 from .base import Opened, check_complete, open_base
+from .by_name import Changed, changes_of
+from .config import merged_config
 
 
 class Rows(NamedTuple):
@@ -90,10 +96,12 @@ class Target:
         """The tensor block by block, in our orientation, and what it is to be; `start` is the source, or `tensor`."""
         assert self.place is not None
         if self.place.transposed:
-            tensor, start = tensor.T, start.T
+            tensor, start = tensor.swapaxes(-1, -2), start.swapaxes(-1, -2)
         for name, part in self.place.parts.items():
             change = self.changes.get(name, Change(name, None, ()))
             W, W0 = tensor[part], start[part] if change.whole is None else asnumpy(change.whole)
+            if W.ndim == 1 and change.updates:  # a bias as a matrix of one column
+                W, W0 = W[:, None], W0[:, None]
             factors = [u._replace(A=u.A.astype(xp.float64), B=u.B.astype(xp.float64)) for u in change.updates]
             for rows in blocks(len(W), math.prod(W.shape[1:])):
                 yield Rows(W[rows], W0[rows].astype(np.float64), [u._replace(B=u.B[rows]) for u in factors])
@@ -111,13 +119,23 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A merge: the base, the adapters, the merged model's configuration, and its tensors by the base's files."""
+    """A merge: the base, and the merged model's tensors by the base's files.
 
-    base: Opened
-    adapters: Sequence[Adapter]
-    config: Config
+    folder, raw  the base's folder, and its config.json
+    config       the merged model's, where it can be run; None: it is known by its tensors' names alone
+    about        the merged model's config.json; None: it is one of our own, which says its weights' hash
+    scales       s, r, and whether s is alpha / sqrt(r), of all adapted modules
+    remarks      what is wrong with the adapters, though they can be merged
+    """
+
+    folder: Path
+    raw: Mapping[str, Any]
+    config: Config | None
+    about: Mapping[str, Any] | None
     headers: Mapping[Path, Header]
     files: Mapping[Path, Sequence[Target]]
+    scales: Collection[tuple[float, int, bool]]
+    remarks: Sequence[str] = ()
 
     @property
     def targets(self) -> list[Target]:
@@ -137,17 +155,85 @@ class Plan:
         return new_header({t.key: (t.dtype, t.shape, t.size()) for t in targets}, header.metadata)
 
 
+def check_weights(n: int, weights: Sequence[float]) -> None:
+    """A ValueError unless there is a finite weight for each of n adapters."""
+    if not n or n != len(weights):
+        raise ValueError(f"merge: expected a weight for each adapter, got {n} and {len(weights)}")
+    if not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"merge: expected finite weights, got {' '.join(map(str, weights))}")
+
+
 def plan_merge(base_path: Path, adapter_paths: Sequence[Path], weights: Sequence[float]) -> Plan:
     """Reads adapters, without the base's weights, and says what each tensor of the merged model is.
 
-    A ValueError or FileNotFoundError, in one line, says what does not fit, and where.
+    What PEFT wrote is merged by its modules' names, whatever the architecture; what tells our own names, or brings
+    another head, onto a model that can be run. A ValueError or FileNotFoundError, in one line, says what does not fit.
     """
+    check_weights(len(adapter_paths), weights)
+    by_name = _by_name(base_path, adapter_paths)
+    return _plan_by_name(base_path, *by_name, weights) if by_name else _plan_run(base_path, adapter_paths, weights)
+
+
+def _by_name(base_path: Path, paths: Sequence[Path]) -> tuple[Mapping[str, Any], dict[str, Stored], list[Contents]] | None:
+    """The base's config.json and tensors, and the adapters, where all are to be merged by name."""
+    if base_path.suffix.lower() == ".gguf" or not all(path.is_dir() and not records_base(path) for path in paths):
+        return None
+    raw = read_any_header(base_path)
+    if raw["model_type"] == MODEL_TYPE:
+        return None
+    adapters, tensors = [read_contents(path) for path in paths], stored_tensors(base_path)
+    if raw["model_type"] in MODEL_TYPES and any(_brings_head(adapter, tensors) for adapter in adapters):
+        return None
+    return raw, tensors, adapters
+
+
+def _brings_head(adapter: Contents, tensors: Mapping[str, Stored]) -> bool:
+    """Whether it has the whole of a head that the base has not."""
+    return any(name.rpartition(".")[0] in MODULES and name not in tensors for name in adapter.whole)
+
+
+def _plan_by_name(
+    folder: Path,
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
+    adapters: Sequence[Contents],
+    weights: Sequence[float],
+) -> Plan:
+    changes = changes_of(folder, raw, tensors, adapters, weights)
+    headers = {stored.path: stored.file.header for stored in tensors.values()}
+    files: dict[Path, list[Target]] = {
+        path: [_by_name_target(key, tensors[key], changes.tensors.get(key)) for key in header.tensors]
+        for path, header in headers.items()
+    }
+    for key, source in changes.added.items():
+        files[tensors[source].path].append(_by_name_target(key, tensors[source], changes.tensors[key]))
+    scales = {
+        (pair.s, pair.rank, bool(adapter.raw.get("use_rslora")))
+        for adapter in adapters
+        for pairs in adapter.pairs.values()
+        for pair in pairs
+    }
+    return Plan(folder, raw, None, changes.config(raw), headers, files, scales, changes.remarks)
+
+
+def _by_name_target(key: str, source: Stored, changed: Changed | None) -> Target:
+    if changed is None or not changed.changes:
+        place = Place(source.shape, False, {key: slice(None)}) if source.dtype in NAMES else None
+        return Target(key, source.shape, source.dtype, source, place, {})
+    is_whole = all(change.whole is not None for change in changed.changes.values())
+    return Target(key, changed.place.shape, source.dtype, None if is_whole else source, changed.place, changed.changes)
+
+
+def _plan_run(base_path: Path, adapter_paths: Sequence[Path], weights: Sequence[float]) -> Plan:
     base = open_base(base_path, adapter_paths)
     adapters = [load_adapter(path, base) for path in adapter_paths]
     check_complete(base, adapters)
     config, changes = merge_plan(base.config, adapters, weights)
     headers = {stored.path: stored.file.header for stored in base.files.tensors.values()}
-    return Plan(base, adapters, config, headers, _targets(base, config, changes, headers))
+    labels = next((found for path in adapter_paths if (found := label_names(path, config)) is not None), None)
+    about = None if base.is_own else merged_config(base.raw, base.files.saved, config, labels)
+    scales = {(a.config.scale(name), a.config.rank(name), a.config.rslora) for a in adapters for name in a.matrices}
+    return Plan(base.folder, base.raw, config, about, headers, _targets(base, config, changes, headers), scales)
 
 
 def _targets(

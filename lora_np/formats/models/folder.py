@@ -125,18 +125,26 @@ def load_model(
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """config.json, of a model type that is supported."""
+    """config.json, of a model type that can be run."""
+    header = read_any_header(folder)
+    found = header.get("model_type")
+    if found not in SUPPORTED:
+        raise ValueError(
+            f"{folder / CONFIG}: model type {found!r:.60} is not supported; supported: {' '.join(SUPPORTED)}"
+        )
+    return header
+
+
+def read_any_header(folder: Path) -> dict[str, Any]:
+    """config.json, of any model type."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
     refuse_pickle(folder, WEIGHTS)
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, got a file")
     header = read_json(folder / CONFIG)
-    found = header.get("model_type")
-    if found not in SUPPORTED:
-        raise ValueError(
-            f"{folder / CONFIG}: model type {found!r:.60} is not supported; supported: {' '.join(SUPPORTED)}"
-        )
+    if not isinstance(header.get("model_type"), str):
+        raise ValueError(f"{folder / CONFIG}: model_type: expected a name, got {header.get('model_type')!r:.60}")
     return header
 
 

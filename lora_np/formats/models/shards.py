@@ -60,15 +60,16 @@ class Stored(NamedTuple):
         return values
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder, by its name. A single file goes before an index.
+def stored_tensors(folder: Path, weights: str = WEIGHTS) -> dict[str, Stored]:
+    """Every tensor of a folder, by its name. The single file `weights` goes before an index.
 
     A ValueError or FileNotFoundError names the file, and the tensor, that is missing, in two files or in none.
     """
-    refuse_pickle(folder, WEIGHTS)
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return _in_file(folder / WEIGHTS)
-    places = _index(folder / INDEX)
+    refuse_pickle(folder, weights)
+    index = f"{weights}.index.json"
+    if (folder / weights).exists() or not (folder / index).exists():
+        return _in_file(folder / weights)
+    places = _index(folder / index)
     tensors: dict[str, Stored] = {}
     for file_name in sorted(set(places.values())):
         found = _in_file(folder / file_name)
@@ -76,10 +77,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             if name in tensors:
                 raise ValueError(f"{stored}: in {tensors[name].path.name} too")
             if places.get(name) != file_name:
-                raise ValueError(f"{stored}: {INDEX} does not say that it is there")
+                raise ValueError(f"{stored}: {index} does not say that it is there")
             tensors[name] = stored
     for name in sorted(places.keys() - tensors.keys()):
-        raise ValueError(f"{folder / places[name]}: the tensor {shown(name)} is missing, which {INDEX} says is there")
+        raise ValueError(f"{folder / places[name]}: the tensor {shown(name)} is missing, which {index} says is there")
     return tensors
 
 

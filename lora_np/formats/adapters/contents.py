@@ -1,0 +1,215 @@
+"""What an adapter's folder says, by the modules' own names, whatever the architecture: PEFT's files, and mlx-lm's.
+
+A module's update needs its name and shape alone (L1): which rank and scale it has, PEFT's rules say by its name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...adapter import LoRAConfig
+from ...backend import Array
+from ..files.json_file import from_fields, read_json
+from ..files.messages import named, shown
+from ..files.safetensors_file import FLOATS, refuse_pickle
+from ..models.shards import Stored, stored_tensors
+from .keys import read_key
+from .peft import CONFIG, WEIGHTS
+from .peft_config import BY_NAME, PATTERNS, READ, check_keys, expressions_in, resolved
+
+MLX_WEIGHTS = "adapters.safetensors"
+
+
+class Pair(NamedTuple):
+    """A and B of one module, as the file has them, in host memory: the update is s B A.
+
+    A (r, in), B (out, r); of a look-up A (r, V), B (D, r); of E experts A (E r, in), B (out, r E).
+    bias: what is added to the module's bias, times s; None: nothing.
+    """
+
+    A: Array
+    B: Array
+    s: float
+    bias: Array | None = None
+    is_look_up: bool = False
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """An adapter, by the names of the base's modules.
+
+    raw       its configuration
+    pairs     A and B of each module; several where several parameters of one module are adapted, the innermost first
+    whole     what is trained whole, by the tensor's name
+    rows      rows of a table that are trained, by its module: their numbers, and the values (n, D)
+    improper  tensors whose keys PEFT would not find: the key there, and PEFT's
+    """
+
+    path: Path
+    raw: Mapping[str, Any]
+    pairs: Mapping[str, list[Pair]]
+    whole: Mapping[str, Array]
+    rows: Mapping[str, tuple[list[int], Array]]
+    improper: Mapping[str, str]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is wrong with the file though it can be read, in a line each."""
+        if not self.improper:
+            return []
+        found, proper = next(iter(self.improper.items()))
+        return [
+            f"{len(self.improper)} tensors have names under which PEFT finds nothing, so that it would change nothing: "
+            f"got {shown(found)}, expected {shown(proper)}"
+        ]
+
+
+@named
+def read_contents(path: str | os.PathLike[str]) -> Contents:
+    """Reads an adapter's folder. A FileNotFoundError or ValueError, in one line, says what is missing or damaged."""
+    folder = Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected an adapter's folder, with {CONFIG} and {WEIGHTS}, got a file")
+    raw = read_json(folder / CONFIG)
+    if "fine_tune_type" in raw:
+        return _read_mlx(folder, raw)
+    check_keys(raw, str(folder / CONFIG), on=BY_NAME)
+    refuse_pickle(folder, WEIGHTS)
+    tensors = stored_tensors(folder, WEIGHTS)
+    if not tensors:
+        raise ValueError(f"{folder / WEIGHTS}: holds no tensors: this adapter changes nothing")
+    keys = {key: found for key in tensors if (found := read_key(key)) is not None}
+    factors: dict[tuple[str, int], dict[str, Stored]] = {}
+    whole: dict[str, Array] = {}
+    tokens: dict[str, Array] = {}
+    for key, (module, part, depth, _) in keys.items():
+        if part == "tokens":
+            tokens[module] = _finite(tensors[key])
+        elif part:
+            if part in factors.setdefault((module, depth), {}):
+                raise ValueError(f"{tensors[key]}: {module} has another {part} in this file")
+            factors[module, depth][part] = tensors[key]
+        elif module in whole:
+            raise ValueError(f"{tensors[key]}: {module} is there twice")
+        else:
+            whole[module] = _finite(tensors[key])
+    if not factors and not whole and not tokens:
+        raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of each module, got {shown(next(iter(tensors)))}")
+    pairs = _pairs(raw, factors, folder)
+    nested = bool(raw.get("target_parameters"))
+    proper = {key: found.proper if nested else found.alone for key, found in keys.items()}
+    improper = {key: name for key, name in proper.items() if key != name}
+    return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder), improper)
+
+
+def _pairs(
+    raw: Mapping[str, Any], factors: Mapping[tuple[str, int], Mapping[str, Stored]], folder: Path
+) -> dict[str, list[Pair]]:
+    """A and B of each module, with its scale."""
+    found: dict[str, list[tuple[Stored, Stored, Stored | None, bool]]] = {}
+    for (module, _), parts in sorted(factors.items(), key=lambda item: -item[0][1]):  # the innermost has most wrappers
+        is_look_up = "embedding_A" in parts
+        names = ("embedding_A", "embedding_B") if is_look_up else ("A", "B")
+        for name in names:
+            if name not in parts:
+                raise ValueError(f"{folder / WEIGHTS}: {shown(module)}: the tensor lora_{name} is missing")
+        A, B = (parts[name] for name in names)
+        if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1] or min(A.shape + B.shape) < 1:
+            sharded = "; shards of a training were not gathered before it was saved" if 0 in A.shape + B.shape else ""
+            raise ValueError(f"{A}: expected A (r, in) and B (out, r), got A {A.shape} and B {B.shape}{sharded}")
+        found.setdefault(module, []).append((A, B, parts.get("bias"), is_look_up))
+    scales = _scales(raw, {m: [A.shape[0] for A, *_ in several] for m, several in found.items()}, str(folder / CONFIG))
+    return {
+        module: [
+            Pair(_finite(A), _finite(B), scales[module], None if bias is None else _finite(bias), is_look_up)
+            for A, B, bias, is_look_up in several
+        ]
+        for module, several in found.items()
+    }
+
+
+def _scales(raw: Mapping[str, Any], ranks: Mapping[str, list[int]], where: str) -> dict[str, float]:
+    """s of each module (L1), whose ranks are those of its tensors; a ValueError if the configuration has others.
+
+    Several experts of one parameter have a multiple of it.
+    """
+    fields = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "bias": "bias", "rslora": "use_rslora"}
+    config = from_fields(LoRAConfig, {ours: raw.get(key, READ[key]) for ours, key in fields.items()}, where)
+    same = {name: name for name in ranks}
+    fits = expressions_in(raw, PATTERNS, list(ranks), where)
+    said = resolved(raw, "rank_pattern", same, config.r, fits, where)
+    alphas = resolved(raw, "alpha_pattern", same, config.alpha, fits, where)
+    scales = {}
+    for name, found in ranks.items():
+        r, has_experts = said[name], bool(raw.get("target_parameters"))
+        if type(r) is not int or r < 1 or any(rank != r and not (has_experts and rank % r == 0) for rank in found):
+            raise ValueError(f"{where}: {shown(name)}: expected rank {found[0]}, as its tensors have, got {r!r:.60}")
+        scales[name] = alphas[name] / (math.sqrt(r) if config.rslora else r)
+    return scales
+
+
+def _token_rows(raw: Mapping[str, Any], tokens: Mapping[str, Array], folder: Path) -> dict[str, tuple[list[int], Array]]:
+    """The rows of each table that are trained."""
+    said, where = raw.get("trainable_token_indices"), f"{folder / CONFIG}: trainable_token_indices"
+    rows = {}
+    for module, values in tokens.items():
+        numbers = said
+        if isinstance(said, dict):
+            numbers = next((said[name] for name in said if module == name or module.endswith(f".{name}")), None)
+        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"{where}: expected the tokens of {shown(module)}, got {numbers!r:.60}")
+        if values.ndim != 2 or len(values) != len(numbers):
+            raise ValueError(f"{where}: expected {values.shape[:1]} tokens of {shown(module)}, got {len(numbers)}")
+        rows[module] = numbers, values
+    return rows
+
+
+def _finite(stored: Stored) -> Array:
+    """A tensor, as it is stored."""
+    if stored.dtype not in FLOATS:
+        raise ValueError(f"{stored}: expected one of {' '.join(FLOATS)}, got {stored.dtype}")
+    values = stored.read_raw()
+    if not np.isfinite(values).all():
+        raise ValueError(f"{stored}: holds NaN or infinite numbers")
+    return values
+
+
+def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
+    """mlx-lm's adapter: lora_a (in, r) and lora_b (r, out) of each module, and one scale s."""
+    where, kind = str(folder / CONFIG), raw["fine_tune_type"]
+    if kind != "lora":
+        raise ValueError(f"{where}: fine_tune_type: expected 'lora', got {kind!r:.60}")
+    parameters = raw.get("lora_parameters")
+    s = parameters.get("scale") if isinstance(parameters, dict) else None
+    if not isinstance(s, (int, float)) or isinstance(s, bool):
+        raise ValueError(f"{where}: lora_parameters: expected an object with scale, a number, got {parameters!r:.60}")
+    tensors = stored_tensors(folder, MLX_WEIGHTS)
+    pairs, whole = {}, {}
+    for key, stored in tensors.items():
+        module, _, part = key.rpartition(".")
+        if part == "lora_a" and f"{module}.lora_b" in tensors:
+            A, B = _finite(stored).T, _finite(tensors[f"{module}.lora_b"]).T
+            if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+                raise ValueError(f"{stored}: expected lora_a (in, r) and lora_b (r, out), got {A.shape[::-1]}")
+            pairs[module] = [Pair(A, B, float(s))]
+        elif part in ("lora_a", "lora_b"):
+            if f"{module}.lora_a" not in tensors or f"{module}.lora_b" not in tensors:
+                raise ValueError(f"{stored}: expected lora_a and lora_b of the module, got one of them")
+        else:
+            whole[key] = _finite(stored)
+    if not pairs:
+        raise ValueError(f"{folder / MLX_WEIGHTS}: expected lora_a and lora_b of each module, got none")
+    return Contents(folder, raw, pairs, whole, {}, {})

@@ -1,0 +1,28 @@
+"""config.json of a merged model that can be run: the base's, made to say its head, its labels, its untied tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...model import Config
+from ..models.huggingface import MODEL_TYPES
+
+
+def merged_config(
+    raw: Mapping[str, Any], saved: Config, config: Config, labels: Sequence[str] | None
+) -> dict[str, Any]:
+    """A Hugging Face config.json `raw`, which says `saved`, made to say `config`: its head, labels, untied tables."""
+    result = dict(raw)
+    if saved.head != config.head:
+        heads = MODEL_TYPES[raw["model_type"]].heads
+        result["architectures"] = [next(name for name, head in heads.items() if head == config.head)]
+    if labels is None and config.n_labels is not None and config.n_labels != saved.n_labels:
+        labels = [f"LABEL_{i}" for i in range(config.n_labels)]
+    if labels is not None:
+        result["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        result["label2id"] = {label: i for i, label in enumerate(labels)}
+        result |= {"num_labels": len(labels)} if "num_labels" in raw else {}
+    if saved.head == "lm" == config.head and saved.tie_head and not config.tie_head:
+        result["tie_word_embeddings"] = False
+    return result
