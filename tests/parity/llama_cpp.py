@@ -1,22 +1,21 @@
 """llama.cpp as a peer: small models in its files, and what it makes of them, in float32 throughout."""
 
-import json
 import warnings
 
 import numpy as np
 import pytest
 
-from lora_np.formats.adapters.gguf import in_pairs, tensor_name
-
 REASON = "a peer: pip install lora-np[peers]"
 gguf = pytest.importorskip("gguf", reason=REASON)
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # what the peer says about itself at import
     xllamacpp = pytest.importorskip("xllamacpp", reason=REASON)
+
+PROMPT = [1, 5, 17, 200, 33]
 
 
 class Runner:
-    """A model in llama.cpp, with adapters' files or none: float32 in keys, values and products, one thread."""
+    """A model in llama.cpp, with adapters' files or none: keys, values and products in float32, one thread."""
 
     def __init__(self, model, *adapters, scale=1.0):
         params = xllamacpp.CommonParams()
@@ -36,10 +35,27 @@ class Runner:
             "cache_prompt": False, "ignore_eos": True,
         }  # fmt: skip
         answer = self._server.handle_completions(asked)
-        answer = json.loads(answer) if isinstance(answer, str) else answer
         said = answer["choices"][0]["logprobs"]["content"]
         logprobs = np.full((n, vocab_size), np.nan)
         for row, place in zip(logprobs, said, strict=True):
             for one in place["top_logprobs"]:
                 row[one["id"]] = one["logprob"]
         return [place["id"] for place in said], logprobs
+
+
+def write_model(path, architecture, keys, tensors, vocab_size):
+    """A model's file with a vocabulary of words, as llama.cpp needs one. keys: without the architecture's name."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{architecture}.{key}", value)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", "<0x0A>", *(f"t{i}" for i in range(vocab_size - 4))])
+    writer.add_token_scores([0.0] * vocab_size)
+    writer.add_token_types([2, 3, 3, 6] + [1] * (vocab_size - 4))
+    for name, value in tensors.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

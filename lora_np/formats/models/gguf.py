@@ -120,10 +120,15 @@ def _check_keys(file: GGUFFile) -> None:
         name = key.removeprefix(f"{ARCHITECTURE}.")
         if name != key and name not in READ and (name not in NEUTRAL or value not in NEUTRAL[name]):
             raise ValueError(f"{file.path}: {key!r:.100} = {value!r:.100} is not supported")
-    if file.metadata.get("split.count", 0) not in (0, 1):
-        raise ValueError(f"{file.path}: split.count: a model in several files is not supported; merge them first")
+    check_one_file(file)
     if "rope_freqs.weight" in file.tensors:
         raise ValueError(f"{file.path}: rope_freqs.weight: rope scaling is not supported")
+
+
+def check_one_file(file: GGUFFile) -> None:
+    """A ValueError if the file is one of several of a model."""
+    if file.metadata.get("split.count", 0) not in (0, 1):
+        raise ValueError(f"{file.path}: split.count: a model in several files is not supported; merge them first")
 
 
 def _check_tensors(file: GGUFFile, config: Config) -> None:

@@ -20,6 +20,7 @@ from ...backend import Array, DType
 from ..files.stamp import changed, open_unchanged, stamp
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
+COUNT_AT = 8  # where the number of tensors stands
 MAX_HEADER_BYTES = 64 * 2**20
 AHEAD = 2**20  # bytes of it that are read at once
 MAX_TEXT_BYTES = 2**20
@@ -311,6 +312,18 @@ class GGUFFile:
         shape = tuple(self._number("Q", f"the shape of {name}") for _ in range(n_dims))
         kind = self._number("I", f"the type of {name}")
         return Tensor(name, shape[::-1], kind, self._number("Q", f"the offset of {name}"))
+
+
+def tensor_entry(tensor: Tensor) -> bytes:
+    """A tensor's entry as a header has it; offset: from where the tensors' data start."""
+    name, shape = tensor.name.encode(), tensor.shape[::-1]
+    numbers = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.kind, tensor.offset)
+    return struct.pack("<Q", len(name)) + name + numbers
+
+
+def with_count(header: bytes, n_tensors: int) -> bytes:
+    """A header that says how many tensors there are."""
+    return header[:COUNT_AT] + struct.pack("<Q", n_tensors) + header[COUNT_AT + 8 :]
 
 
 def aligned(at: int, alignment: int) -> int:

@@ -1,0 +1,162 @@
+"""A GGUF file with adapters merged into it: the base's bytes, but for the tensors that are adapted.
+
+A tensor in F32, F16 or BF16 becomes W0 + sum_i w_i s_i B_i A_i, summed in float64 and rounded once to its own type, in
+its own place. A quantised one would have to be quantised anew, which loses what the adapter learned: it is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...backend import Array, asnumpy, blocks, xp
+from ...lora import Update, merge_matrix
+from ...model import Config
+from ..adapters.adapter import kind_of, load_adapter
+from ..adapters.gguf import read_updates, tensor_updates
+from ..adapters.head import brought_by
+from ..files.atomic import new_file
+from ..files.messages import shown
+from ..files.rounding import NAMES, numpy_dtype, rounded
+from ..models.gguf import ARCHITECTURE, check_one_file, open_weights
+from ..models.gguf import NAMES as TENSORS
+from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, aligned, open_gguf, tensor_entry, with_count
+
+TABLE, HEAD = TENSORS["embed.tokens"], TENSORS["head.weight"]
+UNTIED = ("llama", "gpt2")  # architectures whose head stands in output.weight where it is not the token table
+
+
+class MergedFile(NamedTuple):
+    """What a merge did: how many tensors it made, and how many are the base's bytes."""
+
+    made: int
+    kept: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """A base (see `Base`) in a GGUF file."""
+
+    config: Config
+    weights: Mapping[str, Array]
+    dtype: np.dtype[Any]
+
+
+def merge_gguf(
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float],
+    out: str | os.PathLike[str],
+) -> MergedFile:
+    """L5: writes a .gguf base with adapters merged into it, W0 + sum_i w_i s_i B_i A_i, as a new .gguf file.
+
+    Adapters in .gguf fit a base of any architecture, by the names of its tensors; the others one of llama's. Version,
+    metadata, alignment, order, and what no adapter touches keep their bytes. An update of the token table or of the
+    head unties the two where they were one: output.weight comes behind the other tensors. No more is held than one
+    tensor and the adapters. A FileExistsError if there is anything at `out`; a ValueError or FileNotFoundError, in one
+    line, says what does not fit, and where.
+    """
+    target = Path(out)
+    if target.suffix.lower() != ".gguf":
+        raise ValueError(f"{target}: expected a name that ends in .gguf, as the base's does")
+    with new_file(target) as temporary, open_gguf(Path(base)) as file:
+        check_one_file(file)
+        file.check_tensors()
+        updates: dict[str, list[Update]] = {}
+        for path, w in zip(map(Path, adapters), weights, strict=True):
+            for name, update in _updates(file, path).items():
+                updates.setdefault(name, []).append(update._replace(s=w * update.s))
+        for name, its_updates in updates.items():
+            _check(file, name, its_updates)
+        is_tied = HEAD not in file.tensors and {TABLE, HEAD} & updates.keys()
+        _write(file, updates, temporary, is_new_head=bool(is_tied))
+    made = len(updates) + (bool(is_tied) and HEAD not in updates)
+    return MergedFile(made, len(file.tensors) + bool(is_tied) - made)
+
+
+def _updates(file: GGUFFile, path: Path) -> dict[str, Update]:
+    """An adapter's updates by the names of the base's tensors."""
+    architecture = file.get("general.architecture", str)
+    if kind_of(path) == "gguf":
+        with open_gguf(path) as found:
+            if found.get("general.architecture", str) != architecture:
+                raise ValueError(
+                    f"{path}: made for another base: its architecture is "
+                    f"{found.get('general.architecture', str)!r:.60}, {file.path}'s is {architecture!r:.60}"
+                )
+            return read_updates(found)
+    if architecture != ARCHITECTURE:
+        raise ValueError(
+            f"{file.path}: architecture {architecture!r:.60}: only adapters in .gguf can be merged onto it, by the "
+            f"names of its tensors; onto {ARCHITECTURE} others too"
+        )
+    dtype = "float64" if brought_by(path).is_double else "float32"
+    config, weights = open_weights(file, dtype)
+    adapter = load_adapter(path, _Opened(config, weights, np.dtype(dtype)))
+    for name in adapter.whole:
+        raise ValueError(f"{path}: {name} is trained whole: only A and B can be merged onto a .gguf file")
+    return tensor_updates(config, adapter)
+
+
+def _check(file: GGUFFile, name: str, updates: Sequence[Update]) -> None:
+    """A ValueError unless the tensor, or the table that a new head starts from, can be adapted by these."""
+    source = _source(file, name)
+    if source is None:
+        raise ValueError(f"{file.path}: the adapter is for a tensor that is not there: {shown(name)}")
+    kind = TENSOR_TYPES[source.kind].name
+    if kind not in NAMES:
+        raise ValueError(
+            f"{file.path}: {source.name}: quantised ({kind}): the merged tensor would have to be quantised anew, which "
+            "loses what the adapter learned; merge onto a file in F32, F16 or BF16, or keep the adapter beside this one"
+        )
+    for update in updates:
+        shape = update.B.shape[0], update.A.shape[1]
+        if source.shape != shape:
+            raise ValueError(f"{file.path}: {name}: expected shape {shape}, as the adapter has it, got {source.shape}")
+
+
+def _source(file: GGUFFile, name: str) -> Tensor | None:
+    """The base's tensor that a merged one starts from: for a head that was tied, the table."""
+    if name in file.tensors:
+        return file.tensors[name]
+    can_be_tied = file.get("general.architecture", str) in UNTIED
+    return file.tensors.get(TABLE) if name == HEAD and can_be_tied else None
+
+
+def _write(file: GGUFFile, updates: Mapping[str, Sequence[Update]], path: Path, *, is_new_head: bool) -> None:
+    """The merged file: the base's bytes, merged tensors in their places, and a new head behind them."""
+    with open(path, "xb") as new:
+        if is_new_head:
+            head = file.tensors[TABLE]._replace(name=HEAD, offset=aligned(file.size, file.alignment) - file.data_start)
+            header = with_count(file.header, len(file.tensors) + 1) + tensor_entry(head)
+            new.write(header + bytes(aligned(len(header), file.alignment) - len(header)))
+        else:
+            new.writelines(file.parts(0, file.data_start))
+        at = file.data_start
+        for tensor in sorted((file.tensors[name] for name in updates if name in file.tensors), key=lambda t: t.offset):
+            new.writelines(file.parts(at, tensor.offset))
+            merged = _merged(file, tensor, updates[tensor.name])
+            new.write(merged.data)
+            at = tensor.offset + merged.nbytes
+        new.writelines(file.parts(at, file.size))
+        if is_new_head:
+            new.write(bytes(aligned(file.size, file.alignment) - file.size))
+            new.write(_merged(file, file.tensors[TABLE], updates.get(HEAD, ())).data)
+
+
+def _merged(file: GGUFFile, source: Tensor, updates: Sequence[Update]) -> Array:
+    """A tensor's bytes with its updates, uint8; a ValueError if one of its numbers is NaN or infinite."""
+    dtype = numpy_dtype(TENSOR_TYPES[source.kind].name)
+    values = file.read_raw(source.name).view(dtype)
+    for rows in blocks(*values.shape):
+        W0 = xp.asarray(values[rows].astype(np.float64))
+        parts = [update._replace(A=xp.asarray(update.A), B=xp.asarray(update.B[rows])) for update in updates]
+        values[rows] = rounded(asnumpy(merge_matrix(W0, *parts)), dtype)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{file.path}: {source.name}: a merged weight is NaN, infinite, or too large for {dtype}")
+    return values.reshape(-1).view(np.uint8)
