@@ -28,7 +28,7 @@ from ..models.gguf import NAMES as TENSORS
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, aligned, open_gguf, tensor_entry, with_count
 
 TABLE, HEAD = TENSORS["embed.tokens"], TENSORS["head.weight"]
-UNTIED = ("llama", "gpt2")  # architectures whose head stands in output.weight where it is not the token table
+HEADLESS = ("bert",)  # architectures without one
 
 
 class MergedFile(NamedTuple):
@@ -71,12 +71,15 @@ def merge_gguf(
         for path, w in zip(map(Path, adapters), weights, strict=True):
             for name, update in _updates(file, path).items():
                 updates.setdefault(name, []).append(update._replace(s=w * update.s))
+        is_new_head = _needs_head(file, updates)
         for name, its_updates in updates.items():
-            _check(file, name, its_updates)
-        is_tied = HEAD not in file.tensors and {TABLE, HEAD} & updates.keys()
-        _write(file, updates, temporary, is_new_head=bool(is_tied))
-    made = len(updates) + (bool(is_tied) and HEAD not in updates)
-    return MergedFile(made, len(file.tensors) + bool(is_tied) - made)
+            source = file.tensors.get(TABLE if is_new_head and name == HEAD else name)
+            if source is None:
+                raise ValueError(f"{file.path}: the adapter is for a tensor that is not there: {shown(name)}")
+            _check(file, source, its_updates)
+        _write(file, updates, temporary, is_new_head=is_new_head)
+    made = len(updates.keys() | {HEAD}) if is_new_head else len(updates)
+    return MergedFile(made, len(file.tensors) + is_new_head - made)
 
 
 def _updates(file: GGUFFile, path: Path) -> dict[str, Update]:
@@ -103,11 +106,21 @@ def _updates(file: GGUFFile, path: Path) -> dict[str, Update]:
     return tensor_updates(config, adapter)
 
 
-def _check(file: GGUFFile, name: str, updates: Sequence[Update]) -> None:
-    """A ValueError unless the tensor, or the table that a new head starts from, can be adapted by these."""
-    source = _source(file, name)
-    if source is None:
-        raise ValueError(f"{file.path}: the adapter is for a tensor that is not there: {shown(name)}")
+def _needs_head(file: GGUFFile, updates: Mapping[str, object]) -> bool:
+    """Whether the head is the token table, and no longer; a ValueError where that is not known."""
+    if HEAD in file.tensors or not {TABLE, HEAD} & updates.keys():
+        return False
+    architecture = file.get("general.architecture", str)
+    if architecture not in (ARCHITECTURE, *HEADLESS):
+        raise ValueError(
+            f"{file.path}: {TABLE}: there is no {HEAD}, and whether its head is that table is not known here for "
+            f"{architecture!r:.60}, only for {ARCHITECTURE}"
+        )
+    return architecture == ARCHITECTURE and TABLE in file.tensors
+
+
+def _check(file: GGUFFile, source: Tensor, updates: Sequence[Update]) -> None:
+    """A ValueError unless a tensor can be adapted by these."""
     kind = TENSOR_TYPES[source.kind].name
     if kind not in NAMES:
         raise ValueError(
@@ -117,15 +130,9 @@ def _check(file: GGUFFile, name: str, updates: Sequence[Update]) -> None:
     for update in updates:
         shape = update.B.shape[0], update.A.shape[1]
         if source.shape != shape:
-            raise ValueError(f"{file.path}: {name}: expected shape {shape}, as the adapter has it, got {source.shape}")
-
-
-def _source(file: GGUFFile, name: str) -> Tensor | None:
-    """The base's tensor that a merged one starts from: for a head that was tied, the table."""
-    if name in file.tensors:
-        return file.tensors[name]
-    can_be_tied = file.get("general.architecture", str) in UNTIED
-    return file.tensors.get(TABLE) if name == HEAD and can_be_tied else None
+            raise ValueError(
+                f"{file.path}: {source.name}: expected shape {shape}, as the adapter has it, got {source.shape}"
+            )
 
 
 def _write(file: GGUFFile, updates: Mapping[str, Sequence[Update]], path: Path, *, is_new_head: bool) -> None:
