@@ -15,9 +15,12 @@ PROMPT = [1, 5, 17, 200, 33]
 
 
 class Runner:
-    """A model in llama.cpp, with adapters' files or none: keys, values and products in float32, one thread."""
+    """A model in llama.cpp, with adapters' files or none: keys, values and products in float32, one thread.
 
-    def __init__(self, model, *adapters, scale=1.0):
+    pooled: for `mean_state`; without it, for `greedy`
+    """
+
+    def __init__(self, model, *adapters, scale=1.0, pooled=False):
         params = xllamacpp.CommonParams()
         params.model.path = str(model)
         params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 128, 1, False, -1
@@ -26,6 +29,8 @@ class Runner:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.no_extra_bufts, params.fit_params = True, False
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), scale) for path in adapters]
+        if pooled:
+            params.embedding, params.pooling_type = True, xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
         self._server = xllamacpp.Server(params)
 
     def greedy(self, tokens, n, vocab_size):
@@ -42,17 +47,24 @@ class Runner:
                 row[one["id"]] = one["logprob"]
         return [place["id"] for place in said], logprobs
 
+    def mean_state(self, tokens):
+        """The mean of the last layer's states (D,)."""
+        asked = {"input": list(map(int, tokens)), "encoding_format": "float", "embd_normalize": -1}
+        return np.array(self._server.handle_embeddings(asked)["data"][0]["embedding"])
+
 
 def write_model(path, architecture, keys, tensors, vocab_size):
     """A model's file with a vocabulary of words, as llama.cpp needs one. keys: without the architecture's name."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{architecture}.{key}", value)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", "<0x0A>", *(f"t{i}" for i in range(vocab_size - 4))])
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        add[type(value)](f"{architecture}.{key}", value)
+    first = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] if architecture == "bert" else ["<unk>", "<s>", "</s>", "\n"]
+    writer.add_tokenizer_model("bert" if architecture == "bert" else "llama")
+    writer.add_token_list([*first, *(f"t{i}" for i in range(vocab_size - len(first)))])
+    writer.add_token_type_count(2)
     writer.add_token_scores([0.0] * vocab_size)
-    writer.add_token_types([2, 3, 3, 6] + [1] * (vocab_size - 4))
+    writer.add_token_types([3] * len(first) + [1] * (vocab_size - len(first)))
     for name, value in tensors.items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()
