@@ -43,7 +43,9 @@ def write(path, config, kind="F32", *, seed=0, keys=None, tensors=None):
     metadata = {key: getattr(config, field) for key, field in KEYS.items()} | (keys or {})
     for key, value in metadata.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-        if value is not None:
+        if key == "general.alignment" and value is not None:
+            writer.add_custom_alignment(value)
+        elif value is not None:
             add[type(value)](key if "." in key and key.startswith("general") else f"llama.{key}", value)
     data = {}
     for name, shape in config.weight_shapes().items():

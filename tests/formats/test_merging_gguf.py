@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
+from strategies import same_bits, seeds
 
 import lora_np as ln
 from lora_np.cli import main
@@ -141,6 +141,33 @@ def test_every_other_byte_is_the_bases(tmp_path, kind, alignment):
         assert merged[offset : offset + size] != data[offset : offset + size]
         data[offset : offset + size] = merged[offset : offset + size]
     assert merged == data
+
+
+def test_a_new_head_behind_a_file_that_ends_early(tmp_path):
+    """The last tensor fills no whole place, and no padding follows it; the version is 2, and stays so."""
+    config = replace(SMALL, tie_head=True, d_model=40)
+    write(tmp_path / "base.gguf", config, keys={"general.alignment": 64})
+    end = max(offset + size for _, offset, size in tensors(tmp_path / "base.gguf").values())
+    assert end % 64
+    data = (tmp_path / "base.gguf").read_bytes()[:end]
+    (tmp_path / "base.gguf").write_bytes(data[:4] + b"\2" + data[5:])
+    model = ln.load_model(tmp_path / "base.gguf")
+    adapter = saved(tmp_path / "ad", model, targets=("head",))
+    merge_gguf(tmp_path / "base.gguf", [tmp_path / "ad"], [1.0], tmp_path / "m.gguf")
+    expected = ln.merge(model, adapter)
+    for name, value in ln.load_model(tmp_path / "m.gguf").weights.items():
+        np.testing.assert_array_equal(ln.asnumpy(value), ln.asnumpy(expected.weights[name]))
+    assert (tmp_path / "m.gguf").read_bytes()[4] == 2
+
+
+@pytest.mark.parametrize("alpha", [0.0, None])
+def test_an_alpha_of_0_is_a_scale_of_1(tmp_path, alpha):
+    base = write_other(tmp_path / "base.gguf", "qwen2", {"a": (6, 5)})
+    keys = {key: value for key, value in (ADAPTER | {"adapter.lora.alpha": alpha}).items() if value is not None}
+    lora = write_other(tmp_path / "x.gguf", "qwen2", {"a.lora_a": (2, 5), "a.lora_b": (6, 2)}, keys)
+    merge_gguf(tmp_path / "base.gguf", [tmp_path / "x.gguf"], [1.0], tmp_path / "m.gguf")
+    due = base["a"] + lora["a.lora_b"] @ lora["a.lora_a"]
+    np.testing.assert_allclose(tensors(tmp_path / "m.gguf")["a"][0], due, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.proves("L5", "L9")
@@ -317,7 +344,7 @@ def test_the_commands(tmp_path, capsys):
     assert "gguf's format, from peft's" in capsys.readouterr().out
     assert main(["convert", "--base", base, "--adapter", x, "--out", str(tmp_path / "back.npz")]) == 0
     found = ln.load_adapter(tmp_path / "back.npz", model)
-    assert all(np.array_equal(found.params[name], value) for name, value in adapter.params.items())
+    assert same_bits(dict(found.params), dict(adapter.params))
     assert main(["merge", "--base", base, "--adapter", x, "--out", str(tmp_path / "m.gguf")]) == 0
     assert "2 tensors are new, 9 are the base's bytes" in capsys.readouterr().out
     ln.save_model(tmp_path / "folder", model)
