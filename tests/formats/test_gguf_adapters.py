@@ -160,6 +160,16 @@ def test_bit_for_bit_where_ratios_are_powers_of_two(tmp_path, kind, fields):
     assert same_bits(dict(found.params), dict(adapter.params))
 
 
+@pytest.mark.parametrize("r", range(1, 12))
+def test_one_scale_for_all_leaves_B_as_it_is(tmp_path, r):
+    """Also where it is no quotient that float32 holds: alpha is rounded, B is not."""
+    adapter = trained(MODELS["llama"], targets=("v", "down"), r=r, alpha=0.7, rslora=True)
+    ln.save_adapter(tmp_path / "x.gguf", adapter, MODELS["llama"])
+    _, found = in_file(tmp_path / "x.gguf")
+    assert same_bits(found["blk.0.attn_v.weight.lora_b"], ln.asnumpy(adapter.params["layers.0.attn.v.B"]))
+    assert same_bits(found["blk.1.ffn_down.weight.lora_b"], ln.asnumpy(adapter.params["layers.1.mlp.down.B"]))
+
+
 def test_what_llama_cpp_asks_of_a_file(tmp_path):
     ln.save_adapter(tmp_path / "x.gguf", trained(MODELS["llama"], targets=("k", "embed"), alpha=12), MODELS["llama"])
     fields, tensors = in_file(tmp_path / "x.gguf")

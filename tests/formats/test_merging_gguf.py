@@ -79,6 +79,22 @@ def test_each_number_is_the_sum_rounded_once(tmp_path_factory, kind, seed):
             assert Fraction(float(found[i, j])) == nearest(Fraction(float(W0[i, j])) + Fraction(update[i, j]), kind)
 
 
+@pytest.mark.proves("L5")
+@pytest.mark.parametrize(("kind", "ulp"), [("F16", 2.0**-10), ("BF16", 2.0**-7)])
+def test_just_above_a_tie(tmp_path, kind, ulp):
+    """1 + ulp/2 + 2^-40 goes up; by way of float32 it would be the tie, and go down to 1."""
+    ones = np.ones((16, 32), np.float32)
+    tensors_of_1 = {"blk.0.attn_v.weight": (gguf.quants.quantize(ones, KINDS[kind]), KINDS[kind])}
+    write(tmp_path / "base.gguf", SMALL, kind, tensors=tensors_of_1)
+    model = ln.load_model(tmp_path / "base.gguf")
+    adapter = trained(model, targets=("v",), r=2, alpha=2)
+    B = np.tile(np.array([ulp / 2, 2.0**-40], np.float32), (16, 1))
+    params = {"layers.0.attn.v.A": np.ones((2, 32), np.float32), "layers.0.attn.v.B": B}
+    ln.save_adapter(tmp_path / "ad", ln.Adapter(adapter.config, params), model)
+    merge_gguf(tmp_path / "base.gguf", [tmp_path / "ad"], [1.0], tmp_path / "m.gguf")
+    assert (tensors(tmp_path / "m.gguf")["blk.0.attn_v.weight"][0] == 1 + ulp).all()
+
+
 @pytest.mark.proves("L5", "T11")
 @pytest.mark.parametrize("suffix", ["", ".npz", ".safetensors", ".gguf"])
 @pytest.mark.parametrize("tie_head", [True, False])
@@ -288,6 +304,23 @@ def test_what_is_refused(home, base, adapter, out, message):
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
     assert sorted(home.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-1], "truncated"), (lambda data: data[:300], "truncated"),
+        (lambda data: data.replace(b"split.xxxxx", b"split.count"), "split.count: a model in several files"),
+    ],
+)  # fmt: skip
+def test_a_base_that_is_damaged_or_in_parts(tmp_path, change, message):
+    write_other(tmp_path / "base.gguf", "qwen2", {"b": (4, 8), "a": (4, 8)}, {"split.xxxxx": "2"})
+    write_other(tmp_path / "x.gguf", "qwen2", {"b.lora_a": (2, 8), "b.lora_b": (4, 2)}, ADAPTER)
+    (tmp_path / "base.gguf").write_bytes(change((tmp_path / "base.gguf").read_bytes()))
+    with pytest.raises(ValueError, match=r"base\.gguf") as caught:
+        merge_gguf(tmp_path / "base.gguf", [tmp_path / "x.gguf"], [1.0], tmp_path / "m.gguf")
+    assert message in str(caught.value)
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_a_sum_that_is_too_large(tmp_path):
