@@ -85,5 +85,5 @@ def add_commands(command: AddCommand) -> None:
     )
 
     p = command("inspect", run_inspect, "what is in an adapter: targets, ranks, norms, is B still zero")
-    p.add_argument("adapter", type=Path, metavar="DIR", help="the adapter's folder")
+    p.add_argument("adapter", type=Path, metavar="PATH", help="the adapter's folder, or .gguf file")
     p.add_argument("--base", type=Path, metavar="DIR", help="a model's folder, or a .gguf file, to compare norms with")

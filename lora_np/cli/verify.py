@@ -30,6 +30,8 @@ SHOWN = 5  # names in one line
 def run_verify(args: argparse.Namespace) -> int:
     if args.ulps < 0:
         raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
+    if args.merged is not None and ".gguf" in (args.base.suffix.lower(), args.merged.suffix.lower()):
+        raise ValueError("--merged: expected a folder, of a base in a folder: merges in .gguf files are not compared")
     modules = survey(args.adapter).modules  # what is missing or damaged is bad input; what does not fit is an answer
     load_model(args.base)
     try:
@@ -159,7 +161,7 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument(
         "--base", type=Path, required=True, metavar="DIR", help="the base: a model's folder, or a .gguf file"
     )
-    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter's folder")
+    p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter's folder, or .gguf file")
     p.add_argument("--merged", type=Path, metavar="DIR", help="a folder that should be the merge of the two")
     p.add_argument("--ulps", type=whole, default=1, help="how far apart an element may be (default: %(default)s)")
     p.add_argument("--prompt", type=utf8, help="what to compare the outputs on (default: a few fixed tokens)")

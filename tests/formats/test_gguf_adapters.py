@@ -14,6 +14,8 @@ from strategies import same_bits
 
 import lora_np as ln
 from lora_np.adapter import fused_parts
+from lora_np.cli import main
+from lora_np.formats.merged.survey import survey
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
 from gguf_files import KINDS, SMALL, entry, info, raw, text, write  # noqa: E402
@@ -394,6 +396,45 @@ def test_a_file_of_ours_that_was_edited(tmp_path):
     config["config"]["alpha"] = 0
     write_theirs(tmp_path / "x.gguf", tensors, header | {"lora_np": json.dumps(config)}, "gpt2")
     assert "its scale is 0" in refusal(tmp_path / "x.gguf", MODELS["gpt2"])
+
+
+# --- A look inside, and does it fit -----------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("L1")
+def test_a_look_inside(tmp_path):
+    """By llama.cpp's names; norms as they are by the model's own."""
+    adapter = trained(MODELS["llama"], targets=("q", "embed"), r=2, alpha=3, layers=(1,))
+    ln.save_adapter(tmp_path / "x.gguf", adapter, MODELS["llama"])
+    found = {module.name: module for module in survey(tmp_path / "x.gguf").modules}
+    assert found.keys() == {"token_embd.weight", "blk.1.attn_q.weight"}
+    for theirs, ours in (("token_embd.weight", "embed.tokens"), ("blk.1.attn_q.weight", "layers.1.attn.q")):
+        A, B = (ln.asnumpy(adapter.params[f"{ours}.{factor}"]).astype("f8") for factor in "AB")
+        module = found[theirs]
+        assert (module.rank, module.scale) == (2, 1.5)
+        assert module.norm_update == pytest.approx(1.5 * np.linalg.norm(B @ A), rel=1e-12)
+    table = found["token_embd.weight"]
+    assert (table.n_out, table.n_in) == (11, 32)
+
+
+def test_commands_that_look(tmp_path, capsys):
+    write(tmp_path / "base.gguf", SMALL)
+    model = ln.load_model(tmp_path / "base.gguf")
+    ln.save_adapter(tmp_path / "x.gguf", trained(model, targets=("q", "down"), r=2), model)
+    write_theirs(tmp_path / "y.gguf", Q)
+    base, x, y = (str(tmp_path / f"{name}.gguf") for name in ("base", "x", "y"))
+    assert main(["inspect", x]) == 0
+    out = capsys.readouterr().out
+    assert "B is not zero" in out
+    assert "blk.0.ffn_down.weight" in out
+    assert main(["verify", "--base", base, "--adapter", x]) == 0
+    assert "fits: yes (names, shapes and the recorded hash of the base)" in capsys.readouterr().out
+    assert main(["verify", "--base", base, "--adapter", y]) == 0
+    assert "the file records no hash of its base" in capsys.readouterr().out
+    assert main(["verify", "--base", base, "--adapter", x, "--merged", base]) == 2
+    assert "merges in .gguf files are not compared" in capsys.readouterr().err
+    assert main(["inspect", base]) == 2
+    assert "general.type: expected adapter" in capsys.readouterr().err
 
 
 # --- Hostile bytes ---------------------------------------------------------------------------------------------------

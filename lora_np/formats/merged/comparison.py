@@ -12,12 +12,14 @@ import numpy as np
 from ...adapter import Adapter
 from ...backend import Array, asnumpy
 from ...model import Config
+from ..adapters.adapter import kind_of
 from ..adapters.header import KEY
 from ..adapters.peft import WEIGHTS as ADAPTER_WEIGHTS
 from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from ..files.safetensors_file import open_tensors
 from ..models.base import Base
 from ..models.folder import CONFIG, MODEL_TYPE, read_header, read_own
+from ..models.gguf_file import open_gguf
 from ..models.huggingface import left_out, places, read_config, with_old_names
 from ..models.names import family_of
 from ..models.shards import Stored, stored_tensors
@@ -91,7 +93,10 @@ class Comparison(NamedTuple):
 
 
 def records_base(adapter: Path) -> bool:
-    """Whether an adapter's file records which base it was made for; PEFT's own do not."""
+    """Whether an adapter's file records which base it was made for; PEFT's and llama.cpp's own do not."""
+    if kind_of(adapter) == "gguf":
+        with open_gguf(adapter) as gguf:
+            return KEY in gguf.metadata
     with open_tensors(adapter / ADAPTER_WEIGHTS) as file:
         return KEY in file.metadata
 

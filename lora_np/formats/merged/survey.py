@@ -1,4 +1,4 @@
-"""What is in an adapter's folder, read without its base."""
+"""What is in an adapter's folder, or in llama.cpp's file of one, read without its base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from ...adapter import LoRAConfig, adapted_shapes, fused_parts
 from ...backend import Array, asnumpy, xp
 from ...lora import singular_directions
 from ...model import Config
+from ..adapters.adapter import kind_of
 from ..adapters.base import load_base_for
+from ..adapters.gguf import ALPHA, read_updates
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..adapters.peft_config import PATTERNS, READ, check_keys, expressions_in, resolved
 from ..adapters.peft_tensors import PREFIX
@@ -22,6 +24,7 @@ from ..files.json_file import from_fields, read_json
 from ..files.messages import named
 from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 from ..models.base import Base
+from ..models.gguf_file import open_gguf
 from ..models.names import module_names
 from .base import open_base
 
@@ -56,8 +59,13 @@ class Survey(NamedTuple):
 
 @named
 def survey(path: str | os.PathLike[str]) -> Survey:
-    """Reads an adapter's folder. A FileNotFoundError or ValueError, in one line, says what is missing or damaged."""
+    """Reads an adapter's folder, or a .gguf file of one, whose modules have the names of the base's tensors there.
+
+    A FileNotFoundError or ValueError, in one line, says what is missing or damaged.
+    """
     folder = Path(path)
+    if kind_of(folder) == "gguf":
+        return _survey_gguf(folder)
     refuse_pickle(folder, WEIGHTS)
     raw = read_json(folder / CONFIG)
     check_keys(raw, str(folder / CONFIG))
@@ -78,14 +86,26 @@ def survey(path: str | os.PathLike[str]) -> Survey:
             raise ValueError(f"{file.path}: expected lora_A and lora_B of each module, got {(misnamed or whole)[:1]}")
         scales = _scales(raw, {name: _rank(file, *keys) for name, keys in pairs.items()}, str(folder / CONFIG))
         modules = [_module(name, _matrix(file, A), _matrix(file, B), scales[name]) for name, (A, B) in pairs.items()]
-        for module in modules:
-            if not math.isfinite(module.norm_update):
-                raise ValueError(
-                    f"{file.path}: {module.name}: the norm of s B A is too large, with s = {module.scale:g}"
-                )
+        _check_norms(modules, file.path)
         for key in others:
             file.read_finite(key)
         return Survey(raw, modules, whole)
+
+
+def _survey_gguf(path: Path) -> Survey:
+    with open_gguf(path) as file:
+        updates, alpha = read_updates(file), file.metadata.get(ALPHA)
+        modules = [_module(name, u.A.astype(np.float64), u.B.astype(np.float64), u.s) for name, u in updates.items()]
+        _check_norms(modules, path)
+        targets = sorted({name.split(".")[-2] for name in updates if "." in name})
+        return Survey({"target_modules": targets, "lora_alpha": alpha}, modules, [])
+
+
+def _check_norms(modules: Sequence[Module], path: Path) -> None:
+    """A ValueError if one is more than a float holds."""
+    for module in modules:
+        if not math.isfinite(module.norm_update):
+            raise ValueError(f"{path}: {module.name}: the norm of s B A is too large, with s = {module.scale:g}")
 
 
 def _scales(raw: dict[str, Any], ranks: dict[str, int], where: str) -> dict[str, float]:
