@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import replace
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -78,3 +79,60 @@ def raw(path, *parts, magic=b"GGUF", version=3, n_tensors=None, n_keys=0):
     """A file by hand: its header's numbers, then these bytes."""
     count = len(parts) - n_keys if n_tensors is None else n_tensors
     path.write_bytes(magic + struct.pack("<IQQ", version, count, n_keys) + b"".join(parts))
+
+
+class Reading:
+    """A file's bytes, taken one after another: the format, read by hand."""
+
+    def __init__(self, path):
+        self.data, self.at = path.read_bytes(), 4
+
+    def number(self, code):
+        (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
+        self.at += struct.calcsize(f"<{code}")
+        return value
+
+    def text(self):
+        length = self.number("Q")
+        self.at += length
+        return self.data[self.at - length : self.at].decode()
+
+    def value(self, kind):
+        if kind == 8:
+            return self.text()
+        if kind == 9:
+            kind = self.number("I")
+            return [self.value(kind) for _ in range(self.number("Q"))]
+        return self.number(gguf_file.SCALARS[kind])
+
+
+class Placed(NamedTuple):
+    """A tensor: its values, decoded, and where its bytes stand."""
+
+    values: np.ndarray
+    offset: int
+    size: int
+
+
+def in_file(path):
+    """-> the metadata by key, with the version as GGUF.version; the tensors by name, in the header's order"""
+    file = Reading(path)
+    fields = {"GGUF.version": file.number("I")}
+    n_tensors, n_keys = file.number("Q"), file.number("Q")
+    for _ in range(n_keys):
+        key = file.text()
+        fields[key] = file.value(file.number("I"))
+    entries = []
+    for _ in range(n_tensors):
+        name = file.text()
+        shape = [file.number("Q") for _ in range(file.number("I"))][::-1]
+        entries.append((name, shape, gguf.GGMLQuantizationType(file.number("I")), file.number("Q")))
+    alignment = fields.get("general.alignment", 32)
+    start = -(-file.at // alignment) * alignment
+    tensors = {}
+    for name, shape, kind, offset in entries:
+        elements, size = gguf.GGML_QUANT_SIZES[kind]
+        row = shape[-1] // elements * size
+        raw = np.frombuffer(file.data, np.uint8, row * int(np.prod(shape[:-1])), start + offset).reshape(-1, row)
+        tensors[name] = Placed(gguf.quants.dequantize(raw, kind).reshape(shape), start + offset, raw.size)
+    return fields, tensors

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import sys
 import tracemalloc
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from lora_np.cli import main
 from lora_np.formats.merged.survey import survey
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
-from gguf_files import KINDS, SMALL, entry, info, raw, text, write  # noqa: E402
+from gguf_files import KINDS, SMALL, entry, in_file, info, raw, text, write  # noqa: E402
 
 LLAMA = replace(SMALL, vocab_size=11, n_layer=2, tie_head=False)
 SIZES = {"vocab_size": 11, "n_positions": 16, "n_layer": 2, "n_head": 4, "d_model": 32, "d_ff": 24}
@@ -52,19 +53,12 @@ def trained(model, **fields):
     )
 
 
-def in_file(path):
-    """The file as the gguf package reads it: metadata by key, and tensors by name."""
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    return fields, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-
-
 def updates(path):
     """(alpha / r) B A of each tensor that is adapted, in float64, as llama.cpp would have it."""
     fields, tensors = in_file(path)
     result = {}
     for name in {name[: -len(".lora_a")] for name in tensors}:
-        a, b = (tensors[f"{name}.lora_{end}"].astype(np.float64) for end in "ab")
+        a, b = (tensors[f"{name}.lora_{end}"].values.astype(np.float64) for end in "ab")
         product = a @ b.T if name == "token_embd.weight" else b @ a
         result[name] = fields["adapter.lora.alpha"] / b.shape[1] * product
     return result
@@ -168,8 +162,8 @@ def test_one_scale_for_all_leaves_B_as_it_is(tmp_path, r):
     adapter = trained(MODELS["llama"], targets=("v", "down"), r=r, alpha=0.7, rslora=True)
     ln.save_adapter(tmp_path / "x.gguf", adapter, MODELS["llama"])
     _, found = in_file(tmp_path / "x.gguf")
-    assert same_bits(found["blk.0.attn_v.weight.lora_b"], ln.asnumpy(adapter.params["layers.0.attn.v.B"]))
-    assert same_bits(found["blk.1.ffn_down.weight.lora_b"], ln.asnumpy(adapter.params["layers.1.mlp.down.B"]))
+    assert same_bits(found["blk.0.attn_v.weight.lora_b"].values, ln.asnumpy(adapter.params["layers.0.attn.v.B"]))
+    assert same_bits(found["blk.1.ffn_down.weight.lora_b"].values, ln.asnumpy(adapter.params["layers.1.mlp.down.B"]))
 
 
 def test_what_llama_cpp_asks_of_a_file(tmp_path):
@@ -180,10 +174,10 @@ def test_what_llama_cpp_asks_of_a_file(tmp_path):
     }  # fmt: skip
     assert fields.items() >= asked.items()
     assert fields["GGUF.version"] == 3
-    assert {name: (value.shape, value.dtype) for name, value in tensors.items()} == {
-        "token_embd.weight.lora_a": ((11, 8), np.float32), "token_embd.weight.lora_b": ((32, 8), np.float32),
-        "blk.0.attn_k.weight.lora_a": ((8, 32), np.float32), "blk.0.attn_k.weight.lora_b": ((16, 8), np.float32),
-        "blk.1.attn_k.weight.lora_a": ((8, 32), np.float32), "blk.1.attn_k.weight.lora_b": ((16, 8), np.float32),
+    assert {name: (found.values.shape, found.size // found.values.size) for name, found in tensors.items()} == {
+        "token_embd.weight.lora_a": ((11, 8), 4), "token_embd.weight.lora_b": ((32, 8), 4),
+        "blk.0.attn_k.weight.lora_a": ((8, 32), 4), "blk.0.attn_k.weight.lora_b": ((16, 8), 4),
+        "blk.1.attn_k.weight.lora_a": ((8, 32), 4), "blk.1.attn_k.weight.lora_b": ((16, 8), 4),
     }  # fmt: skip
 
 
@@ -238,6 +232,14 @@ def test_nothing_is_written_over(tmp_path):
     with pytest.raises(FileExistsError, match=r"x\.gguf: exists already"):
         ln.save_adapter(tmp_path / "x.gguf", trained(MODELS["llama"], targets=("q",)), MODELS["llama"])
     assert (tmp_path / "x.gguf").read_text() == "here"
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf.quants", None)
+    with pytest.raises(ImportError, match=r"pip install 'lora-np\[models\]'"):
+        ln.save_adapter(tmp_path / "x.gguf", trained(MODELS["llama"], targets=("q",)), MODELS["llama"])
+    assert not list(tmp_path.iterdir())
 
 
 # --- Files of llama.cpp's own ----------------------------------------------------------------------------------------
@@ -379,7 +381,8 @@ def test_another_architecture_or_another_base(tmp_path):
 def test_a_file_of_ours_that_was_edited(tmp_path):
     """Its alpha, or what stands in B between q's and v's."""
     ln.save_adapter(tmp_path / "x.gguf", trained(MODELS["gpt2"], targets=("q", "v")), MODELS["gpt2"])
-    fields, tensors = in_file(tmp_path / "x.gguf")
+    fields, found = in_file(tmp_path / "x.gguf")
+    tensors = {name: tensor.values for name, tensor in found.items()}
     (tmp_path / "x.gguf").unlink()
     header = {"lora_np": fields["lora_np"], "adapter.lora.alpha": fields["adapter.lora.alpha"]}
     write_theirs(tmp_path / "x.gguf", tensors, header | {"adapter.lora.alpha": 5.0}, "gpt2")

@@ -15,7 +15,8 @@ import lora_np as ln
 from lora_np.cli import main
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
-from gguf_files import KINDS, SMALL, WIDE, write  # noqa: E402
+pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy: pip install lora-np[models]")
+from gguf_files import KINDS, SMALL, WIDE, in_file, write  # noqa: E402
 
 from lora_np.formats.merged.gguf import merge_gguf  # noqa: E402
 from lora_np.formats.models.gguf_file import open_gguf  # noqa: E402
@@ -39,11 +40,8 @@ def saved(path, model, **fields):
 
 
 def tensors(path):
-    """By name: the values, where they lie, and how many bytes they are, as the gguf package reads them."""
-    return {
-        tensor.name: (gguf.quants.dequantize(tensor.data, tensor.tensor_type), tensor.data_offset, tensor.n_bytes)
-        for tensor in gguf.GGUFReader(path).tensors
-    }
+    """By name: the values, where they lie, and how many bytes they are."""
+    return in_file(path)[1]
 
 
 def nearest(value, kind):
