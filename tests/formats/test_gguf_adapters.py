@@ -434,8 +434,8 @@ def test_commands_that_look(tmp_path, capsys):
     assert "fits: yes (names, shapes and the recorded hash of the base)" in capsys.readouterr().out
     assert main(["verify", "--base", base, "--adapter", y]) == 0
     assert "the file records no hash of its base" in capsys.readouterr().out
-    assert main(["verify", "--base", base, "--adapter", x, "--merged", base]) == 2
-    assert "merges in .gguf files are not compared" in capsys.readouterr().err
+    assert main(["verify", "--base", base, "--adapter", x, "--merged", str(tmp_path)]) == 2
+    assert "--merged: expected a folder where the base is one" in capsys.readouterr().err
     assert main(["inspect", base]) == 2
     assert "general.type: expected adapter" in capsys.readouterr().err
 

@@ -18,7 +18,9 @@ gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np
 pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy: pip install lora-np[models]")
 from gguf_files import KINDS, SMALL, WIDE, in_file, write  # noqa: E402
 
+from lora_np.formats.merged.comparison import explained  # noqa: E402
 from lora_np.formats.merged.gguf import merge_gguf  # noqa: E402
+from lora_np.formats.merged.gguf_comparison import compare_gguf  # noqa: E402
 from lora_np.formats.models.gguf_file import open_gguf  # noqa: E402
 
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")
@@ -363,6 +365,95 @@ def test_memory_is_the_adapter_and_one_tensor(tmp_path):
     assert peak < 12 * 2**20 < (tmp_path / "base.gguf").stat().st_size
 
 
+# --- Is a file the merge? --------------------------------------------------------------------------------------------
+
+
+def rewritten(path, changes, kind="F32"):
+    """The tensors of a file, some of them others, as another file of the small model. changes: by name; None: none."""
+    encoded: dict = {}
+    for name, value in ({name: found.values for name, found in tensors(path).items()} | changes).items():
+        its_kind = KINDS[kind if value is not None and value.ndim == 2 else "F32"]
+        encoded[name] = None if value is None else (gguf.quants.quantize(value.astype("f4"), its_kind), its_kind)
+    write(path.with_name("other.gguf"), SMALL, tensors=encoded)
+    return path.with_name("other.gguf")
+
+
+def judged(base, adapter, merged, ulps=1):
+    found = compare_gguf(base, [adapter], merged, ulps)
+    return found, explained(found, [ln.load_adapter(adapter, ln.load_model(base))])
+
+
+@pytest.fixture
+def merge_of(tmp_path):
+    """A base, an adapter of some of its tensors, and their merge."""
+    base, adapter, merged = (tmp_path / f"{name}.gguf" for name in ("base", "ad", "m"))
+    write(base, SMALL)
+    saved(adapter, ln.load_model(base), targets=("q", "down"), r=2, alpha=3)
+    merge_gguf(base, [adapter], [1.0], merged)
+    return base, adapter, merged
+
+
+@pytest.mark.proves("L5")
+def test_a_merge_is_known(merge_of):
+    found, looks_like = judged(*merge_of)
+    assert found.holds
+    assert looks_like is None
+    assert {one.tensor: one.differing for one in found.changed} == {
+        "blk.0.attn_q.weight": 0, "blk.0.ffn_down.weight": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_a_merge_in_another_type_is_known(merge_of, kind):
+    base, adapter, merged = merge_of
+    found, looks_like = judged(base, adapter, rewritten(merged, {}, kind))
+    assert found.holds
+    assert looks_like is None
+    assert not judged(base, adapter, rewritten(base, {}, kind))[0].holds
+
+
+def test_other_merges_are_known_too(merge_of):
+    base, adapter, merged = merge_of
+    before, after = ({name: t.values for name, t in tensors(path).items()} for path in (base, merged))
+    updates = {
+        name: after[name].astype("f8") - before[name] for name in ("blk.0.attn_q.weight", "blk.0.ffn_down.weight")
+    }
+    for factor, text in (
+        (2.0, "merged twice"),
+        (-1.0, "subtracted"),
+        (2 / 3, "alpha / r is missing"),
+        (2.0, "r is missing"),
+    ):
+        changes = {name: before[name] + factor * update for name, update in updates.items()}
+        found, looks_like = judged(base, adapter, rewritten(base, changes))
+        assert not found.holds
+        assert text in looks_like
+
+
+def test_what_is_not_the_merge(merge_of):
+    base, adapter, merged = merge_of
+    after = {name: t.values for name, t in tensors(merged).items()}
+    unpaired = after["blk.0.attn_q.weight"].reshape(4, 4, 2, 32).swapaxes(1, 2).reshape(32, 32)
+    assert not judged(base, adapter, rewritten(merged, {"blk.0.attn_q.weight": unpaired}))[0].holds
+    norm = after["output_norm.weight"].copy()
+    norm[3] = np.nextafter(norm[3], np.float32(9))
+    found, _ = judged(base, adapter, rewritten(merged, {"output_norm.weight": norm}))
+    assert (found.altered, found.holds) == (["output_norm.weight"], False)
+    found, _ = judged(base, adapter, rewritten(merged, {"blk.0.attn_k.weight": None, "new": norm}))
+    assert (found.missing, found.extra, found.loads) == (["blk.0.attn_k.weight"], ["new"], False)
+    found, _ = judged(base, adapter, rewritten(merged, {"blk.0.attn_q.weight": after["blk.0.attn_q.weight"][:16]}))
+    assert (found.misshapen, found.loads) == (["blk.0.attn_q.weight"], False)
+
+
+def test_an_untied_head_is_known(tmp_path):
+    write(tmp_path / "base.gguf", replace(SMALL, tie_head=True))
+    saved(tmp_path / "ad", ln.load_model(tmp_path / "base.gguf"), targets=("embed",))
+    merge_gguf(tmp_path / "base.gguf", [tmp_path / "ad"], [1.0], tmp_path / "m.gguf")
+    assert judged(tmp_path / "base.gguf", tmp_path / "ad", tmp_path / "m.gguf")[0].holds
+    found, _ = judged(tmp_path / "base.gguf", tmp_path / "ad", tmp_path / "base.gguf")
+    assert (found.missing, found.holds) == (["output.weight"], False)
+
+
 # --- The commands ----------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +469,11 @@ def test_the_commands(tmp_path, capsys):
     assert same_bits(dict(found.params), dict(adapter.params))
     assert main(["merge", "--base", base, "--adapter", x, "--out", str(tmp_path / "m.gguf")]) == 0
     assert "2 tensors are new, 9 are the base's bytes" in capsys.readouterr().out
+    merged = str(tmp_path / "m.gguf")
+    assert main(["verify", "--base", base, "--adapter", x, "--merged", merged]) == 0
+    assert "merged: yes, exactly" in capsys.readouterr().out
+    assert main(["verify", "--base", base, "--adapter", x, "--merged", base]) == 1
+    assert "it looks like the base: nothing was merged" in capsys.readouterr().out
     ln.save_model(tmp_path / "folder", model)
     assert main(["merge", "--base", str(tmp_path / "folder"), "--adapter", x, "--out", str(tmp_path / "m")]) == 0
     one, other = ln.load_model(tmp_path / "m"), ln.load_model(tmp_path / "m.gguf")

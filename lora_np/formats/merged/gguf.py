@@ -7,15 +7,15 @@ its own place. A quantised one would have to be quantised anew, which loses what
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import Array, asnumpy, blocks, xp
-from ...lora import Update, merge_matrix
+from ...backend import Array, blocks, xp
+from ...lora import Update
 from ...model import Config
 from ..adapters.adapter import kind_of, load_adapter
 from ..adapters.gguf import read_updates, tensor_updates
@@ -26,6 +26,7 @@ from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.gguf import ARCHITECTURE, check_one_file, open_weights
 from ..models.gguf import NAMES as TENSORS
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, aligned, open_gguf, tensor_entry, with_count
+from .plan import Rows
 
 TABLE, HEAD = TENSORS["embed.tokens"], TENSORS["head.weight"]
 HEADLESS = ("bert",)  # architectures without one
@@ -65,21 +66,32 @@ def merge_gguf(
     if target.suffix.lower() != ".gguf":
         raise ValueError(f"{target}: expected a name that ends in .gguf, as the base's does")
     with new_file(target) as temporary, open_gguf(Path(base)) as file:
-        check_one_file(file)
-        file.check_tensors()
-        updates: dict[str, list[Update]] = {}
-        for path, w in zip(map(Path, adapters), weights, strict=True):
-            for name, update in _updates(file, path).items():
-                updates.setdefault(name, []).append(update._replace(s=w * update.s))
-        is_new_head = _needs_head(file, updates)
-        for name, its_updates in updates.items():
-            source = file.tensors.get(TABLE if is_new_head and name == HEAD else name)
-            if source is None:
-                raise ValueError(f"{file.path}: the adapter is for a tensor that is not there: {shown(name)}")
-            _check(file, source, its_updates)
+        updates, is_new_head = due_updates(file, [Path(path) for path in adapters], weights)
         _write(file, updates, temporary, is_new_head=is_new_head)
     made = len(updates.keys() | {HEAD}) if is_new_head else len(updates)
     return MergedFile(made, len(file.tensors) + is_new_head - made)
+
+
+def due_updates(
+    file: GGUFFile, adapters: Sequence[Path], weights: Sequence[float]
+) -> tuple[dict[str, list[Update]], bool]:
+    """What is added to each tensor of a base that adapters change, and whether it needs a head that was the table.
+
+    A ValueError says what is wrong with the base, with an adapter, or what does not fit.
+    """
+    check_one_file(file)
+    file.check_tensors()
+    updates: dict[str, list[Update]] = {}
+    for path, w in zip(adapters, weights, strict=True):
+        for name, update in _updates(file, path).items():
+            updates.setdefault(name, []).append(update._replace(s=w * update.s))
+    is_new_head = _needs_head(file, updates)
+    for name, its_updates in updates.items():
+        source = file.tensors.get(TABLE if is_new_head and name == HEAD else name)
+        if source is None:
+            raise ValueError(f"{file.path}: the adapter is for a tensor that is not there: {shown(name)}")
+        _check(file, source, its_updates)
+    return updates, is_new_head
 
 
 def _updates(file: GGUFFile, path: Path) -> dict[str, Update]:
@@ -158,12 +170,24 @@ def _write(file: GGUFFile, updates: Mapping[str, Sequence[Update]], path: Path, 
 
 def _merged(file: GGUFFile, source: Tensor, updates: Sequence[Update]) -> Array:
     """A tensor's bytes with its updates, uint8; a ValueError if one of its numbers is NaN or infinite."""
-    dtype = numpy_dtype(TENSOR_TYPES[source.kind].name)
-    values = file.read_raw(source.name).view(dtype)
-    for rows in blocks(*values.shape):
-        W0 = xp.asarray(values[rows].astype(np.float64))
-        parts = [update._replace(A=xp.asarray(update.A), B=xp.asarray(update.B[rows])) for update in updates]
-        values[rows] = rounded(asnumpy(merge_matrix(W0, *parts)), dtype)
+    values = numbers(file, source)
+    for rows in summed(values, values, updates):
+        rows.place[...] = rounded(rows.sum(), values.dtype)
     if not np.isfinite(values).all():
-        raise ValueError(f"{file.path}: {source.name}: a merged weight is NaN, infinite, or too large for {dtype}")
+        raise ValueError(
+            f"{file.path}: {source.name}: a merged weight is NaN, infinite, or too large for {values.dtype}"
+        )
     return values.reshape(-1).view(np.uint8)
+
+
+def numbers(file: GGUFFile, tensor: Tensor) -> Array:
+    """A tensor in F32, F16 or BF16 as it stands in its file (rows, width)."""
+    return file.read_raw(tensor.name).view(numpy_dtype(TENSOR_TYPES[tensor.kind].name))
+
+
+def summed(merged: Array, start: Array, updates: Sequence[Update]) -> Iterator[Rows]:
+    """A merged tensor (rows, width) block by block, and what it is to be; `start` is the base's, or `merged` itself."""
+    factors = [u._replace(A=xp.asarray(u.A, dtype=xp.float64), B=xp.asarray(u.B, dtype=xp.float64)) for u in updates]
+    for rows in blocks(*start.shape):
+        W0 = start[rows].astype(np.float64)
+        yield Rows(merged[rows], W0, [update._replace(B=update.B[rows]) for update in factors])
