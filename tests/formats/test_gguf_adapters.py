@@ -16,7 +16,7 @@ from strategies import same_bits
 import lora_np as ln
 from lora_np.adapter import fused_parts
 from lora_np.cli import main
-from lora_np.formats.merged.survey import survey
+from lora_np.formats.merged.survey import base_norms, survey
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
 from gguf_files import KINDS, SMALL, entry, in_file, info, raw, text, write  # noqa: E402
@@ -417,7 +417,12 @@ def test_a_look_inside(tmp_path):
         assert (module.rank, module.scale) == (2, 1.5)
         assert module.norm_update == pytest.approx(1.5 * np.linalg.norm(B @ A), rel=1e-12)
     table = found["token_embd.weight"]
-    assert (table.n_out, table.n_in) == (11, 32)
+    assert (table.n_out, table.n_in) == (32, 11)
+    ln.save_model(tmp_path / "base", MODELS["llama"])
+    norms = base_norms(tmp_path / "base", tmp_path / "x.gguf", list(found.values()))
+    for module, norm in zip(found.values(), norms, strict=True):
+        ours = "embed.tokens" if module is table else "layers.1.attn.q.weight"
+        assert norm == pytest.approx(np.linalg.norm(ln.asnumpy(MODELS["llama"].weights[ours]).astype("f8")), rel=1e-12)
 
 
 def test_commands_that_look(tmp_path, capsys):

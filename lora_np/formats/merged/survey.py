@@ -16,7 +16,7 @@ from ...lora import singular_directions
 from ...model import Config
 from ..adapters.adapter import kind_of
 from ..adapters.base import load_base_for
-from ..adapters.gguf import ALPHA, read_updates
+from ..adapters.gguf import ALPHA, TABLE, read_updates, tensor_name
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..adapters.peft_config import PATTERNS, READ, check_keys, expressions_in, resolved
 from ..adapters.peft_tensors import PREFIX
@@ -95,10 +95,14 @@ def survey(path: str | os.PathLike[str]) -> Survey:
 def _survey_gguf(path: Path) -> Survey:
     with open_gguf(path) as file:
         updates, alpha = read_updates(file), file.metadata.get(ALPHA)
-        modules = [_module(name, u.A.astype(np.float64), u.B.astype(np.float64), u.s) for name, u in updates.items()]
-        _check_norms(modules, path)
-        targets = sorted({name.split(".")[-2] for name in updates if "." in name})
-        return Survey({"target_modules": targets, "lora_alpha": alpha}, modules, [])
+    modules = []
+    for name, (A, B, s, *_) in updates.items():
+        if name == TABLE:  # the look-up, which counts as (D, V)
+            A, B = B.T, A.T
+        modules.append(_module(name, A.astype(np.float64), B.astype(np.float64), s))
+    _check_norms(modules, path)
+    targets = sorted({name.split(".")[-2] for name in updates if "." in name})
+    return Survey({"target_modules": targets, "lora_alpha": alpha}, modules, [])
 
 
 def _check_norms(modules: Sequence[Module], path: Path) -> None:
@@ -163,8 +167,10 @@ def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], mo
     is_gguf = Path(base).suffix.lower() == ".gguf"
     opened: Base = load_base_for(adapter, base) if is_gguf else open_base(base, [Path(adapter)])
     config = opened.config
-    names = {theirs: ours for ours, theirs in module_names(config).items()}
     shapes = adapted_shapes(config)
+    names = {theirs: ours for ours, theirs in module_names(config).items()}
+    if kind_of(adapter) == "gguf":
+        names = {tensor_name(ours): ours for ours in shapes}
     norms = []
     for module in modules:
         ours = names.get(module.name, "")
