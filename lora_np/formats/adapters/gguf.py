@@ -5,6 +5,8 @@ of the file, r the columns of each B, and an alpha of 0 stands for alpha / r = 1
 are looked up, lora_a is (V, r) and lora_b (D, r). Rows stand in the order of the base's: llama's q and k have those of
 each head in pairs (2j, 2j+1). GPT-2's q, k and v are one tensor, attn_qkv.
 
+A base stands in files of many types, and its adapter fits them all: no hash of it is recorded.
+
 Where ranks and scales are such that one alpha does not do for all (patterns, rsLoRA, GPT-2's q and v as one), B is
 multiplied by the ratio: exact where that is a power of two, else rounded once.
 """
@@ -29,10 +31,10 @@ from ..files.messages import shown
 from ..files.rounding import rounded
 from ..models.base import Base
 from ..models.gguf import NAMES, file_name, paired_heads
-from ..models.gguf_file import TENSOR_TYPES, GGUFFile, import_gguf, open_gguf
+from ..models.gguf_file import GGUFFile, import_gguf, open_gguf
 from ..models.names import BERT, GPT2, LLAMA, family_of
 from .fused_qkv import put_together, stored_apart, take_apart
-from .header import KEY, check_about, check_savable, read_about, write_about
+from .header import KEY, check_config, check_savable, read_about, write_about_any
 from .peft_config import described, most_common
 from .peft_tensors import Slot, checked_groups, factor_slots
 
@@ -65,7 +67,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
     writer.add_string(KIND, "adapter")
     writer.add_string(TYPE, "lora")
     writer.add_float32(ALPHA, folding.alpha)
-    writer.add_string(KEY, write_about(adapter, model))
+    writer.add_string(KEY, write_about_any(adapter))
     for key, place in places.items():
         writer.add_tensor(key, place.write(params, model))
     with new_file(Path(path)) as temporary:
@@ -90,9 +92,7 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
         if KEY not in file.metadata:
             return _read_theirs(file, model, alpha)
         where = f"{path}: {KEY}"
-        about = read_about(file.get(KEY, str), where)
-        kinds = [TENSOR_TYPES[tensor.kind].name for tensor in file.tensors.values()]
-        lora_config, names = check_about(about, model, kinds, where)
+        lora_config, names = check_config(read_about(file.get(KEY, str), where), where)
         stored_config, stored = stored_apart(model.config, lora_config, names, where)
         try:
             folding = _folding(model.config, stored_config, stored, where)

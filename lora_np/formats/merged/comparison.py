@@ -19,7 +19,6 @@ from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from ..files.safetensors_file import open_tensors
 from ..models.base import Base
 from ..models.folder import CONFIG, MODEL_TYPE, read_header, read_own
-from ..models.gguf_file import open_gguf
 from ..models.huggingface import left_out, places, read_config, with_old_names
 from ..models.names import family_of
 from ..models.shards import Stored, stored_tensors
@@ -93,10 +92,9 @@ class Comparison(NamedTuple):
 
 
 def records_base(adapter: Path) -> bool:
-    """Whether an adapter's file records which base it was made for; PEFT's and llama.cpp's own do not."""
+    """Whether an adapter's file records which base it was made for; PEFT's own and llama.cpp's do not."""
     if kind_of(adapter) == "gguf":
-        with open_gguf(adapter) as gguf:
-            return KEY in gguf.metadata
+        return False
     with open_tensors(adapter / ADAPTER_WEIGHTS) as file:
         return KEY in file.metadata
 
