@@ -406,7 +406,8 @@ def test_a_file_of_ours_that_was_edited(tmp_path):
     config = json.loads(fields["lora_np"])
     config["config"]["alpha"] = 0
     write_theirs(tmp_path / "x.gguf", tensors, header | {"lora_np": json.dumps(config)}, "gpt2")
-    assert "its scale is 0" in refusal(tmp_path / "x.gguf", MODELS["gpt2"])
+    message = refusal(tmp_path / "x.gguf", MODELS["gpt2"])
+    assert message == f"{tmp_path / 'x.gguf'}: lora_np: layers.0.attn.q: its scale is 0, which llama.cpp takes for 1"
 
 
 # --- A look inside, and does it fit -----------------------------------------------------------------------------------

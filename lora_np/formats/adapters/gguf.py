@@ -95,7 +95,7 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
         lora_config, names = check_config(read_about(file.get(KEY, str), where), where)
         stored_config, stored = stored_apart(model.config, lora_config, names, where)
         try:
-            folding = _folding(model.config, stored_config, stored, where)
+            folding = _folding(model.config, stored_config, stored, KEY)
             places = _places(model, stored_config, stored)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -202,7 +202,7 @@ def _check_supported(path: Path, adapter: Adapter, model: Model) -> None:
     for name in adapter.whole:
         raise ValueError(f"{path}: {name} is trained whole, which llama.cpp's adapters have no place for; merge it")
     if model.config.head_weight == "embed.tokens":
-        for name in {"embed.tokens", "head"} & set(adapter.matrices):
+        for name in [name for name in adapter.matrices if name in ("embed.tokens", "head")]:
             raise ValueError(
                 f"{path}: {name}: the head is tied to the token table, and llama.cpp adapts neither alone; merge it"
             )
