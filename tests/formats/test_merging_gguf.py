@@ -368,13 +368,13 @@ def test_memory_is_the_adapter_and_one_tensor(tmp_path):
 # --- Is a file the merge? --------------------------------------------------------------------------------------------
 
 
-def rewritten(path, changes, kind="F32"):
+def rewritten(path, changes, kind="F32", keys=None):
     """The tensors of a file, some of them others, as another file of the small model. changes: by name; None: none."""
     encoded: dict = {}
     for name, value in ({name: found.values for name, found in tensors(path).items()} | changes).items():
         its_kind = KINDS[kind if value is not None and value.ndim == 2 else "F32"]
         encoded[name] = None if value is None else (gguf.quants.quantize(value.astype("f4"), its_kind), its_kind)
-    write(path.with_name("other.gguf"), SMALL, tensors=encoded)
+    write(path.with_name("other.gguf"), SMALL, tensors=encoded, keys=keys)
     return path.with_name("other.gguf")
 
 
@@ -443,6 +443,26 @@ def test_what_is_not_the_merge(merge_of):
     assert (found.missing, found.extra, found.loads) == (["blk.0.attn_k.weight"], ["new"], False)
     found, _ = judged(base, adapter, rewritten(merged, {"blk.0.attn_q.weight": after["blk.0.attn_q.weight"][:16]}))
     assert (found.misshapen, found.loads) == (["blk.0.attn_q.weight"], False)
+
+
+def test_a_merge_that_was_quantised_or_cut(merge_of):
+    """A quantised tensor holds no weights to compare, an adapted one or another; a file cut short is none."""
+    base, adapter, merged = merge_of
+    found, _ = judged(base, adapter, rewritten(merged, {}, "Q8_0"))
+    assert found.misshapen == ["blk.0.attn_q.weight", "blk.0.ffn_down.weight"]
+    assert {"blk.0.attn_k.weight", "token_embd.weight"} < set(found.altered)
+    assert not found.holds
+    merged.write_bytes(merged.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"m\.gguf: \S+: truncated"):
+        compare_gguf(base, [adapter], merged, 1)
+
+
+def test_a_file_that_says_another_model(merge_of):
+    """What it is called is no part of that."""
+    base, adapter, merged = merge_of
+    assert judged(base, adapter, rewritten(merged, {}, keys={"general.name": "merged"}))[0].holds
+    found, _ = judged(base, adapter, rewritten(merged, {}, keys={"rope.freq_base": 5e5}))
+    assert (found.same_config, found.holds) == (False, False)
 
 
 def test_an_untied_head_is_known(tmp_path):

@@ -86,7 +86,11 @@ def survey(path: str | os.PathLike[str]) -> Survey:
             raise ValueError(f"{file.path}: expected lora_A and lora_B of each module, got {(misnamed or whole)[:1]}")
         scales = _scales(raw, {name: _rank(file, *keys) for name, keys in pairs.items()}, str(folder / CONFIG))
         modules = [_module(name, _matrix(file, A), _matrix(file, B), scales[name]) for name, (A, B) in pairs.items()]
-        _check_norms(modules, file.path)
+        for module in modules:
+            if not math.isfinite(module.norm_update):
+                raise ValueError(
+                    f"{file.path}: {module.name}: the norm of s B A is too large, with s = {module.scale:g}"
+                )
         for key in others:
             file.read_finite(key)
         return Survey(raw, modules, whole)
@@ -100,16 +104,8 @@ def _survey_gguf(path: Path) -> Survey:
         if name == TABLE:  # the look-up, which counts as (D, V)
             A, B = B.T, A.T
         modules.append(_module(name, A.astype(np.float64), B.astype(np.float64), s))
-    _check_norms(modules, path)
     targets = sorted({name.split(".")[-2] for name in updates if "." in name})
     return Survey({"target_modules": targets, "lora_alpha": alpha}, modules, [])
-
-
-def _check_norms(modules: Sequence[Module], path: Path) -> None:
-    """A ValueError if one is more than a float holds."""
-    for module in modules:
-        if not math.isfinite(module.norm_update):
-            raise ValueError(f"{path}: {module.name}: the norm of s B A is too large, with s = {module.scale:g}")
 
 
 def _scales(raw: dict[str, Any], ranks: dict[str, int], where: str) -> dict[str, float]:
