@@ -205,7 +205,12 @@ def test_a_float64_model_takes_it_widened(tmp_path):
         (LLAMA, {"targets": ("q", "v"), "alpha_pattern": {"v": 0}}, "layers.0.attn.v: its scale is 0"),
         (LLAMA, {"targets": ("q",), "alpha": 1e-60}, "expected a scale that float32 holds"),
         (LLAMA, {"targets": ("q",), "alpha": 1e60}, "expected a scale that float32 holds"),
-        (LLAMA, {"targets": ("q", "v"), "alpha_pattern": {"v": 1e45}}, "layers.0.attn.v.B: too large for float32"),
+        (
+            LLAMA,
+            {"targets": ("q", "v"), "alpha_pattern": {"v": 1e-300}},
+            "attn.v: its scale is 6.25e-302 times that of",
+        ),
+        (LLAMA, {"targets": ("q", "v"), "alpha_pattern": {"v": 1e300}}, "attn.v: its scale is 6.25e+298 times"),
         (OWN, {"targets": ("q",)}, "this architecture is not supported"),
         (ROBERTA, {"targets": ("q",)}, "this architecture is not supported"),
         (replace(LLAMA, head="classify", n_labels=3), {"targets": ("q",)}, "a model with head 'classify' is not supp"),
@@ -219,6 +224,13 @@ def test_what_llama_cpp_has_no_place_for(tmp_path, config, fields, message):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_B_that_overflows(tmp_path):
+    adapter = trained(MODELS["llama"], targets=("q", "v"), alpha_pattern={"v": 1600})
+    large = {name: np.full_like(ln.asnumpy(value), 1e37) for name, value in adapter.params.items()}
+    with pytest.raises(ValueError, match=r"layers.0.attn.v.B: too large for float32 when it is multiplied by 100"):
+        ln.save_adapter(tmp_path / "x.gguf", ln.Adapter(adapter.config, large), MODELS["llama"])
 
 
 def test_float64_is_not_rounded(tmp_path):
@@ -407,6 +419,9 @@ def test_a_file_of_ours_that_was_edited(tmp_path):
     config["config"]["alpha"] = 0
     write_theirs(tmp_path / "x.gguf", tensors, header | {"lora_np": json.dumps(config)}, "gpt2")
     message = refusal(tmp_path / "x.gguf", MODELS["gpt2"])
+    config["config"] |= {"alpha": 16, "alpha_pattern": {"v": 5e-324}}
+    write_theirs(tmp_path / "y.x.gguf", tensors, header | {"lora_np": json.dumps(config)}, "gpt2")
+    assert "layers.0.attn.v: its scale is 0" in refusal(tmp_path / "y.x.gguf", MODELS["gpt2"])
     assert message == f"{tmp_path / 'x.gguf'}: lora_np: layers.0.attn.q: its scale is 0, which llama.cpp takes for 1"
 
 

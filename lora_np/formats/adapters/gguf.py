@@ -6,14 +6,10 @@ are looked up, lora_a is (V, r) and lora_b (D, r). Rows stand in the order of th
 each head in pairs (2j, 2j+1). GPT-2's q, k and v are one tensor, attn_qkv.
 
 A base stands in files of many types, and its adapter fits them all: no hash of it is recorded.
-
-Where ranks and scales are such that one alpha does not do for all (patterns, rsLoRA, GPT-2's q and v as one), B is
-multiplied by the ratio: exact where that is a power of two, else rounded once.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -28,12 +24,12 @@ from ...model import Config, Model
 from ..files.atomic import new_file
 from ..files.json_file import from_fields
 from ..files.messages import shown
-from ..files.rounding import rounded
 from ..models.base import Base
 from ..models.gguf import NAMES, file_name, paired_heads
 from ..models.gguf_file import GGUFFile, import_gguf, open_gguf
 from ..models.names import BERT, GPT2, LLAMA, family_of
 from .fused_qkv import put_together, stored_apart, take_apart
+from .gguf_alpha import folding_of, times
 from .header import KEY, check_config, check_savable, read_about, write_about_any
 from .peft_config import described, most_common
 from .peft_tensors import Slot, checked_groups, factor_slots
@@ -43,7 +39,6 @@ KIND, TYPE, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
 INVOCATION = "adapter.alora.invocation_tokens"
 FACTORS = (".lora_a", ".lora_b")
 TABLE = NAMES["embed.tokens"]
-SAME = 2.0**-24  # relatively: what a float32, as llama.cpp's scale is, does not hold
 
 
 def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -> None:
@@ -57,8 +52,8 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
     _check_supported(Path(path), adapter, model)
     architecture = _architecture(model.config, str(path))
     apart = take_apart(model.config, adapter)
-    folding = _folding(model.config, apart.config, list(apart.params), str(path))
-    params = {name: _times(value, folding.of(name)) for name, value in apart.params.items()}
+    folding = folding_of(model.config, apart.config, list(apart.params), str(path))
+    params = {name: times(value, folding.of(name)) for name, value in apart.params.items()}
     for name, value in params.items():
         if not np.isfinite(value).all():
             raise ValueError(f"{path}: {name}: too large for float32 when it is multiplied by {folding.of(name):g}")
@@ -95,14 +90,14 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
         lora_config, names = check_config(read_about(file.get(KEY, str), where), where)
         stored_config, stored = stored_apart(model.config, lora_config, names, where)
         try:
-            folding = _folding(model.config, stored_config, stored, KEY)
+            folding = folding_of(model.config, stored_config, stored, KEY)
             places = _places(model, stored_config, stored)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         if alpha != folding.alpha:
             raise ValueError(f"{path}: {ALPHA}: expected {folding.alpha:g}, as {KEY} has it, got {alpha:g}")
         params = _read(file, model, places)
-        params = {name: _times(value, 1 / folding.of(name)) for name, value in params.items()}
+        params = {name: times(value, 1 / folding.of(name)) for name, value in params.items()}
         return Adapter(lora_config, put_together(model.config, params, names, str(path)))
 
 
@@ -134,49 +129,6 @@ def tensor_updates(config: Config, adapter: Adapter) -> dict[str, Update]:
             A, B = B.T, A.T
         result[tensor_name(name)] = Update(A, in_pairs(B, _heads(name, config)), update.s)
     return result
-
-
-# --- One alpha for all -----------------------------------------------------------------------------------------------
-
-
-class _Folding(NamedTuple):
-    """alpha, which float32 holds, and what each matrix's B is multiplied by, so that alpha / r is its scale."""
-
-    alpha: float
-    ratios: Mapping[str, float]
-
-    def of(self, name: str) -> float:
-        """What a parameter is multiplied by; 1 for all but B."""
-        return self.ratios[name[:-2]] if name.endswith(".B") else 1.0
-
-
-def _folding(config: Config, lora_config: LoRAConfig, names: Collection[str], where: str) -> _Folding:
-    """The alpha that fits most of an adapter's matrices; a ValueError if there is none, or a scale is 0."""
-    wanted: dict[str, float] = {}
-    for parts in checked_groups(config, lora_config, names).values():
-        rank = sum(lora_config.rank(part) for part in parts)
-        wanted |= {part: lora_config.scale(part) * rank for part in parts}
-    for part, value in wanted.items():
-        if value == 0:
-            raise ValueError(f"{where}: {part}: its scale is 0, which llama.cpp takes for 1")
-    with np.errstate(over="ignore", under="ignore"):
-        alpha = float(most_common((np.float32(value) for value in wanted.values()), np.float32(1)))
-    if not (alpha and math.isfinite(alpha)):
-        raise ValueError(f"{where}: expected a scale that float32 holds, got {alpha}")
-    return _Folding(alpha, {part: _near_power(value / alpha) for part, value in wanted.items()})
-
-
-def _near_power(ratio: float) -> float:
-    """The power of two that a ratio is, but for the rounding of a float32; else the ratio."""
-    mantissa, exponent = math.frexp(abs(ratio))
-    nearest = math.ldexp(1.0, exponent - (mantissa < math.sqrt(0.5)))
-    return math.copysign(nearest if abs(abs(ratio) / nearest - 1) <= SAME else abs(ratio), ratio)
-
-
-def _times(value: Array, ratio: float) -> Array:
-    """An array times a number, rounded once to its own dtype, in host memory."""
-    host = asnumpy(value)
-    return host if ratio == 1 else rounded(host.astype(np.float64) * ratio, host.dtype)
 
 
 # --- What is in a file -----------------------------------------------------------------------------------------------
