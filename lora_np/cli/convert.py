@@ -26,10 +26,13 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def add_commands(command: AddCommand) -> None:
     """The command of this file, and its arguments."""
-    p = command("convert", run_convert, "an adapter in another format: PEFT's folder, loralib's .safetensors, or .npz")
+    p = command("convert", run_convert, "an adapter in another format: PEFT's, loralib's, llama.cpp's or .npz")
     add_base(p)
     p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter: its path says what it is")
-    p.add_argument("--out", type=Path, required=True, metavar="PATH", help="what to write, which must not be there yet")
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="PATH",
+        help="what to write, which must not be there yet: a folder (PEFT's), .safetensors, .gguf or .npz",
+    )  # fmt: skip
     p.add_argument("--alpha", type=float, metavar="A", help="lora_alpha, which loralib's own files do not say")
     p.add_argument(
         "--enabled", nargs="+", choices=["q", "k", "v"], metavar="P",

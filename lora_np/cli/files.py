@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..formats.files.messages import shown
 from ..formats.merged.folder import merge_folder
+from ..formats.merged.gguf import merge_gguf
 from ..formats.merged.survey import Module, base_norms, survey
 from .base import AddCommand, add_base, base_path
 from .output import Bar, emit, table
@@ -20,6 +21,11 @@ def run_merge(args: argparse.Namespace) -> int:
         raise ValueError(f"--weights: expected one for each --adapter, got {len(weights)} for {len(args.adapter)}")
     with Bar() as bar:
         base = base_path(args, bar)
+    if base.suffix.lower() == ".gguf":
+        merged = merge_gguf(base, args.adapter, weights, args.out)
+        line = f"the merged model is {args.out}: {merged.made} tensors are new, {merged.kept} are the base's bytes"
+        emit(args, {"out": str(args.out), **merged._asdict()}, [line])
+        return 0
     done = merge_folder(base, args.adapter, weights, args.out)
     lines = [
         f"the merged model is in {args.out}: {done.made} tensors are new, {done.kept} are the base's bytes",
@@ -74,8 +80,10 @@ def add_commands(command: AddCommand) -> None:
         "--adapter", type=Path, required=True, action="append", metavar="PATH", help="an adapter; may be repeated"
     )
     p.add_argument("--weights", type=float, nargs="+", metavar="W", help="of each adapter's update (default: 1)")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the merged model")
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="the merged model: a folder, or .gguf as the base is"
+    )
 
     p = command("inspect", run_inspect, "what is in an adapter: targets, ranks, norms, is B still zero")
-    p.add_argument("adapter", type=Path, metavar="DIR", help="the adapter's folder")
+    p.add_argument("adapter", type=Path, metavar="PATH", help="the adapter's folder, or .gguf file")
     p.add_argument("--base", type=Path, metavar="DIR", help="a model's folder, or a .gguf file, to compare norms with")

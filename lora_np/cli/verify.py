@@ -16,6 +16,7 @@ from ..formats.adapters.adapter import load_adapter
 from ..formats.adapters.base import load_base_for
 from ..formats.merged.comparison import Comparison, compare, explained, is_trained, records_base, worst
 from ..formats.merged.effect import Effect, effect
+from ..formats.merged.gguf_comparison import compare_gguf
 from ..formats.merged.plan import plan_merge
 from ..formats.merged.survey import Module, survey
 from ..formats.models.folder import load_model
@@ -30,17 +31,22 @@ SHOWN = 5  # names in one line
 def run_verify(args: argparse.Namespace) -> int:
     if args.ulps < 0:
         raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
+    in_gguf = args.base.suffix.lower() == ".gguf"
+    if args.merged is not None and in_gguf != (args.merged.suffix.lower() == ".gguf"):
+        raise ValueError("--merged: expected a folder where the base is one, and a .gguf file where it is one")
     modules = survey(args.adapter).modules  # what is missing or damaged is bad input; what does not fit is an answer
     load_model(args.base)
     try:
         base = load_base_for(args.adapter, args.base)
         adapter = load_adapter(args.adapter, base)
-        plan = None if args.merged is None else plan_merge(args.base, [args.adapter], [1.0])
+        plan = None if args.merged is None or in_gguf else plan_merge(args.base, [args.adapter], [1.0])
     except ValueError as error:
         emit(args, {"holds": False, "fits": False, "reason": str(error)}, [f"fits: no. {error}"])
         return 1
     has_hash, changes = records_base(args.adapter), is_trained(adapter, base)
     found = None if plan is None else compare(plan, args.merged, args.ulps)
+    if args.merged is not None and in_gguf:
+        found = compare_gguf(args.base, [args.adapter], args.merged, args.ulps)
     merged = load_model(args.merged, dtype=str(base.dtype)) if found is not None and found.loads else None
     effects, not_finite = _effects(base, adapter, merged, _tokens(args, base.config))
     holds = changes and (found is None or found.holds) and not not_finite
@@ -51,8 +57,8 @@ def run_verify(args: argparse.Namespace) -> int:
         else ("names and shapes; the file records no hash of its base, as PEFT's do not")
     )
     lines = [f"fits: yes ({seen})", f"trained: {_trained_line(changes, modules)}"]
-    if found is not None and plan is not None:
-        looks_like = explained(found, plan)
+    if found is not None:
+        looks_like = explained(found, [adapter])
         result["merged"] = {**_as_json(found), "looks_like": looks_like}
         lines += _merged_lines(found, looks_like, args.ulps)
     result |= {"effect": {name: one._asdict() for name, one in effects.items()}, "not_finite": not_finite}
@@ -159,7 +165,9 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument(
         "--base", type=Path, required=True, metavar="DIR", help="the base: a model's folder, or a .gguf file"
     )
-    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter's folder")
-    p.add_argument("--merged", type=Path, metavar="DIR", help="a folder that should be the merge of the two")
+    p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter's folder, or .gguf file")
+    p.add_argument(
+        "--merged", type=Path, metavar="PATH", help="what should be the merge of the two: a folder, or .gguf"
+    )
     p.add_argument("--ulps", type=whole, default=1, help="how far apart an element may be (default: %(default)s)")
     p.add_argument("--prompt", type=utf8, help="what to compare the outputs on (default: a few fixed tokens)")

@@ -1,17 +1,20 @@
-"""An adapter to a file or folder and back: PEFT's folder, loralib's .safetensors, or our own .npz."""
+"""An adapter to a file or folder and back: PEFT's folder, loralib's .safetensors, llama.cpp's .gguf, our own .npz."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...adapter import Adapter
 from ...model import Model
 from ..files.messages import named
 from ..files.safetensors_file import PICKLES
 from ..models.base import Base
-from . import loralib, npz, peft
+from . import gguf, loralib, npz, peft
+
+_FORMATS: Mapping[str, Any] = {"peft": peft, "loralib": loralib, "gguf": gguf, "npz": npz}  # by `kind_of`
 
 
 def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -> None:
@@ -19,24 +22,19 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
 
     a folder       PEFT's (`peft`); in an existing one the two files are replaced
     .safetensors   loralib's names (`loralib`), a new file
+    .gguf          llama.cpp's (`gguf`), a new file; where one alpha does not do, B comes back within a rounding
     .npz           our own names (`npz`), a new file
 
     All is written, or nothing. A FileExistsError, ValueError or TypeError, in one line, says why not.
     """
-    kind = kind_of(path)
-    if kind == "loralib":
-        loralib.save_adapter(path, adapter, model)
-    elif kind == "npz":
-        npz.save_adapter(path, adapter, model)
-    else:
-        peft.save_adapter(path, adapter, model)
+    _FORMATS[kind_of(path)].save_adapter(path, adapter, model)
 
 
 @named
 def load_adapter(
     path: str | os.PathLike[str], model: Base, *, alpha: float | None = None, enabled: Sequence[str] | None = None
 ) -> Adapter:
-    """Reads an adapter of `model` from PEFT's folder, loralib's .safetensors file, or what `save_adapter` wrote.
+    """Reads an adapter of `model` from PEFT's folder, loralib's .safetensors, llama.cpp's .gguf, or `save_adapter`'s.
 
     alpha, enabled: what loralib's own files do not say: its lora_alpha, and which of q, k, v a MergedLinear adapts
     (`loralib`); a ValueError for any other file. float32 is widened for a float64 model, never rounded the
@@ -48,11 +46,11 @@ def load_adapter(
         return loralib.load_adapter(path, model, alpha=alpha, enabled=enabled)
     if alpha is not None or enabled is not None:
         raise ValueError(f"{path}: alpha and enabled are for loralib's .safetensors files; this says them itself")
-    return npz.load_adapter(path, model) if kind == "npz" else peft.load_adapter(path, model)
+    return _FORMATS[kind].load_adapter(path, model)
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """peft, loralib or npz: what an adapter of this path is. A ValueError if it is a pickle file."""
+    """peft, loralib, gguf or npz: what an adapter of this path is. A ValueError if it is a pickle file."""
     path = Path(path)
     suffix = "" if path.is_dir() else path.suffix.lower()
     if suffix in PICKLES:
@@ -60,4 +58,4 @@ def kind_of(path: str | os.PathLike[str]) -> str:
             f"{path}: refused: a pickle file can run any code when it is read; where you trust it, save it anew: "
             'safetensors.torch.save_file(lora.lora_state_dict(model), "adapter.safetensors")'
         )
-    return {".safetensors": "loralib", ".npz": "npz"}.get(suffix, "peft")
+    return {".safetensors": "loralib", ".gguf": "gguf", ".npz": "npz"}.get(suffix, "peft")

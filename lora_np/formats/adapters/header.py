@@ -23,15 +23,17 @@ KEY, FORMAT = "lora_np", 1  # the metadata's key
 
 def write_about(adapter: Adapter, model: Model) -> str:
     """The JSON text for an adapter of `model`."""
-    return to_json(
-        {
-            "format": FORMAT,
-            "config": to_fields(adapter.config),
-            "params": list(adapter.params),
-            "head": model.config.head,
-            "base_sha256": base_hash(model, adapter.whole, model.dtype.name),
-        }
-    )
+    about_base = {"head": model.config.head, "base_sha256": base_hash(model, adapter.whole, model.dtype.name)}
+    return to_json({**_about(adapter), **about_base})
+
+
+def write_about_any(adapter: Adapter) -> str:
+    """The JSON text for an adapter whose base may stand in files of several dtypes: it is not recorded."""
+    return to_json(_about(adapter))
+
+
+def _about(adapter: Adapter) -> dict[str, Any]:
+    return {"format": FORMAT, "config": to_fields(adapter.config), "params": list(adapter.params)}
 
 
 def check_savable(adapter: Adapter, model: Model) -> None:
@@ -57,9 +59,7 @@ def check_about(about: dict[str, Any], model: Base, dtypes: Iterable[str], where
 
     dtypes: those of the tensors, "F32" or "F64": what the adapter was made in, and so the base when it was hashed.
     """
-    names = about.get("params")
-    if not isinstance(names, list) or not all(_is_name(name) for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"{where}: params: expected a list of names, each once, got {names!r:.60}")
+    lora_config, names = check_config(about, where)
     dtype = made_in(dtypes, model, where)
     whole = [name for name in names if name[-2:] not in (".A", ".B")]
     recorded, own = about.get("base_sha256"), base_hash(model, whole, dtype)
@@ -68,6 +68,14 @@ def check_about(about: dict[str, Any], model: Base, dtypes: Iterable[str], where
             f"{where}: made for another base: the SHA-256 of its base's weights starts with "
             f"{shown(str(recorded)[:12])}, this model's with {own[:12]}"
         )
+    return lora_config, names
+
+
+def check_config(about: dict[str, Any], where: str) -> tuple[LoRAConfig, list[str]]:
+    """The configuration, and the names of the parameters in order, of any base's adapter."""
+    names = about.get("params")
+    if not isinstance(names, list) or not all(_is_name(name) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"{where}: params: expected a list of names, each once, got {names!r:.60}")
     return from_fields(LoRAConfig, about.get("config"), where), names
 
 

@@ -67,7 +67,7 @@ def slots(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[
     groups, shapes = checked_groups(config, lora_config, names), adapted_shapes(config)
     result: dict[str, Slot] = {}
     for module, parts in groups.items():
-        A, B = _factor_slots(model, lora_config, module, parts, shapes[module])
+        A, B = factor_slots(model, lora_config, module, parts, shapes[module])
         ends = ("lora_embedding_{}" if target_of(module) == "embed" else "lora_{}.weight").format
         result |= {f"{PREFIX}{full[module]}.{ends('A')}": A, f"{PREFIX}{full[module]}.{ends('B')}": B}
     # PEFT hides an adapted module's own bias.
@@ -127,7 +127,7 @@ def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:
     return {name: groups[name] for name in shapes if name in groups}
 
 
-def _factor_slots(
+def factor_slots(
     model: Base, lora_config: LoRAConfig, module: str, parts: list[str], shape: tuple[int, int]
 ) -> tuple[Slot, Slot]:
     """The tensors of one module's A and B; shape: (out, in), the module's."""

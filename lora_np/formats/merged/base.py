@@ -63,13 +63,12 @@ def open_base(path: str | os.PathLike[str], adapters: Sequence[Path] = ()) -> Op
     """Opens a folder that `load_model` reads, with its checks of names, shapes and hash; no weight is kept.
 
     The head is the one that `adapters` bring, if they do. The dtype is float64 where the files or an adapter have
-    that, else float32. A .gguf file is a ValueError: its weights are quantised.
+    that, else float32. A .gguf file is a ValueError: it is merged by `merge_gguf`.
     """
     folder = Path(path)
     if folder.suffix.lower() == ".gguf":
         raise ValueError(
-            f"{folder}: a .gguf file's weights are quantised: the merged ones would have to be quantised anew, which "
-            "loses what the adapter learned; keep the adapter beside it, or use the folder that it was made from"
+            f"{folder}: expected a model's folder, got a .gguf file: only a merge into another .gguf file is supported"
         )
     raw = read_header(folder)
     is_own = raw["model_type"] == MODEL_TYPE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from ...adapter import Adapter
 from ...backend import Array, asnumpy
 from ...model import Config
+from ..adapters.adapter import kind_of
 from ..adapters.header import KEY
 from ..adapters.peft import WEIGHTS as ADAPTER_WEIGHTS
 from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
@@ -91,7 +92,9 @@ class Comparison(NamedTuple):
 
 
 def records_base(adapter: Path) -> bool:
-    """Whether an adapter's file records which base it was made for; PEFT's own do not."""
+    """Whether an adapter's file records which base it was made for; PEFT's own and llama.cpp's do not."""
+    if kind_of(adapter) == "gguf":
+        return False
     with open_tensors(adapter / ADAPTER_WEIGHTS) as file:
         return KEY in file.metadata
 
@@ -115,7 +118,7 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
     header = read_header(folder)
     found = stored_tensors(folder)
     config, by_parts = _merged_places(header, folder, plan.config, found)
-    sums = _Sums()
+    sums = Sums()
     changed: list[Difference] = []
     altered: list[str] = []
     misshapen: list[str] = []
@@ -141,7 +144,7 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
     return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, config == plan.config)
 
 
-def explained(comparison: Comparison, plan: Plan) -> str | None:
+def explained(comparison: Comparison, adapters: Sequence[Adapter]) -> str | None:
     """What was merged instead, where a folder looks like something known; None: it does not."""
     scale = comparison.scale
     if comparison.holds or scale is None:
@@ -149,10 +152,10 @@ def explained(comparison: Comparison, plan: Plan) -> str | None:
     if comparison.aligned < ALIGNED:
         return "something else than this adapter"
     known = [(-1.0, "the adapter subtracted"), (2.0, "the adapter merged twice"), (0.0, "the base: nothing was merged")]
-    configs = {(a.config.scale(name), a.config.rank(name)) for a in plan.adapters for name in a.matrices}
+    configs = {(a.config.scale(name), a.config.rank(name)) for a in adapters for name in a.matrices}
     if len(configs) == 1:
         s, r = next(iter(configs))
-        alpha = s * (math.sqrt(r) if plan.adapters[0].config.rslora else r)
+        alpha = s * (math.sqrt(r) if adapters[0].config.rslora else r)
         known += [
             (1 / s, "B A with no scale: alpha / r is missing"),
             (alpha / s, "B A times alpha: the division by r is missing"),
@@ -168,7 +171,7 @@ def explained(comparison: Comparison, plan: Plan) -> str | None:
     return None if abs(scale - 1) <= NEAR else f"the adapter with {scale:.4g} times its scale"
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Sums over elements, of what was added, M - W0, what was to be, E - W0, both rounded, and the update dW."""
 
     added_update: float = 0.0  # <M - W0, dW>
@@ -177,8 +180,8 @@ class _Sums(NamedTuple):
     due: float = 0.0  # |E - W0|^2
     update: float = 0.0  # |dW|^2
 
-    def __add__(self, other: tuple[float, ...]) -> _Sums:  # type: ignore[override]
-        return _Sums(*(one + two for one, two in zip(self, other, strict=True)))
+    def __add__(self, other: tuple[float, ...]) -> Sums:  # type: ignore[override]
+        return Sums(*(one + two for one, two in zip(self, other, strict=True)))
 
     @property
     def scale(self) -> float | None:
@@ -236,13 +239,18 @@ def _same(target: Target, stored: Stored) -> bool:
     return bool(np.array_equal(rounded(source.read_raw().astype(np.float64), dtype), stored.read_raw()))
 
 
-def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, _Sums]:
-    """A merged tensor beside the sum, block by block, in the dtype of the folder's own file."""
+def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, Sums]:
+    """A merged tensor beside the sum, in the dtype of the folder's own file."""
     tensor = stored.read_raw()
     start = tensor if target.source is None else target.source.read_raw()
+    return difference(stored.name, tensor.size, target.rows(tensor, start), ulps)
+
+
+def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple[Difference, Sums]:
+    """A merged tensor of so many elements beside the sum, block by block, in its own dtype."""
     differing = beyond = wrong = not_finite = furthest = 0
-    sums = _Sums()
-    for rows in target.rows(tensor, start):
+    sums = Sums()
+    for rows in blocks:
         total, merged = rows.sum(), np.ascontiguousarray(rows.place)
         due = rounded(total, merged.dtype)
         not_finite += int(np.count_nonzero(~(np.isfinite(due) & np.isfinite(merged))))
@@ -255,7 +263,7 @@ def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, 
             wrong += int(np.count_nonzero(far & ~(abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows))))
         if rows.updates:
             sums += _sums(merged.astype(np.float64) - rows.W0, due.astype(np.float64) - rows.W0, total - rows.W0)
-    return Difference(stored.name, tensor.size, differing, furthest, beyond, wrong, not_finite, sums.scale), sums
+    return Difference(name, size, differing, furthest, beyond, wrong, not_finite, sums.scale), sums
 
 
 def _allowed(rows: Rows) -> Array:
@@ -268,8 +276,8 @@ def _allowed(rows: Rows) -> Array:
     return (r + 3) * _epsilon(rows.place.dtype) / 2 * rows.size()
 
 
-def _sums(added: Array, due: Array, update: Array) -> _Sums:
-    return _Sums(*(float(np.vdot(*pair)) for pair in (
+def _sums(added: Array, due: Array, update: Array) -> Sums:
+    return Sums(*(float(np.vdot(*pair)) for pair in (
         (added, update), (due, update), (added, added), (due, due), (update, update)
     )))  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What is in an adapter's folder, read without its base."""
+"""What is in an adapter's folder, or in llama.cpp's file of one, read without its base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from ...adapter import LoRAConfig, adapted_shapes, fused_parts
 from ...backend import Array, asnumpy, xp
 from ...lora import singular_directions
 from ...model import Config
+from ..adapters.adapter import kind_of
 from ..adapters.base import load_base_for
+from ..adapters.gguf import ALPHA, TABLE, read_updates, tensor_name
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..adapters.peft_config import PATTERNS, READ, check_keys, expressions_in, resolved
 from ..adapters.peft_tensors import PREFIX
@@ -22,6 +24,7 @@ from ..files.json_file import from_fields, read_json
 from ..files.messages import named
 from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 from ..models.base import Base
+from ..models.gguf_file import open_gguf
 from ..models.names import module_names
 from .base import open_base
 
@@ -56,8 +59,13 @@ class Survey(NamedTuple):
 
 @named
 def survey(path: str | os.PathLike[str]) -> Survey:
-    """Reads an adapter's folder. A FileNotFoundError or ValueError, in one line, says what is missing or damaged."""
+    """Reads an adapter's folder, or a .gguf file of one, whose modules have the names of the base's tensors there.
+
+    A FileNotFoundError or ValueError, in one line, says what is missing or damaged.
+    """
     folder = Path(path)
+    if kind_of(folder) == "gguf":
+        return _survey_gguf(folder)
     refuse_pickle(folder, WEIGHTS)
     raw = read_json(folder / CONFIG)
     check_keys(raw, str(folder / CONFIG))
@@ -86,6 +94,18 @@ def survey(path: str | os.PathLike[str]) -> Survey:
         for key in others:
             file.read_finite(key)
         return Survey(raw, modules, whole)
+
+
+def _survey_gguf(path: Path) -> Survey:
+    with open_gguf(path) as file:
+        updates, alpha = read_updates(file), file.metadata.get(ALPHA)
+    modules = []
+    for name, (A, B, s, *_) in updates.items():
+        if name == TABLE:  # the look-up, which counts as (D, V)
+            A, B = B.T, A.T
+        modules.append(_module(name, A.astype(np.float64), B.astype(np.float64), s))
+    targets = sorted({name.split(".")[-2] for name in updates if "." in name})
+    return Survey({"target_modules": targets, "lora_alpha": alpha}, modules, [])
 
 
 def _scales(raw: dict[str, Any], ranks: dict[str, int], where: str) -> dict[str, float]:
@@ -143,8 +163,10 @@ def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], mo
     is_gguf = Path(base).suffix.lower() == ".gguf"
     opened: Base = load_base_for(adapter, base) if is_gguf else open_base(base, [Path(adapter)])
     config = opened.config
-    names = {theirs: ours for ours, theirs in module_names(config).items()}
     shapes = adapted_shapes(config)
+    names = {theirs: ours for ours, theirs in module_names(config).items()}
+    if kind_of(adapter) == "gguf":
+        names = {tensor_name(ours): ours for ours in shapes}
     norms = []
     for module in modules:
         ours = names.get(module.name, "")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...model import Config, Model
-from .base import Wanted, check_layers, held
+from .base import LazyWeights, Wanted, check_layers, held
 from .gguf_file import GGUFFile, open_gguf
 from .heads import completed, taken, with_head
 
@@ -17,8 +18,8 @@ NAMES = {
     "head.weight": "output.weight",
 }
 LAYER_NAMES = {
-    "norm1": "attn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.o": "attn_output",
-    "norm2": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down",
+    "norm1": "attn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.qkv": "attn_qkv",
+    "attn.o": "attn_output", "norm2": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down",
 }  # fmt: skip
 # Keys of the architecture that are read; any other must have the value given here, with which it changes nothing.
 READ = (
@@ -41,20 +42,24 @@ def load_gguf(path: Path, wanted: Wanted) -> Model:
     read one by one: no more is held than the weights in their dtype, float32 if none is wanted, and one tensor as the
     file has it. A ValueError, in one line, names what is damaged or not supported: the file, and the key or the tensor.
     """
-    dtype = wanted.dtype or "float32"
     with open_gguf(path) as file:
-        saved = read_config(file)
-        _check_tensors(file, saved)
+        saved, found = open_weights(file, wanted.dtype or "float32")
         config = with_head(saved, wanted.head, wanted.n_labels)
         weights = {
-            name: held(
-                file.read(file_name(name), dtype, heads=_paired_heads(name, config)),
-                wanted.storage,
-                f"{file.path}: {file_name(name)}",
-            )
-            for name in taken(saved, config)
+            name: held(found[name], wanted.storage, f"{file.path}: {file_name(name)}") for name in taken(saved, config)
         }
     return Model(config, completed(config, weights, wanted.seed, str(path)))
+
+
+def open_weights(file: GGUFFile, dtype: str) -> tuple[Config, LazyWeights]:
+    """A file's Config and its weights in `dtype`, which are read when asked for; errors are those of `load_gguf`."""
+    config = read_config(file)
+    _check_tensors(file, config)
+    readers = {
+        name: partial(file.read, file_name(name), dtype, heads=paired_heads(name, config))
+        for name in config.weight_shapes()
+    }
+    return config, LazyWeights(readers)
 
 
 def read_config(file: GGUFFile) -> Config:
@@ -102,7 +107,7 @@ def file_name(name: str) -> str:
     return f"blk.{layer}.{LAYER_NAMES[part]}.weight"
 
 
-def _paired_heads(name: str, config: Config) -> int:
+def paired_heads(name: str, config: Config) -> int:
     """How many heads have their rows in pairs (2j, 2j+1) in the file, where T11 turns (j, j + K/2); 0: in order."""
     if name.endswith("attn.q.weight"):
         return config.n_head
@@ -115,10 +120,15 @@ def _check_keys(file: GGUFFile) -> None:
         name = key.removeprefix(f"{ARCHITECTURE}.")
         if name != key and name not in READ and (name not in NEUTRAL or value not in NEUTRAL[name]):
             raise ValueError(f"{file.path}: {key!r:.100} = {value!r:.100} is not supported")
-    if file.metadata.get("split.count", 0) not in (0, 1):
-        raise ValueError(f"{file.path}: split.count: a model in several files is not supported; merge them first")
+    check_one_file(file)
     if "rope_freqs.weight" in file.tensors:
         raise ValueError(f"{file.path}: rope_freqs.weight: rope scaling is not supported")
+
+
+def check_one_file(file: GGUFFile) -> None:
+    """A ValueError if the file is one of several of a model."""
+    if file.metadata.get("split.count", 0) not in (0, 1):
+        raise ValueError(f"{file.path}: split.count: a model in several files is not supported; merge them first")
 
 
 def _check_tensors(file: GGUFFile, config: Config) -> None:

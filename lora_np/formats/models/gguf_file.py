@@ -20,6 +20,7 @@ from ...backend import Array, DType
 from ..files.stamp import changed, open_unchanged, stamp
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
+COUNT_AT = 8  # where the number of tensors stands
 MAX_HEADER_BYTES = 64 * 2**20
 AHEAD = 2**20  # bytes of it that are read at once
 MAX_TEXT_BYTES = 2**20
@@ -81,11 +82,11 @@ class Tensor(NamedTuple):
 
 
 def import_gguf() -> Any:
-    """The gguf package's quantisations; an ImportError says how to get it."""
+    """The gguf package, which decodes tensors and writes files; an ImportError says how to get it."""
     try:
         import gguf.quants
     except ImportError as error:
-        raise ImportError("reading the weights of a GGUF file needs gguf: pip install 'lora-np[models]'") from error
+        raise ImportError("the tensors of a GGUF file need gguf: pip install 'lora-np[models]'") from error
     return gguf
 
 
@@ -135,13 +136,8 @@ class GGUFFile:
         A ValueError if an element is NaN or infinite.
         """
         gguf = import_gguf()
-        tensor = self.tensors[name]
+        tensor, raw = self.tensors[name], self.read_raw(name)
         kind = gguf.GGMLQuantizationType(tensor.kind)
-        self._file.seek(tensor.offset)
-        raw = np.fromfile(self._file, np.uint8, tensor.rows * tensor.row_bytes)
-        if raw.size < tensor.rows * tensor.row_bytes:
-            raise ValueError(f"{self.path}: {name}: the file ends within it")
-        raw = raw.reshape(tensor.rows, tensor.row_bytes)
         if heads:
             raw = raw.reshape(heads, -1, 2, tensor.row_bytes).swapaxes(1, 2).reshape(raw.shape)
         values = np.empty((tensor.rows, tensor.shape[-1]), dtype)
@@ -153,6 +149,40 @@ class GGUFFile:
             if not np.isfinite(values[rows]).all():
                 raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
         return values.reshape(tensor.shape)
+
+    def read_raw(self, name: str) -> Array:
+        """A tensor as it stands in the file. -> uint8 (rows, bytes of a row)"""
+        tensor = self.tensors[name]
+        self._file.seek(tensor.offset)
+        raw = np.fromfile(self._file, np.uint8, tensor.rows * tensor.row_bytes)
+        if raw.size < tensor.rows * tensor.row_bytes:
+            raise ValueError(f"{self.path}: {name}: the file ends within it")
+        return raw.reshape(tensor.rows, tensor.row_bytes)
+
+    def parts(self, start: int, end: int) -> Iterator[bytes]:
+        """The file's bytes from `start` to before `end`, a part at a time."""
+        self._file.seek(start)
+        while start < end:
+            part = self._file.read(min(AHEAD, end - start))
+            if not part:
+                raise changed(self.path)
+            start += len(part)
+            yield part
+
+    @property
+    def header(self) -> bytes:
+        """The file's bytes up to the end of the last tensor's entry; the tensors' data follow, aligned."""
+        return bytes(self._data[: self._header_end])
+
+    @property
+    def data_start(self) -> int:
+        """The byte from which the tensors' offsets count."""
+        return aligned(self._header_end, self.alignment)
+
+    @property
+    def size(self) -> int:
+        """The file's length in bytes."""
+        return self._size
 
     def check_tensors(self) -> None:
         """A ValueError that names a tensor which cannot be read: its type, its shape, where it lies."""
@@ -192,11 +222,11 @@ class GGUFFile:
             self.metadata[key] = self._value(key)
         self.alignment = self._alignment()
         entries = [self._tensor() for _ in range(n_tensors)]
-        data = -(-self._at // self.alignment) * self.alignment  # the tensors' data start here
+        self._header_end = self._at
         for tensor in entries:
             if tensor.name in self.tensors:
                 raise ValueError(f"{self.path}: {tensor.name}: the tensor stands there twice")
-            self.tensors[tensor.name] = tensor._replace(offset=data + tensor.offset)
+            self.tensors[tensor.name] = tensor._replace(offset=self.data_start + tensor.offset)
 
     def _alignment(self) -> int:
         alignment: int = self.get("general.alignment", int, 32)
@@ -282,6 +312,23 @@ class GGUFFile:
         shape = tuple(self._number("Q", f"the shape of {name}") for _ in range(n_dims))
         kind = self._number("I", f"the type of {name}")
         return Tensor(name, shape[::-1], kind, self._number("Q", f"the offset of {name}"))
+
+
+def tensor_entry(tensor: Tensor) -> bytes:
+    """A tensor's entry as a header has it; offset: from where the tensors' data start."""
+    name, shape = tensor.name.encode(), tensor.shape[::-1]
+    numbers = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.kind, tensor.offset)
+    return struct.pack("<Q", len(name)) + name + numbers
+
+
+def with_count(header: bytes, n_tensors: int) -> bytes:
+    """A header that says how many tensors there are."""
+    return header[:COUNT_AT] + struct.pack("<Q", n_tensors) + header[COUNT_AT + 8 :]
+
+
+def aligned(at: int, alignment: int) -> int:
+    """The first multiple of `alignment` that is not below `at`."""
+    return -(-at // alignment) * alignment
 
 
 @contextmanager

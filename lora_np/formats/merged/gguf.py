@@ -1,0 +1,193 @@
+"""A GGUF file with adapters merged into it: the base's bytes, but for the tensors that are adapted.
+
+A tensor in F32, F16 or BF16 becomes W0 + sum_i w_i s_i B_i A_i, summed in float64 and rounded once to its own type, in
+its own place. A quantised one would have to be quantised anew, which loses what the adapter learned: it is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...backend import Array, blocks, xp
+from ...lora import Update
+from ...model import Config
+from ..adapters.adapter import kind_of, load_adapter
+from ..adapters.gguf import read_updates, tensor_updates
+from ..adapters.head import brought_by
+from ..files.atomic import new_file
+from ..files.messages import shown
+from ..files.rounding import NAMES, numpy_dtype, rounded
+from ..models.gguf import ARCHITECTURE, check_one_file, open_weights
+from ..models.gguf import NAMES as TENSORS
+from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, aligned, open_gguf, tensor_entry, with_count
+from .plan import Rows
+
+TABLE, HEAD = TENSORS["embed.tokens"], TENSORS["head.weight"]
+HEADLESS = ("bert",)  # architectures without one
+
+
+class MergedFile(NamedTuple):
+    """What a merge did: how many tensors it made, and how many are the base's bytes."""
+
+    made: int
+    kept: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """A base (see `Base`) in a GGUF file."""
+
+    config: Config
+    weights: Mapping[str, Array]
+    dtype: np.dtype[Any]
+
+
+def merge_gguf(
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float],
+    out: str | os.PathLike[str],
+) -> MergedFile:
+    """L5: writes a .gguf base with adapters merged into it, W0 + sum_i w_i s_i B_i A_i, as a new .gguf file.
+
+    Adapters in .gguf fit a base of any architecture, by the names of its tensors; the others one of llama's. Version,
+    metadata, alignment, order, and what no adapter touches keep their bytes. An update of the token table or of the
+    head unties the two where they were one: output.weight comes behind the other tensors. No more is held than one
+    tensor and the adapters. A FileExistsError if there is anything at `out`; a ValueError or FileNotFoundError, in one
+    line, says what does not fit, and where.
+    """
+    target = Path(out)
+    if target.suffix.lower() != ".gguf":
+        raise ValueError(f"{target}: expected a name that ends in .gguf, as the base's does")
+    with new_file(target) as temporary, open_gguf(Path(base)) as file:
+        updates, is_new_head = due_updates(file, [Path(path) for path in adapters], weights)
+        _write(file, updates, temporary, is_new_head=is_new_head)
+    made = len(updates.keys() | {HEAD}) if is_new_head else len(updates)
+    return MergedFile(made, len(file.tensors) + is_new_head - made)
+
+
+def due_updates(
+    file: GGUFFile, adapters: Sequence[Path], weights: Sequence[float]
+) -> tuple[dict[str, list[Update]], bool]:
+    """What is added to each tensor of a base that adapters change, and whether it needs a head that was the table.
+
+    A ValueError says what is wrong with the base, with an adapter, or what does not fit.
+    """
+    check_one_file(file)
+    file.check_tensors()
+    updates: dict[str, list[Update]] = {}
+    for path, w in zip(adapters, weights, strict=True):
+        for name, update in _updates(file, path).items():
+            updates.setdefault(name, []).append(update._replace(s=w * update.s))
+    is_new_head = _needs_head(file, updates)
+    for name, its_updates in updates.items():
+        source = file.tensors.get(TABLE if is_new_head and name == HEAD else name)
+        if source is None:
+            raise ValueError(f"{file.path}: the adapter is for a tensor that is not there: {shown(name)}")
+        _check(file, source, its_updates)
+    return updates, is_new_head
+
+
+def _updates(file: GGUFFile, path: Path) -> dict[str, Update]:
+    """An adapter's updates by the names of the base's tensors."""
+    architecture = file.get("general.architecture", str)
+    if kind_of(path) == "gguf":
+        with open_gguf(path) as found:
+            if found.get("general.architecture", str) != architecture:
+                raise ValueError(
+                    f"{path}: made for another base: its architecture is "
+                    f"{found.get('general.architecture', str)!r:.60}, {file.path}'s is {architecture!r:.60}"
+                )
+            return read_updates(found)
+    if architecture != ARCHITECTURE:
+        raise ValueError(
+            f"{file.path}: architecture {architecture!r:.60}: only adapters in .gguf can be merged onto it, by the "
+            f"names of its tensors; onto {ARCHITECTURE} others too"
+        )
+    dtype = "float64" if brought_by(path).is_double else "float32"
+    config, weights = open_weights(file, dtype)
+    adapter = load_adapter(path, _Opened(config, weights, np.dtype(dtype)))
+    for name in adapter.whole:
+        raise ValueError(f"{path}: {name} is trained whole: only A and B can be merged onto a .gguf file")
+    return tensor_updates(config, adapter)
+
+
+def _needs_head(file: GGUFFile, updates: Mapping[str, object]) -> bool:
+    """Whether the head is the token table, and no longer; a ValueError where that is not known."""
+    if HEAD in file.tensors or not {TABLE, HEAD} & updates.keys():
+        return False
+    architecture = file.get("general.architecture", str)
+    if architecture not in (ARCHITECTURE, *HEADLESS):
+        raise ValueError(
+            f"{file.path}: {TABLE}: there is no {HEAD}, and whether its head is that table is not known here for "
+            f"{architecture!r:.60}, only for {ARCHITECTURE}"
+        )
+    return architecture == ARCHITECTURE and TABLE in file.tensors
+
+
+def _check(file: GGUFFile, source: Tensor, updates: Sequence[Update]) -> None:
+    """A ValueError unless a tensor can be adapted by these."""
+    kind = TENSOR_TYPES[source.kind].name
+    if kind not in NAMES:
+        raise ValueError(
+            f"{file.path}: {source.name}: quantised ({kind}): the merged tensor would have to be quantised anew, which "
+            "loses what the adapter learned; merge onto a file in F32, F16 or BF16, or keep the adapter beside this one"
+        )
+    for update in updates:
+        shape = update.B.shape[0], update.A.shape[1]
+        if source.shape != shape:
+            raise ValueError(
+                f"{file.path}: {source.name}: expected shape {shape}, as the adapter has it, got {source.shape}"
+            )
+
+
+def _write(file: GGUFFile, updates: Mapping[str, Sequence[Update]], path: Path, *, is_new_head: bool) -> None:
+    """The merged file: the base's bytes, merged tensors in their places, and a new head behind them."""
+    with open(path, "xb") as new:
+        if is_new_head:
+            head = file.tensors[TABLE]._replace(name=HEAD, offset=aligned(file.size, file.alignment) - file.data_start)
+            header = with_count(file.header, len(file.tensors) + 1) + tensor_entry(head)
+            new.write(header + bytes(aligned(len(header), file.alignment) - len(header)))
+        else:
+            new.writelines(file.parts(0, file.data_start))
+        at = file.data_start
+        for tensor in sorted((file.tensors[name] for name in updates if name in file.tensors), key=lambda t: t.offset):
+            new.writelines(file.parts(at, tensor.offset))
+            merged = _merged(file, tensor, updates[tensor.name])
+            new.write(merged.data)
+            at = tensor.offset + merged.nbytes
+        new.writelines(file.parts(at, file.size))
+        if is_new_head:
+            new.write(bytes(aligned(file.size, file.alignment) - file.size))
+            new.write(_merged(file, file.tensors[TABLE], updates.get(HEAD, ())).data)
+
+
+def _merged(file: GGUFFile, source: Tensor, updates: Sequence[Update]) -> Array:
+    """A tensor's bytes with its updates, uint8; a ValueError if one of its numbers is NaN or infinite."""
+    values = numbers(file, source)
+    for rows in summed(values, values, updates):
+        rows.place[...] = rounded(rows.sum(), values.dtype)
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{file.path}: {source.name}: a merged weight is NaN, infinite, or too large for {values.dtype}"
+        )
+    return values.reshape(-1).view(np.uint8)
+
+
+def numbers(file: GGUFFile, tensor: Tensor) -> Array:
+    """A tensor in F32, F16 or BF16 as it stands in its file (rows, width)."""
+    return file.read_raw(tensor.name).view(numpy_dtype(TENSOR_TYPES[tensor.kind].name))
+
+
+def summed(merged: Array, start: Array, updates: Sequence[Update]) -> Iterator[Rows]:
+    """A merged tensor (rows, width) block by block, and what it is to be; `start` is the base's, or `merged` itself."""
+    factors = [u._replace(A=xp.asarray(u.A, dtype=xp.float64), B=xp.asarray(u.B, dtype=xp.float64)) for u in updates]
+    for rows in blocks(*start.shape):
+        W0 = start[rows].astype(np.float64)
+        yield Rows(merged[rows], W0, [update._replace(B=update.B[rows]) for update in factors])
