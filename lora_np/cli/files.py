@@ -30,6 +30,8 @@ def run_merge(args: argparse.Namespace) -> int:
     lines = [
         f"the merged model is in {args.out}: {done.made} tensors are new, {done.kept} are the base's bytes",
         *(f"left out, as it has the weights of the base: {name}" for name in done.left_out),
+        *(f"the tokenizer's, from the adapter: {name}" for name in done.taken),
+        *(f"but {remark}" for remark in done.remarks),
     ]
     emit(args, {"out": str(args.out), **done._asdict()}, lines)
     return 0
@@ -57,9 +59,10 @@ def run_inspect(args: argparse.Namespace) -> int:
         ", ".join(f"{key} {shown(str(value))}" for key, value in config.items()),
         _verdict(found.modules),
         *([f"trained whole: {', '.join(found.whole)}"] if found.whole else []),
+        *found.remarks,
     ]
     about = "effective: the rank as e to the entropy of the singular values' shares of their sum; norms: Frobenius"
-    result = {**config, "B_is_zero": untrained, "whole": found.whole, "modules": modules}
+    result = {**config, "B_is_zero": untrained, "whole": found.whole, "remarks": found.remarks, "modules": modules}
     emit(args, result, [*lines, "", *table(rows), "", about])
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,18 @@ import numpy as np
 
 from ..adapter import Adapter
 from ..backend import Array, asnumpy
-from ..formats.adapters.adapter import load_adapter
+from ..formats.adapters.adapter import kind_of, load_adapter
 from ..formats.adapters.base import load_base_for
-from ..formats.merged.comparison import Comparison, compare, explained, is_trained, records_base, worst
+from ..formats.adapters.peft import records_base
+from ..formats.files.json_file import read_json
+from ..formats.files.messages import shown
+from ..formats.merged.comparison import Comparison, compare, explained, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf_comparison import compare_gguf
-from ..formats.merged.plan import plan_merge
+from ..formats.merged.plan import Scale, plan_merge, scales_of
 from ..formats.merged.survey import Module, survey
-from ..formats.models.folder import load_model
+from ..formats.models.folder import CONFIG, can_run, load_model
+from ..formats.models.shards import stored_tensors
 from ..loss import forward
 from ..model import Config, Model
 from .base import AddCommand, tokenizer_of, utf8, whole
@@ -34,45 +38,107 @@ def run_verify(args: argparse.Namespace) -> int:
     in_gguf = args.base.suffix.lower() == ".gguf"
     if args.merged is not None and in_gguf != (args.merged.suffix.lower() == ".gguf"):
         raise ValueError("--merged: expected a folder where the base is one, and a .gguf file where it is one")
-    modules = survey(args.adapter).modules  # what is missing or damaged is bad input; what does not fit is an answer
-    load_model(args.base)
+    found_in = survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
+    runs = in_gguf or can_run(args.base)
+    if runs:
+        load_model(args.base)
+    else:
+        stored_tensors(args.base)
     try:
-        base = load_base_for(args.adapter, args.base)
-        adapter = load_adapter(args.adapter, base)
-        plan = None if args.merged is None or in_gguf else plan_merge(args.base, [args.adapter], [1.0])
+        plan = None if in_gguf or kind_of(args.adapter) == "gguf" else plan_merge(args.base, [args.adapter], [1.0])
+        run = _Run(args, must=plan is None or plan.config is not None) if runs else None
     except ValueError as error:
         emit(args, {"holds": False, "fits": False, "reason": str(error)}, [f"fits: no. {error}"])
         return 1
-    has_hash, changes = records_base(args.adapter), is_trained(adapter, base)
-    found = None if plan is None else compare(plan, args.merged, args.ulps)
-    if args.merged is not None and in_gguf:
-        found = compare_gguf(args.base, [args.adapter], args.merged, args.ulps)
-    merged = load_model(args.merged, dtype=str(base.dtype)) if found is not None and found.loads else None
-    effects, not_finite = _effects(base, adapter, merged, _tokens(args, base.config))
-    holds = changes and (found is None or found.holds) and not not_finite
-    result: dict[str, Any] = {"holds": holds, "fits": True, "base_hash": has_hash, "trained": changes}
+    has_hash = records_base(args.adapter) if args.adapter.is_dir() else False
+    changes = plan.changes_anything if plan is not None and plan.config is None else run is not None and run.is_trained
+    found = None
+    if args.merged is not None:
+        found = (
+            compare_gguf(args.base, [args.adapter], args.merged, args.ulps)
+            if in_gguf
+            else compare(plan or plan_merge(args.base, [args.adapter], [1.0]), args.merged, args.ulps)
+        )
+    effects: dict[str, Effect] = {}
+    not_finite: list[str] = []
+    reason = "this architecture is not run here"
+    if run is not None:
+        effects, not_finite, reason = run.effects(args, found is not None and found.loads)
+    remarks = [*found_in.remarks, *(plan.remarks if plan is not None else [])]
+    holds = changes and (found is None or found.holds) and not not_finite and not remarks
+    result: dict[str, Any] = {
+        "holds": holds, "fits": True, "base_hash": has_hash, "trained": changes, "remarks": remarks,
+        "zero": [m.name for m in found_in.modules if m.norm_B == 0],
+    }  # fmt: skip
     seen = (
         "names, shapes and the recorded hash of the base"
         if has_hash
         else ("names and shapes; the file records no hash of its base, as PEFT's do not")
     )
-    lines = [f"fits: yes ({seen})", f"trained: {_trained_line(changes, modules)}"]
+    lines = [f"fits: yes ({seen})", *(f"but {remark}" for remark in remarks)]
+    lines += [f"trained: {_trained_line(changes, found_in.modules)}", *_other_base(args, found_in.config)]
     if found is not None:
-        looks_like = explained(found, [adapter])
+        looks_like = explained(found, plan.scales if plan is not None else run.scales if run is not None else ())
         result["merged"] = {**_as_json(found), "looks_like": looks_like}
         lines += _merged_lines(found, looks_like, args.ulps)
     result |= {"effect": {name: one._asdict() for name, one in effects.items()}, "not_finite": not_finite}
     lines += [f"{name}: {_effect_line(one)}" for name, one in effects.items()]
-    lines += [
-        f"no verdict: outputs of {name} are NaN or infinite: they overflow in {base.dtype}" for name in not_finite
-    ]
+    lines += [f"effect of the adapter: left out: {reason}"] if reason else []
+    lines += [f"no verdict: outputs of {name} are NaN or infinite: they overflow" for name in not_finite]
     emit(args, result, lines)
     return 0 if holds else 1
 
 
+class _Run:
+    """A base that can be run, and the adapter on it, if the adapter is one that can be.
+
+    must: whether it is an error if it cannot.
+    """
+
+    def __init__(self, args: argparse.Namespace, *, must: bool) -> None:
+        self.reason = ""
+        self.adapter: Adapter | None = None
+        try:
+            self.base = load_base_for(args.adapter, args.base)
+            self.adapter = load_adapter(args.adapter, self.base)
+        except ValueError as error:
+            if must:
+                raise
+            self.reason = str(error)
+
+    @property
+    def is_trained(self) -> bool:
+        return self.adapter is not None and is_trained(self.adapter, self.base)
+
+    @property
+    def scales(self) -> set[Scale]:
+        return set() if self.adapter is None else scales_of(self.adapter)
+
+    def effects(self, args: argparse.Namespace, merged: bool) -> tuple[dict[str, Effect], list[str], str]:
+        """How far outputs move, whose are not finite, and why nothing is said."""
+        if self.adapter is None:
+            return {}, [], self.reason
+        model = load_model(args.merged, dtype=str(self.base.dtype)) if merged else None
+        return *_effects(self.base, self.adapter, model, _tokens(args, self.base.config)), ""
+
+
+def _other_base(args: argparse.Namespace, config: Mapping[str, Any]) -> list[str]:
+    """A remark where the adapter names another base than this: by the last part of its name."""
+    said = config.get("base_model_name_or_path")
+    if not isinstance(said, str) or not said:
+        return []
+    known = {args.base.resolve().name}
+    if args.base.is_dir():
+        known.add(str(read_json(args.base / CONFIG).get("_name_or_path")).rstrip("/").rpartition("/")[2])
+    name = said.rstrip("/").rpartition("/")[2]
+    return [] if name in known else [f"the adapter names its base {shown(said)}; this one is {args.base}"]
+
+
 def _trained_line(changes: bool, modules: Sequence[Module]) -> str:
     if changes:
-        return "yes"
+        zero = [module.name for module in modules if module.norm_B == 0]
+        more = f" and {len(zero) - SHOWN} more" if len(zero) > SHOWN else ""
+        return f"yes, but B is zero in {len(zero)} modules: {' '.join(zero[:SHOWN])}{more}" if zero else "yes"
     if any(module.norm_B for module in modules):
         return "no: its scale is 0: it changes nothing"
     return "no: B is zero throughout, and what is trained whole equals the base"

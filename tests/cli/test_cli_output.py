@@ -93,7 +93,7 @@ def test_an_adapters_names_and_settings_are_shown_safely(home, capsys):
     edit_json(home / "adapter" / "adapter_config.json", target_modules=FORGED)
     status, out, _ = run(capsys, "inspect", home / "adapter")
     assert status == 0
-    assert out.count(r"x\x1b[2K\x1b[1A\nmerged: yes") == 2
+    assert out.count(r"x\x1b[2K\x1b[1A\nmerged: yes") == 4
     assert all(map(is_safe, out.split("\n")))
     status, out, _ = run(capsys, "inspect", home / "adapter", "--json")
     assert json.loads(out)["whole"] == [FORGED]

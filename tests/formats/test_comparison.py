@@ -193,7 +193,7 @@ def test_a_number_that_is_none_is_a_fault(home):
     found = compare(plan, home / "merged", 1)
     assert not found.holds
     assert found.scale is None
-    assert explained(found, plan.adapters) is None
+    assert explained(found, plan.scales) is None
 
 
 @pytest.mark.parametrize("scale", [2.0, 0.0])

@@ -380,7 +380,7 @@ def rewritten(path, changes, kind="F32", keys=None):
 
 def judged(base, adapter, merged, ulps=1):
     found = compare_gguf(base, [adapter], merged, ulps)
-    return found, explained(found, [ln.load_adapter(adapter, ln.load_model(base))])
+    return found, explained(found, scales_of(ln.load_adapter(adapter, ln.load_model(base))))
 
 
 @pytest.fixture

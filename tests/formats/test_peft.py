@@ -361,7 +361,7 @@ def test_a_bias_that_peft_writes_three_times(tmp_path):
         ({"alpha_pattern": {"c_attn\n": "x"}}, "expected a number"),
         ({"use_dora": True}, "use_dora: not supported"),
         ({"use_dora": None}, "use_dora: not supported"),
-        ({"brand_new": False}, "brand_new: not known"),
+        ({"brand_new": True}, "brand_new: not known"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
         ({"init_lora_weights": 1}, "init_lora_weights: 1"),
         ({"target_modules": ".*c_attn", "layers_to_transform": [1]}, "regular expression and layers_to_transform"),

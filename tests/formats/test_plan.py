@@ -170,7 +170,7 @@ def test_all_that_is_not_merged_is_the_bases_bytes(home):
     (base / "tokenizer.json").write_bytes(b"its tokenizer")
     (base / "pytorch_model.bin").write_bytes(b"the base's weights once more")
     done = merge(home)
-    assert done == (2, len(tensors) - 2, ["pytorch_model.bin"])
+    assert done == (2, len(tensors) - 2, ["pytorch_model.bin"], [], [])
     out = home / "out"
     assert sorted(contents(out)) == [CONFIG, WEIGHTS, "tokenizer.json"]
     assert (out / CONFIG).read_bytes() == (base / CONFIG).read_bytes()
@@ -302,8 +302,13 @@ def test_a_damaged_base_of_our_own_is_refused(tmp_path):
 def test_a_tied_head_that_differs_from_the_table_is_refused(home):
     change = {"lm_head.weight": np.zeros((GPT2.vocab_size, D), "float32")}
     edit_tensors(home / "base" / WEIGHTS, lambda tensors: tensors.update(change))
+    table = {"transformer.wte": (GPT2.vocab_size, D)}
+    (A, B) = factors(1, modules=table)["transformer.wte"]
+    key = "base_model.model.transformer.wte.lora_embedding_"
+    write_peft(home / "table", {}, r=2, alpha=4, target_modules=["wte"])
+    save_file({f"{key}A": B.T.copy(), f"{key}B": A.T.copy()}, home / "table" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="tied to the token table, but it differs"):
-        merge(home)
+        merge(home, "table")
 
 
 def test_adapters_of_different_heads_are_refused(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     refuse_pickle(folder, WEIGHTS)
     tensors = stored_tensors(folder, WEIGHTS)
     if not tensors:
-        raise ValueError(f"{folder / WEIGHTS}: holds no tensors: this adapter changes nothing")
+        raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of each module, got no tensor at all")
     keys = {key: found for key in tensors if (found := read_key(key)) is not None}
     factors: dict[tuple[str, int], dict[str, Stored]] = {}
     whole: dict[str, Array] = {}
@@ -106,13 +106,22 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
             raise ValueError(f"{tensors[key]}: {module} is there twice")
         else:
             whole[module] = _finite(tensors[key])
-    if not factors and not whole and not tokens:
-        raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of each module, got {shown(next(iter(tensors)))}")
+    adapted = {module for module, _ in factors}
+    strange = [name for name in whole if "lora_" in name.lower() or _is_no_part(name, adapted)]
+    if strange or not (factors or tokens):
+        got = shown((strange or list(tensors))[0])
+        raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of each module, got {got}")
     pairs = _pairs(raw, factors, folder)
     nested = bool(raw.get("target_parameters"))
     proper = {key: found.proper if nested else found.alone for key, found in keys.items()}
     improper = {key: name for key, name in proper.items() if key != name}
     return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder), improper)
+
+
+def _is_no_part(name: str, adapted: Collection[str]) -> bool:
+    """Whether a tensor is of an adapted module, and neither its weight nor its bias."""
+    module, _, part = name.rpartition(".")
+    return module in adapted and part not in ("weight", "bias")
 
 
 def _pairs(
@@ -161,7 +170,9 @@ def _scales(raw: Mapping[str, Any], ranks: Mapping[str, list[int]], where: str) 
     return scales
 
 
-def _token_rows(raw: Mapping[str, Any], tokens: Mapping[str, Array], folder: Path) -> dict[str, tuple[list[int], Array]]:
+def _token_rows(
+    raw: Mapping[str, Any], tokens: Mapping[str, Array], folder: Path
+) -> dict[str, tuple[list[int], Array]]:
     """The rows of each table that are trained."""
     said, where = raw.get("trainable_token_indices"), f"{folder / CONFIG}: trainable_token_indices"
     rows = {}

@@ -49,7 +49,7 @@ METHODS = {
 # Starts that leave the base as it is, and by their first letters those that change the base's own weights.
 STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 CHANGING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
-NEUTRAL = (None, False, "", (), [], {})  # values of a key that is not known with which it says nothing
+NEUTRAL: tuple[Any, ...] = (None, False, "", (), [], {})  # values of a key that is not known with which it says nothing
 # PEFT adds these itself, for whichever of them the model has.
 AUTO_SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 ALL_LINEAR = "all-linear"
@@ -214,8 +214,8 @@ def check_keys(raw: Mapping[str, Any], where: str, on: Collection[str] = ()) -> 
         if key not in READ and key not in OFF and key not in FREE and not _is_one_of(value, NEUTRAL):
             raise ValueError(f"{where}: {shown(key)}: not known, so not supported (value {value!r:.60})")
         if key in OFF and key not in on and not _is_one_of(value, OFF[key]):
-            method = f"{METHODS[key]} is " if key in METHODS else ""
-            raise ValueError(f"{where}: {key}: {method}not supported (expected it to be off, got {value!r:.60})")
+            method = f"{METHODS[key]}: " if key in METHODS else ""
+            raise ValueError(f"{where}: {key}: not supported ({method}expected it to be off, got {value!r:.60})")
 
 
 def _check_start(raw: Mapping[str, Any], where: str) -> None:

@@ -2,8 +2,8 @@
 
 Transformers keeps the experts of a layer as one parameter (E, ...) in memory, and some files as E tensors. PEFT's A
 (E r, in) and B (out, r E) of such a parameter are, for expert e, rows e r to (e + 1) r of A, and of B each E-th column
-from e on: dW_e = s B[:, e::E] A[e r : (e + 1) r]. Its merge adds that to the (out, in) of the expert e, or its transpose
-where the parameter is (E, in, out).
+from e on: dW_e = s B[:, e::E] A[e r : (e + 1) r]. Its merge adds that to the (out, in) of the expert e, or its
+transpose where the parameter is (E, in, out).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...backend import Array
 from ...lora import Update
 from ..adapters.contents import Contents, Pair
 from ..files.messages import shown
-from ..files.rounding import NAMES, numpy_dtype, rounded
+from ..files.rounding import NAMES, rounded
 from ..models.huggingface import Place
 from ..models.shards import Stored
 from .matching import change_of_prefix, moved, nearest, prefixes
@@ -48,17 +48,24 @@ class Changed:
 
 @dataclass
 class Changes:
-    """What adapters change: the tensors by their keys; those that are new, from which of the base's; what to say."""
+    """What adapters change.
+
+    tensors  by their keys
+    added    those that the base lacks: the tensor of it that each starts from
+    unties   whether the head is tied to the table no more
+    remarks  what is wrong with the adapters
+    """
 
     tensors: dict[str, Changed]
     added: dict[str, str]
+    unties: bool
     remarks: list[str]
 
     def config(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """config.json with what follows: a head that is tied no more, and the vocabulary's size where a table grew."""
-        said: dict[str, Any] = {"tie_word_embeddings": False} if self.added else {}
+        said: dict[str, Any] = {"tie_word_embeddings": False} if self.unties else {}
         for key, found in self.tensors.items():
-            if key.removesuffix(".weight").endswith(TABLES) and any(c.whole is not None for c in found.changes.values()):
+            if is_table(key) and any(c.whole is not None for c in found.changes.values()):
                 said["vocab_size"] = found.place.shape[0]
         result = {**raw, **{k: v for k, v in said.items() if k in raw or k == "tie_word_embeddings"}}
         text = raw.get("text_config")
@@ -68,14 +75,25 @@ class Changes:
 
 
 def changes_of(
-    folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Stored], adapters: Sequence[Contents], weights: Sequence[float]
+    folder: Path,
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
+    adapters: Sequence[Contents],
+    weights: Sequence[float],
 ) -> Changes:
     """What adapters, each times its weight, change of a base's tensors; a ValueError names what does not fit."""
     merge = _Merge(folder, raw, tensors)
     for adapter, weight in zip(adapters, weights, strict=True):
         merge.add(adapter, weight)
     merge.untie()
-    return Changes(merge.changed, merge.added, merge.remarks)
+    return Changes(merge.changed, merge.added, merge.unties, merge.remarks)
+
+
+def base_keys(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Stored], adapter: Contents) -> dict[str, str]:
+    """The key of the base's tensor that each module of an adapter changes; a tied head's is the token table's."""
+    merge = _Merge(folder, raw, tensors)
+    names = {name: f"{found}.weight" for name, found in merge.names(adapter).items()}
+    return {name: key if key in tensors else str(merge.table) for name, key in names.items()}
 
 
 class _Merge:
@@ -85,16 +103,19 @@ class _Merge:
         self.changed: dict[str, Changed] = {}
         self.added: dict[str, str] = {}
         self.remarks: list[str] = []
+        self.unties = False
         self.whole_of: Path | None = None
         self.by_rows: set[str] = set()  # tables of which rows are trained, which stand for a tied head too
         self.table = _table(tensors)
         self.head = _head(raw, tensors)  # of a tied model: the key that its head would have
 
     def add(self, adapter: Contents, weight: float) -> None:
-        names = self._names(adapter)
+        names = self.names(adapter)
         self.remarks += [f"{adapter.path}: {line}" for line in adapter.remarks]
-        has_whole = bool(adapter.rows) or any(names[name] not in self.tensors or not self._is_copy(names[name], value)
-                                              for name, value in adapter.whole.items())
+        has_whole = bool(adapter.rows) or any(
+            names[name] not in self.tensors or not self._is_copy(names[name], value)
+            for name, value in adapter.whole.items()
+        )
         if has_whole and (self.whole_of is not None or weight != 1):
             what = "another" if self.whole_of is not None else f"weight {weight:g}"
             raise ValueError(
@@ -119,7 +140,7 @@ class _Merge:
 
     # --- Names -----------------------------------------------------------------------------------------------------
 
-    def _names(self, adapter: Contents) -> dict[str, str]:
+    def names(self, adapter: Contents) -> dict[str, str]:
         """The base's name of each module of the adapter, and of each of its whole tensors."""
         modules = [*adapter.pairs, *adapter.rows]
         names = {name: found for name in modules if (found := self._known(name)) is not None}
@@ -127,18 +148,19 @@ class _Merge:
         unknown = [name for name in modules if name not in names]
         pair = ("", "")
         if unknown:
-            found = change_of_prefix(unknown, self.modules)
-            if found is None:
+            change = change_of_prefix(unknown, self.modules)
+            if change is None:
                 raise ValueError(
                     f"{adapter.path}: {shown(unknown[0])}: expected a module of {self.folder}, which has none of this "
                     f"name{nearest(unknown[0], self.modules)}"
                 )
-            pair = found
+            pair = change
             names |= {name: str(moved(name, *pair)) for name in unknown}
             if not self._is_trunk(pair, adapter):
                 self.remarks.append(
                     f"{adapter.path}: {len(unknown)} modules begin with {shown(pair[0] or 'nothing')}, where "
-                    f"{self.folder} has {shown(pair[1] or 'nothing')}: {shown(unknown[0])}; merged as {shown(names[unknown[0]])}"
+                    f"{self.folder} has {shown(pair[1] or 'nothing')}: {shown(unknown[0])}, "
+                    f"merged as {shown(names[unknown[0]])}"
                 )
         for name in adapter.whole:
             if name not in names:
@@ -166,12 +188,13 @@ class _Merge:
         if pair[1] == "":
             return of_base.endswith("Model") and not of_base.endswith("LMHeadModel")
         return pair[0] == "" and (
-            adapter.raw.get("task_type") == "FEATURE_EXTRACTION" or (of_adapter.endswith("Model") and "LMHead" not in of_adapter)
+            adapter.raw.get("task_type") == "FEATURE_EXTRACTION"
+            or (of_adapter.endswith("Model") and "LMHead" not in of_adapter)
         )
 
     def _is_head(self, module: str) -> bool:
         """Whether it is the head of a tied model, which its files do not have."""
-        return self.head is not None and f"{module}.weight" == self.head
+        return self.head is not None and f"{module}.weight" == self.head and self.head not in self.tensors
 
     # --- What is changed -------------------------------------------------------------------------------------------
 
@@ -202,13 +225,15 @@ class _Merge:
         found.changes[name] = before._replace(updates=(*before.updates, update))
 
     def _add_matrix(self, key: str, pair: Pair, adapter: Contents, where: str) -> None:
-        """An update of a module's weight (out, in); Conv1D's is stored (in, out), which a square one is if it is said so."""
+        """An update of a module's weight (out, in); Conv1D's is stored (in, out), a square one if it is said so."""
         source, _ = self._start(key, where)
         shape = self.changed[key].place.shape
         A, B = (pair.B.T, pair.A.T) if pair.is_look_up else (pair.A, pair.B)  # a table is (V, D)
         n_out, n_in = len(B), A.shape[1]
         if shape not in ((n_out, n_in), (n_in, n_out)):
-            raise ValueError(f"{where}: expected a module of {self.folder} of shape ({n_out}, {n_in}), there it is {shape}")
+            raise ValueError(
+                f"{where}: expected a module of {self.folder} of shape ({n_out}, {n_in}), there it is {shape}"
+            )
         turned = shape != (n_out, n_in) or (n_out == n_in and not pair.is_look_up and _turns(adapter, source))
         self._update(key, key, ALL, turned, Update(A, B, pair.s))
 
@@ -232,10 +257,10 @@ class _Merge:
         ]
         if len({name for name, *_ in fitting}) > 1 or not fitting:
             raise ValueError(
-                f"{where}: expected A (E r, in) and B (out, E r) of one parameter of {self.folder}, got A {pair.A.shape} "
-                f"and B {pair.B.shape}, which {'several' if fitting else 'none'} of {shown(module)} has"
+                f"{where}: expected A (E r, in) and B (out, E r) of one parameter of {self.folder}, got A "
+                f"{pair.A.shape} and B {pair.B.shape}, which {'several' if fitting else 'none'} of {shown(module)} has"
             )
-        name, stacks, turned = fitting[0]
+        _, stacks, turned = fitting[0]
         if len(fitting) > 1:
             turned = self._experts_are_turned(module, where)
         E = len(stacks) if stacks[0][0].shape[1:2] and len(stacks[0][0].shape) == 2 else stacks[0][0].shape[0]
@@ -254,13 +279,13 @@ class _Merge:
                     start += piece.shape[0]
 
     def _parameters(self, module: str) -> list[tuple[str, list[list[Stored]]]]:
-        """The parameters of a layer's experts: one tensor (E, ...), or for each expert its tensors, one below the other."""
+        """The parameters of a layer's experts: a tensor (E, ...), or for each expert its own, one below the other."""
         found = []
         for name, splits in EXPERTS.items():
             if f"{module}.{name}" in self.tensors:
                 found.append((name, [[self.tensors[f"{module}.{name}"]]]))
             for parts in splits:
-                stacks = []
+                stacks: list[list[Stored]] = []
                 while all(f"{module}.{len(stacks)}.{part}.weight" in self.tensors for part in parts):
                     stacks.append([self.tensors[f"{module}.{len(stacks)}.{part}.weight"] for part in parts])
                 if stacks:
@@ -279,8 +304,10 @@ class _Merge:
     def _is_copy(self, key: str, value: Array) -> bool:
         """Whether a tensor is the base's own, which PEFT saves beside an adapted table."""
         stored = self.tensors.get(key)
-        return stored is not None and stored.shape == value.shape and np.array_equal(
-            stored.read_raw().astype(np.float64), value.astype(np.float64)
+        return (
+            stored is not None
+            and stored.shape == value.shape
+            and np.array_equal(stored.read_raw().astype(np.float64), value.astype(np.float64))
         )
 
     def _replace(self, key: str, value: Array, where: str) -> None:
@@ -290,8 +317,9 @@ class _Merge:
         if key == self.head and self._is_copy(str(self.table), value):
             return
         source, found = self._start(key, where)
-        grown = key in (self.table, self.head) or key.removesuffix(".weight").endswith(HEADS + TABLES)
-        if value.shape != source.shape and not (grown and value.shape[1:] == source.shape[1:]):
+        if value.shape != source.shape and not (
+            (is_table(key) or is_head(key)) and value.shape[1:] == source.shape[1:]
+        ):
             raise ValueError(f"{where}: expected shape {source.shape}, as {self.folder} has it, got {value.shape}")
         found.place = Place(value.shape, False, {key: ALL})
         found.changes[key] = Change(key, value, ())
@@ -311,15 +339,23 @@ class _Merge:
     # --- Tied heads ------------------------------------------------------------------------------------------------
 
     def untie(self) -> None:
-        """A head that was tied to the table is one of its own, unless both are changed alike."""
-        if self.head is None or self.table is None or self.table not in self.changed:
+        """A head that was tied to the table is one of its own, unless both are changed alike, or rows of the table."""
+        table, head = (self.changed.get(str(key)) for key in (self.table, self.head))
+        if self.head is None or (table is None and head is None):
             return
-        table, head = self.changed[self.table], self.changed.get(self.head)
-        if head is not None and _alike(table, head):
-            del self.changed[self.head], self.added[self.head]
-        elif head is None and self.table not in self.by_rows and table.place.shape == self.tensors[self.table].shape:
-            self.added[self.head] = self.table
+        if table is not None and head is not None and _alike(table, head):
+            if self.head in self.added:
+                del self.changed[self.head], self.added[self.head]
+            return
+        if self.head in self.tensors:
+            if not self._is_copy(self.head, self.tensors[str(self.table)].read_raw()):
+                raise ValueError(f"{self.tensors[self.head]}: said to be tied to the token table, but it differs")
+        elif head is None and table is not None:
+            if self.table in self.by_rows or table.place.shape != self.tensors[str(self.table)].shape:
+                return
+            self.added[self.head] = str(self.table)
             self.changed[self.head] = Changed(Place(table.place.shape, False, {}))
+        self.unties = True
 
 
 def _turns(adapter: Contents, source: Stored) -> bool:
@@ -352,18 +388,30 @@ def _alike(table: Changed, head: Changed) -> bool:
     )
 
 
+def is_table(key: str) -> bool:
+    """Whether a tensor of this name is a table of tokens."""
+    return key.removesuffix(".weight").rpartition(".")[2] in TABLES
+
+
+def is_head(key: str) -> bool:
+    """Whether a tensor of this name is a language model's head."""
+    return key.removesuffix(".weight") in HEADS
+
+
 def _table(tensors: Mapping[str, Stored]) -> str | None:
     """The key of the token table."""
-    found = [key for key in tensors if key.removesuffix(".weight").rpartition(".")[2] in TABLES and key.endswith(".weight")]
+    found = [key for key in tensors if key.endswith(".weight") and is_table(key)]
     return min(found, key=lambda key: (key.count("."), len(key)), default=None)
 
 
 def _head(raw: Mapping[str, Any], tensors: Mapping[str, Stored]) -> str | None:
-    """The key that a tied language model's head would have; None if its files have one, or it is none."""
+    """The key of a language model's head that is tied to the table, whether its files have a copy or not; or None."""
     classes = raw.get("architectures")
     name = str(classes[0]) if isinstance(classes, list) and classes else ""
-    if not name.endswith(LANGUAGE_MODELS) or any(f"{head}.weight" in tensors for head in HEADS):
+    if not name.endswith(LANGUAGE_MODELS):
         return None
     text = raw.get("text_config")
     said = [one["tie_word_embeddings"] for one in (raw, text) if isinstance(one, dict) and "tie_word_embeddings" in one]
-    return None if said and not any(said) else f"{HEADS[0]}.weight"
+    own = next((f"{head}.weight" for head in HEADS if f"{head}.weight" in tensors), None)
+    is_tied = any(said) if said else own is None or raw.get("model_type") == "gpt2"
+    return (own or f"{HEADS[0]}.weight") if is_tied else None

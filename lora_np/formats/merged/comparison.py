@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...adapter import Adapter
 from ...backend import Array, asnumpy
-from ...model import Config
-from ..adapters.adapter import kind_of
-from ..adapters.header import KEY
-from ..adapters.peft import WEIGHTS as ADAPTER_WEIGHTS
 from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
-from ..files.safetensors_file import open_tensors
 from ..models.base import Base
-from ..models.folder import CONFIG, MODEL_TYPE, read_header, read_own
-from ..models.huggingface import left_out, places, read_config, with_old_names
-from ..models.names import family_of
+from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
+from ..models.huggingface import MODEL_TYPES, is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
-from .base import own_places
-from .plan import Plan, Rows, Target
+from .by_name import is_head, is_table
+from .matching import moved
+from .plan import Plan, Rows, Scale, Target
 
 ALIGNED = 0.9  # cos^2 of M - W0 and the update, from which on the one is called a multiple of the other
+NEWER = {"gamma": "weight", "beta": "bias"}  # names of a norm's parts
+NO_MODEL = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "tie_word_embeddings")
 NEAR = 0.05  # how far that multiple may be off, relatively
 
 
@@ -91,14 +88,6 @@ class Comparison(NamedTuple):
         return self.loads and right and not self.altered and all(one.fits for one in self.changed)
 
 
-def records_base(adapter: Path) -> bool:
-    """Whether an adapter's file records which base it was made for; PEFT's own and llama.cpp's do not."""
-    if kind_of(adapter) == "gguf":
-        return False
-    with open_tensors(adapter / ADAPTER_WEIGHTS) as file:
-        return KEY in file.metadata
-
-
 def is_trained(adapter: Adapter, base: Base) -> bool:
     """Whether an adapter changes anything: an s B that is not zero, or a weight trained whole unlike the base's."""
     if any(adapter.config.scale(name) and bool((adapter.params[f"{name}.B"] != 0).any()) for name in adapter.matrices):
@@ -115,24 +104,19 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
     ulps: how far apart an element may be, in steps of the folder's own dtype. PEFT sums in the base's dtype, which
     rounds more than once.
     """
-    header = read_header(folder)
+    header = read_any_header(folder)
     found = stored_tensors(folder)
-    config, by_parts = _merged_places(header, folder, plan.config, found)
+    names = _names(plan, found)
     sums = Sums()
     changed: list[Difference] = []
     altered: list[str] = []
     misshapen: list[str] = []
     missing: list[str] = []
-    seen = set()
     for target in plan.targets:
-        key = _other_key(target.key, plan.config, found)
-        if target.place is not None:
-            key = by_parts.get(frozenset(target.place.parts))
-        if key is None:
+        key = names[target.key]
+        if key not in found:
             missing += [target.key] if target.place is not None else []  # the others are no weights
-            continue
-        seen.add(key)
-        if found[key].shape != target.shape or (target.place is not None and found[key].dtype not in NAMES):
+        elif found[key].shape != target.shape or (target.place is not None and found[key].dtype not in NAMES):
             misshapen.append(key)
         elif target.changes:
             difference, its_sums = _difference(target, found[key], ulps)
@@ -140,22 +124,28 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
             sums += its_sums
         elif not _same(target, found[key]):
             altered.append(key)
-    extra = sorted(key for key in found.keys() - seen if not _is_no_weight(key, header, plan.config))
-    return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, config == plan.config)
+    more = sorted(found.keys() - set(names.values()))
+    extra = [
+        key for key in more if not is_no_weight(key, header["model_type"]) and not _is_tied(key, plan, names, found)
+    ]
+    same = _same_config(header, plan, str(folder / CONFIG))
+    return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, same)
 
 
-def explained(comparison: Comparison, adapters: Sequence[Adapter]) -> str | None:
-    """What was merged instead, where a folder looks like something known; None: it does not."""
+def explained(comparison: Comparison, scales: Collection[Scale]) -> str | None:
+    """What was merged instead, where a folder looks like something known; None: it does not.
+
+    scales: those of the adapted modules.
+    """
     scale = comparison.scale
     if comparison.holds or scale is None:
         return None
     if comparison.aligned < ALIGNED:
         return "something else than this adapter"
     known = [(-1.0, "the adapter subtracted"), (2.0, "the adapter merged twice"), (0.0, "the base: nothing was merged")]
-    configs = {(a.config.scale(name), a.config.rank(name)) for a in adapters for name in a.matrices}
-    if len(configs) == 1:
-        s, r = next(iter(configs))
-        alpha = s * (math.sqrt(r) if adapters[0].config.rslora else r)
+    if len(scales) == 1:
+        s, r, rslora = next(iter(scales))
+        alpha = s * (math.sqrt(r) if rslora else r)
         known += [
             (1 / s, "B A with no scale: alpha / r is missing"),
             (alpha / s, "B A times alpha: the division by r is missing"),
@@ -201,30 +191,55 @@ class Sums(NamedTuple):
         return math.isfinite(sum(self))
 
 
-def _merged_places(
-    header: Mapping[str, object], folder: Path, config: Config, found: Mapping[str, Stored]
-) -> tuple[Config, dict[frozenset[str], str]]:
-    """What a merged folder's config.json says, and the key of each tensor by the weights of `config` in it."""
-    where = str(folder / CONFIG)
+def _names(plan: Plan, found: Collection[str]) -> dict[str, str]:
+    """The key of each target in a folder: the same, or newer names of a norm, or with the trunk's name or without."""
+    names = {}
+    for target in plan.targets:
+        stem, _, kind = target.key.rpartition(".")
+        newer = f"{stem}.{NEWER.get(kind, kind)}"
+        names[target.key] = newer if newer in found and target.key not in found else target.key
+    left = [key for key in names.values() if key not in found]
+    first = {key.split(".")[0] for key in found}
+    pairs = {("", name) for name in first} | {(key.split(".")[0], "") for key in left}
+    away, to = max(sorted(pairs), key=lambda pair: sum(moved(key, *pair) in found for key in left), default=("", ""))
+    for key, name in names.items():
+        other = moved(name, away, to)
+        if name not in found and other in found:
+            names[key] = str(other)
+    return names
+
+
+def _is_tied(key: str, plan: Plan, names: Mapping[str, str], found: Mapping[str, Stored]) -> bool:
+    """Whether a tensor that the merge has not is a copy of its token table: a head that is tied to it."""
+    table = next((names[t.key] for t in plan.targets if is_table(t.key) and names[t.key] in found), None)
+    if table is None or not is_head(key) or found[key].shape != found[table].shape:
+        return False
+    return found[key].dtype == found[table].dtype and all(
+        one == other for one, other in zip(found[key].parts(), found[table].parts(), strict=True)
+    )
+
+
+def _same_config(header: Mapping[str, Any], plan: Plan, where: str) -> bool:
+    """Whether a folder's config.json says the merged model: all that we know of it, or where both say something."""
     if header["model_type"] == MODEL_TYPE:
-        said, expected = read_own(header, where)[0], own_places(config)
-    else:
-        trunk = family_of(config).trunk
-        in_trunk = any(key.startswith(f"{trunk}.") for key in found)
-        said, expected = read_config(header, where), with_old_names(places(config, in_trunk=in_trunk), found)
-    return said, {frozenset(place.parts): key for key, place in expected.items() if key in found}
+        return plan.config is not None and read_own(header, where)[0] == plan.config
+    about = {} if plan.about is None else plan.about
+    if header["model_type"] in MODEL_TYPES and about.get("model_type") == header["model_type"]:
+        try:
+            return read_config(header, where) == read_config(about, where)
+        except ValueError:  # of a kind that is not run
+            pass
+    return _agree(header, about)
 
 
-def _other_key(key: str, config: Config, found: Mapping[str, Stored]) -> str | None:
-    """The key of a tensor that is no weight, with the trunk's name in front or without."""
-    trunk = f"{family_of(config).trunk}."
-    return next((name for name in (key, trunk + key, key.removeprefix(trunk)) if name in found), None)
-
-
-def _is_no_weight(key: str, header: Mapping[str, object], config: Config) -> bool:
-    """Whether a tensor is one of those that a family's files may have beside a model's weights: buffers, a pooler."""
-    model_type = str(header["model_type"])
-    return model_type != MODEL_TYPE and left_out(model_type, config).fullmatch(key) is not None
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two objects have equal values under the keys of both, but for those that say nothing of a model."""
+    return all(
+        _agree(one[key], other[key])
+        if isinstance(one[key], dict) and isinstance(other[key], dict)
+        else one[key] == other[key]
+        for key in one.keys() & other.keys() - set(NO_MODEL)
+    )
 
 
 def _same(target: Target, stored: Stored) -> bool:

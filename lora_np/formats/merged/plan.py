@@ -10,11 +10,11 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ...adapter import Change, merge_plan
+from ...adapter import Adapter, Change, merge_plan
 from ...backend import Array, asnumpy, blocks, xp
 from ...lora import Update, merge_matrix
 from ...model import Config
@@ -27,7 +27,7 @@ from ..files.safetensors_file import Header
 from ..files.safetensors_writer import new_header
 from ..models.folder import MODEL_TYPE, read_any_header
 from ..models.heads import taken
-from ..models.huggingface import MODEL_TYPES, Place
+from ..models.huggingface import MODEL_TYPES, Place, is_no_weight
 from ..models.names import family_of
 from ..models.shards import WEIGHTS, Stored, stored_tensors
 from .base import Opened, check_complete, open_base
@@ -117,6 +117,9 @@ class Target:
             yield part
 
 
+Scale: TypeAlias = tuple[float, int, bool]
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A merge: the base, and the merged model's tensors by the base's files.
@@ -134,12 +137,21 @@ class Plan:
     about: Mapping[str, Any] | None
     headers: Mapping[Path, Header]
     files: Mapping[Path, Sequence[Target]]
-    scales: Collection[tuple[float, int, bool]]
+    scales: Collection[Scale]
     remarks: Sequence[str] = ()
 
     @property
     def targets(self) -> list[Target]:
         return [target for targets in self.files.values() for target in targets]
+
+    @property
+    def changes_anything(self) -> bool:
+        """Whether there is an s B that is not zero, or what is trained whole and not the base's."""
+        changes = [change for target in self.targets for change in target.changes.values()]
+        return any(
+            c.whole is not None or any(u.s and (u.B != 0).any() and (u.A != 0).any() for u in c.updates)
+            for c in changes
+        )
 
     @property
     def sharded(self) -> bool:
@@ -174,7 +186,9 @@ def plan_merge(base_path: Path, adapter_paths: Sequence[Path], weights: Sequence
     return _plan_by_name(base_path, *by_name, weights) if by_name else _plan_run(base_path, adapter_paths, weights)
 
 
-def _by_name(base_path: Path, paths: Sequence[Path]) -> tuple[Mapping[str, Any], dict[str, Stored], list[Contents]] | None:
+def _by_name(
+    base_path: Path, paths: Sequence[Path]
+) -> tuple[Mapping[str, Any], dict[str, Stored], list[Contents]] | None:
     """The base's config.json and tensors, and the adapters, where all are to be merged by name."""
     if base_path.suffix.lower() == ".gguf" or not all(path.is_dir() and not records_base(path) for path in paths):
         return None
@@ -202,11 +216,15 @@ def _plan_by_name(
     changes = changes_of(folder, raw, tensors, adapters, weights)
     headers = {stored.path: stored.file.header for stored in tensors.values()}
     files: dict[Path, list[Target]] = {
-        path: [_by_name_target(key, tensors[key], changes.tensors.get(key)) for key in header.tensors]
+        path: [
+            _by_name_target(key, tensors[key], changes.tensors.get(key), raw["model_type"]) for key in header.tensors
+        ]
         for path, header in headers.items()
     }
     for key, source in changes.added.items():
-        files[tensors[source].path].append(_by_name_target(key, tensors[source], changes.tensors[key]))
+        files[tensors[source].path].append(
+            _by_name_target(key, tensors[source], changes.tensors[key], raw["model_type"])
+        )
     scales = {
         (pair.s, pair.rank, bool(adapter.raw.get("use_rslora")))
         for adapter in adapters
@@ -216,9 +234,10 @@ def _plan_by_name(
     return Plan(folder, raw, None, changes.config(raw), headers, files, scales, changes.remarks)
 
 
-def _by_name_target(key: str, source: Stored, changed: Changed | None) -> Target:
+def _by_name_target(key: str, source: Stored, changed: Changed | None, model_type: str) -> Target:
     if changed is None or not changed.changes:
-        place = Place(source.shape, False, {key: slice(None)}) if source.dtype in NAMES else None
+        is_weight = source.dtype in NAMES and not is_no_weight(key, model_type)
+        place = Place(source.shape, False, {key: slice(None)}) if is_weight else None
         return Target(key, source.shape, source.dtype, source, place, {})
     is_whole = all(change.whole is not None for change in changed.changes.values())
     return Target(key, changed.place.shape, source.dtype, None if is_whole else source, changed.place, changed.changes)
@@ -232,8 +251,14 @@ def _plan_run(base_path: Path, adapter_paths: Sequence[Path], weights: Sequence[
     headers = {stored.path: stored.file.header for stored in base.files.tensors.values()}
     labels = next((found for path in adapter_paths if (found := label_names(path, config)) is not None), None)
     about = None if base.is_own else merged_config(base.raw, base.files.saved, config, labels)
-    scales = {(a.config.scale(name), a.config.rank(name), a.config.rslora) for a in adapters for name in a.matrices}
+    scales = set().union(*map(scales_of, adapters))
     return Plan(base.folder, base.raw, config, about, headers, _targets(base, config, changes, headers), scales)
+
+
+def scales_of(adapter: Adapter) -> set[Scale]:
+    """The scales of an adapter's matrices."""
+    config = adapter.config
+    return {(config.scale(name), config.rank(name), config.rslora) for name in adapter.matrices}
 
 
 def _targets(

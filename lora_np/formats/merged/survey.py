@@ -10,25 +10,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...adapter import LoRAConfig, adapted_shapes, fused_parts
+from ...adapter import adapted_shapes, fused_parts
 from ...backend import Array, asnumpy, xp
 from ...lora import singular_directions
 from ...model import Config
 from ..adapters.adapter import kind_of
 from ..adapters.base import load_base_for
+from ..adapters.contents import read_contents
 from ..adapters.gguf import ALPHA, TABLE, read_updates, tensor_name
-from ..adapters.peft import CONFIG, WEIGHTS
-from ..adapters.peft_config import PATTERNS, READ, check_keys, expressions_in, resolved
-from ..adapters.peft_tensors import PREFIX
-from ..files.json_file import from_fields, read_json
+from ..adapters.peft import WEIGHTS
 from ..files.messages import named
-from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 from ..models.base import Base
+from ..models.folder import read_any_header
 from ..models.gguf_file import open_gguf
 from ..models.names import module_names
+from ..models.shards import stored_tensors
 from .base import open_base
-
-FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+from .by_name import base_keys
 
 
 class Module(NamedTuple):
@@ -50,11 +48,15 @@ class Module(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """An adapter: what adapter_config.json says, its modules, and the tensors that are trained whole."""
+    """An adapter: what adapter_config.json says, its modules, and the tensors that are trained whole.
+
+    remarks: what is wrong with the file, though it can be read
+    """
 
     config: dict[str, Any]
     modules: list[Module]
     whole: list[str]
+    remarks: list[str]
 
 
 @named
@@ -66,34 +68,17 @@ def survey(path: str | os.PathLike[str]) -> Survey:
     folder = Path(path)
     if kind_of(folder) == "gguf":
         return _survey_gguf(folder)
-    refuse_pickle(folder, WEIGHTS)
-    raw = read_json(folder / CONFIG)
-    check_keys(raw, str(folder / CONFIG))
-    with open_tensors(folder / WEIGHTS) as file:
-        pairs = {
-            key.removeprefix(PREFIX).removesuffix(ending): (key, key.removesuffix(ending) + other)
-            for key in file.shapes
-            for ending, other in FACTORS.items()
-            if key.endswith(ending)
-        }
-        factors = {key for pair in pairs.values() for key in pair}
-        for key in sorted(factors - file.shapes.keys()):
-            raise ValueError(f"{file.path}: the tensor {key} is missing")
-        others = sorted(file.shapes.keys() - factors)
-        whole = [key.removeprefix(PREFIX) for key in others]
-        misnamed = [key for key in whole if "lora_" in key.lower()]
-        if misnamed or not pairs:
-            raise ValueError(f"{file.path}: expected lora_A and lora_B of each module, got {(misnamed or whole)[:1]}")
-        scales = _scales(raw, {name: _rank(file, *keys) for name, keys in pairs.items()}, str(folder / CONFIG))
-        modules = [_module(name, _matrix(file, A), _matrix(file, B), scales[name]) for name, (A, B) in pairs.items()]
-        for module in modules:
+    found = read_contents(folder)
+    modules = []
+    for name, pairs in found.pairs.items():
+        for pair in pairs:
+            module = _module(name, pair.A.astype(np.float64), pair.B.astype(np.float64), pair.s)
             if not math.isfinite(module.norm_update):
                 raise ValueError(
-                    f"{file.path}: {module.name}: the norm of s B A is too large, with s = {module.scale:g}"
+                    f"{folder / WEIGHTS}: {name}: the norm of s B A is too large, with s = {module.scale:g}"
                 )
-        for key in others:
-            file.read_finite(key)
-        return Survey(raw, modules, whole)
+            modules.append(module)
+    return Survey(dict(found.raw), modules, [*found.whole, *found.rows], found.remarks)
 
 
 def _survey_gguf(path: Path) -> Survey:
@@ -105,33 +90,7 @@ def _survey_gguf(path: Path) -> Survey:
             A, B = B.T, A.T
         modules.append(_module(name, A.astype(np.float64), B.astype(np.float64), s))
     targets = sorted({name.split(".")[-2] for name in updates if "." in name})
-    return Survey({"target_modules": targets, "lora_alpha": alpha}, modules, [])
-
-
-def _scales(raw: dict[str, Any], ranks: dict[str, int], where: str) -> dict[str, float]:
-    """s of each module (L1), whose ranks are those of its tensors; a ValueError if the configuration has others."""
-    fields = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "bias": "bias", "rslora": "use_rslora"}
-    config = from_fields(LoRAConfig, {ours: raw.get(key, READ[key]) for ours, key in fields.items()}, where)
-    same = {name: name for name in ranks}
-    fits = expressions_in(raw, PATTERNS, list(ranks), where)
-    said = resolved(raw, "rank_pattern", same, config.r, fits, where)
-    alphas = resolved(raw, "alpha_pattern", same, config.alpha, fits, where)
-    for name, rank in ranks.items():
-        if said[name] != rank:
-            raise ValueError(f"{where}: {name}: expected rank {rank}, as its tensors have, got {said[name]}")
-    return {name: alphas[name] / (math.sqrt(rank) if config.rslora else rank) for name, rank in ranks.items()}
-
-
-def _rank(file: TensorFile, A: str, B: str) -> int:
-    """The rank of two tensors; a ValueError unless they are A (r, in) and B (out, r)."""
-    a, b = file.shapes[A], file.shapes[B]
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or min(a + b) < 1:
-        raise ValueError(f"{file.path}: {A}: expected A (r, in) and B (out, r), got A {a} and B {b}")
-    return a[0]
-
-
-def _matrix(file: TensorFile, key: str) -> Array:
-    return file.read_finite(key).astype(np.float64)
+    return Survey({"target_modules": targets, "lora_alpha": alpha}, modules, [], [])
 
 
 def _module(name: str, A: Array, B: Array, s: float) -> Module:
@@ -160,6 +119,31 @@ def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], mo
 
     A ValueError names a module that the base lacks, or that has another shape there.
     """
+    if "gguf" in (kind_of(adapter), Path(base).suffix.lower()[1:]):
+        return _norms_by_our_names(base, adapter, modules)
+    folder = Path(base)
+    raw, tensors = read_any_header(folder), stored_tensors(folder)
+    names = base_keys(folder, raw, tensors, read_contents(adapter))
+    norms = []
+    for module in modules:
+        stored = tensors.get(names[module.name])
+        if stored is None or stored.shape not in ((module.n_out, module.n_in), (module.n_in, module.n_out)):
+            raise _another(base, adapter, module, None if stored is None else stored.shape)
+        size, W = _scaled(stored.read("float64"))
+        norms.append(size * float(np.linalg.norm(W)))
+    return norms
+
+
+def _another(
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str], module: Module, shape: tuple[int, ...] | None
+) -> ValueError:
+    found = "another" if shape is None else f"shape {module.n_out} x {module.n_in}, there it is {shape}"
+    return ValueError(f"{adapter}: {module.name}: expected a module of {base}, got {found}")
+
+
+def _norms_by_our_names(
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str], modules: Sequence[Module]
+) -> list[float]:
     is_gguf = Path(base).suffix.lower() == ".gguf"
     opened: Base = load_base_for(adapter, base) if is_gguf else open_base(base, [Path(adapter)])
     config = opened.config
@@ -171,10 +155,7 @@ def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], mo
     for module in modules:
         ours = names.get(module.name, "")
         if shapes.get(ours) != (module.n_out, module.n_in):
-            raise ValueError(
-                f"{adapter}: {module.name}: expected a module of {base}, got "
-                + (f"shape {module.n_out} x {module.n_in}, there it is {shapes[ours]}" if ours in shapes else "another")
-            )
+            raise _another(base, adapter, module, shapes.get(ours))
         weights = [_weight_of(config, part) for part in fused_parts(config, ours)]
         parts = [_scaled(_wide(opened.weights[name])) for name in weights]
         norms.append(math.hypot(*(size * float(np.linalg.norm(W)) for size, W in parts)))

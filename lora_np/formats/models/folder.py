@@ -20,7 +20,7 @@ from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 from .base import Base, Storage, Wanted, check_layers, held
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
-from .huggingface import MODEL_TYPES, load_huggingface
+from .huggingface import MODEL_TYPES, load_huggingface, read_config
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE, FORMAT = "lora_np", 1
@@ -127,12 +127,13 @@ def load_model(
 def read_header(folder: Path) -> dict[str, Any]:
     """config.json, of a model type that can be run."""
     header = read_any_header(folder)
-    found = header.get("model_type")
-    if found not in SUPPORTED:
-        raise ValueError(
-            f"{folder / CONFIG}: model type {found!r:.60} is not supported; supported: {' '.join(SUPPORTED)}"
-        )
+    if header["model_type"] not in SUPPORTED:
+        raise _unsupported(folder, header["model_type"])
     return header
+
+
+def _unsupported(folder: Path, found: object) -> ValueError:
+    return ValueError(f"{folder / CONFIG}: model type {found!r:.60} is not supported; supported: {' '.join(SUPPORTED)}")
 
 
 def read_any_header(folder: Path) -> dict[str, Any]:
@@ -144,8 +145,20 @@ def read_any_header(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, got a file")
     header = read_json(folder / CONFIG)
     if not isinstance(header.get("model_type"), str):
-        raise ValueError(f"{folder / CONFIG}: model_type: expected a name, got {header.get('model_type')!r:.60}")
+        raise _unsupported(folder, header.get("model_type"))
     return header
+
+
+def can_run(folder: Path) -> bool:
+    """Whether a folder's model is of an architecture that is run here, as its config.json says."""
+    header = read_any_header(folder)
+    if header["model_type"] not in MODEL_TYPES:
+        return header["model_type"] == MODEL_TYPE
+    try:
+        read_config(header, str(folder / CONFIG))
+    except ValueError:
+        return False
+    return True
 
 
 def read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:

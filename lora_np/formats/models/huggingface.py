@@ -145,6 +145,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         left_out=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     ),
 }  # fmt: skip
+BUFFERS = r".*\.(inv_freq|position_ids|masked_bias)"  # of any type
 ROTARY = ("rope_parameters", "rope_scaling")  # the newer key, and the older
 
 
@@ -375,6 +376,12 @@ def _tied_head(saved: Config, tensors: Mapping[str, Stored]) -> dict[str, Place]
 def left_out(model_type: str, config: Config) -> re.Pattern[str]:
     """The keys of tensors that are no weights of ours, with the trunk's name in front or without."""
     return re.compile(rf"({re.escape(family_of(config).trunk)}\.)?({MODEL_TYPES[model_type].left_out})")
+
+
+def is_no_weight(key: str, model_type: str) -> bool:
+    """Whether files of this type of models may have a tensor of this name that is no weight, as a buffer is none."""
+    known = MODEL_TYPES.get(model_type)
+    return re.fullmatch(rf"(\w+\.)?({known.left_out})" if known else BUFFERS, key) is not None
 
 
 def _check_tensors(
