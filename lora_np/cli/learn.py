@@ -59,10 +59,11 @@ def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
         )  # fmt: skip
         job = _job(args, task, data.epoch)
         _check_ranks(args, task, ranks)
-        for summary in data.read:
-            bar.note(summary.line())
+        notes = [summary.line() for summary in data.read]
 
         def report(seen: Progress) -> None:
+            while notes:  # not before there is anything to come: an error is one line
+                bar.note(notes.pop(0))
             held_out = "" if seen.held_out is None else f", held out {_shown(task, seen.held_out)}"
             bar.show("fine-tuning", seen.step, seen.steps, f"loss {seen.loss:.3f}{held_out}")
 

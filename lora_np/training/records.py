@@ -206,7 +206,9 @@ def _json_array(text: str, start: int, path: Path) -> Iterator[Row]:
         begin = _past_space(text, at)
         number += text.count("\n", at, begin)
         if text[begin : begin + 1] == "]" and not comma:
-            if text[begin + 1 :].strip(BLANK + "\n"):
+            end = _past_space(text, begin + 1)
+            if end < len(text):
+                number += text.count("\n", begin, end)
                 raise ValueError(f"{path}:{number}: expected the end of the file behind the array, got more")
             return
         value, at = _value(text, begin, number, f"{path}:{number}")
@@ -249,10 +251,10 @@ def _value(text: str, at: int, number: int, where: str) -> tuple[dict[str, Any],
 
 def _table_rows(text: str, format: str, path: Path) -> Iterator[Row]:
     """The lines of a table under its header: CSV as RFC 4180 has it, with commas or semicolons; TSV without quoting."""
-    lines = list(numbered(text))
-    first = next((line for _, line in lines if line.strip(BLANK)), "")
+    lines = [line + "\n" for line in text.split("\n")]
+    first = next((line for line in lines if line.strip(BLANK + "\n")), "")
     delimiter = max(DELIMITERS[format], key=first.count)
-    reader = csv.reader((line + "\n" for _, line in lines), delimiter=delimiter, strict=True, **QUOTING[format])
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, **QUOTING[format])
     names: list[str] = []
     number = 1
     try:

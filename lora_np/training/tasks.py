@@ -133,7 +133,7 @@ def _encoded(
     encode: Callable[[Any], Example | None]
     found = records.found
     if records.kind == "conversations":
-        encode, found = chat, _rendered(records, path, tokenizer, reading)
+        encode, found = chat, _rendered(records, path, tokenizer, reading) if found else []
     else:
         encode = {"labelled": labelled, "tagged": tagged}.get(records.kind, pair)
     return each(path, encode, found, records.lines)
