@@ -171,9 +171,11 @@ GOOD = {
 }
 WRONG = {
     "bars": ["c d", "c|d", '{"prompt": "a", "completion": "b"}'],
-    "json": ["c d", "a||b", '{"prompt": "a"}', '{"prompt": "a", "completion": "b"', "{'prompt': 'a', 'completion': 'b'}",
-             '{"prompt": "a", "completion": 3}', '{"prompt": "a", "completion": "b"} x', '["a", "b"]', '{"text": "a"}',
-             '{"prompt": "a", "prompt": "b", "completion": "c"}', '{"prompt": "a", "completion": "\\ud800"}'],
+    "json": [
+        "c d", "a||b", '{"prompt": "a"}', '{"prompt": "a", "completion": "b"', "{'prompt': 'a', 'completion': 'b'}",
+        '{"prompt": "a", "completion": 3}', '{"prompt": "a", "completion": "b"} x', '["a", "b"]', '{"text": "a"}',
+        '{"prompt": "a", "prompt": "b", "completion": "c"}', '{"prompt": "a", "completion": "\\ud800"}',
+    ],
     "csv": ["a", "a,b,c", 'a,"b', 'a,"b"c'],
     "tsv": ["a", "a\tb\tc"],
 }  # fmt: skip
@@ -206,7 +208,7 @@ def test_half_of_the_lines_say_what_a_file_is():
     ("task", "text", "message"),
     [
         ("lm", '{"prompt": "a", "completion": "b"}\n[1]\n', r"data:2: expected an object, got '\[1\]'"),
-        ("lm", '{"prompt": "a"}\n', r"data:1: expected fields messages, or prompt and completion, or .*, got \['prompt'\]"),
+        ("lm", '{"prompt": "a"}\n', r"data:1: expected .* prompt and completion, or .*, got \['prompt'\]"),
         ("lm", '{"text": 3}\n', r"data:1: text: expected a string, got 3"),
         ("lm", "{\n", r"data:1: not valid JSON"),
         ("lm", '[{"a":' * 100_000, r"data:1: not valid JSON: nested too deeply"),
@@ -248,7 +250,7 @@ def test_a_wrong_line_is_named(read, task, text, message):
 def test_a_format_that_is_named_is_not_looked_for(read):
     assert read("a||b\n" * 3, format="text") is None
     assert read('{"text": "a"}\n', format="text") is None
-    assert read("a||b\nc||d\n" + "e\n" * 0, format="bars") == [Pair("a||", "b"), Pair("c||", "d")]
+    assert read("a||b\nc||d\n", format="bars") == [Pair("a||", "b"), Pair("c||", "d")]
     with pytest.raises(ValueError, match="data:2: expected prompt"):
         read("a||b\nc\nd\ne\n", format="bars")
     with pytest.raises(ValueError, match="data:1: not valid JSON"):
@@ -260,8 +262,10 @@ def test_a_format_that_is_named_is_not_looked_for(read):
         read("a b\n", "tag", format="text")
 
 
-HOSTILE = ["[", "{", "}", "]", ",", ":", '"', "\\", '{"text": ', '"a"', "\n", "\r", "\u2028", "\ufeff", "null", "1e999", "NaN",
-           "||", "\t", "prompt", "completion", "text,label", '"messages": ', "\x1b[2K", "\ud800", "[" * 5000, '{"a":' * 3000]  # fmt: skip
+HOSTILE = [
+    "[", "{", "}", "]", ",", ":", '"', "\\", '{"text": ', '"a"', "\n", "\r", "\u2028", "\ufeff", "null", "1e999", "NaN",
+    "||", "\t", "prompt", "completion", "text,label", '"messages": ', "\x1b[2K", "\ud800", "[" * 5000, '{"a":' * 3000,
+]  # fmt: skip
 
 
 @given(
