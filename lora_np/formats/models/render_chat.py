@@ -55,8 +55,13 @@ def compiled(source: str, marks: list[tuple[int, str]]) -> Any:
         raise jinja2.TemplateError(message)
 
     class Namespace(jinja2.utils.Namespace):  # nothing of Python's own gets a name there
+        def __init__(*args: Any, **kwargs: Any) -> None:  # a template may well say namespace(self=...)
+            jinja2.utils.Namespace.__init__(args[0])
+            for name, value in dict(*args[1:], **kwargs).items():
+                args[0][name] = value
+
         def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
+            if str(name).startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a namespace has no names that begin with _, as {name!r:.60}")
             super().__setitem__(name, value)
 
