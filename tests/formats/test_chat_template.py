@@ -18,7 +18,8 @@ pytest.importorskip("jinja2", reason="chat templates: pip install lora-np[models
 # block for transformers, and nothing for us.
 SHAPES = {
     "chatml": "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
-    "«{{ m.content }}<|im_end|>»{{ '\n' }}{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "«{{ m.content }}<|im_end|>»{{ '\n' }}{% else %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "llama-3": "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{% if m.role == 'assistant' %}"
     "«{{ m.content | trim }}<|eot|>»{% else %}{{ m.content | trim }}<|eot|>{% endif %}{% endfor %}"
@@ -29,7 +30,8 @@ SHAPES = {
     "gemma": "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
     "<|start|>{{ role }}\n{% if role == 'model' %}«{{ m.content | trim }}<|end|>»{{ '\n' }}{% else %}"
-    "{{ m.content | trim }}<|end|>{{ '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>model\n' }}{% endif %}",
+    "{{ m.content | trim }}<|end|>{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>model\n' }}{% endif %}",
     "phi-3": "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and not loop.last %}"
     "«{{ m.content }}<|end|>»{{ '\n' }}{% elif m.role == 'assistant' and not add_generation_prompt %}"
     "«{{ m.content }}<|end|>{{ '\n' + eos_token }}»{% else %}{{ m.content }}<|end|>{{ '\n' }}{% endif %}{% endfor %}"
@@ -379,8 +381,9 @@ def test_a_python_that_does_not_start_is_no_templates_fault(monkeypatch, tmp_pat
 
 PARTS = [
     "{{", "}}", "{%", "%}", "messages", "[0]", ".content", " for m in ", " endfor ", " if ", " generation ", "loop",
-    "endgeneration", "|", "tojson", "'a'", "*", "9999", "range(", ")", "(", "\n", "\x1b[2K", "\u2028", "bos_token", "{#",
-    "raise_exception", "#}", "-", "__class__", "macro f() ", "{{ messages[0].content }}", "{% for m in messages %}", "{% endfor %}",
+    "endgeneration", "|", "tojson", "'a'", "*", "9999", "range(", ")", "(", "\n", "\x1b[2K", "\u2028", "bos_token",
+    "{#", "raise_exception", "#}", "-", "__class__", "macro f() ", "{{ messages[0].content }}",
+    "{% for m in messages %}", "{% endfor %}",
 ]  # fmt: skip
 
 
