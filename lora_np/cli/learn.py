@@ -181,12 +181,12 @@ def run_eval(args: argparse.Namespace) -> int:
     if adapter is not None:
         kinds["adapter"] = adapter
     unit = _unit(task, tokenizer)
-    with Bar() as bar:
-        bar.note(summary.line())
     try:
         scores = {name: evaluate(model, kind, batches) for name, kind in kinds.items()}
     except TrainingError as error:
         raise TrainingError(f"{path if adapter is None else f'{path} with {args.adapter}'}: {error}") from None
+    with Bar() as bar:
+        bar.note(summary.line())
     result: dict[str, Any] = {"losses": {name: score.loss for name, score in scores.items()}}
     result["data"] = summary.as_json()
     if task.name != "lm":

@@ -60,7 +60,7 @@ class Data(NamedTuple):
     held_out: Sequence[BatchDict]
     epoch: int | None
     about: dict[str, Any]
-    read: Sequence[Summary]
+    read: Sequence[Summary] = ()
 
 
 def task_of(name: str, path: Path, longest: int, format: str | None = None) -> Task:
