@@ -19,8 +19,9 @@ import numpy as np
 import lora_np as ln
 from lora_np.batch import BatchDict
 from lora_np.formats.models.tokenizer import Tokenizer
-from lora_np.training.examples import Example, bucketed, encode_pair, in_order, read_pairs
+from lora_np.training.examples import Example, bucketed, encode_pair, in_order
 from lora_np.training.loop import Score, Settings, evaluate, placed, train
+from lora_np.training.records import read_records
 
 from .environment import environment
 
@@ -89,13 +90,16 @@ def _up_to(end: int | None, ids: list[int]) -> list[int]:
 
 def _split(path: Path, tokenizer: Tokenizer, held_out: int) -> tuple[list[Example], list[Example], list[str]]:
     """Examples to train on, examples of other prompts held out, and those prompts."""
-    pairs = read_pairs(path)
-    if pairs is None:
-        raise SystemExit(f"{path}: expected lines of a||b")
+    records = read_records(path, "lm", "bars")
+    pairs = [] if records is None else records.found
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
     out = set(np.random.default_rng(SEED).permutation(prompts)[:held_out].tolist())
     kept, others = (
-        [encode_pair(tokenizer, pair, LONGEST) for pair in pairs if (pair.prompt in out) == side]
+        [
+            found.example
+            for pair in pairs
+            if (pair.prompt in out) == side and (found := encode_pair(tokenizer, pair, LONGEST))
+        ]
         for side in (False, True)
     )
     return kept, others, sorted(out)

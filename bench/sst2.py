@@ -66,7 +66,7 @@ def examples_in(base: Path, folder: Path) -> Iterator[list[Example]]:
     """Those of train.tsv and of dev.tsv."""
     tokenizer, task = ln.load_tokenizer(base), task_of("classify", folder / "train.tsv", LONGEST)
     for name in ("train.tsv", "dev.tsv"):
-        found = read_examples(folder / name, task, tokenizer)
+        found, _ = read_examples(folder / name, task, tokenizer)
         assert found is not None
         yield found
 

@@ -14,13 +14,15 @@ import numpy as np
 from ..adapter import TARGETS, Adapter, LoRAConfig
 from ..decode import generate_on
 from ..formats.adapters.task import Task, load_task
+from ..formats.models.chat_template import load_chat_template
 from ..formats.models.folder import load_model
 from ..model import Model
 from ..parallel import default_shards
 from ..training import finetune, plot, tasks
-from ..training.examples import Tokens
+from ..training.examples import Tokens, prompt_ids
 from ..training.loop import Progress, Score, Settings, TrainingError, evaluate
 from ..training.ranks import Ranks, world
+from ..training.records import FORMATS
 from ..training.text import ByteTokenizer
 from .base import AddCommand, adapted, add_base, add_seed, add_storage, base_path, tokenizer_of, utf8, whole
 from .output import Bar, emit, one_end
@@ -52,12 +54,16 @@ def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
         task = _fitting(args, task, model, path)
         tokenizer = tokenizer_of(path, model.config)
         data = tasks.learn_from(
-            args.data, args.dev, task, tokenizer, N=args.batch, held_out=args.held_out, seed=args.seed
-        )
+            args.data, args.dev, task, tokenizer, N=args.batch, held_out=args.held_out, seed=args.seed,
+            reading=_reading(args, path),
+        )  # fmt: skip
         job = _job(args, task, data.epoch)
         _check_ranks(args, task, ranks)
+        notes = [summary.line() for summary in data.read]
 
         def report(seen: Progress) -> None:
+            while notes:  # not before there is anything to come: an error is one line
+                bar.note(notes.pop(0))
             held_out = "" if seen.held_out is None else f", held out {_shown(task, seen.held_out)}"
             bar.show("fine-tuning", seen.step, seen.steps, f"loss {seen.loss:.3f}{held_out}")
 
@@ -73,7 +79,7 @@ def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
         "curve": [{"step": step, **score._asdict()} for step, score in done.curve.items()],
         "seconds": time.perf_counter() - began,
         "loss": {"base": first.loss, "adapter": last.loss}, "labels": list(task.labels),
-        "ranks": ranks.size, "bytes_a_step": done.bytes_a_step,
+        "data": [summary.as_json() for summary in data.read], "ranks": ranks.size, "bytes_a_step": done.bytes_a_step,
     }  # fmt: skip
     lines = [
         f"held-out loss, {unit}: before {_shown(task, first)}, adapted {_shown(task, last)}",
@@ -101,7 +107,12 @@ def _task(args: argparse.Namespace) -> Task:
         longest = args.window
     else:
         longest = WINDOW if args.base is None and args.task == "lm" else LONGEST[args.task]
-    return tasks.task_of(args.task, args.data, longest)
+    return tasks.task_of(args.task, args.data, longest, args.format)
+
+
+def _reading(args: argparse.Namespace, path: Path) -> tasks.Reading:
+    """How the files of data are read, for the base in `path`."""
+    return tasks.Reading(args.format, lambda: load_chat_template(path, args.chat_template))
 
 
 def _fitting(args: argparse.Namespace, task: Task, model: Model, path: Path) -> Task:
@@ -164,7 +175,7 @@ def run_eval(args: argparse.Namespace) -> int:
     model, adapter = adapted(args, path)
     task = _fitting(args, task, model, path)
     tokenizer = tokenizer_of(path, model.config)
-    batches = tasks.evaluation(args.data, task, tokenizer, most=args.windows)
+    batches, summary = tasks.evaluation(args.data, task, tokenizer, most=args.windows, reading=_reading(args, path))
     # A classifier's or tagger's base alone has a head that nobody trained.
     kinds: dict[str, Adapter | None] = {"base": None} if adapter is None or task.name == "lm" else {}
     if adapter is not None:
@@ -174,7 +185,10 @@ def run_eval(args: argparse.Namespace) -> int:
         scores = {name: evaluate(model, kind, batches) for name, kind in kinds.items()}
     except TrainingError as error:
         raise TrainingError(f"{path if adapter is None else f'{path} with {args.adapter}'}: {error}") from None
-    result = {"losses": {name: score.loss for name, score in scores.items()}}
+    with Bar() as bar:
+        bar.note(summary.line())
+    result: dict[str, Any] = {"losses": {name: score.loss for name, score in scores.items()}}
+    result["data"] = summary.as_json()
     if task.name != "lm":
         result["accuracies"] = {name: score.accuracy for name, score in scores.items()}
     emit(args, result, [f"{name}: {_shown(task, score, unit)}" for name, score in scores.items()])
@@ -188,7 +202,7 @@ def run_generate(args: argparse.Namespace) -> int:
         path = base_path(args, bar)
     model, adapter = adapted(args, path)
     tokenizer = tokenizer_of(path, model.config)
-    prompt = np.array([tokenizer.encode(args.prompt)])
+    prompt = np.array([prompt_ids(tokenizer, args.prompt)])
     tokens = generate_on(
         model, prompt, adapter, n=args.n, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, seed=args.seed if args.temperature > 0 else None,
@@ -204,8 +218,10 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 DATA = (
-    "lm: a text, whose last part is held out; or prompts with completions: .jsonl with prompt and completion (or "
-    "text), or a||b in each line. classify: text<TAB>label lines. tag: CoNLL columns, the word first, its tag last"
+    "lm: a text, whose last part is held out; conversations (messages) as the base's chat template writes them; "
+    "prompts with completions, instructions, or texts, as JSON lines, a JSON array, CSV or TSV, or a||b in each line. "
+    "classify: text<TAB>label lines, or text and label as JSON, CSV or TSV. tag: CoNLL columns, the word first, its "
+    "tag last, or tokens and ner_tags as JSON. The format is found from what is in the file"
 )
 
 
@@ -221,6 +237,13 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=FORMATS, help="what is in the files of data (default: as it is found)")
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="a Jinja file for conversations (default: the base's own)"
+    )
+
+
 def add_commands(command: AddCommand) -> None:
     """The commands of this file, and their arguments."""
     p = command("finetune", run_finetune, "train an adapter: on texts, on texts with labels, or on words with tags")
@@ -229,6 +252,7 @@ def add_commands(command: AddCommand) -> None:
     add_base(p)
     add_storage(p)
     _add_task(p)
+    _add_reading(p)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the adapter")
     p.add_argument("--r", type=whole, default=8, help="rank (default: %(default)s)")
     p.add_argument("--alpha", type=float, default=16, help="s = alpha / r (default: %(default)s)")
@@ -264,6 +288,7 @@ def add_commands(command: AddCommand) -> None:
     add_base(p)
     add_storage(p)
     _add_task(p)
+    _add_reading(p)
     p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter's folder")
     p.add_argument(
         "--windows", type=whole, default=64, help="of a plain text at most so many, spread out (default: %(default)s)"

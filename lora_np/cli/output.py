@@ -54,6 +54,11 @@ class Bar:
             self.last_line = time.monotonic()
             print(f"{stage}: step {step} of {steps}, {text}", file=sys.stderr, flush=True)
 
+    def note(self, line: str) -> None:
+        """A line for whoever watches."""
+        if self.shown:
+            print(shown(line, MAX_LINE), file=sys.stderr, flush=True)
+
     def _start(self, stage: str, steps: int) -> None:
         self.stage, self.last_line = stage, time.monotonic()
         if self.bar is not None:

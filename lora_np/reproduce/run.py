@@ -148,7 +148,7 @@ def labelled_study(base: Path, data: Path, tokenizer_of: Callable[[Path, Config]
     model = load_model(base, head="classify", n_labels=len(task.labels), seed=0)
     task = replace(task, longest=min(task.longest, model.config.longest))
     tokenizer = tokenizer_of(base, model.config)
-    examples, others = (read_examples(data / name, task, tokenizer) for name in (TRAIN, DEV))
+    examples, others = (read_examples(data / name, task, tokenizer)[0] for name in (TRAIN, DEV))
     assert examples is not None
     assert others is not None
 

@@ -1,8 +1,7 @@
-"""Files of examples: a prompt and its completion, a text and its label, words and their tags; and batches of them."""
+"""Texts into examples: their tokens and what is scored; and batches of them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -11,7 +10,7 @@ import numpy as np
 
 from ..backend import Array
 from ..batch import IGNORED, BatchDict
-from .text import read_text
+from .records import Pair
 
 POOL = 32  # batches whose examples are sorted by length together
 Item = TypeVar("Item")
@@ -22,6 +21,8 @@ class Tokens(Protocol):
 
     @property
     def eos(self) -> int | None: ...
+    def special(self) -> dict[str, str]: ...
+    def whole(self) -> list[str]: ...
     def encode(self, text: str, *, special: bool = True) -> list[int]: ...
     def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int | None]]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -34,99 +35,99 @@ class Example(NamedTuple):
     targets: Array
 
 
-# --- Files ---------------------------------------------------------------------------------------------------------
+class Piece(NamedTuple):
+    """A part of a text, and whether it is what is learned."""
 
-
-class Pair(NamedTuple):
-    """A prompt, which is left out of the loss, and what follows it."""
-
-    prompt: str
-    completion: str
-
-
-def read_pairs(path: Path) -> list[Pair] | None:
-    """Prompts and completions of a file, or None where it is plain text.
-
-    A .jsonl file has an object a line, with `prompt` and `completion`, or `text` alone. Another file has pairs if there
-    is a || in each of its lines: the prompt ends with it. A ValueError names the line that is wrong.
-    """
-    lines = _lines(path)
-    if path.suffix == ".jsonl":
-        return [_json_pair(line, f"{path}:{number}") for number, line in lines]
-    if not all("||" in line for _, line in lines):
-        return None
-    pairs = []
-    for _, line in lines:
-        prompt, bars, completion = line.partition("||")
-        pairs.append(Pair(prompt + bars, completion.rstrip()))
-    return pairs
-
-
-def _json_pair(line: str, where: str) -> Pair:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error!s:.100}") from None
-    if isinstance(found, dict):
-        parts = ("", found["text"]) if "text" in found else (found.get("prompt"), found.get("completion"))
-        if all(isinstance(part, str) for part in parts):
-            return Pair(*parts)
-    raise ValueError(f"{where}: expected an object with prompt and completion, or text, as strings; got {line!r:.80}")
-
-
-def read_labelled(path: Path) -> list[tuple[str, str]]:
-    """Texts and labels: `text<TAB>label` a line, no header, no quoting. A ValueError names the line that is wrong."""
-    found = []
-    for number, line in _lines(path):
-        columns = line.split("\t")
-        if len(columns) != 2 or not columns[0].strip() or not columns[1].strip():
-            raise ValueError(f"{path}:{number}: expected a text, a tab and a label, got {line!r:.80}")
-        found.append((columns[0], columns[1].strip()))
-    return found
-
-
-def read_tagged(path: Path) -> list[tuple[list[str], list[str]]]:
-    """Sentences of a CoNLL file: a word a line, its tag in the last column, an empty line behind each sentence.
-
-    Lines of -DOCSTART- are left out. A ValueError names the line that is wrong.
-    """
-    sentences: list[tuple[list[str], list[str]]] = [([], [])]
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        columns = line.split()
-        if not columns:
-            sentences.append(([], []))
-        elif columns[0] != "-DOCSTART-":
-            if len(columns) < 2:
-                raise ValueError(f"{path}:{number}: expected a word and, in the last column, its tag, got {line!r:.80}")
-            sentences[-1][0].append(columns[0])
-            sentences[-1][1].append(columns[-1])
-    return [sentence for sentence in sentences if sentence[0]]
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines that are not empty, and their numbers."""
-    return [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-
-
-def label_names(labels: Sequence[str]) -> tuple[str, ...]:
-    """The different labels, in order: by size if all are whole numbers, then and else by the alphabet."""
-    names = sorted(set(labels))
-    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
+    text: str
+    scored: bool
 
 
 # --- Texts into tokens -----------------------------------------------------------------------------------------------
 
 
-def encode_pair(tokenizer: Tokens, pair: Pair, longest: int) -> Example:
-    """The tokens of a prompt, its completion and the end of the text, cut after `longest`; the prompt is not scored."""
-    prompt = tokenizer.encode(pair.prompt)
-    end = [] if tokenizer.eos is None else [tokenizer.eos]
-    ids = (prompt + tokenizer.encode(pair.completion, special=False) + end)[: longest + 1]
-    targets = np.array(ids[1:])
-    targets[: max(0, len(prompt) - 1)] = IGNORED
+def prompt_ids(tokenizer: Tokens, text: str) -> list[int]:
+    """The ids of a text that goes on: what is trained, and what `generate` goes on from.
+
+    The first token that the tokenizer puts before a text is there, once, also where the text has it already; the last
+    one, which would end the text, is not.
+    """
+    ids, first = tokenizer.encode(text, special=False), first_ids(tokenizer)
+    return ids if ids[: len(first)] == first else first + ids
+
+
+def first_ids(tokenizer: Tokens) -> list[int]:
+    """What the tokenizer puts before a text."""
+    within, around = tokenizer.encode("a", special=False), tokenizer.encode("a")
+    starts = (i for i in range(len(around)) if around[i : i + len(within)] == within)
+    return around[: next(starts, 0)]
+
+
+def joined(tokenizer: Tokens, pieces: Sequence[Piece], most: int) -> tuple[list[int], list[bool]]:
+    """The ids of pieces of a text one behind the other, and which of them are scored; at least `most`, if there are.
+
+    An id belongs to one piece: where a token would reach over the end of a prompt, generate could never write it, as
+    the prompt is encoded alone. So a piece gets the ids that it has in the whole text where those before it stay what
+    they are, and else those that it has behind a line end: alone, a tokenizer as Llama's would put a space before it.
+    """
+    ids: list[int] = []
+    scored: list[bool] = []
+    before = ""
+    for piece in pieces:
+        if len(ids) >= most:
+            break
+        new = _behind(tokenizer, before, ids, piece.text)
+        ids, scored, before = ids + new, scored + [piece.scored] * len(new), before + piece.text
+    return ids, scored
+
+
+def _behind(tokenizer: Tokens, before: str, ids: list[int], text: str) -> list[int]:
+    """The ids of a text that stands behind another, which has these ids."""
+    for start, known in ((before, ids), ("\n", tokenizer.encode("\n", special=False))):
+        whole = tokenizer.encode(start + text, special=False)
+        if whole[: len(known)] == known:
+            return whole[len(known) :]
+    return tokenizer.encode(text, special=False)
+
+
+class Encoded(NamedTuple):
+    """An example; and whether its end was cut off, its end token with it."""
+
+    example: Example
+    cut: bool
+
+
+def encode_pieces(
+    tokenizer: Tokens, pieces: Sequence[Piece], longest: int, *, first: Sequence[int] = (), end: Sequence[int] = ()
+) -> Encoded | None:
+    """The tokens of a text in pieces, cut after `longest`; None where nothing is left that is scored.
+
+    first: what stands before the text, if it has it not already, unscored. end: what stands behind it, scored as its
+    last piece is. The very first token follows nothing.
+    """
+    ids, scored = joined(tokenizer, pieces, longest + 1)
+    if ids[: len(first)] != [*first]:
+        ids, scored = [*first, *ids], [False] * len(first) + scored
+    ids, scored = [*ids, *end], scored + [pieces[-1].scored] * len(end)
+    targets = np.where(scored[1:], ids[1:], IGNORED)[:longest]
     if not (targets != IGNORED).any():
-        raise ValueError(f"expected room for a completion in {longest} tokens, but the prompt takes {len(prompt)}")
-    return Example(np.array(ids[:-1]), targets)
+        return None
+    return Encoded(Example(np.array(ids[: len(targets)]), targets), len(ids) > longest + 1)
+
+
+def encode_pair(tokenizer: Tokens, pair: Pair, longest: int) -> Encoded | None:
+    """A prompt, its completion and the end of the text; the prompt is not scored. As of `encode_pieces`."""
+    pieces = [Piece(pair.prompt, False), Piece(pair.completion, True)]
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+    return encode_pieces(tokenizer, pieces, longest, first=first_ids(tokenizer), end=end)
+
+
+def pieces_of(text: str, spans: Sequence[Sequence[int]]) -> list[Piece]:
+    """A text, cut at the spans of characters that are scored."""
+    pieces, at = [], 0
+    for start, end in spans:
+        pieces += [Piece(text[at:start], False), Piece(text[start:end], True)]
+        at = end
+    return [*pieces, Piece(text[at:], False)]
 
 
 def encode_labelled(tokenizer: Tokens, text: str, label: int, longest: int) -> Example:
@@ -153,14 +154,18 @@ def encode_tagged(tokenizer: Tokens, words: Sequence[str], tags: Sequence[int], 
     return Example(np.array(ids[:longest]), targets[:longest])
 
 
-def each(path: Path, encode: Callable[[Item], Example], found: Sequence[Item]) -> list[Example]:
-    """`encode` of each; a ValueError says which one of the file it could not encode."""
+def each(
+    path: Path, encode: Callable[[Item], Example | None], found: Sequence[Item], lines: Sequence[int]
+) -> list[Example]:
+    """`encode` of each, but for None; a ValueError names the line of the one that it could not encode."""
     examples = []
-    for number, one in enumerate(found, 1):
+    for number, one in zip(lines, found, strict=True):
         try:
-            examples.append(encode(one))
+            example = encode(one)
         except ValueError as error:
-            raise ValueError(f"{path}: example {number}: {error}") from None
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if example is not None:
+            examples.append(example)
     return examples
 
 

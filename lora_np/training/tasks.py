@@ -12,26 +12,38 @@ import numpy as np
 from ..backend import Array
 from ..batch import BatchDict
 from ..formats.adapters.task import Task
-from ..formats.files.messages import naming
+from ..formats.files.messages import naming, shown
+from ..formats.models.chat_template import ChatTemplate, Conversation
 from .examples import (
+    Encoded,
     Example,
     Tokens,
     bucketed,
     each,
     encode_labelled,
     encode_pair,
+    encode_pieces,
     encode_tagged,
     in_order,
-    label_names,
-    read_labelled,
-    read_pairs,
-    read_tagged,
+    pieces_of,
     steps_an_epoch,
 )
+from .records import Pair, Records, label_names, read_records
+from .summary import Summary
 from .text import all_windows, random_windows, read_text, split
 
 EVALUATED = 32  # texts in a batch of what is held out
 WINDOWS = 64  # at most so many of a plain text are held out
+
+
+class Reading(NamedTuple):
+    """How files are read: their format, None as it is found; and the base's chat template, loaded when it is needed."""
+
+    format: str | None = None
+    template: Callable[[], ChatTemplate] | None = None
+
+
+AS_FOUND = Reading()
 
 
 class Data(NamedTuple):
@@ -41,50 +53,115 @@ class Data(NamedTuple):
     held_out  batches that are not trained on
     epoch     steps in which each example comes once; None for windows of a plain text, which are drawn at random
     about     what it is known by: a checkpoint of other data is refused
+    read      what was read of each file
     """
 
     batch: Callable[[int], BatchDict]
     held_out: Sequence[BatchDict]
     epoch: int | None
     about: dict[str, Any]
+    read: Sequence[Summary] = ()
 
 
-def task_of(name: str, path: Path, longest: int) -> Task:
+def task_of(name: str, path: Path, longest: int, format: str | None = None) -> Task:
     """The task of this name, with the labels that the file has."""
     labels: tuple[str, ...] = ()
-    if name == "classify":
-        labels = label_names([label for _, label in read_labelled(path)])
-    elif name == "tag":
-        labels = label_names([tag for _, tags in read_tagged(path) for tag in tags])
+    if name != "lm":
+        found = read_records(path, name, format)
+        assert found is not None
+        labels = label_names([label for one in found.found for label in _labels_of(name, one)])
     with naming(path):
         return Task(name, labels, longest)  # type: ignore[arg-type]
 
 
-def read_examples(path: Path, task: Task, tokenizer: Tokens) -> list[Example] | None:
-    """The examples of a file, or None where it is plain text. A ValueError names the line, or the example, at fault."""
+def _labels_of(name: str, record: Any) -> list[str]:
+    return [record.label] if name == "classify" else record.tags
+
+
+def read_examples(
+    path: Path, task: Task, tokenizer: Tokens, reading: Reading = AS_FOUND
+) -> tuple[list[Example] | None, Summary]:
+    """The examples of a file, None where it is plain text; and what was read. A ValueError names the line at fault."""
+    records = read_records(path, task.name, reading.format)
+    if records is None:
+        return None, Summary(path, "text", task.longest)
+    summary = Summary(path, records.kind, task.longest)
+    examples = _encoded(records, path, task, tokenizer, reading, summary)
+    for example in examples:
+        summary.add(example)
+    return examples, summary
+
+
+def _encoded(
+    records: Records, path: Path, task: Task, tokenizer: Tokens, reading: Reading, summary: Summary
+) -> list[Example]:
+    """The examples of records; what is seen on the way is counted."""
     numbers = {label: i for i, label in enumerate(task.labels)}
 
     def number(label: str) -> int:
         if label not in numbers:
             raise ValueError(f"expected a label of {' '.join(numbers)!s:.80}, got {label!r:.60}")
+        summary.labels[label] += 1
         return numbers[label]
 
-    if task.name == "classify":
-        return each(
-            path, lambda one: encode_labelled(tokenizer, one[0], number(one[1]), task.longest), read_labelled(path)
-        )
-    if task.name == "tag":
-        return each(
-            path,
-            lambda one: encode_tagged(tokenizer, one[0], [number(tag) for tag in one[1]], task.longest),
-            read_tagged(path),
-        )
-    pairs = read_pairs(path)
-    return None if pairs is None else each(path, lambda pair: encode_pair(tokenizer, pair, task.longest), pairs)
+    def fit(found: Encoded | None) -> Example | None:
+        summary.left_out += found is None
+        summary.cut += found is not None and found.cut
+        return None if found is None else found.example
+
+    def labelled(one: Any) -> Example:
+        return encode_labelled(tokenizer, one.text, number(one.label), task.longest)
+
+    def tagged(one: Any) -> Example:
+        return encode_tagged(tokenizer, one.words, [number(tag) for tag in one.tags], task.longest)
+
+    def pair(one: Pair) -> Example | None:
+        summary.empty += not one.completion.strip(" \t\r\n")
+        return fit(encode_pair(tokenizer, one, task.longest))
+
+    def chat(one: Any) -> Example | None:
+        summary.unscored += one.unscored
+        if not one.spans:
+            raise ValueError(
+                "the chat template does not render what is before an answer as the beginning of the whole; mark the "
+                "answers in a template of your own with {% generation %}, and name it with --chat-template"
+            )
+        start, end = one.spans[-1]
+        summary.endless += not one.text[start:end].endswith(tokenizer.special().get("eos_token", "\0"))
+        return fit(encode_pieces(tokenizer, pieces_of(one.text, one.spans), task.longest))
+
+    encode: Callable[[Any], Example | None]
+    found = records.found
+    if records.kind == "conversations":
+        encode, found = chat, _rendered(records, path, tokenizer, reading) if found else []
+    else:
+        encode = {"labelled": labelled, "tagged": tagged}.get(records.kind, pair)
+    return each(path, encode, found, records.lines)
+
+
+def _rendered(records: Records, path: Path, tokenizer: Tokens, reading: Reading) -> list[Any]:
+    """Conversations as the base's chat template writes them."""
+    if reading.template is None:
+        raise ValueError(f"{path}: conversations need a chat template, and none is given")
+    template = reading.template()
+    conversations: list[Conversation] = records.found
+    rendered = template.render(conversations, tokenizer.special(), tokenizer.whole())
+    for line, one in zip(records.lines, rendered, strict=True):
+        if isinstance(one, str):
+            raise ValueError(f"{path}:{line}: {template.where}: the chat template refuses this: {shown(one)}")
+    return rendered
 
 
 def learn_from(
-    path: Path, dev: Path | None, task: Task, tokenizer: Tokens, *, N: int, held_out: float, seed: int
+    path: Path,
+    dev: Path | None,
+    task: Task,
+    tokenizer: Tokens,
+    *,
+    N: int,
+    held_out: float,
+    seed: int,
+    reading: Reading = AS_FOUND,
 ) -> Data:
     """Batches of N, and what is held out: the file `dev`, or a part of `path`, the last of a text, or drawn by seed."""
     if N < 1:
@@ -92,7 +169,8 @@ def learn_from(
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: expected a part between 0 and 1, got {held_out}")
     about: dict[str, Any] = {"N": N, "held_out": held_out, "seed": seed}
-    examples = read_examples(path, task, tokenizer)
+    examples, summary = read_examples(path, task, tokenizer, reading)
+    read = [summary]
     if examples is None:
         return _from_text(path, dev, task.longest, tokenizer, about)
     if dev is None:
@@ -100,7 +178,8 @@ def learn_from(
         train, rest = split(order, held_out)
         examples, others = [examples[n] for n in train], [examples[n] for n in rest]
     else:
-        found = read_examples(dev, task, tokenizer)
+        found, summary = read_examples(dev, task, tokenizer, reading)
+        read.append(summary)
         if found is None:
             raise ValueError(f"{dev}: expected examples, as {path} has, got plain text")
         others = found
@@ -108,6 +187,7 @@ def learn_from(
         lacking = (dev or path) if examples else path
         raise ValueError(
             f"{lacking}: expected examples to train on and some to hold out, got {len(examples)} and {len(others)}"
+            f"{read[-1 if examples else 0].none_left()}"
         )
     about |= {"data": _digest(examples), "dev": _digest(others)}
     return Data(
@@ -115,22 +195,28 @@ def learn_from(
         list(in_order(others, N=EVALUATED)),
         steps_an_epoch(examples, N),
         about,
+        read,
     )
 
 
-def evaluation(path: Path, task: Task, tokenizer: Tokens, *, most: int) -> list[BatchDict]:
+def evaluation(
+    path: Path, task: Task, tokenizer: Tokens, *, most: int, reading: Reading = AS_FOUND
+) -> tuple[list[BatchDict], Summary]:
     """Batches of a whole file, to evaluate on: all its examples, or at most `most` windows of a plain text."""
-    examples = read_examples(path, task, tokenizer)
+    examples, summary = read_examples(path, task, tokenizer, reading)
     if examples is not None:
         if not examples:
-            raise ValueError(f"{path}: expected at least one example, got none")
-        return list(in_order(examples, N=EVALUATED))
-    return _windows(_tokens(path, tokenizer), task.longest, most, path)
+            raise ValueError(f"{path}: expected at least one example, got none{summary.none_left()}")
+        return list(in_order(examples, N=EVALUATED)), summary
+    tokens = _tokens(path, tokenizer)
+    summary.tokens = summary.scored = len(tokens)
+    return _windows(tokens, task.longest, most, path), summary
 
 
 def _from_text(path: Path, dev: Path | None, T: int, tokenizer: Tokens, about: dict[str, Any]) -> Data:
     """Windows of a plain text."""
     text = _tokens(path, tokenizer)
+    read = [Summary(path, "text", T, tokens=len(text), scored=len(text))]
     text, others = split(text, about["held_out"]) if dev is None else (text, _tokens(dev, tokenizer))
     about |= {"data": _digest([Example(text, text)]), "dev": _digest([Example(others, others)])}
 
@@ -139,7 +225,9 @@ def _from_text(path: Path, dev: Path | None, T: int, tokenizer: Tokens, about: d
 
     with naming(path):
         batch(0)  # the text is long enough, or nothing is written
-    return Data(batch, _windows(others, T, WINDOWS, dev or path), None, about)
+    if dev is not None:
+        read.append(Summary(dev, "text", T, tokens=len(others), scored=len(others)))
+    return Data(batch, _windows(others, T, WINDOWS, dev or path), None, about, read)
 
 
 def _windows(tokens: Array, T: int, most: int, path: Path) -> list[BatchDict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,14 @@ class ByteTokenizer:
     vocab_size = BYTES
     eos = None
 
+    def special(self) -> dict[str, str]:
+        """The special tokens by name: none."""
+        return {}
+
+    def whole(self) -> list[str]:
+        """The tokens that are found in a text as they stand: none."""
+        return []
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The bytes of a text; there is nothing special about them."""
         return encode(text).tolist()
@@ -52,12 +61,12 @@ class ByteTokenizer:
 
 
 def read_text(path: str | Path) -> str:
-    """A file's text. A FileNotFoundError or ValueError says if there is none, it is empty, or is not UTF-8."""
+    """A file's text, without a byte order mark. Errors say if there is none, it is empty, or is not UTF-8."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text; byte {error.start} is not") from error
     if not text:

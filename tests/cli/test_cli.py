@@ -166,6 +166,21 @@ def test_a_task_and_its_data_that_do_not_fit_are_refused(tmp_path, home, capsys)
     assert not (tmp_path / "o").exists()
 
 
+def test_conversations_need_a_template_and_are_said_to_be_read(tmp_path, home, capsys):
+    pytest.importorskip("jinja2", reason="chat templates: pip install lora-np[models]")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
+    (tmp_path / "data").write_text((json.dumps({"messages": messages}) + "\n") * 3)
+    (tmp_path / "own").write_text("{% for m in messages %}{{ m.content }}{{ '|' if m.role == 'user' }}{% endfor %}")
+    argv = ["eval", "--base", home / "base", "--data", tmp_path / "data"]
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert err.endswith("base: this model has no chat template; name one with --chat-template FILE\n")
+    status, out, err = run(capsys, *argv, "--chat-template", tmp_path / "own", "--json")
+    assert status == 0
+    assert [json.loads(out)["data"][name] for name in ("examples", "tokens", "scored")] == [3, 9, 6]  # a|b, of a|bc
+    assert "data: 3 conversations, 9 tokens, 67 % scored; " in err
+
+
 def test_generate_goes_on_from_the_prompt_and_repeats_itself(home, capsys):
     argv = ["generate", "--base", home / "base", "--adapter", home / "adapter", "--prompt", "the ", "-n", "12"]
     status, out, _ = run(capsys, *argv, "--seed", "3")

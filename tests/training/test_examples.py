@@ -1,10 +1,6 @@
-"""Files of examples into batches: what each format says, what is scored, and which examples share a batch."""
+"""Texts into examples and batches: what is scored, where pieces meet, and which examples share a batch."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_np.training import examples
-from lora_np.training.examples import Example, Pair
+from lora_np.training.examples import Example
+from lora_np.training.records import Pair
 from lora_np.training.text import ByteTokenizer
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -27,104 +24,31 @@ class Framed(ByteTokenizer):
         return [256, *super().encode(text), 257] if special else super().encode(text)
 
 
-def written(tmp_path, name, text):
-    path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-# --- Files -----------------------------------------------------------------------------------------------------------
-
-
-def test_prompts_and_completions_of_json_lines(tmp_path):
-    """Spaces are the file's own; a line separator inside a string is no new line; empty lines are none."""
-    lines = [
-        {"prompt": "a ", "completion": " b"},
-        {"text": "alone\u2028still"},
-        {"completion": "c", "prompt": "", "id": 3},
-    ]
-    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
-    pairs = examples.read_pairs(written(tmp_path, "a.jsonl", text))
-    assert pairs == [Pair("a ", " b"), Pair("", "alone\u2028still"), Pair("", "c")]
-
-
-def test_prompts_and_completions_around_two_bars(tmp_path):
-    pairs = examples.read_pairs(written(tmp_path, "a.txt", "name : X | area : Y||X is in Y . \n\na||b||c\n"))
-    assert pairs == [Pair("name : X | area : Y||", "X is in Y ."), Pair("a||", "b||c")]
-
-
-def test_a_text_without_two_bars_in_each_line_is_plain(tmp_path):
-    assert examples.read_pairs(written(tmp_path, "a.txt", "a||b\nc|d\n")) is None
-
-
-def test_texts_and_labels_of_tab_separated_lines(tmp_path):
-    path = written(tmp_path, "a.tsv", 'one string of cliches \t0\n\nit \'s "good"\tpos \r\n')
-    assert examples.read_labelled(path) == [("one string of cliches ", "0"), ('it \'s "good"', "pos")]
-
-
-def test_words_and_tags_of_columns(tmp_path):
-    path = written(tmp_path, "a.conll", "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects\tVBZ\tO\n\n\n# . O\n")
-    assert examples.read_tagged(path) == [(["EU", "rejects"], ["B-ORG", "O"]), (["#"], ["O"])]
-
-
-@pytest.mark.parametrize(
-    ("read", "name", "text", "message"),
-    [
-        ("read_pairs", "a.jsonl", '{"prompt": "a", "completion": "b"}\n[1]\n', r"a.jsonl:2: expected an object"),
-        ("read_pairs", "a.jsonl", '{"prompt": "a"}\n', r"a.jsonl:1: expected an object with prompt and completion"),
-        ("read_pairs", "a.jsonl", '{"text": 3}\n', r"a.jsonl:1: expected an object"),
-        ("read_pairs", "a.jsonl", "{\n", r"a.jsonl:1: not valid JSON"),
-        ("read_pairs", "a.jsonl", "[" * 100_000, r"a.jsonl:1: not valid JSON"),
-        ("read_labelled", "a.tsv", "good\t1\nbad\n", r"a.tsv:2: expected a text, a tab and a label, got 'bad'"),
-        ("read_labelled", "a.tsv", "a\tb\tc\n", r"a.tsv:1: expected a text, a tab and a label"),
-        ("read_labelled", "a.tsv", "\t1\n", r"a.tsv:1: expected a text"),
-        ("read_labelled", "a.tsv", "a\t \n", r"a.tsv:1: expected a text"),
-        ("read_tagged", "a.txt", "EU B\n\nalone\n", r"a.txt:3: expected a word and, in the last column, its tag"),
-        ("read_labelled", "a.tsv", "", r"a.tsv: the file is empty"),
-    ],
-)
-def test_a_wrong_line_is_named(tmp_path, read, name, text, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        getattr(examples, read)(written(tmp_path, name, text))
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_labels_are_ordered_by_size_or_by_the_alphabet():
-    assert examples.label_names(["10", "9", "10"]) == ("9", "10")
-    assert examples.label_names(["pos", "neg", "10"]) == ("10", "neg", "pos")
-    assert examples.label_names(["2", "1", "01", "٢", "001"]) == ("001", "01", "1", "2", "٢")
-
-
-@pytest.mark.parametrize("seed", ["0", "5"])
-def test_the_order_of_labels_is_the_same_in_every_process(seed):
-    """Python orders a set of texts anew in each, by PYTHONHASHSEED."""
-    script = "from lora_np.training.examples import label_names; print(*label_names(['1', '01', '1', '001']))"
-    environment = {**os.environ, "PYTHONHASHSEED": seed}
-    printed = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
-    assert printed.split() == ["001", "01", "1"]
-
-
 # --- What is scored --------------------------------------------------------------------------------------------------
 
 
 @given(texts, texts, st.integers(1, 60), st.booleans())
 def test_what_follows_the_prompt_is_scored_and_nothing_else(prompt, completion, longest, framed):
-    """targets[t] is the token after tokens[t]; those of the completion, and the end, count, as far as there is room."""
+    """targets[t] is the token after tokens[t]; those of the completion, and the end, count, as far as there is room.
+
+    What the tokenizer puts before a text is there, what it puts behind one is not.
+    """
     tokenizer = Framed() if framed else ByteTokenizer()
-    first = tokenizer.encode(prompt)
-    rest = [*tokenizer.encode(completion, special=False), *([300] if framed else [])]
+    first = [*([256] if framed else []), *prompt.encode()]
+    rest = [*completion.encode(), *([300] if framed else [])]
     room = longest + 1 - len(first)
     scored = rest[: max(0, room)] if first else rest[1 : max(1, room)]  # the very first token follows nothing
+    found = examples.encode_pair(tokenizer, Pair(prompt, completion), longest)
     if not scored:
-        with pytest.raises(ValueError, match=f"room for a completion in {longest} tokens"):
-            examples.encode_pair(tokenizer, Pair(prompt, completion), longest)
+        assert found is None
         return
-    tokens, targets = examples.encode_pair(tokenizer, Pair(prompt, completion), longest)
+    tokens, targets = found.example
     assert tokens.tolist() == [*first, *rest][: len(tokens)]
     assert len(tokens) == len(targets) <= longest
     assert targets[targets != -100].tolist() == scored
     assert (targets[: max(0, len(first) - 1)] == -100).all()
     assert (targets[max(0, len(first) - 1) :] != -100).all()
+    assert found.cut == (len(first) + len(rest) > longest + 1)
 
 
 @given(texts, st.integers(2, 30))
@@ -162,11 +86,15 @@ def test_what_has_no_token_to_score_is_refused():
         examples.encode_tagged(Deaf(), ["a", "b"], [0, 1], 8)
 
 
-def test_an_example_that_cannot_be_encoded_is_named(tmp_path):
-    path = tmp_path / "a.txt"
-    pairs = [Pair("a", "b"), Pair("prompt", "b")]
-    with pytest.raises(ValueError, match=r"a.txt: example 2: expected room for a completion in 4 tokens, .* takes 6"):
-        examples.each(path, lambda pair: examples.encode_pair(ByteTokenizer(), pair, 4), pairs)
+def test_an_example_that_cannot_be_encoded_is_named_by_its_line(tmp_path):
+    def encode(one):
+        if one == "b":
+            raise ValueError("no")
+        return None if one == "c" else one
+
+    assert examples.each(tmp_path / "a.txt", encode, ["a", "c"], [1, 4]) == ["a"]
+    with pytest.raises(ValueError, match=r"a\.txt:7: no$"):
+        examples.each(tmp_path / "a.txt", encode, ["a", "b"], [1, 7])
 
 
 # --- Batches ---------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_labels_are_numbered_as_the_task_has_them(tmp_path):
     """Not as the file does: a file to evaluate on may have them in another order."""
     (tmp_path / "a.tsv").write_text("abc\tlow\nxyz\thigh\n")
     for labels in (("low", "high"), ("high", "low")):
-        examples = tasks.read_examples(tmp_path / "a.tsv", Task("classify", labels, 64), ByteTokenizer())
+        examples, _ = tasks.read_examples(tmp_path / "a.tsv", Task("classify", labels, 64), ByteTokenizer())
         assert [labels[int(one.targets)] for one in examples] == ["low", "high"]
 
 
@@ -72,12 +72,13 @@ def test_a_file_is_evaluated_whole(tmp_path):
     """Its examples in their order, 32 to a batch; of a plain text as many windows as are let in."""
     (tmp_path / "a.tsv").write_text("".join(f"text {i}\t{i % 2}\n" for i in range(40)))
     task = tasks.task_of("classify", tmp_path / "a.tsv", 64)
-    batches = tasks.evaluation(tmp_path / "a.tsv", task, ByteTokenizer(), most=1)
+    batches, read = tasks.evaluation(tmp_path / "a.tsv", task, ByteTokenizer(), most=1)
+    assert (read.examples, read.labels) == (40, {"0": 20, "1": 20})
     assert [len(batch["tokens"]) for batch in batches] == [32, 8]
     assert np.concatenate([batch["targets"] for batch in batches]).tolist() == [i % 2 for i in range(40)]
     (tmp_path / "a.txt").write_text("a plain text " * 30)
     windows = {
-        most: tasks.evaluation(tmp_path / "a.txt", Task("lm", longest=8), ByteTokenizer(), most=most)
+        most: tasks.evaluation(tmp_path / "a.txt", Task("lm", longest=8), ByteTokenizer(), most=most)[0]
         for most in (3, 100)
     }
     rows = {most: np.concatenate([batch["tokens"] for batch in batches]) for most, batches in windows.items()}
@@ -89,8 +90,8 @@ def test_a_file_is_evaluated_whole(tmp_path):
 
 @pytest.mark.parametrize("name", ["classify", "tag", "lm"])
 def test_a_file_without_an_example_is_named(tmp_path, name):
-    path = tmp_path / ("a.jsonl" if name == "lm" else "a.txt")
-    path.write_text("\n\n \n")
+    path = tmp_path / "a.txt"
+    path.write_text("[]" if name == "lm" else "\n\n \n")
     task = Task(name, () if name == "lm" else ("a", "b"))
     with pytest.raises(ValueError, match=rf"{path.name}: expected at least one example, got none"):
         tasks.evaluation(path, task, ByteTokenizer(), most=1)
@@ -177,7 +178,7 @@ def test_data_that_cannot_be_learned_from_is_refused(tmp_path):
     for call, message in [
         (
             (files / "classify", tmp_path / "dev.tsv", task, 0.1),
-            r"dev.tsv: example 2: expected a label of high low, got 'other'",
+            r"dev.tsv:2: expected a label of high low, got 'other'",
         ),
         (
             (tmp_path / "one.tsv", None, task, 0.1),

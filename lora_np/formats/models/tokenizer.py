@@ -48,6 +48,15 @@ class Tokenizer:
     limits: Limits = field(default=Limits(), repr=False)
     path: Path = field(default=Path(), repr=False)
 
+    def special(self) -> dict[str, str]:
+        """The special tokens as a chat template reads them: bos_token, eos_token and so on, as far as there are."""
+        ids = {kind: getattr(self, kind) for kind in ("bos", "eos", "pad", "cls", "sep")}
+        return {f"{kind}_token": self.backend.id_to_token(i) for kind, i in ids.items() if i is not None}
+
+    def whole(self) -> list[str]:
+        """The special tokens that are found in a text as they stand."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of a text. special: with the tokens around it that the model was trained with (BERT: cls, sep).
 

@@ -1,0 +1,164 @@
+"""Run by chat_template.py as a process of its own, with jinja2 alone: renders conversations until time or memory is up.
+
+In: one JSON object. Out: for each conversation, in order, a line of JSON: an object with its text, the spans of it that
+the assistant says, and how many of its answers have none; or a string, what is wrong. The process ends at once, with
+status 1, when its time is up. The environment is the one that transformers gives a chat template.
+"""
+
+import contextlib
+import faulthandler
+import json
+import re
+import sys
+from datetime import datetime
+from typing import Any, NoReturn
+
+
+def limit_memory(limit: int) -> None:
+    """At most `limit` bytes, where the system has such limits."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def compiled(source: str, marks: list[tuple[int, str]]) -> Any:
+    """The template; what stands in its {% generation %} blocks goes into marks: how long the text was, and the block.
+
+    Jinja asks for a block's text before it passes it on, so its place is known only once the text before it is.
+    """
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 (as Jinja has it)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+        def _marked(self, caller: Any) -> str:
+            text = str(caller())
+            marks.append((environment.written, text))
+            return text
+
+    class Environment(ImmutableSandboxedEnvironment):
+        written = 0  # characters of the text that have been passed on
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # type: ignore[no-untyped-def]
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def refuse(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    class Namespace(jinja2.utils.Namespace):  # nothing of Python's own gets a name there
+        def __init__(*args: Any, **kwargs: Any) -> None:  # a template may well say namespace(self=...)
+            jinja2.utils.Namespace.__init__(args[0])
+            for name, value in dict(*args[1:], **kwargs).items():
+                args[0][name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if str(name).startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a namespace has no names that begin with _, as {name!r:.60}")
+            super().__setitem__(name, value)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": refuse,
+        "namespace": Namespace,
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        "strftime_now": lambda format: datetime.now().strftime(format),
+    }
+    return environment.from_string(source)
+
+
+def common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+class Renderer:
+    """A template, and what its texts may be: most characters; special, an expression of tokens that stand alone."""
+
+    def __init__(self, source: str, variables: dict[str, str], special: list[str]) -> None:
+        self.marks: list[tuple[int, str]] = []
+        self.template = compiled(source, self.marks)
+        self.variables = variables
+        self.generation = re.search(r"\{%-?\+?\s*generation\s*-?\+?%\}", source) is not None
+        self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+    def render(self, messages: list[Any], tools: Any, most: int, *, prompt: bool = False) -> str:
+        """The text of messages; prompt: up to where the assistant begins. A ValueError if it is longer than `most`."""
+        self.marks.clear()
+        environment, text = self.template.environment, []
+        environment.written = 0
+        for part in self.template.generate(
+            messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self.variables
+        ):
+            text.append(part)
+            environment.written += len(part)
+            if environment.written > most:
+                raise ValueError(f"expected a text of at most {most} characters, got more")
+        return "".join(text)
+
+    def answer(self, messages: list[Any], tools: Any, most: int, *, text: str) -> dict[str, Any]:
+        """What is written of a conversation, given its text."""
+        if self.generation:
+            if any(text[at : at + len(said)] != said for at, said in self.marks):
+                raise ValueError("a generation block must stand in the template itself, in no macro or filter")
+            return {"spans": [[at, at + len(said)] for at, said in self.marks if said], "unscored": 0}
+        turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+        spans = [self.span(messages, i, tools, most, text=text) for i in turns]
+        return {"spans": [span for span in spans if span], "unscored": spans.count(None)}
+
+    def span(self, messages: list[Any], i: int, tools: Any, most: int, *, text: str) -> list[int] | None:
+        """Where text has the answer messages[i]; None where a prompt of what is before it does not lead there."""
+        try:
+            before = self.render(messages[:i], tools, most, prompt=True)
+            upto = self.render(messages[: i + 1], tools, most)
+        except Exception:  # a template may refuse the beginning of what it takes whole
+            return None
+        start, end = len(before), common(text, upto)
+        if not text.startswith(before) or end <= start:
+            return None
+        tokens = [found.end() for found in self.special.finditer(text, start, end)]
+        if end < len(upto):  # what ends a whole conversation may not stand behind an answer within it
+            if not tokens or self.special.sub("", upto[tokens[-1] :]).strip():
+                return None
+            end = tokens[-1]
+        elif tokens and not text[tokens[-1] : end].strip():  # a line end behind the end token is not the assistant's
+            end = tokens[-1]
+        return [start, end]
+
+
+def answered(renderer: Renderer, messages: list[Any], tools: Any, most: int) -> Any:
+    """The answer for a conversation, or what is wrong with it."""
+    try:
+        text = renderer.render(messages, tools, most)
+        return {"text": text, **renderer.answer(messages, tools, most, text=text)}
+    except Exception as error:  # of many types: Jinja's, and whatever Python raises in a template
+        return str(error) or type(error).__name__
+
+
+def main() -> None:
+    """Answers the request on standard input."""
+    request = json.load(sys.stdin)
+    limit_memory(request["memory"])
+    faulthandler.dump_traceback_later(request["seconds"], exit=True)  # a template cannot be stopped from within Python
+    sys.path += request["path"]
+    try:
+        renderer = Renderer(request["source"], request["variables"], request["special"])
+    except Exception as error:  # TemplateSyntaxError, RecursionError, MemoryError, ...
+        print(json.dumps({"refused": str(error) or type(error).__name__}), flush=True)
+        return
+    print(json.dumps({}), flush=True)
+    for messages, tools, most in request["conversations"]:
+        print(json.dumps(answered(renderer, messages, tools, most)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

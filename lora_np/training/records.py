@@ -1,0 +1,419 @@
+"""Files of examples as records: conversations, prompts with completions, texts with labels, words with tags.
+
+The format is found from what a file holds, not from its name; a file that is nearly of one format is an error that
+names the line. A line ends with a line feed, before which a carriage return may stand, and nowhere else: U+2028,
+U+0085 and no-break spaces are a text's own.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from ..formats.files.json_file import each_once
+from ..formats.files.messages import shown
+from ..formats.models.chat_template import Conversation
+from .text import read_text
+
+FORMATS = ("json", "csv", "tsv", "bars", "labelled", "conll", "text")
+DELIMITERS = {"csv": (",", ";"), "tsv": ("\t",)}
+QUOTING: dict[str, dict[str, Any]] = {"csv": {}, "tsv": {"quoting": csv.QUOTE_NONE}}
+SPACE = re.compile(r"[ \t\r\n]*")  # JSON's
+BLANK = " \t\r"  # what is no part of a label, a word or a completion at its ends
+# The kinds of records that each task has, with their fields, and under which names files have these. The first kind
+# whose fields are all there is a file's.
+KINDS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
+    "lm": {
+        "conversations": {"messages": ("messages", "conversations")},
+        "pairs": {"prompt": ("prompt", "question"), "completion": ("completion", "response", "answer")},
+        "instructions": {"instruction": ("instruction",), "output": ("output", "response")},
+        "texts": {"text": ("text", "sentence")},
+    },
+    "classify": {"labelled": {"text": ("text", "sentence"), "label": ("label", "labels")}},
+    "tag": {"tagged": {"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "labels")}},
+}
+INPUT = ("input", "context")  # what an instruction is about; it may be missing, or empty
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names, from and value, beside role and content
+# Stanford Alpaca's two prompts, which files of instructions are made for.
+ALPACA = {
+    True: "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n",
+    False: "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
+}
+
+
+class Pair(NamedTuple):
+    """A prompt, which is left out of the loss, and what follows it."""
+
+    prompt: str
+    completion: str
+
+
+class Labelled(NamedTuple):
+    """A text and its label."""
+
+    text: str
+    label: str
+
+
+class Tagged(NamedTuple):
+    """The words of a sentence, and the tag of each."""
+
+    words: list[str]
+    tags: list[str]
+
+
+Record: TypeAlias = "Conversation | Pair | Labelled | Tagged"
+Row: TypeAlias = tuple[int, dict[str, Any]]  # the number of its line, and its fields
+
+
+class Records(NamedTuple):
+    """A file's records, and the line that each begins on. kind: what they are called."""
+
+    kind: str
+    lines: list[int]
+    found: list[Any]
+
+
+def read_records(path: Path, task: str, format: str | None = None) -> Records | None:
+    """The records of a file for a task, or None where it is plain text. format: one of FORMATS; None: as found.
+
+    A ValueError names the line that is wrong, and what was expected there.
+    """
+    text = read_text(path)
+    format = format or find_format(text, task)
+    lines = [(number, line) for number, line in numbered(text) if line.strip(BLANK)]
+    if format == "text":
+        if task != "lm":
+            raise ValueError(f"{path}: expected records for task {task}, got format text")
+        return None
+    by_lines: dict[str, tuple[str, str, Callable[[str, str], Any]]] = {
+        "bars": ("lm", "pairs", _bars), "labelled": ("classify", "labelled", _columns)
+    }  # fmt: skip
+    if format in by_lines:
+        of, kind, parse = by_lines[format]
+        _check_task(path, format, of, task)
+        return Records(kind, [n for n, _ in lines], [parse(line, f"{path}:{n}") for n, line in lines])
+    if format == "conll":
+        _check_task(path, format, "tag", task)
+        sentences = list(_sentences(text, path))
+        return Records("tagged", [n for n, _ in sentences], [one for _, one in sentences])
+    rows = _json_rows(text, lines, path) if format == "json" else _table_rows(text, format, path)
+    return _of_rows(rows, task, path)
+
+
+def _check_task(path: Path, format: str, of: str, task: str) -> None:
+    if of != task:
+        raise ValueError(f"{path}: format {format} is for task {of}, got task {task}")
+
+
+def numbered(text: str) -> Iterator[tuple[int, str]]:
+    """A text's lines without their ends, and their numbers."""
+    for number, line in enumerate(text.split("\n"), 1):
+        yield number, line.removesuffix("\r")
+
+
+# --- Which format it is ----------------------------------------------------------------------------------------------
+
+
+def find_format(text: str, task: str) -> str:
+    """The format of a file's text: one of FORMATS.
+
+    JSON: the text begins with an object, or an array of them, or half of its lines at least begin as objects do. CSV
+    and TSV: the first line names the fields of one of the task's kinds. Lines of a||b: half of them at least have the
+    bars. So a file with some lines wrong is of the format that the others have.
+    """
+    lines = [line for _, line in numbered(text) if line.strip(BLANK)]
+    if _is_json(text, lines):
+        return "json"
+    if lines:
+        for format, delimiters in DELIMITERS.items():
+            if any(_kind_of(_header(lines[0], delimiter), task) for delimiter in delimiters):
+                return format
+    if task != "lm":
+        return {"classify": "labelled", "tag": "conll"}[task]
+    return "bars" if lines and 2 * sum("||" in line for line in lines) >= len(lines) else "text"
+
+
+def _is_json(text: str, lines: Sequence[str]) -> bool:
+    start = _past_space(text, 0)
+    if re.match(r"\[[ \t\r\n]*\{", text[start : start + 2**10]) or (lines and _mostly_objects(lines)):
+        return True
+    if text[start : start + 1] not in ("{", "["):
+        return False
+    try:
+        found, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) or _past_space(text, end) == len(text)
+
+
+def _mostly_objects(lines: Sequence[str]) -> bool:
+    """Whether half of the lines at least begin as JSON's objects do."""
+    return 2 * sum(line.lstrip(BLANK)[0] == "{" for line in lines) >= len(lines)
+
+
+def _past_space(text: str, at: int) -> int:
+    """Where JSON's white space from `at` on ends."""
+    return SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    """The names in a table's first line."""
+    return [name.strip(BLANK + '"').lower() for name in line.split(delimiter)]
+
+
+def _kind_of(names: Sequence[str], task: str) -> tuple[str, dict[str, str]] | None:
+    """The kind of records that have fields of these names, and which name each field has; None: it is none."""
+    for kind, fields in KINDS[task].items():
+        found = {field: next((name for name in known if name in names), "") for field, known in fields.items()}
+        if all(found.values()):
+            return kind, found
+    return None
+
+
+# --- Rows: objects of JSON, lines of a table -------------------------------------------------------------------------
+
+DECODER = json.JSONDecoder(object_pairs_hook=each_once)
+
+
+def _json_rows(text: str, lines: Sequence[tuple[int, str]], path: Path) -> Iterator[Row]:
+    """The objects of a JSON array, of JSON lines, or one after another."""
+    start = _past_space(text, 0)
+    if text[start : start + 1] == "[":
+        yield from _json_array(text, start, path)
+    elif not lines or _mostly_objects([line for _, line in lines]):
+        for number, line in lines:
+            begin = _past_space(line, 0)
+            value, end = _value(line, begin, number, f"{path}:{number}")
+            if line[end:].strip(BLANK):
+                raise ValueError(f"{path}:{number}: expected one object in the line, got more: {line[end:]!r:.60}")
+            yield number, value
+    else:
+        yield from _json_values(text, start, path)
+
+
+def _json_array(text: str, start: int, path: Path) -> Iterator[Row]:
+    at, number = start + 1, 1 + text.count("\n", 0, start)
+    comma = False
+    while True:
+        begin = _past_space(text, at)
+        number += text.count("\n", at, begin)
+        if text[begin : begin + 1] == "]" and not comma:
+            end = _past_space(text, begin + 1)
+            if end < len(text):
+                number += text.count("\n", begin, end)
+                raise ValueError(f"{path}:{number}: expected the end of the file behind the array, got more")
+            return
+        value, at = _value(text, begin, number, f"{path}:{number}")
+        yield number, value
+        number += text.count("\n", begin, at)
+        begin = _past_space(text, at)
+        number += text.count("\n", at, begin)
+        comma = text[begin : begin + 1] == ","
+        if not comma and text[begin : begin + 1] != "]":
+            raise ValueError(f"{path}:{number}: expected a comma or ] behind an object, got {text[begin:]!r:.60}")
+        at = begin + comma
+
+
+def _json_values(text: str, at: int, path: Path) -> Iterator[Row]:
+    number = 1 + text.count("\n", 0, at)
+    while at < len(text):
+        value, end = _value(text, at, number, f"{path}:{number}")
+        yield number, value
+        after = _past_space(text, end)
+        number += text.count("\n", at, after)
+        at = after
+
+
+def _value(text: str, at: int, number: int, where: str) -> tuple[dict[str, Any], int]:
+    """The object that begins at a place of a text, and where it ends."""
+    try:
+        value, end = DECODER.raw_decode(text, at)
+    except RecursionError:
+        raise ValueError(f"{where}: not valid JSON: nested too deeply") from None
+    except json.JSONDecodeError as error:
+        lines = text.count("\n", at, error.pos)
+        place = where.removesuffix(f":{number}") + f":{number + lines}"
+        raise ValueError(f"{place}: not valid JSON: {error.msg} at {text[error.pos : error.pos + 40]!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON: {shown(str(error))}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object, got {text[at:end]!r:.60}")
+    return value, end
+
+
+def _table_rows(text: str, format: str, path: Path) -> Iterator[Row]:
+    """The lines of a table under its header: CSV as RFC 4180 has it, with commas or semicolons; TSV without quoting."""
+    lines = [line + "\n" for line in text.split("\n")]
+    first = next((line for line in lines if line.strip(BLANK + "\n")), "")
+    delimiter = max(DELIMITERS[format], key=first.count)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, **QUOTING[format])
+    names: list[str] = []
+    number = 1
+    try:
+        for cells in reader:
+            if not names:
+                names = [name.strip(BLANK).lower() for name in cells]
+            elif len(cells) != len(names) and any(cell.strip(BLANK) for cell in cells):
+                raise ValueError(f"{path}:{number}: expected {len(names)} columns, as the header has, got {len(cells)}")
+            elif any(cell.strip(BLANK) for cell in cells):
+                yield number, dict(zip(names, cells, strict=True))
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{number}: not valid {format.upper()}: {shown(str(error))}") from None
+
+
+# --- Records ---------------------------------------------------------------------------------------------------------
+
+
+def _of_rows(rows: Iterator[Row], task: str, path: Path) -> Records:
+    """The records that rows are, all of the kind that the first is."""
+    kind: tuple[str, dict[str, str]] | None = None
+    lines, found = [], []
+    for number, row in rows:
+        where = f"{path}:{number}"
+        if kind is None:
+            kind = _kind_of(list(row), task)
+            if kind is None:
+                raise ValueError(
+                    f"{where}: expected an object or a header with {_expected(task)}, got {list(row)!r:.80}"
+                )
+        missing = [name for name in kind[1].values() if name not in row]
+        if missing:
+            raise ValueError(f"{where}: expected {' and '.join(kind[1].values())}, got {list(row)!r:.80}")
+        fields = {field: row[name] for field, name in kind[1].items()}
+        lines.append(number)
+        found.append(_MAKERS[kind[0]](fields, row, where))
+    return Records(next(iter(KINDS[task])) if kind is None else kind[0], lines, found)
+
+
+def _expected(task: str) -> str:
+    return ", or ".join(" and ".join(fields) for fields in KINDS[task].values())
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    """A field that is a text: a string that UTF-8 can hold."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name}: expected a string, got {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {name}: holds half a surrogate pair") from None
+    return value
+
+
+def _label(value: Any, where: str) -> str:
+    """A label: a name, or a number."""
+    if isinstance(value, (int, bool)):
+        return json.dumps(value)
+    name = _text(value, "label", where).strip(BLANK)
+    if not name:
+        raise ValueError(f"{where}: expected a label, got none")
+    return name
+
+
+def _pair(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Pair:
+    return Pair(*(_text(fields[name], name, where) for name in ("prompt", "completion")))
+
+
+def _instruction(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Pair:
+    given = next((row[name] for name in INPUT if row.get(name)), "")
+    instruction, output = (_text(fields[name], name, where) for name in ("instruction", "output"))
+    prompt = ALPACA[bool(given)].format(instruction=instruction, input=_text(given, "input", where))
+    return Pair(prompt, output)
+
+
+def _alone(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Pair:
+    return Pair("", _text(fields["text"], "text", where))
+
+
+def _labelled(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Labelled:
+    text = _text(fields["text"], "text", where)
+    if not text.strip(BLANK):
+        raise ValueError(f"{where}: expected a text, got {text!r:.60}")
+    return Labelled(text, _label(fields["label"], where))
+
+
+def _tagged(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Tagged:
+    words, tags = fields["tokens"], fields["tags"]
+    if not (isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags) and words):
+        raise ValueError(f"{where}: expected lists of as many tags as words, got {words!r:.40} and {tags!r:.40}")
+    return Tagged([_text(word, "word", where) for word in words], [_label(tag, where) for tag in tags])
+
+
+def _conversation(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Conversation:
+    messages, tools = fields["messages"], row.get("tools")
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        raise ValueError(f"{where}: messages: expected a list of objects with role and content, got {messages!r:.60}")
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"{where}: tools: expected a list, got {tools!r:.60}")
+    found = [_message(one, where) for one in messages]
+    if not any(one["role"] == "assistant" for one in found):
+        raise ValueError(f"{where}: messages: expected one of the assistant at least, got none")
+    return Conversation(found, tools or None)
+
+
+def _message(one: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message with its role and content."""
+    if "role" not in one and "from" in one and "value" in one:
+        role = _text(one["from"], "from", where)
+        one = {"role": ROLES.get(role, role), "content": one["value"]}
+    if not isinstance(one.get("role"), str):
+        raise ValueError(f"{where}: messages: expected role and content in each, got {one!r:.80}")
+    if one.get("content") is None and not one.get("tool_calls"):
+        raise ValueError(f"{where}: messages: expected content, or tool_calls, in each, got {one!r:.80}")
+    return one
+
+
+_MAKERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], Any]] = {
+    "conversations": _conversation, "pairs": _pair, "instructions": _instruction, "texts": _alone,
+    "labelled": _labelled, "tagged": _tagged,
+}  # fmt: skip
+
+
+def _bars(line: str, where: str) -> Pair:
+    """`prompt||completion`: the prompt ends with the bars."""
+    prompt, bars, completion = line.partition("||")
+    if not bars:
+        raise ValueError(f"{where}: expected prompt||completion, as other lines have it, got {line!r:.80}")
+    return Pair(prompt + bars, completion.rstrip(BLANK))
+
+
+def _columns(line: str, where: str) -> Labelled:
+    """`text<TAB>label`, no quoting."""
+    columns = line.split("\t")
+    if len(columns) != 2 or not columns[0].strip(BLANK) or not columns[1].strip(BLANK):
+        raise ValueError(f"{where}: expected a text, a tab and a label, got {line!r:.80}")
+    return Labelled(columns[0], columns[1].strip(BLANK))
+
+
+def _sentences(text: str, path: Path) -> Iterator[tuple[int, Tagged]]:
+    """The sentences of a CoNLL file: a word a line, its tag in the last column, an empty line behind each sentence.
+
+    Spaces and tabs part columns. Lines of -DOCSTART- are left out.
+    """
+    begin, words, tags = 0, list[str](), list[str]()
+    for number, line in [*numbered(text), (0, "")]:
+        columns = [column for column in re.split("[ \t]+", line) if column]
+        if columns and columns[0] != "-DOCSTART-":
+            if len(columns) < 2:
+                raise ValueError(f"{path}:{number}: expected a word and, in the last column, its tag, got {line!r:.80}")
+            begin = begin if words else number
+            words.append(columns[0])
+            tags.append(columns[-1])
+        elif not columns and words:
+            yield begin, Tagged(words, tags)
+            words, tags = [], []
+
+
+def label_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """The different labels, in order: by size if all are whole numbers, then and else by the alphabet."""
+    names = sorted(set(labels))
+    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
