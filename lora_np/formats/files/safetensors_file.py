@@ -36,6 +36,7 @@ STORED: dict[str, tuple[str | None, int]] = {
     "F8_E5M2FNUZ": (None, 8), "F6_E2M3": (None, 6), "F6_E3M2": (None, 6), "F4": (None, 4),
 }  # fmt: skip
 DTYPES = {"F32": "float32", "F64": "float64"}
+WIDENED = {**DTYPES, "F16": "float32", "BF16": "float32"}  # what we compute in
 FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -183,8 +184,8 @@ class TensorFile:
         for name, shape in expected.items():
             if self.shapes[name] != shape:
                 raise ValueError(f"{self.path}: {name}: expected shape {shape}, got {self.shapes[name]}")
-            if self.dtypes[name] not in DTYPES:
-                raise ValueError(f"{self.path}: {name}: expected float32 or float64, got {self.dtypes[name]}")
+            if self.dtypes[name] not in WIDENED:
+                raise ValueError(f"{self.path}: {name}: expected one of {' '.join(FLOATS)}, got {self.dtypes[name]}")
 
     def read(self, name: str) -> Array:
         """The tensor, in host memory. Check its name and dtype first."""
@@ -212,7 +213,7 @@ class TensorFile:
 
     def read_as(self, name: str, dtype: np.dtype[Any]) -> Array:
         """The tensor, finite, widened to `dtype` if need be; a ValueError if it would be rounded."""
-        check_widens(DTYPES[self.dtypes[name]], dtype, f"{self.path}: {name}")
+        check_widens(WIDENED[self.dtypes[name]], dtype, f"{self.path}: {name}")
         return self.read_finite(name).astype(dtype, copy=False)
 
     def read_finite(self, name: str) -> Array:

@@ -16,7 +16,7 @@ from ...ops import widened
 from ..files.atomic import new_folder, write_tensors
 from ..files.json_file import from_fields, read_json, to_fields, write_json
 from ..files.messages import named
-from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
+from ..files.safetensors_file import DTYPES, TensorFile, open_tensors, refuse_pickle
 from .base import Base, Storage, Wanted, check_layers, held
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
@@ -174,5 +174,8 @@ def check_own(file: TensorFile, config: Config) -> None:
     """A ValueError unless the tensors are exactly the configuration's weights, all of one dtype."""
     check_layers(config.n_layer, len(file.shapes), str(file.path))
     file.check_names(config.weight_shapes())
+    for name, dtype in file.dtypes.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{file.path}: {name}: expected float32 or float64, got {dtype}")
     if len(set(file.dtypes.values())) > 1:
         raise ValueError(f"{file.path}: expected one dtype, got {' and '.join(sorted(set(file.dtypes.values())))}")

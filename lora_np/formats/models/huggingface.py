@@ -20,10 +20,11 @@ from ...model import Config, Model
 from ...ops import widened
 from ..files.json_file import from_fields
 from ..files.messages import shown
+from ..files.safetensors_file import WIDENED
 from .base import Wanted, check_layers, held
 from .heads import completed, taken, with_head
 from .names import family_of, module_names, module_of
-from .shards import WIDENED, Stored, stored_tensors
+from .shards import Stored, stored_tensors
 
 CONFIG = "config.json"
 NEEDED: Any = object()  # stands for a default: there is none

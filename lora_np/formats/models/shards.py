@@ -12,11 +12,10 @@ import numpy as np
 from ...backend import Array
 from ..files.json_file import read_json
 from ..files.messages import shown
-from ..files.safetensors_file import DTYPES, TensorFile, open_tensors, refuse_pickle
+from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN = r"[\w-][\w.-]{0,200}\.safetensors"  # a name that leads nowhere else
-WIDENED = {**DTYPES, "F16": "float32", "BF16": "float32"}  # what we compute in
 
 
 class Stored(NamedTuple):
