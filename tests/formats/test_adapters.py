@@ -208,7 +208,7 @@ def test_gpt2s_causal_masks_are_left_out(theirs, model):
         ({f"{C_ATTN}.lora_A": np.ones((4, 9))}, {"alpha": 6}, "expected shape (4, 8), got (4, 9)"),
         ({f"{C_ATTN}.lora_A": np.ones(4)}, {"alpha": 6}, "expected matrices"),
         ({f"{C_ATTN}.lora_A": np.ones((0, 8))}, {"alpha": 6}, "expected matrices"),
-        ({f"{C_ATTN}.lora_A": np.ones((4, 8), "float16")}, {"alpha": 6}, "expected float32 or float64"),
+        ({f"{C_ATTN}.lora_A": np.ones((4, 8), "int16")}, {"alpha": 6}, "expected one of F64 F32 F16 BF16"),
         ({f"{C_ATTN}.lora_A": np.full((4, 8), np.nan)}, {"alpha": 6}, "holds NaN"),
         ({f"{C_ATTN}.weight": np.ones((8, 24))}, {"alpha": 6}, f"{C_ATTN}.weight has no place"),
         ({"h.1.mlp.c_fc.lora_A": np.ones((1, 8))}, {"alpha": 6}, "has no place"),  # with and without the trunk

@@ -158,11 +158,11 @@ def test_a_name_that_utf8_cannot_hold(path):
     refusal(path).encode()
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("F16", 2), ("BF16", 2), ("I64", 8), ("U8", 1), ("BOOL", 1)])
+@pytest.mark.parametrize(("dtype", "size"), [("I64", 8), ("U8", 1), ("BOOL", 1)])
 def test_a_dtype_that_is_not_supported(path, dtype, size):
     raw_safetensors(path, {"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * size]}}, bytes(2 * size))
     message = refusal(path)
-    assert "a: expected float32 or float64" in message
+    assert "a: expected one of F64 F32 F16 BF16" in message
     assert dtype in message
 
 
