@@ -64,7 +64,7 @@ def run_verify(args: argparse.Namespace) -> int:
     reason = "this architecture is not run here"
     if run is not None:
         effects, not_finite, reason = run.effects(args, found is not None and found.loads)
-    remarks = [*found_in.remarks, *(plan.remarks if plan is not None else [])]
+    remarks = list(plan.remarks if plan is not None and plan.remarks else found_in.remarks)
     holds = changes and (found is None or found.holds) and not not_finite and not remarks
     result: dict[str, Any] = {
         "holds": holds, "fits": True, "base_hash": has_hash, "trained": changes, "remarks": remarks,

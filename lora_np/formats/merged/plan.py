@@ -102,7 +102,7 @@ class Target:
             W, W0 = tensor[part], start[part] if change.whole is None else asnumpy(change.whole)
             if W.ndim == 1 and change.updates:  # a bias as a matrix of one column
                 W, W0 = W[:, None], W0[:, None]
-            factors = [u._replace(A=u.A.astype(xp.float64), B=u.B.astype(xp.float64)) for u in change.updates]
+            factors = [u._replace(A=_wide(u.A), B=_wide(u.B)) for u in change.updates]
             for rows in blocks(len(W), math.prod(W.shape[1:])):
                 yield Rows(W[rows], W0[rows].astype(np.float64), [u._replace(B=u.B[rows]) for u in factors])
 
@@ -115,6 +115,11 @@ class Target:
             if self.place is not None and not np.isfinite(np.frombuffer(part, numpy_dtype(self.dtype))).all():
                 raise ValueError(f"{self.kept}: holds NaN or infinite numbers")
             yield part
+
+
+def _wide(values: Array) -> Array:
+    """A factor in float64, where it is computed with; a file's bfloat16 is widened on the host."""
+    return xp.asarray(asnumpy(values).astype(np.float64))
 
 
 Scale: TypeAlias = tuple[float, int, bool]
