@@ -329,9 +329,17 @@ BOMBS = [
     "{% if messages | length == 0 %}" + LOOP + "{% endif %}{{ messages[0].content }}",
 ]
 LIMITED = """
-import resource, sys
+import pathlib, resource, sys
 from lora_np.formats.models import chat_template
 chat_template.SECONDS = 2.0
+
+def peak():
+    # Linux hands ru_maxrss on from the process that started this one; VmHWM starts anew. In kilobytes, or the system's.
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
 user, said = {"role": "user", "content": "a" * 50}, {"role": "assistant", "content": "b"}
 try:
     template = chat_template.ChatTemplate(sys.stdin.read(), "here")
@@ -339,8 +347,8 @@ try:
     print("here: " + str(found[0])[:200])
 except ValueError as error:
     print(error)
-for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF):
-    print(resource.getrusage(who).ru_maxrss)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+print(peak())
 """
 
 
