@@ -13,8 +13,8 @@ from ..files.npz_file import HEADER, open_arrays
 from ..files.safetensors_file import open_tensors
 from .adapter import kind_of
 from .header import KEY, read_about
+from .keys import PREFIX
 from .peft import CONFIG, WEIGHTS
-from .peft_tensors import PREFIX
 from .task import TASK, load_task
 
 # What PEFT's files call the modules of a head, and RoBERTa's pooler, which is a part of its own; ours: head, pooler.

@@ -26,8 +26,9 @@ from ..models.base import Base
 from ..models.names import module_names
 from .fused_qkv import put_together, stored_apart, take_apart
 from .header import KEY, check_about, check_savable, read_about, write_about
+from .keys import PREFIX
 from .peft_config import check_keys, check_same, read_config, write_config
-from .peft_tensors import PREFIX, read_params, slots
+from .peft_tensors import read_params, slots
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -24,8 +24,7 @@ from ...model import Config
 from ..files.safetensors_file import TensorFile
 from ..models.base import Base
 from ..models.names import family_of, module_names, module_of
-
-PREFIX = "base_model.model."  # PEFT's wrapper, and the tuner inside it
+from .keys import PREFIX
 
 Index: TypeAlias = tuple[slice, ...]
 
