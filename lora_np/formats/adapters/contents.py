@@ -25,18 +25,25 @@ from .peft import CONFIG, WEIGHTS
 from .peft_config import BY_NAME, PATTERNS, READ, check_keys, expressions_in, resolved
 
 MLX_WEIGHTS = "adapters.safetensors"
+PARAMETERS = (
+    "gate_up_proj",
+    "gate_up_proj_bias",
+    "down_proj",
+    "down_proj_bias",
+)  # of a layer's experts, in their order
 
 
 class Pair(NamedTuple):
     """A and B of one module, as the file has them, in host memory: the update is s B A.
 
     A (r, in), B (out, r); of a look-up A (r, V), B (D, r); of E experts A (E r, in), B (out, r E).
-    bias: what is added to the module's bias, times s; None: nothing.
+    r: the rank that the scale s is made of. bias: what is added to the module's bias, times s; None: nothing.
     """
 
     A: Array
     B: Array
     s: float
+    r: int
     bias: Array | None = None
     is_look_up: bool = False
 
@@ -102,10 +109,10 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
             if part in factors.setdefault((module, depth), {}):
                 raise ValueError(f"{tensors[key]}: {module} has another {part} in this file")
             factors[module, depth][part] = tensors[key]
-        elif module in whole:
-            raise ValueError(f"{tensors[key]}: {module} is there twice")
         else:
-            whole[module] = _finite(tensors[key])
+            value = _finite(tensors[key])
+            if not np.array_equal(whole.setdefault(module, value), value):  # PEFT writes copies of tables that grew
+                raise ValueError(f"{tensors[key]}: {module} is there twice, and not the same")
     adapted = {module for module, _ in factors}
     strange = [name for name in whole if "lora_" in name.lower() or _is_no_part(name, adapted)]
     if strange or not (factors or tokens):
@@ -140,18 +147,42 @@ def _pairs(
             sharded = "; shards of a training were not gathered before it was saved" if 0 in A.shape + B.shape else ""
             raise ValueError(f"{A}: expected A (r, in) and B (out, r), got A {A.shape} and B {B.shape}{sharded}")
         found.setdefault(module, []).append((A, B, parts.get("bias"), is_look_up))
-    scales = _scales(raw, {m: [A.shape[0] for A, *_ in several] for m, several in found.items()}, str(folder / CONFIG))
+    known_as = {
+        module: _parameters(raw, module, len(several), str(folder / CONFIG)) for module, several in found.items()
+    }
+    ranks: dict[str, list[int]] = {}
+    for module, several in found.items():
+        for name, (A, *_) in zip(known_as[module], several, strict=True):
+            ranks.setdefault(name, []).append(A.shape[0])
+    scales = _scales(raw, ranks, str(folder / CONFIG))
     return {
         module: [
-            Pair(_finite(A), _finite(B), scales[module], None if bias is None else _finite(bias), is_look_up)
-            for A, B, bias, is_look_up in several
+            Pair(_finite(A), _finite(B), *scales[name], None if bias is None else _finite(bias), is_look_up)
+            for name, (A, B, bias, is_look_up) in zip(known_as[module], several, strict=True)
         ]
         for module, several in found.items()
     }
 
 
-def _scales(raw: Mapping[str, Any], ranks: Mapping[str, list[int]], where: str) -> dict[str, float]:
-    """s of each module (L1), whose ranks are those of its tensors; a ValueError if the configuration has others.
+def _parameters(raw: Mapping[str, Any], module: str, n: int, where: str) -> list[str]:
+    """The names by which PEFT's patterns know a module's n pairs, the innermost first: its own, or its parameters'.
+
+    PEFT wraps the parameters of a module in the order in which it has them. One part of a name fits experts alone here:
+    an adapter does not tell which other modules have such a parameter.
+    """
+    targets, own = raw.get("target_parameters") or [], set()
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{where}: target_parameters: expected a list of names, got {targets!r:.60}")
+    for target in targets:
+        end = target.rpartition(".")[2]
+        if f".{module}.{end}".endswith(f".{target}") and (end != target or module.endswith("experts")):
+            own.add(end)
+    names = [*(name for name in PARAMETERS if name in own), *sorted(own.difference(PARAMETERS))]
+    return [f"{module}.{name}" for name in names] if len(names) == n else [module] * n
+
+
+def _scales(raw: Mapping[str, Any], ranks: Mapping[str, list[int]], where: str) -> dict[str, tuple[float, int]]:
+    """s and r of each pair (L1), whose ranks are those of its tensors; a ValueError if the configuration has others.
 
     Several experts of one parameter have a multiple of it.
     """
@@ -166,7 +197,7 @@ def _scales(raw: Mapping[str, Any], ranks: Mapping[str, list[int]], where: str) 
         r, has_experts = said[name], bool(raw.get("target_parameters"))
         if type(r) is not int or r < 1 or any(rank != r and not (has_experts and rank % r == 0) for rank in found):
             raise ValueError(f"{where}: {shown(name)}: expected rank {found[0]}, as its tensors have, got {r!r:.60}")
-        scales[name] = alphas[name] / (math.sqrt(r) if config.rslora else r)
+        scales[name] = (alphas[name] / (math.sqrt(r) if config.rslora else r), r)
     return scales
 
 
@@ -215,7 +246,7 @@ def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
             A, B = _finite(stored).T, _finite(tensors[f"{module}.lora_b"]).T
             if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
                 raise ValueError(f"{stored}: expected lora_a (in, r) and lora_b (r, out), got {A.shape[::-1]}")
-            pairs[module] = [Pair(A, B, float(s))]
+            pairs[module] = [Pair(A, B, float(s), len(A))]
         elif part in ("lora_a", "lora_b"):
             if f"{module}.lora_a" not in tensors or f"{module}.lora_b" not in tensors:
                 raise ValueError(f"{stored}: expected lora_a and lora_b of the module, got one of them")

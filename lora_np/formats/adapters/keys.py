@@ -83,4 +83,4 @@ def _whole(names: list[str]) -> Key | None:
     if "modules_to_save" in names:
         at = names.index("modules_to_save")
         names = names[:at] + names[at + 1 + (names[at + 1 : at + 2] == ["default"]) :]  # PEFT's name of an adapter
-    return Key(".".join(name for name in names if name != "base_layer"), "", 0, proper)
+    return Key(".".join(name for name in names if name not in ("base_layer", "token_adapter")), "", 0, proper)

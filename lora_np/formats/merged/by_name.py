@@ -20,10 +20,12 @@ from ...backend import Array
 from ...lora import Update
 from ..adapters.contents import Contents, Pair
 from ..files.messages import shown
-from ..files.rounding import NAMES, rounded
+from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.huggingface import Place
 from ..models.shards import Stored
 from .matching import change_of_prefix, moved, nearest, prefixes
+from .renamed import in_files
+from .tied import is_head, is_table, tied
 
 Index: TypeAlias = int | slice
 ALL = slice(None)
@@ -32,9 +34,6 @@ EXPERTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
-RENAMED = (("mlp.experts", "block_sparse_moe.experts"),)  # transformers' name in memory, and that in its files
-HEADS, TABLES = ("lm_head", "embed_out"), ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @dataclass
@@ -106,15 +105,13 @@ class _Merge:
         self.unties = False
         self.whole_of: Path | None = None
         self.by_rows: set[str] = set()  # tables of which rows are trained, which stand for a tied head too
-        self.table = _table(tensors)
-        self.head = _head(raw, tensors)  # of a tied model: the key that its head would have
+        self.table, self.head, self.copies = tied(raw, tensors)
 
     def add(self, adapter: Contents, weight: float) -> None:
         names = self.names(adapter)
         self.remarks += [f"{adapter.path}: {line}" for line in adapter.remarks]
         has_whole = bool(adapter.rows) or any(
-            names[name] not in self.tensors or not self._is_copy(names[name], value)
-            for name, value in adapter.whole.items()
+            not self._is_copy(self.copies.get(names[name], names[name]), value) for name, value in adapter.whole.items()
         )
         if has_whole and (self.whole_of is not None or weight != 1):
             what = "another" if self.whole_of is not None else f"weight {weight:g}"
@@ -131,7 +128,7 @@ class _Merge:
             where = f"{adapter.path}: {shown(name)}"
             for pair in pairs:
                 pair = pair._replace(s=weight * pair.s)
-                if f"{names[name]}.weight" in self.tensors or self._is_head(names[name]):
+                if any(f"{names[name]}.weight" in found for found in (self.tensors, self.copies)):
                     self._add_matrix(f"{names[name]}.weight", pair, adapter, where)
                 else:
                     self._add_experts(names[name], pair, pairs, where)
@@ -144,7 +141,7 @@ class _Merge:
         """The base's name of each module of the adapter, and of each of its whole tensors."""
         modules = [*adapter.pairs, *adapter.rows]
         names = {name: found for name in modules if (found := self._known(name)) is not None}
-        names |= {name: name for name in adapter.whole if name in self.tensors}
+        names |= {name: found for name in adapter.whole if (found := self._known_tensor(name)) is not None}
         unknown = [name for name in modules if name not in names]
         pair = ("", "")
         if unknown:
@@ -166,7 +163,7 @@ class _Merge:
             if name not in names:
                 other = moved(name, *pair) if unknown else None
                 names[name] = other if other is not None and other in self.tensors else name
-                if names[name] not in self.tensors and not self._is_head(name.rpartition(".")[0]):
+                if names[name] not in self.tensors:
                     raise ValueError(
                         f"{adapter.path}: {shown(name)}: expected a tensor of {self.folder}, which has none of this "
                         f"name{nearest(name, self.tensors)}"
@@ -175,9 +172,13 @@ class _Merge:
 
     def _known(self, name: str) -> str | None:
         """The base's name of a module that it has under this name, or under transformers' own for its files."""
-        if name in self.modules or self._is_head(name):
-            return name
-        return next((other for old, new in RENAMED if (other := name.replace(old, new)) in self.modules), None)
+        names = (name, *in_files(name, str(self.raw.get("model_type"))))
+        return next((one for one in names if one in self.modules or f"{one}.weight" in self.copies), None)
+
+    def _known_tensor(self, name: str) -> str | None:
+        """The same of a tensor."""
+        names = (name, *in_files(name, str(self.raw.get("model_type"))))
+        return next((one for one in names if one in self.tensors or one in self.copies), None)
 
     def _is_trunk(self, pair: tuple[str, str], adapter: Contents) -> bool:
         """Whether the prefixes differ as a model and the same with a head do in transformers."""
@@ -192,22 +193,18 @@ class _Merge:
             or (of_adapter.endswith("Model") and "LMHead" not in of_adapter)
         )
 
-    def _is_head(self, module: str) -> bool:
-        """Whether it is the head of a tied model, which its files do not have."""
-        return self.head is not None and f"{module}.weight" == self.head and self.head not in self.tensors
-
     # --- What is changed -------------------------------------------------------------------------------------------
 
     def _start(self, key: str, where: str) -> tuple[Stored, Changed]:
         """The base's tensor that a key begins as, and what is changed of it."""
-        source = self.tensors[key if key in self.tensors else str(self.table)]
+        source = self.tensors[self.copies.get(key, key)]
         if source.dtype not in NAMES:
             raise ValueError(
                 f"{where}: {source}: kept in {source.dtype}: the merged weights would have to be rounded to that anew, "
                 f"which loses what the adapter learned; expected one of {' '.join(NAMES)}"
             )
-        if key not in self.tensors:
-            self.added[key] = str(self.table)
+        if key in self.copies:
+            self.added[key] = self.copies[key]
         if key not in self.changed:
             self.changed[key] = Changed(Place(source.shape, False, {}))
         return source, self.changed[key]
@@ -265,6 +262,8 @@ class _Merge:
             turned = self._experts_are_turned(module, where)
         E = len(stacks) if stacks[0][0].shape[1:2] and len(stacks[0][0].shape) == 2 else stacks[0][0].shape[0]
         r = len(pair.A) // E
+        if r != pair.r:
+            raise ValueError(f"{where}: expected A of {E} experts of rank {pair.r}, as the patterns say, got {r}")
         for e in range(E):
             A, B = pair.A[e * r : (e + 1) * r], pair.B[:, e::E]
             pieces = stacks[e] if len(stacks) == E and len(stacks[0][0].shape) == 2 else stacks[0]
@@ -312,9 +311,7 @@ class _Merge:
 
     def _replace(self, key: str, value: Array, where: str) -> None:
         """A tensor that is trained whole, in the place of the base's."""
-        if self._is_copy(key, value):
-            return
-        if key == self.head and self._is_copy(str(self.table), value):
+        if self._is_copy(self.copies.get(key, key), value):
             return
         source, found = self._start(key, where)
         if value.shape != source.shape and not (
@@ -328,9 +325,10 @@ class _Merge:
         """Rows of a table that are trained, in the place of the base's."""
         key = f"{module}.weight"
         source, found = self._start(key, where)
-        if values.shape[1:] != source.shape[1:] or max(numbers, default=0) >= source.shape[0]:
-            raise ValueError(f"{where}: expected rows of a table {source.shape}, got {values.shape}")
-        table = source.read_raw()
+        given = found.changes[key].whole if key in found.changes else None
+        table = source.read_raw() if given is None else rounded(given.astype(np.float64), numpy_dtype(source.dtype))
+        if values.shape[1:] != table.shape[1:] or max(numbers, default=0) >= len(table):
+            raise ValueError(f"{where}: expected rows of a table {table.shape}, got {values.shape}")
         table[numbers] = rounded(values.astype(np.float64), table.dtype)
         found.place = found.place._replace(parts={key: ALL})
         found.changes[key] = Change(key, table, ())
@@ -340,22 +338,29 @@ class _Merge:
 
     def untie(self) -> None:
         """A head that was tied to the table is one of its own, unless both are changed alike, or rows of the table."""
+        if self.head is None:
+            return
         table, head = (self.changed.get(str(key)) for key in (self.table, self.head))
-        if self.head is None or (table is None and head is None):
+        if table is not None and head is not None:
+            self.unties = not _alike(table, head)
+        elif table is not None:
+            is_shared = self.table in self.by_rows or table.place.shape != self.tensors[str(self.table)].shape
+            self.unties = not is_shared
+        else:
+            self.unties = head is not None
+        for copy, source in self.copies.items():
+            if copy in self.changed and source in self.changed and _alike(self.changed[source], self.changed[copy]):
+                del self.changed[copy], self.added[copy]
+        self.unties |= any(key in self.added for key in self.copies)
+        if not self.unties:
             return
-        if table is not None and head is not None and _alike(table, head):
-            if self.head in self.added:
-                del self.changed[self.head], self.added[self.head]
-            return
-        if self.head in self.tensors:
-            if not self._is_copy(self.head, self.tensors[str(self.table)].read_raw()):
-                raise ValueError(f"{self.tensors[self.head]}: said to be tied to the token table, but it differs")
-        elif head is None and table is not None:
-            if self.table in self.by_rows or table.place.shape != self.tensors[str(self.table)].shape:
-                return
-            self.added[self.head] = str(self.table)
-            self.changed[self.head] = Changed(Place(table.place.shape, False, {}))
-        self.unties = True
+        if self.head in self.tensors and not self._is_copy(self.head, self.tensors[str(self.table)].read_raw()):
+            raise ValueError(f"{self.tensors[self.head]}: said to be tied to the token table, but it differs")
+        for copy, source in self.copies.items():
+            if copy not in self.added:
+                self.added[copy] = source
+                same = None if copy == self.head else self.changed.get(source)  # the head's bias is its source still
+                self.changed[copy] = same or Changed(Place(self.tensors[source].shape, False, {}))
 
 
 def _turns(adapter: Contents, source: Stored) -> bool:
@@ -386,32 +391,3 @@ def _alike(table: Changed, head: Changed) -> bool:
         a.s == b.s and np.array_equal(a.A, b.A) and np.array_equal(a.B, b.B)
         for a, b in zip(one.updates, other.updates, strict=True)
     )
-
-
-def is_table(key: str) -> bool:
-    """Whether a tensor of this name is a table of tokens."""
-    return key.removesuffix(".weight").rpartition(".")[2] in TABLES
-
-
-def is_head(key: str) -> bool:
-    """Whether a tensor of this name is a language model's head."""
-    return key.removesuffix(".weight") in HEADS
-
-
-def _table(tensors: Mapping[str, Stored]) -> str | None:
-    """The key of the token table."""
-    found = [key for key in tensors if key.endswith(".weight") and is_table(key)]
-    return min(found, key=lambda key: (key.count("."), len(key)), default=None)
-
-
-def _head(raw: Mapping[str, Any], tensors: Mapping[str, Stored]) -> str | None:
-    """The key of a language model's head that is tied to the table, whether its files have a copy or not; or None."""
-    classes = raw.get("architectures")
-    name = str(classes[0]) if isinstance(classes, list) and classes else ""
-    if not name.endswith(LANGUAGE_MODELS):
-        return None
-    text = raw.get("text_config")
-    said = [one["tie_word_embeddings"] for one in (raw, text) if isinstance(one, dict) and "tie_word_embeddings" in one]
-    own = next((f"{head}.weight" for head in HEADS if f"{head}.weight" in tensors), None)
-    is_tied = any(said) if said else own is None or raw.get("model_type") == "gpt2"
-    return (own or f"{HEADS[0]}.weight") if is_tied else None

@@ -16,9 +16,9 @@ from ..models.base import Base
 from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
 from ..models.huggingface import MODEL_TYPES, is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
-from .by_name import is_head, is_table
 from .matching import moved
 from .plan import Plan, Rows, Scale, Target
+from .tied import is_head, is_table
 
 ALIGNED = 0.9  # cos^2 of M - W0 and the update, from which on the one is called a multiple of the other
 NEWER = {"gamma": "weight", "beta": "bias"}  # names of a norm's parts
