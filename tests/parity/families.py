@@ -32,6 +32,20 @@ OWN = {  # those whose configurations have names of their own
     "t5": ("T5", {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}),
     "distilbert": ("DistilBert", {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2}),
 }
+MOE = {**HEADS, "num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
+IN_FFN = [name.replace("mlp", "feed_forward") for name in EXPERTS]
+LATENT = {  # DeepSeek's attention
+    "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_routed_experts": 4,
+}  # fmt: skip
+IMAGES = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+TWO = {"text_config": BERT, "vision_config": IMAGES}
+LLAVA = {"model_type": "llama", **LLAMA}, {"model_type": "clip_vision_model", **IMAGES}
+SMALL_IMAGES = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
 # A family: its classes' prefix, sizes, the class's end, and what PEFT is asked for.
 FAMILIES = {
     "gpt2": (*OWN["gpt2"], "LMHeadModel", {"target_modules": ["c_attn", "c_proj"], "bias": "all"}),
@@ -89,20 +103,136 @@ FAMILIES = {
     "deberta_v2": ("DebertaV2", BERT, "ForMaskedLM", {"target_modules": ["query_proj"]}),
     "t5": (*OWN["t5"], "ForConditionalGeneration", {"target_modules": ["q", "v", "wo"]}),
     "bart": ("Bart", BART, "ForConditionalGeneration", {"target_modules": ["q_proj", "fc1"]}),
+    "olmo": ("Olmo", LLAMA, "ForCausalLM", {"target_modules": ["q_proj", "up_proj"]}),
+    "olmoe": ("Olmoe", MOE, "ForCausalLM", {"target_parameters": EXPERTS, "target_modules": []}),
+    "persimmon": ("Persimmon", BERT, "ForCausalLM", {"target_modules": ["query_key_value", "dense"]}),
+    "nemotron": ("Nemotron", LLAMA, "ForCausalLM", {"target_modules": "all-linear"}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {**MOE, **LATENT},
+        "ForCausalLM",
+        {"target_modules": ["q_a_proj", "kv_b_proj"], "target_parameters": EXPERTS},
+    ),
+    "deepseek_v2": ("DeepseekV2", {**MOE, **LATENT}, "ForCausalLM", {"target_modules": "all-linear"}),
+    "llama4": (
+        "Llama4",
+        {**HEADS, "intermediate_size_mlp": 32, "num_local_experts": 4},
+        "ForCausalLM",
+        {"target_modules": ["q_proj"], "target_parameters": IN_FFN},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {**MOE, "shared_expert_intermediate_size": 16},
+        "ForCausalLM",
+        {"target_modules": ["shared_expert.up_proj"], "target_parameters": EXPERTS},
+    ),
+    "phimoe": ("Phimoe", {**LLAMA, "num_local_experts": 4}, "ForCausalLM", {"target_modules": "all-linear"}),
+    "jamba": (
+        "Jamba",
+        {
+            **LLAMA,
+            "num_experts": 2,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+        },
+        "ForCausalLM",
+        {"target_modules": ["q_proj", "in_proj"], "target_parameters": IN_FFN},
+    ),
+    "falcon-new": (
+        "Falcon",
+        {**BERT, "new_decoder_architecture": True, "num_kv_heads": 1},
+        "ForCausalLM",
+        {"target_modules": ["query_key_value"]},
+    ),
+    "codegen": (
+        "CodeGen",
+        {"n_embd": 16, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+        "ForCausalLM",
+        {"target_modules": ["qkv_proj"]},
+    ),
+    "gpt_bigcode": ("GPTBigCode", OWN["gpt2"][1], "ForCausalLM", {"target_modules": ["c_attn", "c_proj"]}),
+    "glm4": ("Glm4", {**HEADS, "pad_token_id": 0}, "ForCausalLM", {"target_modules": ["gate_up_proj"]}),
+    "smollm3": ("SmolLM3", {**LLAMA, "pad_token_id": 0}, "ForCausalLM", {"target_modules": ["q_proj"]}),
+    "exaone4": ("Exaone4", LLAMA, "ForCausalLM", {"target_modules": ["q_proj"]}),
+    "rwkv": ("Rwkv", {"hidden_size": 16, "num_hidden_layers": 2}, "ForCausalLM", {"target_modules": ["key", "value"]}),
+    "llama-classify": (
+        "Llama",
+        LLAMA,
+        "ForSequenceClassification",
+        {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"},
+    ),
+    "xlm_roberta": (
+        "XLMRoberta",
+        BERT,
+        "ForSequenceClassification",
+        {"target_modules": ["query"], "task_type": "SEQ_CLS"},
+    ),
+    "deberta": ("Deberta", BERT, "ForMaskedLM", {"target_modules": ["in_proj"]}),
+    "modernbert": ("ModernBert", {**BERT, "pad_token_id": 0}, "ForMaskedLM", {"target_modules": ["Wqkv", "Wo"]}),
+    "mbart": ("MBart", BART, "ForConditionalGeneration", {"target_modules": ["q_proj"]}),
+    "mt5": ("MT5", OWN["t5"][1], "ForConditionalGeneration", {"target_modules": ["q", "wi_0"]}),
+    "whisper": (
+        "Whisper",
+        {
+            **BART,
+            "num_mel_bins": 8,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 1,
+            "max_source_positions": 8,
+        },
+        "ForConditionalGeneration",
+        {"target_modules": ["q_proj", "v_proj"]},
+    ),
+    "clip": ("CLIP", {**TWO, "projection_dim": 16}, "Model", {"target_modules": ["q_proj"]}),
+    "vit": (
+        "ViT",
+        IMAGES,
+        "ForImageClassification",
+        {"target_modules": "all-linear", "modules_to_save": ["classifier"]},
+    ),
+    "dinov2": ("Dinov2", IMAGES, "ForImageClassification", {"target_modules": ["q_proj", "o_proj"]}),
+    "gemma3-images": (
+        "Gemma3",
+        {"text_config": HEADS, "vision_config": IMAGES, "mm_tokens_per_image": 4, "image_token_index": 60},
+        "ForConditionalGeneration",
+        {"target_modules": ["q_proj", "out_proj"]},
+    ),
+    "llava": (
+        "Llava",
+        {"text_config": LLAVA[0], "vision_config": LLAVA[1], "image_token_index": 60},
+        "ForConditionalGeneration",
+        {"target_modules": ["q_proj", "linear_1"], "modules_to_save": ["lm_head"]},
+    ),
+    "qwen2_vl": (
+        "Qwen2VL",
+        {"text_config": {**LLAMA, "rope_scaling": ROPE}, "vision_config": {"embed_dim": 16, **SMALL_IMAGES}},
+        "ForConditionalGeneration",
+        {"target_modules": ["q_proj", "qkv"]},
+    ),
 }
 
 
-def config_of(family):
-    prefix, sizes = FAMILIES[family][:2]
-    name = "Gemma3TextConfig" if prefix == "Gemma3" else f"{prefix}Config"
-    return getattr(T, name)(**{"vocab_size": V, **sizes})
+def config_of(family, **more):
+    prefix, sizes, end = FAMILIES[family][:3]
+    text = "Text" if prefix in ("Gemma3", "Llama4") and end == "ForCausalLM" else ""
+    own = {} if "text_config" in sizes or sizes is IMAGES else {"vocab_size": V}
+    return getattr(T, f"{prefix}{text}Config")(**{**own, **sizes, **more})
 
 
-def make(family, dtype, seed):
-    """A model with random weights."""
+def make(family, dtype, seed, **more):
+    """A model with random weights; more: what its configuration has beside the table's."""
     torch.manual_seed(seed)
+    config = config_of(family, **more)
+    config._experts_implementation = "eager"  # the others do not run in float64
     prefix, _, end, _ = FAMILIES[family]
-    return getattr(T, prefix + end)(config_of(family)).to(dtype).eval()
+    return getattr(T, prefix + end)(config).to(dtype).eval()
 
 
 def adapted(model, settings, dtype, seed):

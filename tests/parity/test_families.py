@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),  # PEFT's own, for experts
 ]
 WEIGHTS = "model.safetensors"
 AT_LEAST = {"albert": 1, "gemma3": 1}  # tensors: the one shares its layers, of the other one is adapted
