@@ -7,14 +7,14 @@ its own place. A quantised one would have to be quantised anew, which loses what
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import Array, blocks, xp
+from ...backend import Array
 from ...lora import Update
 from ...model import Config
 from ..adapters.adapter import kind_of, load_adapter
@@ -26,7 +26,7 @@ from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.gguf import ARCHITECTURE, check_one_file, open_weights
 from ..models.gguf import NAMES as TENSORS
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, aligned, open_gguf, tensor_entry, with_count
-from .plan import Rows
+from .target import summed
 
 TABLE, HEAD = TENSORS["embed.tokens"], TENSORS["head.weight"]
 HEADLESS = ("bert",)  # architectures without one
@@ -183,11 +183,3 @@ def _merged(file: GGUFFile, source: Tensor, updates: Sequence[Update]) -> Array:
 def numbers(file: GGUFFile, tensor: Tensor) -> Array:
     """A tensor in F32, F16 or BF16 as it stands in its file (rows, width)."""
     return file.read_raw(tensor.name).view(numpy_dtype(TENSOR_TYPES[tensor.kind].name))
-
-
-def summed(merged: Array, start: Array, updates: Sequence[Update]) -> Iterator[Rows]:
-    """A merged tensor (rows, width) block by block, and what it is to be; `start` is the base's, or `merged` itself."""
-    factors = [u._replace(A=xp.asarray(u.A, dtype=xp.float64), B=xp.asarray(u.B, dtype=xp.float64)) for u in updates]
-    for rows in blocks(*start.shape):
-        W0 = start[rows].astype(np.float64)
-        yield Rows(merged[rows], W0, [update._replace(B=update.B[rows]) for update in factors])
