@@ -50,6 +50,18 @@ RENAMED = (
 )
 
 
+def in_memory(name: str, model_type: str) -> str:
+    """The name in memory of a module or tensor of this name in files."""
+    for types, pairs in RENAMED:
+        if model_type in types:
+            found = f".{name}."
+            for memory, file in pairs:
+                found = found.replace(f".{file}.", f".{memory}.", 1)
+            if name in in_files(found[1:-1], model_type):
+                return found[1:-1]
+    return name
+
+
 def in_files(name: str, model_type: str) -> Iterator[str]:
     """The names that a module or tensor of this name in memory may have in files; none where they are the same."""
     for types, pairs in RENAMED:
