@@ -94,7 +94,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         return _read_mlx(folder, raw)
     check_keys(raw, str(folder / CONFIG), on=BY_NAME)
     refuse_pickle(folder, WEIGHTS, is_dict=True)
-    tensors = _not_empty(stored_tensors(folder, WEIGHTS), folder / WEIGHTS)
+    tensors = _not_empty(folder / WEIGHTS, "lora_A and lora_B")
     adapters = adapter_names(tensors)
     keys = {key: found for key in tensors if (found := read_key(key, adapters)) is not None}
     unused = [key for key, found in keys.items() if found.part == "bias" and raw.get("lora_bias") is not True]
@@ -130,10 +130,11 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder), improper, [left_out] * bool(unused))
 
 
-def _not_empty(tensors: dict[str, Stored], path: Path) -> dict[str, Stored]:
-    """The tensors of a file; a ValueError if there are none, or one has no element."""
+def _not_empty(path: Path, factors: str) -> dict[str, Stored]:
+    """The tensors of a file, or of its shards; a ValueError if there are none, or one has no element."""
+    tensors = stored_tensors(path.parent, path.name)
     if not tensors:
-        raise ValueError(f"{path}: expected A and B of each module, got no tensor at all; {UNGATHERED}")
+        raise ValueError(f"{path}: expected {factors} of each module, got no tensor at all; {UNGATHERED}")
     for stored in tensors.values():
         if 0 in stored.shape:
             raise ValueError(f"{stored}: expected a tensor with elements, got shape {stored.shape}; {UNGATHERED}")
@@ -244,7 +245,7 @@ def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
     s = parameters.get("scale") if isinstance(parameters, dict) else None
     if not isinstance(s, (int, float)) or isinstance(s, bool):
         raise ValueError(f"{where}: lora_parameters: expected an object with scale, a number, got {parameters!r:.60}")
-    tensors = _not_empty(stored_tensors(folder, MLX_WEIGHTS), folder / MLX_WEIGHTS)
+    tensors = _not_empty(folder / MLX_WEIGHTS, "lora_a and lora_b")
     pairs, whole = {}, {}
     for key, stored in tensors.items():
         module, _, part = key.rpartition(".")

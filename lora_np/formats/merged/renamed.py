@@ -24,6 +24,7 @@ RENAMED = (
         ),
     ),
     ({"qwen2_vl", "qwen2_5_vl"}, (("model.language_model", "model"), ("model.visual", "visual"))),
+    ({"gpt_neox"}, (("lm_head", "embed_out"),)),
     ({"mixtral", "minimax"}, (("mlp", "block_sparse_moe"),)),
     ({"phimoe"}, (("mlp.router", "block_sparse_moe.gate"), ("mlp", "block_sparse_moe"))),
     (
