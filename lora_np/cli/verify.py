@@ -66,7 +66,7 @@ def run_verify(args: argparse.Namespace) -> int:
     reason = "this architecture is not run here"
     if run is not None:
         effects, not_finite, reason = run.effects(args, found is not None and found.loads)
-    remarks = list(plan.remarks if plan is not None and plan.remarks else found_in.remarks)
+    remarks = list(plan.remarks if plan is not None and plan.config is None else found_in.remarks)
     holds = changes and (found is None or found.holds) and not not_finite and not remarks
     result: dict[str, Any] = {
         "holds": holds, "fits": True, "base_hash": has_hash, "trained": changes, "remarks": remarks,

@@ -66,7 +66,7 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
-    refuse_pickle(folder, WEIGHTS)
+    refuse_pickle(folder, WEIGHTS, is_dict=True)
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected an adapter's folder, with {CONFIG} and {WEIGHTS}, got a file")
     where = str(folder / CONFIG)

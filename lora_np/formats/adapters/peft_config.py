@@ -30,7 +30,8 @@ OFF: Mapping[str, tuple[Any, ...]] = {
     "ensure_weight_tying": (False, None), "eva_config": (None,), "kasa_config": (None,), "layer_replication": (None,),
     "loftq_config": (None, {}), "lora_bias": (False,), "lora_ga_config": (None,), "megatron_config": (None,),
     "merge_weights": (False,), "monteclora_config": (None,), "target_parameters": (None, []),
-    "trainable_token_indices": (None,), "use_bdlora": (None, False), "use_dora": (False,), "use_qalora": (False,),
+    "path_initial_model_for_weight_conversion": (None,), "trainable_token_indices": (None,),
+    "use_bdlora": (None, False), "use_dora": (False,), "use_qalora": (False,),
     "velora_config": (None,),
 }  # fmt: skip
 # What has no bearing on the update. (fan_in_fan_out says how the base is stored, which the base itself knows.)
@@ -44,6 +45,7 @@ BY_NAME = ("ensure_weight_tying", "eva_config", "lora_bias", "target_parameters"
 METHODS = {
     "use_dora": "DoRA", "alora_invocation_tokens": "aLoRA", "use_bdlora": "BD-LoRA", "use_qalora": "QALoRA",
     "arrow_config": "Arrow", "corda_config": "CorDA", "loftq_config": "LoftQ", "kasa_config": "KaSA",
+    "path_initial_model_for_weight_conversion": "a start that changes the base",
     "lora_ga_config": "LoRA-GA", "velora_config": "VeLoRA", "monteclora_config": "MonteCLoRA",
 }  # fmt: skip
 # Starts that leave the base as it is, and by their first letters those that change the base's own weights.

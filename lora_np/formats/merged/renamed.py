@@ -24,6 +24,7 @@ RENAMED = (
         ),
     ),
     ({"qwen2_vl", "qwen2_5_vl"}, (("model.language_model", "model"), ("model.visual", "visual"))),
+    ({"gpt_neox"}, (("lm_head", "embed_out"),)),
     ({"mixtral", "minimax"}, (("mlp", "block_sparse_moe"),)),
     ({"phimoe"}, (("mlp.router", "block_sparse_moe.gate"), ("mlp", "block_sparse_moe"))),
     (
@@ -48,6 +49,18 @@ RENAMED = (
         ),
     ),
 )
+
+
+def in_memory(name: str, model_type: str) -> str:
+    """The name in memory of a module or tensor of this name in files."""
+    for types, pairs in RENAMED:
+        if model_type in types:
+            found = f".{name}."
+            for memory, file in pairs:
+                found = found.replace(f".{file}.", f".{memory}.", 1)
+            if name in in_files(found[1:-1], model_type):
+                return found[1:-1]
+    return name
 
 
 def in_files(name: str, model_type: str) -> Iterator[str]:

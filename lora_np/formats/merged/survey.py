@@ -19,6 +19,7 @@ from ..adapters.base import load_base_for
 from ..adapters.contents import read_contents
 from ..adapters.gguf import ALPHA, TABLE, read_updates, tensor_name
 from ..adapters.peft import WEIGHTS
+from ..adapters.targets import mistargeted
 from ..files.messages import named
 from ..models.base import Base
 from ..models.gguf_file import open_gguf
@@ -77,7 +78,7 @@ def survey(path: str | os.PathLike[str]) -> Survey:
                     f"{folder / WEIGHTS}: {name}: the norm of s B A is too large, with s = {module.scale:g}"
                 )
             modules.append(module)
-    return Survey(dict(found.raw), modules, [*found.whole, *found.rows], found.remarks)
+    return Survey(dict(found.raw), modules, [*found.whole, *found.rows], [*found.remarks, *mistargeted(found)])
 
 
 def _survey_gguf(path: Path) -> Survey:

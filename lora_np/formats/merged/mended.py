@@ -1,0 +1,76 @@
+"""An adapter whose tensors PEFT would not find, or mlx-lm's, written as a folder that PEFT loads onto a base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..adapters.contents import Contents, Pair, read_contents
+from ..adapters.peft_config import READ
+from ..adapters.peft_writer import config_of, write_peft
+from .any_base import open_any_base
+from .by_name import changes_of
+from .matching import base_names, proper_names
+
+
+def mend_adapter(base_path: Path, adapter_path: Path, out: Path) -> list[str]:
+    """Writes the adapter anew, by the base's names in memory, and says what was wrong with it.
+
+    Its tensors keep their dtypes and bits. A ValueError names what does not fit the base; what is wrong with the
+    configuration beyond names, this does not mend.
+    """
+    base, adapter = open_any_base(base_path), read_contents(adapter_path)
+    remarks = changes_of(base, [adapter], [1.0]).remarks
+    names = proper_names(base, adapter)
+    pairs = {names[name]: several for name, several in adapter.pairs.items()}
+    whole = {_beside_update(names[name], names, adapter): value for name, value in adapter.whole.items()}
+    rows = {names[name]: found for name, found in adapter.rows.items()}
+    write_peft(out, _config(adapter, names, pairs), pairs, whole, rows)
+    return remarks
+
+
+def fits_as_it_is(base_path: Path, adapter_path: Path) -> bool:
+    """Whether PEFT finds every tensor of an adapter under its own name."""
+    adapter = read_contents(adapter_path)
+    return "peft_type" in adapter.raw and not adapter.remarks and not base_names(open_any_base(base_path), adapter)[1]
+
+
+def _beside_update(key: str, names: Mapping[str, str], adapter: Contents) -> str:
+    """The name that PEFT gives a whole tensor: what it adapts besides stands in a wrapper."""
+    module, _, part = key.rpartition(".")
+    if module in {names[name] for name in adapter.pairs}:
+        return f"{module}.base_layer.{part}"
+    if module in {names[name] for name in adapter.rows}:
+        return f"{module}.token_adapter.base_layer.{part}"
+    return key
+
+
+def _config(adapter: Contents, names: Mapping[str, str], pairs: Mapping[str, list[Pair]]) -> dict[str, Any]:
+    """adapter_config.json by full names; experts' parameters, which PEFT knows by their ends, as it was."""
+    raw = adapter.raw
+    if raw.get("target_parameters"):
+        return dict(raw)
+    firsts = {name: several[0] for name, several in pairs.items()}
+    alphas = {name: _alpha(pair, raw) for name, pair in firsts.items()}
+    said = config_of(firsts)
+    alpha = alphas[next(iter(alphas))] if alphas else said["lora_alpha"]
+    said |= {"lora_alpha": alpha, "alpha_pattern": {f"^{n}": a for n, a in alphas.items() if a != alpha}}
+    if "peft_type" not in raw:
+        return said
+    by_name = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
+    return {
+        **raw, **{key: said[key] for key in by_name}, "exclude_modules": None, "layers_to_transform": None,
+        "layers_pattern": None,
+    }  # fmt: skip
+
+
+def _alpha(pair: Pair, raw: Mapping[str, Any]) -> float:
+    """The alpha of a pair's scale: one that the configuration has, where there is one; mlx-lm has the scale itself."""
+    root = math.sqrt(pair.r) if raw.get("use_rslora") is True else pair.r
+    patterns = raw.get("alpha_pattern") or {}
+    for alpha in (raw.get("lora_alpha", READ["lora_alpha"]), *patterns.values()):
+        if "peft_type" in raw and alpha / root == pair.s:
+            return float(alpha)
+    return pair.s * root
