@@ -1,4 +1,7 @@
-"""An adapter whose tensors PEFT would not find, or mlx-lm's, written as a folder that PEFT loads onto a base."""
+"""An adapter by its modules' names in another format: PEFT's folder, and llama.cpp's file, on any base's folder.
+
+What PEFT would not find, and mlx-lm's, becomes a folder that it loads.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..adapters.adapter import kind_of
 from ..adapters.contents import Contents, Pair, read_contents
 from ..adapters.peft_config import READ
 from ..adapters.peft_writer import config_of, write_peft
 from .any_base import open_any_base
 from .by_name import changes_of
+from .gguf_by_name import read_gguf, write_gguf
 from .matching import base_names, proper_names
 
 
-def mend_adapter(base_path: Path, adapter_path: Path, out: Path) -> list[str]:
-    """Writes the adapter anew, by the base's names in memory, and says what was wrong with it.
+def convert_by_name(base_path: Path, adapter_path: Path, out: Path) -> list[str]:
+    """Writes the adapter anew, by the base's names in memory, or llama.cpp's, and says what was wrong with it.
 
-    Its tensors keep their dtypes and bits. A ValueError names what does not fit the base; what is wrong with the
-    configuration beyond names, this does not mend.
+    In a folder its tensors keep their dtypes and bits. A ValueError names what does not fit the base; what is wrong
+    with the configuration beyond names, this does not mend.
     """
-    base, adapter = open_any_base(base_path), read_contents(adapter_path)
+    base = open_any_base(base_path)
+    adapter = read_gguf(base, adapter_path) if kind_of(adapter_path) == "gguf" else read_contents(adapter_path)
     remarks = changes_of(base, [adapter], [1.0]).remarks
+    if kind_of(out) == "gguf":
+        write_gguf(base, adapter, out)
+        return remarks
     names = proper_names(base, adapter)
     pairs = {names[name]: several for name, several in adapter.pairs.items()}
     whole = {_beside_update(names[name], names, adapter): value for name, value in adapter.whole.items()}
