@@ -16,6 +16,7 @@ import numpy as np
 
 from ...adapter import LoRAConfig
 from ...backend import Array
+from ...lora import Update
 from ..files.json_file import from_fields, read_json
 from ..files.messages import named, shown
 from ..files.safetensors_file import FLOATS, refuse_pickle
@@ -48,8 +49,10 @@ class Pair(NamedTuple):
     is_look_up: bool = False
 
     @property
-    def rank(self) -> int:
-        return len(self.A)
+    def updates(self) -> list[Update]:
+        """The update of the module, or of each expert e: dW_e = s B[:, e::E] A[e r : (e + 1) r]."""
+        E = len(self.A) // self.r
+        return [Update(self.A[e * self.r : (e + 1) * self.r], self.B[:, e::E], self.s) for e in range(E)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +247,7 @@ def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
         module, _, part = key.rpartition(".")
         if part == "lora_a" and f"{module}.lora_b" in tensors:
             A, B = _finite(stored).T, _finite(tensors[f"{module}.lora_b"]).T
-            if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+            if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or not A.size:
                 raise ValueError(f"{stored}: expected lora_a (in, r) and lora_b (r, out), got {A.shape[::-1]}")
             pairs[module] = [Pair(A, B, float(s), len(A))]
         elif part in ("lora_a", "lora_b"):

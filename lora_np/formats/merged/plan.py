@@ -231,7 +231,7 @@ def _plan_by_name(
             _by_name_target(key, tensors[source], changes.tensors[key], raw["model_type"])
         )
     scales = {
-        (pair.s, pair.rank, bool(adapter.raw.get("use_rslora")))
+        (pair.s, pair.r, bool(adapter.raw.get("use_rslora")))
         for adapter in adapters
         for pairs in adapter.pairs.values()
         for pair in pairs
