@@ -172,12 +172,12 @@ class Plan:
         return new_header({t.key: (t.dtype, t.shape, t.size()) for t in targets}, header.metadata)
 
 
-def check_weights(n: int, weights: Sequence[float]) -> None:
+def check_weights(n: int, weights: Sequence[float], what: str = "merge") -> None:
     """A ValueError unless there is a finite weight for each of n adapters."""
     if not n or n != len(weights):
-        raise ValueError(f"merge: expected a weight for each adapter, got {n} and {len(weights)}")
+        raise ValueError(f"{what}: expected a weight for each adapter, got {n} and {len(weights)}")
     if not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"merge: expected finite weights, got {' '.join(map(str, weights))}")
+        raise ValueError(f"{what}: expected finite weights, got {' '.join(map(str, weights))}")
 
 
 def plan_merge(base_path: Path, adapter_paths: Sequence[Path], weights: Sequence[float]) -> Plan:

@@ -50,12 +50,16 @@ RENAMED = (
 )
 
 
-def in_files(name: str, model_type: str) -> Iterator[str]:
-    """The names that a module or tensor of this name in memory may have in files; none where they are the same."""
+def in_files(name: str, model_type: str, *, back: bool = False) -> Iterator[str]:
+    """The names that a module or tensor of this name in memory may have in files; none where they are the same.
+
+    back: the other way round.
+    """
     for types, pairs in RENAMED:
         if model_type in types:
             found = f".{name}."
-            for memory, file in pairs:
+            for pair in reversed(pairs) if back else pairs:
+                memory, file = pair[::-1] if back else pair
                 found = found.replace(f".{memory}.", f".{file}.", 1)
             if found != f".{name}.":
                 yield found[1:-1]
