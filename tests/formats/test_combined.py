@@ -24,7 +24,8 @@ def adapter(folder, ranks, seed, *, alpha=3, dtype="float64", out=6, n_in=5, **s
         name: (rng.standard_normal((r, n_in)).astype(dtype), rng.standard_normal((out, r)).astype(dtype))
         for name, r in ranks.items()
     }
-    write_peft(folder, factors, r=1, alpha=alpha, rank_pattern=ranks, **settings)
+    patterns = {f"^{name}": r for name, r in ranks.items()}
+    write_peft(folder, factors, r=1, alpha=alpha, **{"rank_pattern": patterns, **settings})
     return {name: alpha / ranks[name] * B.astype("f8") @ A.astype("f8") for name, (A, B) in factors.items()}
 
 
