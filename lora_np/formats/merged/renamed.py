@@ -49,6 +49,8 @@ RENAMED = (
     ),
 )
 
+DOT = "\0"  # in what a name is replaced by, which no other pair replaces again
+
 
 def in_files(name: str, model_type: str, *, back: bool = False) -> Iterator[str]:
     """The names that a module or tensor of this name in memory may have in files; none where they are the same.
@@ -58,8 +60,9 @@ def in_files(name: str, model_type: str, *, back: bool = False) -> Iterator[str]
     for types, pairs in RENAMED:
         if model_type in types:
             found = f".{name}."
-            for pair in reversed(pairs) if back else pairs:
-                memory, file = pair[::-1] if back else pair
-                found = found.replace(f".{memory}.", f".{file}.", 1)
+            for pair in pairs:
+                one, other = pair[::-1] if back else pair
+                found = found.replace(f".{one}.", f".{other.replace('.', DOT)}.", 1)
+            found = found.replace(DOT, ".")
             if found != f".{name}.":
                 yield found[1:-1]
