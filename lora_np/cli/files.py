@@ -57,9 +57,10 @@ def run_inspect(args: argparse.Namespace) -> int:
     for i, m in enumerate(found.modules):
         norms = [m.norm_A, m.norm_B, m.norm_update]
         if bases is not None:
-            ratio = m.norm_update / bases[i] if bases[i] else None
-            modules[i] |= {"norm_W0": bases[i], "ratio": ratio}
-            norms += [bases[i], math.nan if ratio is None else ratio]
+            size = bases[i]
+            ratio = m.norm_update / size if size else None
+            modules[i] |= {"norm_W0": size, "ratio": ratio}
+            norms += [math.nan if n is None else n for n in (size, ratio)]
         shape = f"{m.experts} x {m.n_out} x {m.n_in}" if m.experts > 1 else f"{m.n_out} x {m.n_in}"
         carry = [f"{modules[i]['carry_90']}", f"{modules[i]['carry_99']}"]
         first = f"{100 * m.shares[0]:.1f} %" if m.shares else "-"

@@ -141,7 +141,7 @@ def test_layers_and_modules_that_change_nothing(tmp_path):
     write_peft(tmp_path / "a", pairs, r=2, alpha=1, alpha_pattern={"m.2.q": 0})
     found = survey(tmp_path / "a")
     assert sorted(found.dead_layers) == ["m.1", "m.2"]
-    assert found.sorted(found.dead_modules) == ["head", "m.0.k"]
+    assert sorted(found.dead_modules) == ["head", "m.0.k"]
     by_name = {module.name: module for module in found.modules}
     assert [by_name[name].zero_directions for name in ("m.0.q", "m.0.k", "m.3.q")] == [0, 2, 1]
     assert [by_name[name].shares for name in ("m.0.k", "m.1.q", "m.2.q")] == [[], [], []]

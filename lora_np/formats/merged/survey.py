@@ -171,18 +171,23 @@ def _effective_rank(sigma: Array) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
-def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], modules: Sequence[Module]) -> list[float]:
+def base_norms(
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str], modules: Sequence[Module]
+) -> Sequence[float | None]:
     """The Frobenius norm of each module's W0, read one by one from the base's folder, or all at once from a .gguf file.
 
-    A ValueError names a module that the base lacks, or that has another shape there.
+    None of experts, whose tensors may be several. A ValueError names a module that the base lacks, or that has another shape there.
     """
     if "gguf" in (kind_of(adapter), Path(base).suffix.lower()[1:]):
         return _norms_by_our_names(base, adapter, modules)
     folder = Path(base)
     raw, tensors = read_any_header(folder), stored_tensors(folder)
     names = base_keys(folder, raw, tensors, read_contents(adapter))
-    norms = []
+    norms: list[float | None] = []
     for module in modules:
+        if module.experts > 1:
+            norms.append(None)
+            continue
         stored = tensors.get(names[module.name])
         if stored is None or stored.shape not in ((module.n_out, module.n_in), (module.n_in, module.n_out)):
             raise _another(base, adapter, module, None if stored is None else stored.shape)
