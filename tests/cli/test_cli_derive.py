@@ -110,7 +110,7 @@ def test_a_layer_that_changes_nothing_is_named(home, capsys):
         (lambda home: [*extraction(home, "x"), "--targets", "q_proj"], "--targets: q_proj: "),
         (lambda home: [*extraction(home, "x"), "--tuned", home / "none"], "none: no such folder"),
         (lambda home: [*extraction(home, "x"), "--tuned", home / "base"], "got the same in every tensor"),
-        (lambda home: combination(home, "x", "--weights", "1"), "--weights: expected one for each --adapter, got 1 for 2"),
+        (lambda home: combination(home, "x", "--weights", "1"), "--weights: expected one for each --adapter, got 1"),
         (lambda home: combination(home, "x", "--weights", "1", "nan"), "combine: expected finite weights"),
         (lambda home: [*combination(home, "x"), "--adapter", home / "base"], "base/adapter_config.json: no such file"),
     ],
@@ -132,7 +132,7 @@ def test_json_that_is_made_to_do_harm(tmp_path_factory, name, data):
     check(home)
 
 
-@given(size=st.floats(-3e38, 3e38, width=32), key=st.sampled_from(["A", "B"]))
+@given(size=st.floats(allow_nan=False, allow_infinity=False, width=32), key=st.sampled_from(["A", "B"]))
 @settings(max_examples=25)
 def test_numbers_of_any_size(tmp_path_factory, size, key):
     home = tmp_path_factory.mktemp("bad")

@@ -176,7 +176,8 @@ def base_norms(
 ) -> Sequence[float | None]:
     """The Frobenius norm of each module's W0, read one by one from the base's folder, or all at once from a .gguf file.
 
-    None of experts, whose tensors may be several. A ValueError names a module that the base lacks, or that has another shape there.
+    None of experts, whose tensors may be several. A ValueError names a module that the base lacks, or that has another
+    shape there.
     """
     if "gguf" in (kind_of(adapter), Path(base).suffix.lower()[1:]):
         return _norms_by_our_names(base, adapter, modules)
