@@ -91,6 +91,13 @@ def test_bases_of_other_names_are_a_remark(tmp_path):
     assert found.remarks == ["the adapters name different bases: who/a and who/b"]
 
 
+def test_adapters_with_no_module_in_common_are_a_remark(tmp_path):
+    adapter(tmp_path / "a", {"x.q": 1}, 1)
+    adapter(tmp_path / "b", {"model.x.q": 1}, 1)
+    found = combine_files([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "out")
+    assert found.remarks == ["no module is adapted by all of them: their names may differ in a prefix"]
+
+
 def add(**tensors):
     return lambda t: t.update({f"base_model.model.{name}": value for name, value in tensors.items()})
 

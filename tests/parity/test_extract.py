@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from lora_np.formats.adapters.contents import read_contents
 from lora_np.formats.merged.combined import combine_files
@@ -59,6 +60,26 @@ def test_peft_loads_exactly_the_modules_that_changed(tmp_path, family):
             U, S, Vt = np.linalg.svd(after[key] - W0, full_matrices=False)
             due = W0 + (U[:, :3] * S[:3]) @ Vt[:3]
         np.testing.assert_allclose(merged[key], due, rtol=0, atol=1e-6 * max(1, np.abs(due).max()), err_msg=key)
+
+
+def test_names_that_end_in_other_names(tmp_path):
+    """Of three modules called proj one did not change, and two have other ranks."""
+    linear = torch.nn.Linear
+    inner = torch.nn.ModuleDict({"proj": linear(6, 6), "deep": torch.nn.ModuleDict({"proj": linear(6, 2)})})
+    base = torch.nn.ModuleDict({"proj": linear(6, 6), "inner": inner})
+    changed = ("proj", "inner.deep.proj")
+    for folder, size in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / folder).mkdir()
+        state = {
+            key: value + size * torch.eye(*value.shape) if key.removesuffix(".weight") in changed else value
+            for key, value in base.state_dict().items()
+        }
+        save_file({key: value.numpy() for key, value in state.items()}, tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text('{"model_type": "unheard_of"}')
+    extract(tmp_path / "base", tmp_path / "tuned", 3, tmp_path / "ad")
+    module = peft.PeftModel.from_pretrained(base, str(tmp_path / "ad"))
+    ranks = {name: part.r["default"] for name, part in module.named_modules() if hasattr(part, "lora_A")}
+    assert ranks == {"base_model.model.proj": 3, "base_model.model.inner.deep.proj": 2}
 
 
 @pytest.mark.proves("L9")

@@ -67,6 +67,8 @@ def combine_files(
     write_peft(target, config_of(pairs, **more), {name: [pair] for name, pair in pairs.items()}, {}, {})
     said = " and ".join(shown(name) or "none" for name in names)
     other = [f"the adapters name different bases: {said}"] if len(names) > 1 else []
+    if len(found) > 1 and not set.intersection(*(set(one.pairs) for one in found)):
+        other.append("no module is adapted by all of them: their names may differ in a prefix")
     return Combined(modules, [*other, *(f"{one.path}: {line}" for one in found for line in one.remarks)])
 
 

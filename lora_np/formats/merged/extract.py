@@ -220,13 +220,13 @@ class _Extraction:
     def config(self, pairs: Collection[str]) -> dict[str, Any]:
         """What the adapter's configuration says beside its modules."""
         names = {self._in_memory(module) for module in self.modules}
-        # PEFT takes every module whose name ends in one of these.
-        more = [name for name in names if name not in pairs and _ends_in(name, pairs)]
+        # PEFT takes every module whose name ends in one of a list: where that is another too, an expression is exact.
+        takes_more = any(name not in pairs and _ends_in(name, pairs) for name in names)
         said = self.raws[0].get("_name_or_path")
         return {
             "fan_in_fan_out": any(self._is_conv1d(name) for name in pairs),
             "base_model_name_or_path": said if isinstance(said, str) and said else self.base.resolve().name,
-            **({"exclude_modules": sorted(more)} if more else {}),
+            **({"target_modules": "|".join(map(re.escape, sorted(pairs)))} if takes_more else {}),
         }
 
 
