@@ -17,11 +17,13 @@ from ..formats.adapters.base import load_base_for
 from ..formats.adapters.peft import records_base
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import shown
+from ..formats.merged.by_model import scales_of
 from ..formats.merged.comparison import Comparison, compare, explained, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf_comparison import compare_gguf
-from ..formats.merged.plan import Scale, plan_merge, scales_of
+from ..formats.merged.plan import plan_merge
 from ..formats.merged.survey import Module, survey
+from ..formats.merged.target import Scale
 from ..formats.models.folder import CONFIG, can_run, load_model
 from ..formats.models.shards import stored_tensors
 from ..loss import forward

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...adapter import check_weights
 from ...backend import asnumpy, xp
 from ...lora import Update, singular_directions, sum_updates
 from ..adapters.contents import Contents, Pair, read_contents
@@ -17,7 +18,6 @@ from ..adapters.peft_writer import config_of, write_peft
 from ..files.atomic import refuse_existing
 from ..files.messages import shown
 from .extract import Lost
-from .plan import check_weights
 
 
 class Combined(NamedTuple):
@@ -40,7 +40,7 @@ def combine_files(
     whole, look-ups, biases of B, experts, matrices of other shapes.
     """
     paths, target = [Path(path) for path in adapters], Path(out)
-    check_weights(len(paths), weights, "combine")
+    check_weights(paths, weights, "combine")
     if rank is not None and rank < 1:
         raise ValueError(f"--rank: expected at least 1, got {rank}")
     refuse_existing(target)

@@ -21,11 +21,11 @@ from ..adapters.peft_writer import config_of, write_peft
 from ..files.atomic import refuse_existing
 from ..files.messages import shown
 from ..files.rounding import NAMES
-from ..models.folder import read_any_header
-from ..models.shards import Stored, stored_tensors
-from .matching import change_of_prefix, moved, nearest, prefixes
+from ..models.shards import Stored
+from .any_base import AnyBase, open_any_base
+from .matching import change_of_prefix, moved, nearest
 from .renamed import in_files
-from .tied import is_head, is_table, tied
+from .tied import is_head, is_table
 
 # Transformers' Conv1D, whose weight is (in, out), by its name in models of these types.
 CONV1D_TYPES, CONV1D = (
@@ -94,7 +94,7 @@ def extract(
     for folder in folders:
         if target.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{target}: expected a folder outside of {folder}, which is not written into")
-    work = _Extraction(folders, targets)
+    work = _Extraction(open_any_base(folders[0]), open_any_base(folders[1]), targets)
     pairs: dict[str, Pair] = {}
     lost: list[Lost] = []
     for name, dW in work.differing():
@@ -124,32 +124,25 @@ def _nothing(folders: tuple[Path, Path], work: _Extraction, targets: Collection[
 
 
 class _Extraction:
-    def __init__(self, folders: tuple[Path, Path], targets: Collection[str]) -> None:
-        self.base, self.tuned = folders
-        self.raws = [read_any_header(folder) for folder in folders]
-        self.model_type = str(self.raws[1]["model_type"])
-        tensors, self.others = (stored_tensors(folder) for folder in folders)
-        self.tensors = self._by_their_names(tensors)
-        self.tied = tied(self.raws[0], tensors)
-        self.modules = prefixes(self.others)
-        self.targets = targets
+    def __init__(self, base: AnyBase, tuned: AnyBase, targets: Collection[str]) -> None:
+        self.base, self.tuned, self.targets = base, tuned, targets
+        self.tensors, self.others = self._by_their_names(base.tensors), tuned.tensors
         for name in targets:
-            if not any(_ends_in(module, [name]) for module in self.modules):
-                raise ValueError(
-                    f"--targets: {shown(name)}: {self.tuned} has no such module{nearest(name, self.modules)}"
-                )
+            if not any(_ends_in(module, [name]) for module in tuned.modules):
+                near = nearest(name, tuned.modules)
+                raise ValueError(f"--targets: {shown(name)}: {tuned.folder} has no such module{near}")
         self.left_out: list[LeftOut] = []
         self.unchanged = 0
 
     def _by_their_names(self, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         """The base's tensors by the names that the tuned model has for them."""
-        if tensors.keys() & self.others.keys():
+        if tensors.keys() & self.tuned.tensors.keys():
             return dict(tensors)
-        change = change_of_prefix([min(tensors, key=len)], self.others.keys()) if tensors else None
+        change = change_of_prefix([min(tensors, key=len)], self.tuned.tensors.keys()) if tensors else None
         found = {moved(name, *change) or name: stored for name, stored in tensors.items()} if change else {}
-        if not found.keys() & self.others.keys():
+        if not found.keys() & self.tuned.tensors.keys():
             raise ValueError(
-                f"{self.tuned}: expected tensors of {self.base}, as {shown(next(iter(tensors), 'none'))}, got none of "
+                f"{self.tuned.folder}: expected tensors of {self.base.folder}, as {shown(next(iter(tensors), 'none'))}, got none of "
                 "the same name"
             )
         return found
@@ -158,7 +151,7 @@ class _Extraction:
         """dW (out, in), float64, of each module that is to be adapted, and its name; notes what is left out."""
         for key, other in self.others.items():
             if key not in self.tensors:
-                tied_head = key in self.tied.copies or key == self.tied.head
+                tied_head = key in self.base.tied.copies or key == self.base.tied.head
                 if not tied_head:
                     self.left_out.append(LeftOut(key, "the base has no such tensor"))
                 elif not self._is_table_of_its_own(other):
@@ -184,12 +177,12 @@ class _Extraction:
             else:
                 yield self._in_memory(key.removesuffix(".weight")), dW.T if self._is_conv1d(key) else dW
         for key in self.tensors:
-            if key not in self.others and key != self.tied.head:
-                self.left_out.append(LeftOut(key, f"missing in {self.tuned}"))
+            if key not in self.others and key != self.base.tied.head:
+                self.left_out.append(LeftOut(key, f"missing in {self.tuned.folder}"))
 
     def _is_table_of_its_own(self, head: Stored) -> bool:
         """Whether a head is no more than a copy of the tuned model's own table."""
-        table = self.others.get(str(self.tied.table))
+        table = self.others.get(str(self.base.tied.table))
         return table is not None and _same_bytes(table, head)
 
     def _reason(self, key: str, dW: Array) -> str | None:
@@ -200,7 +193,7 @@ class _Extraction:
             return "no matrix of a module"
         if is_table(key) or re.fullmatch(TABLE, last):
             return "a table"
-        if is_head(key) and self.tied.head is not None:
+        if is_head(key) and self.base.tied.head is not None:
             return "the base's is tied to the token table"
         if re.search(r"(^|\.)experts\.\d+\.", key):
             return "of experts, which PEFT has as one parameter"
@@ -211,21 +204,21 @@ class _Extraction:
         return None
 
     def _is_conv1d(self, key: str) -> bool:
-        return self.model_type in CONV1D_TYPES and key.removesuffix(".weight").rpartition(".")[2] in CONV1D
+        return self.tuned.model_type in CONV1D_TYPES and key.removesuffix(".weight").rpartition(".")[2] in CONV1D
 
     def _in_memory(self, module: str) -> str:
         """The name of a module in memory, where its files have another."""
-        return next(iter(in_files(module, self.model_type, back=True)), module)
+        return next(iter(in_files(module, self.tuned.model_type, back=True)), module)
 
     def config(self, pairs: Collection[str]) -> dict[str, Any]:
         """What the adapter's configuration says beside its modules."""
-        names = {self._in_memory(module) for module in self.modules}
+        names = {self._in_memory(module) for module in self.tuned.modules}
         # PEFT takes every module whose name ends in one of a list: where that is another too, an expression is exact.
         takes_more = any(name not in pairs and _ends_in(name, pairs) for name in names)
-        said = self.raws[0].get("_name_or_path")
+        said = self.base.raw.get("_name_or_path")
         return {
             "fan_in_fan_out": any(self._is_conv1d(name) for name in pairs),
-            "base_model_name_or_path": said if isinstance(said, str) and said else self.base.resolve().name,
+            "base_model_name_or_path": said if isinstance(said, str) and said else self.base.folder.resolve().name,
             **({"target_modules": "|".join(map(re.escape, sorted(pairs)))} if takes_more else {}),
         }
 
