@@ -134,16 +134,17 @@ class _Extraction:
         self.left_out: list[LeftOut] = []
         self.unchanged = 0
 
-    def _by_their_names(self, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    def _by_their_names(self, tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
         """The base's tensors by the names that the tuned model has for them."""
-        if tensors.keys() & self.tuned.tensors.keys():
-            return dict(tensors)
-        change = change_of_prefix([min(tensors, key=len)], self.tuned.tensors.keys()) if tensors else None
+        theirs = self.tuned.tensors
+        if tensors.keys() & theirs.keys():
+            return tensors
+        change = change_of_prefix([min(tensors, key=len)], theirs.keys()) if tensors else None
         found = {moved(name, *change) or name: stored for name, stored in tensors.items()} if change else {}
-        if not found.keys() & self.tuned.tensors.keys():
+        if not found.keys() & theirs.keys():
+            first = shown(next(iter(tensors), "none"))
             raise ValueError(
-                f"{self.tuned.folder}: expected tensors of {self.base.folder}, as {shown(next(iter(tensors), 'none'))}, got none of "
-                "the same name"
+                f"{self.tuned.folder}: expected tensors of {self.base.folder}, as {first}, got none of the same name"
             )
         return found
 
@@ -151,11 +152,7 @@ class _Extraction:
         """dW (out, in), float64, of each module that is to be adapted, and its name; notes what is left out."""
         for key, other in self.others.items():
             if key not in self.tensors:
-                tied_head = key in self.base.tied.copies or key == self.base.tied.head
-                if not tied_head:
-                    self.left_out.append(LeftOut(key, "the base has no such tensor"))
-                elif not self._is_table_of_its_own(other):
-                    self.left_out.append(LeftOut(key, "the base's is tied to the token table"))
+                self._note_new(key, other)
                 continue
             stored = self.tensors[key]
             if not {stored.dtype, other.dtype} <= NAMES.keys():
@@ -180,10 +177,14 @@ class _Extraction:
             if key not in self.others and key != self.base.tied.head:
                 self.left_out.append(LeftOut(key, f"missing in {self.tuned.folder}"))
 
-    def _is_table_of_its_own(self, head: Stored) -> bool:
-        """Whether a head is no more than a copy of the tuned model's own table."""
+    def _note_new(self, key: str, other: Stored) -> None:
+        """Notes a tensor that the base has not, or has as its table: what is no more than that is the same in both."""
+        if key not in self.base.tied.copies and key != self.base.tied.head:
+            self.left_out.append(LeftOut(key, "the base has no such tensor"))
+            return
         table = self.others.get(str(self.base.tied.table))
-        return table is not None and _same_bytes(table, head)
+        if table is None or not _same_bytes(table, other):
+            self.left_out.append(LeftOut(key, "the base's is tied to the token table"))
 
     def _reason(self, key: str, dW: Array) -> str | None:
         """Why a tensor is left out; None if it is the weight of a module that is adapted."""
