@@ -197,3 +197,13 @@ def test_nothing_is_written_over(folders):
         run(folders)
     with pytest.raises(ValueError, match="expected a folder outside of"):
         extract(folders / "base", folders / "tuned", 1, folders / "tuned" / "out")
+
+
+def test_a_scalar_and_an_empty_tensor(folders):
+    """Which files may have, and adapters not."""
+    for name, value in (("base", 1.0), ("tuned", 2.0)):
+        more = {"scale": np.array(value, "f4"), "none": np.zeros((0, 3), "f4")}
+        edit_tensors(folders / name / WEIGHTS, lambda t, more=more: t.update(more))
+    change(folders, **{f"{SQUARE}.weight": np.float32(1)})
+    found = run(folders)
+    assert [(one.name, one.norm, one.norm_W0) for one in found.left_out] == [("scale", 1.0, 1.0)]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import Array, asnumpy, xp
+from ...backend import Array, asnumpy, blocks, xp
 from ...lora import nearest_update
 from ..adapters.contents import Pair
 from ..adapters.peft_writer import config_of, write_peft
@@ -155,9 +155,11 @@ class _Extraction:
                 self._note_new(key, other)
                 continue
             stored = self.tensors[key]
+            if _same_bytes(stored, other):
+                self.unchanged += 1
+                continue
             if not {stored.dtype, other.dtype} <= NAMES.keys():
-                if not _same_bytes(stored, other):
-                    self.left_out.append(LeftOut(key, f"kept in {other.dtype}, and {stored.dtype} in the base"))
+                self.left_out.append(LeftOut(key, f"kept in {other.dtype}, and {stored.dtype} in the base"))
                 continue
             if stored.shape != other.shape:
                 shapes = " x ".join(map(str, other.shape)), " x ".join(map(str, stored.shape))
@@ -237,5 +239,9 @@ def _same_bytes(one: Stored, other: Stored) -> bool:
 
 
 def _norm(values: Array) -> float:
-    largest = float(np.abs(values).max(initial=0.0)) or 1.0
-    return largest * float(np.linalg.norm(values / largest))
+    """The Frobenius norm, a part at a time: a copy of a whole table would be large."""
+    norms, values = [], values.reshape(-1)
+    for rows in blocks(len(values), 1):
+        largest = float(np.abs(values[rows]).max(initial=0.0)) or 1.0
+        norms.append(largest * float(np.linalg.norm(values[rows] / largest)))
+    return math.hypot(*norms)
