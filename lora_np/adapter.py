@@ -290,12 +290,12 @@ class Change(NamedTuple):
         return merge_matrix(start, *self.updates) if self.updates else start
 
 
-def check_weights(adapters: Sequence[object], weights: Sequence[float]) -> None:
+def check_weights(adapters: Sequence[object], weights: Sequence[float], what: str = "merge") -> None:
     """A ValueError unless there is a finite weight for each adapter."""
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"merge: expected a weight for each adapter, got {len(adapters)} and {len(weights)}")
+        raise ValueError(f"{what}: expected a weight for each adapter, got {len(adapters)} and {len(weights)}")
     if not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"merge: expected finite weights, got {' '.join(map(str, weights))}")
+        raise ValueError(f"{what}: expected finite weights, got {' '.join(map(str, weights))}")
 
 
 def merge_plan(
@@ -380,8 +380,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int 
     nearest of its rank in Frobenius norm, computed in float64 without forming any dW. A ValueError if the adapters
     train anything but A and B, or do not fit together.
     """
-    if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"combine: expected a weight for each adapter, got {len(adapters)} and {len(weights)}")
+    check_weights(adapters, weights, "combine")
     if rank is not None and rank < 1:
         raise ValueError(f"combine: rank: expected at least 1, got {rank}")
     for adapter in adapters:

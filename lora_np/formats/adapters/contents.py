@@ -16,6 +16,7 @@ import numpy as np
 
 from ...adapter import LoRAConfig
 from ...backend import Array
+from ...lora import Update
 from ..files.json_file import from_fields, read_json
 from ..files.messages import named, shown
 from ..files.safetensors_file import UNGATHERED, refuse_pickle
@@ -44,8 +45,10 @@ class Pair(NamedTuple):
     is_look_up: bool = False
 
     @property
-    def rank(self) -> int:
-        return len(self.A)
+    def updates(self) -> list[Update]:
+        """The update of the module, or of each expert e: dW_e = s B[:, e::E] A[e r : (e + 1) r]."""
+        E = len(self.A) // self.r
+        return [Update(self.A[e * self.r : (e + 1) * self.r], self.B[:, e::E], self.s) for e in range(E)]
 
 
 @dataclass(frozen=True, eq=False)
