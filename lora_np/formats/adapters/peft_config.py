@@ -31,8 +31,7 @@ OFF: Mapping[str, tuple[Any, ...]] = {
     "loftq_config": (None, {}), "lora_bias": (False,), "lora_ga_config": (None,), "megatron_config": (None,),
     "merge_weights": (False,), "monteclora_config": (None,), "target_parameters": (None, []),
     "path_initial_model_for_weight_conversion": (None,), "trainable_token_indices": (None,),
-    "use_bdlora": (None, False), "use_dora": (False,), "use_qalora": (False,),
-    "velora_config": (None,),
+    "use_bdlora": (None, False), "use_dora": (False,), "use_qalora": (False,), "velora_config": (None,),
 }  # fmt: skip
 # What has no bearing on the update. (fan_in_fan_out says how the base is stored, which the base itself knows.)
 FREE = (
@@ -93,9 +92,9 @@ def endings(name: str) -> list[str]:
     return [name[at:] for at in (0, *(i for i, c in enumerate(name, 1) if c == "."))]
 
 
-def ends_in(name: str, endings: Collection[str]) -> bool:
+def ends_in(name: str, known: Collection[str]) -> bool:
     """Whether a name is one of these or ends in one behind a dot; many of them come as a set, or a dict."""
-    return any(ending in endings for ending in endings(name))
+    return any(ending in known for ending in endings(name))
 
 
 # --- Writing -------------------------------------------------------------------------------------------------------
