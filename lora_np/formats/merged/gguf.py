@@ -18,7 +18,9 @@ from ...backend import Array
 from ...lora import Update
 from ...model import Config
 from ..adapters.adapter import kind_of, load_adapter
+from ..adapters.contents import read_contents
 from ..adapters.gguf import read_updates, tensor_updates
+from ..adapters.gguf_names import naming_in
 from ..adapters.head import brought_by
 from ..files.atomic import new_file
 from ..files.messages import shown
@@ -26,6 +28,7 @@ from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.gguf import ARCHITECTURE, check_one_file, open_weights
 from ..models.gguf import NAMES as TENSORS
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, aligned, open_gguf, tensor_entry, with_count
+from .gguf_by_name import updates_by_name
 from .target import summed
 
 TABLE, HEAD = TENSORS["embed.tokens"], TENSORS["head.weight"]
@@ -106,10 +109,9 @@ def _updates(file: GGUFFile, path: Path) -> dict[str, Update]:
                 )
             return read_updates(found)
     if architecture != ARCHITECTURE:
-        raise ValueError(
-            f"{file.path}: architecture {architecture!r:.60}: only adapters in .gguf can be merged onto it, by the "
-            f"names of its tensors; onto {ARCHITECTURE} others too"
-        )
+        naming = naming_in(file)
+        contents = read_contents(path)
+        return updates_by_name(naming, contents, {module: module for module in contents.pairs})
     dtype = "float64" if brought_by(path).is_double else "float32"
     config, weights = open_weights(file, dtype)
     adapter = load_adapter(path, _Opened(config, weights, np.dtype(dtype)))
