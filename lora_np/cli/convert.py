@@ -43,7 +43,11 @@ def _is_to_be_mended(args: argparse.Namespace, base: Path) -> bool:
 
 def add_commands(command: AddCommand) -> None:
     """The command of this file, and its arguments."""
-    p = command("convert", run_convert, "an adapter in another format: PEFT's, loralib's, llama.cpp's or .npz")
+    p = command(
+        "convert",
+        run_convert,
+        "an adapter in another format: PEFT's, loralib's, llama.cpp's or .npz; or by right names",
+    )
     add_base(p)
     p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter: its path says what it is")
     p.add_argument(

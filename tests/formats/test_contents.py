@@ -2,16 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
 import pytest
-from hostile import edit_json, hostile_json, hostile_texts, is_safe, steps_of, write_peft
+from hostile import GPT2, edit_json, hostile_json, hostile_texts, is_safe, steps_of, write_gpt2, write_peft
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from strategies import seeds, whole_numbers
 
+from lora_np import cli
 from lora_np.formats.adapters.contents import read_contents
 from lora_np.formats.files.messages import MAX_LINE
 from lora_np.formats.merged.folder import merge_folder
@@ -262,6 +264,24 @@ def test_the_argument_of_a_start_that_changes_the_base_is_refused_as_that(tmp_pa
     write(tmp_path / "ad", path_initial_model_for_weight_conversion="start")
     with pytest.raises(ValueError, match="not supported \\(a start that changes the base"):
         read_contents(tmp_path / "ad")
+
+
+def test_an_adapter_in_shards_is_verified_where_the_model_could_be_run(tmp_path, capsys):
+    """Its effect on outputs is left out, with the reason; converted, it is one file."""
+    config = replace(GPT2, n_layer=1)
+    write_gpt2(tmp_path / "base", config)
+    D, rng, module = config.d_model, np.random.default_rng(0), "transformer.h.0.attn.c_attn"
+    pairs = {module: (whole_numbers(rng, 2, D), whole_numbers(rng, 3 * D, 2))}
+    about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    layout = {"before": PREFIX, "after": "", "base_layer": False, "in_shards": True}
+    write_layout(tmp_path / "ad", pairs, about, rng, **layout)
+    folders = ["--base", str(tmp_path / "base"), "--adapter", str(tmp_path / "ad")]
+    assert cli.main(["verify", *folders]) == 0
+    assert "effect of the adapter: left out: " in capsys.readouterr().out
+    assert cli.main(["convert", *folders, "--out", str(tmp_path / "right")]) == 0
+    capsys.readouterr()
+    assert cli.main(["verify", *folders[:3], str(tmp_path / "right")]) == 0
+    assert "the largest change of a logit is" in capsys.readouterr().out
 
 
 # --- Hostile files ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.contents import Contents, Pair, read_contents
+from ..adapters.peft import WEIGHTS
 from ..adapters.peft_config import READ
 from ..adapters.peft_writer import config_of, write_peft
 from .any_base import open_any_base
@@ -32,9 +33,11 @@ def mend_adapter(base_path: Path, adapter_path: Path, out: Path) -> list[str]:
 
 
 def fits_as_it_is(base_path: Path, adapter_path: Path) -> bool:
-    """Whether PEFT finds every tensor of an adapter under its own name."""
+    """Whether an adapter is one file of PEFT's, in which it finds every tensor under its own name."""
     adapter = read_contents(adapter_path)
-    return "peft_type" in adapter.raw and not adapter.remarks and not base_names(open_any_base(base_path), adapter)[1]
+    if "peft_type" not in adapter.raw or not (adapter_path / WEIGHTS).exists():
+        return False
+    return not adapter.remarks and not base_names(open_any_base(base_path), adapter)[1]
 
 
 def _beside_update(key: str, names: Mapping[str, str], adapter: Contents) -> str:
