@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -52,6 +52,14 @@ SETTINGS = {
     "layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
     "norms": {**Q, "modules_to_save": ["input_layernorm"]},
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
+    "tables": {"target_modules": ["q_proj", "embed_tokens"]},
+    "rows": {**Q, "trainable_token_indices": [3, 5]},
+    "ranks": {
+        **Q,
+        "use_rslora": True,
+        "rank_pattern": {r"model\.layers\.0.*q_proj": 3},
+        "alpha_pattern": {"v_proj": 5},
+    },
 }
 
 
@@ -153,6 +161,8 @@ def targeted_by_peft(settings):
 
 
 @given(settings=selections())
+@example({"target_modules": ["q_proj"], "layers_to_transform": 0})
+@example({"target_modules": ["mlp.up_proj", "q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"})
 def test_what_is_targeted_is_what_peft_targets(tmp_path_factory, settings):
     """Of a file that has every module, the rest is not targeted; of one that has a few, the others are missing."""
     due = targeted_by_peft(settings)
