@@ -57,7 +57,7 @@ SETTINGS = {
     "ranks": {
         **Q,
         "use_rslora": True,
-        "rank_pattern": {r"model\.layers\.0.*q_proj": 3},
+        "rank_pattern": {r".*0\..*q_proj": 3},
         "alpha_pattern": {"v_proj": 5},
     },
 }
