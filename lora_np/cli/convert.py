@@ -22,7 +22,11 @@ def run_convert(args: argparse.Namespace) -> int:
     if _is_to_be_mended(args, path):
         lines = mend_adapter(path, args.adapter, args.out)
         result = {"out": str(args.out), "from": "peft", "to": "peft", "remarks": lines}
-        emit(args, result, [f"{args.out}: PEFT's format, by the names of {path}", *(f"mended: {one}" for one in lines)])
+        emit(
+            args,
+            result,
+            [f"{args.out}: PEFT's format, by the names of {path}", *(f"the old one: {one}" for one in lines)],
+        )
         return 0
     model = load_base_for(args.adapter, path)
     adapter = load_adapter(args.adapter, model, alpha=args.alpha, enabled=args.enabled)

@@ -117,6 +117,23 @@ def test_mlx_lms_adapter_becomes_pefts(tmp_path, family):
     assert (got - due).abs().max() <= 1e-9 * due.abs().max()
 
 
+def test_what_mlx_lm_trained_whole_is_refused(tmp_path, capsys):
+    model = families.make("mistral", torch.float32, seed=1)
+    model.save_pretrained(str(tmp_path / "base"))
+    (tmp_path / "mlx").mkdir()
+    q = "model.layers.0.self_attn.q_proj"
+    ends = {f"{q}.lora_a": (16, 2), f"{q}.lora_b": (2, 16), "model.norm.weight": (16,)}
+    save_file(
+        {key: np.ones(shape, "float32") for key, shape in ends.items()}, tmp_path / "mlx" / "adapters.safetensors"
+    )
+    about = {"fine_tune_type": "lora", "lora_parameters": {"scale": 2}}
+    (tmp_path / "mlx" / CONFIG).write_text(json.dumps(about))
+    folders = ("--base", tmp_path / "base", "--adapter", tmp_path / "mlx", "--out", tmp_path / "right")
+    assert run("convert", *folders) == 2
+    assert "model.norm.weight: trained whole" in capsys.readouterr().err
+    assert not (tmp_path / "right").exists()
+
+
 # --- Which modules are targeted --------------------------------------------------------------------------------------
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -11,6 +11,7 @@ from ..adapters.contents import Contents, Pair, read_contents
 from ..adapters.peft import WEIGHTS
 from ..adapters.peft_config import READ
 from ..adapters.peft_writer import config_of, write_peft
+from ..files.messages import shown
 from .any_base import open_any_base
 from .by_name import changes_of
 from .matching import base_names, proper_names
@@ -61,6 +62,10 @@ def _config(adapter: Contents, names: Mapping[str, str], pairs: Mapping[str, lis
     alpha = alphas[next(iter(alphas))] if alphas else said["lora_alpha"]
     said |= {"lora_alpha": alpha, "alpha_pattern": {f"^{n}": a for n, a in alphas.items() if a != alpha}}
     if "peft_type" not in raw:
+        for name in adapter.whole:
+            raise ValueError(
+                f"{adapter.path}: {shown(name)}: trained whole: of mlx-lm's, PEFT's format is given A and B"
+            )
         return said
     by_name = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
     return {
