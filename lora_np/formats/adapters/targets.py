@@ -57,10 +57,10 @@ def mistargeted(adapter: Contents, known: Known | None = None) -> list[str]:
     others = sorted(_candidates(adapter, known)) if known else []
     every = sorted({*others, *(alias for both in aliases.values() for alias in both)})
     fits = expressions_in(raw, MODULES, every, where)
-    selection = _selection(raw, lists, fits)
+    selection, saved = _selection(raw, lists, fits), [f".{one}." for one in lists["modules_to_save"]]
 
     def takes(name: str) -> bool:
-        return not _is_saved(name, lists["modules_to_save"]) and (selection is None or selection.takes(name))
+        return not _is_saved(name, saved) and (selection is None or selection.takes(name))
 
     lines = []
     owners = _owners(lists["target_parameters"])
@@ -107,8 +107,9 @@ def _selection(raw: Mapping[str, Any], lists: Mapping[str, list[str]], fits: Fit
 
 
 def _is_saved(name: str, saved: Collection[str]) -> bool:
-    """Whether a module is trained whole, or stands in one that is: PEFT never adapts those."""
-    return any(f".{one}." in f".{name}." for one in saved)
+    """Whether a module is one of these, between dots, or stands in one: PEFT never adapts what is trained whole."""
+    dotted = f".{name}."
+    return any(one in dotted for one in saved)
 
 
 def _owners(parameters: Collection[str]) -> set[str] | None:
@@ -167,11 +168,10 @@ def _fitting_nothing(adapter: Contents, lists: Mapping[str, list[str]], known: K
     if not _ties(raw):  # which saves the table in the head's place
         whole = {name[:i] for name in adapter.whole for i, c in enumerate(name) if c == "."}
         text = "\n".join([*whole, ""])
-        saved = [name for name in lists["modules_to_save"] if name not in added]
+        absent = [name for name in lists["modules_to_save"] if name not in added and f"{name}\n" not in text]
         lines += [  # PEFT asks for no dot before a name
             f"modules_to_save: {name!r:.60}: the file has no tensor of it{nearest(name, whole)}"
-            for name in saved
-            if f"{name}\n" not in text
+            for name in absent[:SHOWN]
         ]
     return lines
 
