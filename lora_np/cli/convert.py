@@ -23,7 +23,7 @@ def run_convert(args: argparse.Namespace) -> int:
     line = "{out}: {to}'s format, from {from}'s".format(**result)
     if _is_by_name(args, path):
         remarks = convert_by_name(path, args.adapter, args.out)
-        emit(args, {**result, "remarks": remarks}, [line, *(f"mended: {remark}" for remark in remarks)])
+        emit(args, {**result, "remarks": remarks}, [line, *(f"the old one: {remark}" for remark in remarks)])
         return 0
     model = load_base_for(args.adapter, path)
     adapter = load_adapter(args.adapter, model, alpha=args.alpha, enabled=args.enabled)
@@ -42,7 +42,11 @@ def _is_by_name(args: argparse.Namespace, base: Path) -> bool:
 
 def add_commands(command: AddCommand) -> None:
     """The command of this file, and its arguments."""
-    p = command("convert", run_convert, "an adapter in another format: PEFT's, loralib's, llama.cpp's or .npz")
+    p = command(
+        "convert",
+        run_convert,
+        "an adapter in another format: PEFT's, loralib's, llama.cpp's or .npz; or by right names",
+    )
     add_base(p)
     p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter: its path says what it is")
     p.add_argument(

@@ -22,11 +22,10 @@ from ..files.messages import named, shown
 from ..files.safetensors_file import UNGATHERED, refuse_pickle
 from ..models.shards import Stored, stored_tensors
 from .keys import adapter_names, read_key
-from .peft import CONFIG, WEIGHTS
+from .peft import CONFIG, CONVERT, WEIGHTS
 from .peft_config import BY_NAME, PATTERNS, READ, check_keys, expressions_in, resolved
 
 MLX_WEIGHTS = "adapters.safetensors"
-CONVERT = "lora-np convert writes a right file"
 PARAMETERS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # of a layer's experts, in order
 
 

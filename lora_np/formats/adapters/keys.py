@@ -32,6 +32,7 @@ OTHERS = {
     "unilora_": "UniLoRA", "vblora_": "VB-LoRA", "waveft_": "WaveFT", "prompt_embeddings": "prompt tuning",
     "adaption_": "LLaMA-Adapter",
 }  # fmt: skip
+MAX_KEY = 1000  # characters
 DEFAULT = "default"  # PEFT's own name of an adapter
 
 
@@ -52,7 +53,7 @@ class Key(NamedTuple):
     @property
     def alone(self) -> str:
         """The key that PEFT gives it where no other pair lies around the module."""
-        return self.proper.replace(".base_layer.lora_", ".lora_")
+        return self.proper.replace(".base_layer" * self.depth + ".lora_", ".lora_")
 
 
 def adapter_names(keys: Iterable[str]) -> set[str]:
@@ -64,7 +65,7 @@ def adapter_names(keys: Iterable[str]) -> set[str]:
     saved: set[tuple[str, str]] = set()
     originals: set[str] = set()
     for key in keys:
-        names = key.split(".")
+        names = key.split(".") if len(key) <= MAX_KEY else []
         for i, name in enumerate(names):
             if name in PARTS and len(names) - i > 1 + ("" not in PARTS[name][1]):
                 found.add(names[i + 1])
@@ -80,6 +81,8 @@ def read_key(key: str, adapters: Collection[str] = (DEFAULT,)) -> Key | None:
 
     adapters: the names of adapters, as `adapter_names` finds them.
     """
+    if len(key) > MAX_KEY:
+        raise ValueError(f"{shown(key)}: expected a tensor's name of at most {MAX_KEY} characters, got {len(key)}")
     names = [name for name in key.split(".") if name not in WRAPPERS]
     for name in names:
         method = next((OTHERS[start] for start in OTHERS if name.startswith(start)), None)

@@ -16,9 +16,10 @@ from ..files.expressions import Expression
 from ..files.messages import shown
 from .contents import Contents
 from .peft import CONFIG
-from .peft_config import ALL_LINEAR, AUTO_SAVED, MODULES, Fits, Selection, expressions_in
+from .peft_config import ALL_LINEAR, AUTO_SAVED, MODULES, Fits, Selection, endings, ends_in, expressions_in
 
 CANDIDATES = 5000  # names that are compared letter by letter, for a message
+SHOWN = 5  # lines of one kind
 LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
 
 
@@ -56,16 +57,17 @@ def mistargeted(adapter: Contents, known: Known | None = None) -> list[str]:
     others = sorted(_candidates(adapter, known)) if known else []
     every = sorted({*others, *(alias for both in aliases.values() for alias in both)})
     fits = expressions_in(raw, MODULES, every, where)
-    selection = _selection(raw, lists, fits)
+    selection, saved = _selection(raw, lists, fits), [f".{one}." for one in lists["modules_to_save"]]
 
     def takes(name: str) -> bool:
-        return not _is_saved(name, lists["modules_to_save"]) and (selection is None or selection.takes(name))
+        return not _is_saved(name, saved) and (selection is None or selection.takes(name))
 
     lines = []
+    owners = _owners(lists["target_parameters"])
     unused = [
         name
         for name, both in aliases.items()
-        if not any(map(takes, both)) and not _by_parameter(name, lists) and not _is_tied(name, raw)
+        if not any(map(takes, both)) and not (owners is None or ends_in(name, owners)) and not _is_tied(name, raw)
     ]
     if unused:
         lines.append(
@@ -105,19 +107,15 @@ def _selection(raw: Mapping[str, Any], lists: Mapping[str, list[str]], fits: Fit
 
 
 def _is_saved(name: str, saved: Collection[str]) -> bool:
-    """Whether a module is trained whole, or stands in one that is: PEFT never adapts those."""
-    return any(f".{one}." in f".{name}." for one in saved)
+    """Whether a module is one of these, between dots, or stands in one: PEFT never adapts what is trained whole."""
+    dotted = f".{name}."
+    return any(one in dotted for one in saved)
 
 
-def _by_parameter(name: str, lists: Mapping[str, list[str]]) -> bool:
-    """Whether a parameter of the module is targeted."""
-    return any(_has_parameter(name, target) for target in lists["target_parameters"])
-
-
-def _has_parameter(module: str, target: str) -> bool:
-    """Whether a module may have a parameter of this name: of one part alone, any may."""
-    parent = target.rpartition(".")[0]
-    return f".{module}".endswith(f".{parent}") if parent else True
+def _owners(parameters: Collection[str]) -> set[str] | None:
+    """What the modules end in whose parameters are targeted; None where one is named alone: any may have it."""
+    owners = {parameter.rpartition(".")[0] for parameter in parameters}
+    return None if "" in owners else owners
 
 
 def _is_tied(name: str, raw: Mapping[str, Any]) -> bool:
@@ -157,42 +155,35 @@ def _layer(name: str) -> int:
 
 def _fitting_nothing(adapter: Contents, lists: Mapping[str, list[str]], known: Known | None) -> list[str]:
     """The names in the configuration's lists that nothing has, in the file and in the base."""
-    here = {*adapter.pairs, *adapter.rows}
-    whole = {name[:i] for name in adapter.whole for i, c in enumerate(name) if c == "."}
-    task = adapter.raw.get("task_type")
-    added = AUTO_SAVED.get(task, ()) if isinstance(task, str) else ()
-    base = set(known.modules) | set(known.names.values()) if known else set()
-    lines = []
-    for key, modules, what in (
-        ("target_modules", here | base, "module"),
-        ("exclude_modules", base, "module"),
-        ("modules_to_save", whole, "tensor of the file"),
-        ("target_parameters", here, "parameter of the file"),
-    ):
-        if (key == "exclude_modules" and known is None) or (key == "modules_to_save" and _ties(adapter.raw)):
-            continue
-        for name in lists[key]:
-            if name in added or (key == "target_modules" and _ends_in_one(name, lists["exclude_modules"])):
-                continue
-            if key == "modules_to_save":
-                fits = any(module.endswith(name) for module in modules)  # as PEFT has it, without a dot
-            elif key == "target_parameters":
-                fits = any(_has_parameter(module, name) for module in modules)
-            else:
-                fits = any(f".{module}".endswith(f".{name}") for module in modules)
-            if not fits:
-                lines.append(f"{key}: {name!r:.60}: no {what} fits{nearest(name, {*modules, *_ends(modules)})}")
+    raw, here = adapter.raw, {*adapter.pairs, *adapter.rows}
+    base = {*known.modules, *known.names.values()} if known else set()
+    added = AUTO_SAVED.get(str(raw.get("task_type")), ())
+    excluded = set(lists["exclude_modules"])
+    targets = {name: name for name in lists["target_modules"] if not ends_in(name, excluded)}
+    lines = _unfit("target_modules", targets, here | base)
+    if known:
+        lines += _unfit("exclude_modules", {name: name for name in excluded}, base)
+    owners = {name: name.rpartition(".")[0] for name in lists["target_parameters"]}
+    lines += _unfit("target_parameters", {name: owner for name, owner in owners.items() if owner}, here)
+    if not _ties(raw):  # which saves the table in the head's place
+        whole = {name[:i] for name in adapter.whole for i, c in enumerate(name) if c == "."}
+        text = "\n".join([*whole, ""])
+        absent = [name for name in lists["modules_to_save"] if name not in added and f"{name}\n" not in text]
+        lines += [  # PEFT asks for no dot before a name
+            f"modules_to_save: {name!r:.60}: the file has no tensor of it{nearest(name, whole)}"
+            for name in absent[:SHOWN]
+        ]
     return lines
+
+
+def _unfit(key: str, names: Mapping[str, str], modules: Collection[str]) -> list[str]:
+    """What is to be said of the names that no module ends in; names: how each does."""
+    wanted = set(names.values())
+    found = {ending for module in modules for ending in endings(module) if ending in wanted}
+    unfit = [name for name, ending in names.items() if ending not in found]
+    ends = {module.rpartition(".")[2] for module in modules} if unfit else set()
+    return [f"{key}: {name!r:.60}: no module fits{nearest(name, {*ends, *modules})}" for name in unfit[:SHOWN]]
 
 
 def _ties(raw: Mapping[str, Any]) -> bool:
     return raw.get("ensure_weight_tying") is True
-
-
-def _ends_in_one(name: str, others: Collection[str]) -> bool:
-    return any(f".{name}".endswith(f".{one}") for one in others)
-
-
-def _ends(modules: Collection[str]) -> set[str]:
-    """The last parts of names, as target lists have them."""
-    return {module.rpartition(".")[2] for module in modules}

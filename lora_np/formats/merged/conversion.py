@@ -12,8 +12,10 @@ from typing import Any
 
 from ..adapters.adapter import kind_of
 from ..adapters.contents import Contents, Pair, read_contents
+from ..adapters.peft import WEIGHTS
 from ..adapters.peft_config import READ
 from ..adapters.peft_writer import config_of, write_peft
+from ..files.messages import shown
 from .any_base import open_any_base
 from .by_name import changes_of
 from .gguf_by_name import read_gguf, write_gguf
@@ -41,9 +43,11 @@ def convert_by_name(base_path: Path, adapter_path: Path, out: Path) -> list[str]
 
 
 def fits_as_it_is(base_path: Path, adapter_path: Path) -> bool:
-    """Whether PEFT finds every tensor of an adapter under its own name."""
+    """Whether an adapter is one file of PEFT's, in which it finds every tensor under its own name."""
     adapter = read_contents(adapter_path)
-    return "peft_type" in adapter.raw and not adapter.remarks and not base_names(open_any_base(base_path), adapter)[1]
+    if "peft_type" not in adapter.raw or not (adapter_path / WEIGHTS).exists():
+        return False
+    return not adapter.remarks and not base_names(open_any_base(base_path), adapter)[1]
 
 
 def _beside_update(key: str, names: Mapping[str, str], adapter: Contents) -> str:
@@ -67,6 +71,10 @@ def _config(adapter: Contents, names: Mapping[str, str], pairs: Mapping[str, lis
     alpha = alphas[next(iter(alphas))] if alphas else said["lora_alpha"]
     said |= {"lora_alpha": alpha, "alpha_pattern": {f"^{n}": a for n, a in alphas.items() if a != alpha}}
     if "peft_type" not in raw:
+        for name in adapter.whole:
+            raise ValueError(
+                f"{adapter.path}: {shown(name)}: trained whole: of mlx-lm's, PEFT's format is given A and B"
+            )
         return said
     by_name = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
     return {

@@ -18,12 +18,13 @@ from ...backend import Array, asnumpy, blocks, xp
 from ...lora import nearest_update
 from ..adapters.contents import Pair
 from ..adapters.peft_writer import config_of, write_peft
+from ..adapters.targets import nearest
 from ..files.atomic import refuse_existing
 from ..files.messages import shown
 from ..files.rounding import NAMES
 from ..models.shards import Stored
 from .any_base import AnyBase, open_any_base
-from .matching import change_of_prefix, moved, nearest
+from .matching import change_of_prefix, moved
 from .renamed import in_files
 from .tied import is_head, is_table
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ..adapters.contents import CONVERT, Contents
+from ..adapters.contents import Contents
+from ..adapters.peft import CONVERT
 from ..adapters.targets import Known, mistargeted, nearest
 from ..files.messages import shown
 from .any_base import AnyBase
