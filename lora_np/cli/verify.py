@@ -18,9 +18,10 @@ from ..formats.adapters.peft import records_base
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import shown
 from ..formats.merged.by_model import scales_of
-from ..formats.merged.comparison import Comparison, compare, explained, is_trained, worst
+from ..formats.merged.comparison import Comparison, compare, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf_comparison import compare_gguf
+from ..formats.merged.mistakes import explained
 from ..formats.merged.plan import plan_merge
 from ..formats.merged.survey import Module, survey
 from ..formats.merged.target import Scale
@@ -80,7 +81,7 @@ def run_verify(args: argparse.Namespace) -> int:
     lines = [f"fits: yes ({seen})", *(f"but {remark}" for remark in remarks)]
     lines += [f"trained: {_trained_line(changes, found_in.modules)}", *_other_base(args, found_in.config)]
     if found is not None:
-        looks_like = explained(found, plan.scales if plan is not None else run.scales if run is not None else ())
+        looks_like = explained(found, found_in.config)
         result["merged"] = {**_as_json(found), "looks_like": looks_like}
         lines += _merged_lines(found, looks_like, args.ulps)
     result |= {"effect": {name: one._asdict() for name, one in effects.items()}, "not_finite": not_finite}

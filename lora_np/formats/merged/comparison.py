@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,19 +10,20 @@ import numpy as np
 
 from ...adapter import Adapter
 from ...backend import Array, asnumpy
+from ...lora import Update
 from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from ..models.base import Base
 from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
 from ..models.huggingface import MODEL_TYPES, is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
+from .coarse import ROUNDINGS, nearest_rounding, squares
+from .evidence import NEAR, Sums, sums_of
 from .matching import moved
-from .target import Plan, Rows, Scale, Target
+from .target import Plan, Rows, Target
 from .tied import is_head, is_table
 
-ALIGNED = 0.9  # cos^2 of M - W0 and the update, from which on the one is called a multiple of the other
 NEWER = {"gamma": "weight", "beta": "bias"}  # names of a norm's parts
 NO_MODEL = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "tie_word_embeddings")
-NEAR = 0.05  # how far that multiple may be off, relatively
 
 
 class Difference(NamedTuple):
@@ -35,6 +35,13 @@ class Difference(NamedTuple):
     wrong      of these, those that no order of summing in the file's own dtype explains either
     not_finite elements that are NaN or infinite, there or in the sum
     scale      the multiple of the update that was added, by least squares; None: there is no update
+    scale_error   its standard deviation, as rounding makes it
+    is_off     whether it is another than 1 for certain: many small errors that are no chance
+    aligned    whether what was added lies along the update: the square of a cosine
+    scale_turned  the multiple of the update's transpose that was added; None: it is not square, or nothing differs
+    rounded_to    to how many bits, and how, the base was rounded that the merge is nearest to; None: it is this base
+    difference_of_bases   |M - E| / |W0|, where E is what it should be
+    s, r       of the one update; None: there are several, or none
     """
 
     tensor: str
@@ -45,6 +52,14 @@ class Difference(NamedTuple):
     wrong: int
     not_finite: int
     scale: float | None
+    scale_error: float
+    is_off: bool
+    aligned: float
+    scale_turned: float | None
+    rounded_to: str | None
+    difference_of_bases: float
+    s: float | None
+    r: int | None
 
     @property
     def fits(self) -> bool:
@@ -52,7 +67,8 @@ class Difference(NamedTuple):
 
         Such a merge is known by the others: most of what differs lies within what is allowed.
         """
-        return self.not_finite == self.wrong == 0 and 2 * self.beyond <= self.differing
+        is_far = self.is_off or self.rounded_to is not None
+        return self.not_finite == self.wrong == 0 and 2 * self.beyond <= self.differing and not is_far
 
 
 class Comparison(NamedTuple):
@@ -132,65 +148,6 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
     return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, same)
 
 
-def explained(comparison: Comparison, scales: Collection[Scale]) -> str | None:
-    """What was merged instead, where a folder looks like something known; None: it does not.
-
-    scales: those of the adapted modules.
-    """
-    scale = comparison.scale
-    if comparison.holds or scale is None:
-        return None
-    if comparison.aligned < ALIGNED:
-        return "something else than this adapter"
-    known = [(-1.0, "the adapter subtracted"), (2.0, "the adapter merged twice"), (0.0, "the base: nothing was merged")]
-    if len(scales) == 1:
-        s, r, rslora = next(iter(scales))
-        alpha = s * (math.sqrt(r) if rslora else r)
-        known += [
-            (1 / s, "B A with no scale: alpha / r is missing"),
-            (alpha / s, "B A times alpha: the division by r is missing"),
-            (alpha / math.sqrt(r) / s, "the scale alpha / sqrt(r) in the place of alpha / r"),
-            (alpha / r / s, "the scale alpha / r in the place of alpha / sqrt(r)"),
-            (s, "the scale applied twice"),
-        ]
-    fitting = [
-        text for value, text in known if abs(value - 1) > NEAR and abs(scale - value) <= NEAR * max(abs(value), 1.0)
-    ]
-    if fitting:
-        return ", or ".join(fitting)
-    return None if abs(scale - 1) <= NEAR else f"the adapter with {scale:.4g} times its scale"
-
-
-class Sums(NamedTuple):
-    """Sums over elements, of what was added, M - W0, what was to be, E - W0, both rounded, and the update dW."""
-
-    added_update: float = 0.0  # <M - W0, dW>
-    due_update: float = 0.0  # <E - W0, dW>
-    added: float = 0.0  # |M - W0|^2
-    due: float = 0.0  # |E - W0|^2
-    update: float = 0.0  # |dW|^2
-
-    def __add__(self, other: tuple[float, ...]) -> Sums:  # type: ignore[override]
-        return Sums(*(one + two for one, two in zip(self, other, strict=True)))
-
-    @property
-    def scale(self) -> float | None:
-        """The factor c for which M is nearest to what rounding makes of W0 + c dW; 1 where M is E. None without dW."""
-        return 1 + (self.added_update - self.due_update) / self.update if self.update and self.finite else None
-
-    @property
-    def aligned(self) -> float:
-        """cos^2 of the angle between M - W0 and dW, as a part of what rounding leaves of it in E."""
-        if not (self.added and self.due_update and self.finite):
-            return float(self.added == 0)  # nothing was added: zero times the update
-        ratio = self.added_update / self.due_update
-        return ratio * ratio / self.added * self.due
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(sum(self))
-
-
 def _names(plan: Plan, found: Collection[str]) -> dict[str, str]:
     """The key of each target in a folder: the same, or newer names of a norm, or with the trunk's name or without."""
     names = {}
@@ -264,7 +221,8 @@ def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, 
 def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple[Difference, Sums]:
     """A merged tensor of so many elements beside the sum, block by block, in its own dtype."""
     differing = beyond = wrong = not_finite = furthest = 0
-    sums = Sums()
+    sums, roundings = Sums(), np.zeros(len(ROUNDINGS) + 1)
+    updates: Sequence[Update] = ()
     for rows in blocks:
         total, merged = rows.sum(), np.ascontiguousarray(rows.place)
         due = rounded(total, merged.dtype)
@@ -277,8 +235,15 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
         if far.any():
             wrong += int(np.count_nonzero(far & ~(abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows))))
         if rows.updates:
-            sums += _sums(merged.astype(np.float64) - rows.W0, due.astype(np.float64) - rows.W0, total - rows.W0)
-    return Difference(name, size, differing, furthest, beyond, wrong, not_finite, sums.scale), sums
+            updates = rows.updates
+            sums += sums_of(rows, total, due.astype(np.float64))
+            roundings += squares(rows, total) if far.any() else 0
+    s, r = (updates[0].s, len(updates[0].A)) if len(updates) == 1 else (None, None)
+    found = Difference(
+        name, size, differing, furthest, beyond, wrong, not_finite, sums.scale, sums.scale_error, sums.is_off,
+        sums.aligned, sums.scale_turned, nearest_rounding(roundings), sums.difference_of_bases, s, r,
+    )  # fmt: skip
+    return found, sums
 
 
 def _allowed(rows: Rows) -> Array:
@@ -289,12 +254,6 @@ def _allowed(rows: Rows) -> Array:
     """
     r = sum(len(update.A) for update in rows.updates)
     return (r + 3) * _epsilon(rows.place.dtype) / 2 * rows.size()
-
-
-def _sums(added: Array, due: Array, update: Array) -> Sums:
-    return Sums(*(float(np.vdot(*pair)) for pair in (
-        (added, update), (due, update), (added, added), (due, due), (update, update)
-    )))  # fmt: skip
 
 
 def _epsilon(dtype: np.dtype[np.generic]) -> float:

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, ValueList, open_gguf
-from .comparison import Comparison, Difference, Sums, difference
+from .comparison import Comparison, Difference, difference
+from .evidence import Sums
 from .gguf import HEAD, TABLE, due_updates, numbers
 from .target import summed
 

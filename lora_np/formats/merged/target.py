@@ -26,11 +26,16 @@ from ..models.shards import WEIGHTS, Stored
 
 
 class Rows(NamedTuple):
-    """Some rows of one weight: their place in a tensor, W0 there (float64, a copy), and its updates."""
+    """Some rows of one weight: their place in a tensor, W0 there (float64, a copy), and its updates.
+
+    at, of: which rows of the weight they are, and the updates of all its rows
+    """
 
     place: Array
     W0: Array
     updates: list[Update]
+    at: slice = slice(None)
+    of: Sequence[Update] = ()
 
     def sum(self) -> Array:
         """W0 + sum_i w_i s_i B_i A_i, float64; a bias or a norm has no updates."""
@@ -41,12 +46,20 @@ class Rows(NamedTuple):
         absolute = [u._replace(A=abs(u.A), B=abs(u.B), s=abs(u.s)) for u in self.updates]
         return Rows(self.place, abs(self.W0), absolute).sum()
 
+    def turned(self) -> Array | None:
+        """These rows of the transpose of sum_i w_i s_i B_i A_i; None if that has another shape."""
+        if any(len(u.B) != u.A.shape[1] for u in self.of):
+            return None
+        updates = [u._replace(A=u.B.T, B=u.A.T[self.at]) for u in self.of]
+        return asnumpy(merge_matrix(xp.zeros(self.W0.shape), *updates))
+
 
 def summed(merged: Array, start: Array, updates: Sequence[Update]) -> Iterator[Rows]:
     """A merged weight (out, ...) block by block, and what it is to be; `start` is the base's, or `merged` itself."""
     factors = [u._replace(A=_wide(u.A), B=_wide(u.B)) for u in updates]
     for rows in blocks(len(merged), math.prod(merged.shape[1:])):
-        yield Rows(merged[rows], start[rows].astype(np.float64), [u._replace(B=u.B[rows]) for u in factors])
+        parts = [u._replace(B=u.B[rows]) for u in factors]
+        yield Rows(merged[rows], start[rows].astype(np.float64), parts, rows, factors)
 
 
 def _wide(values: Array) -> Array:
