@@ -236,8 +236,9 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
             wrong += int(np.count_nonzero(far & ~(abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows))))
         if rows.updates:
             updates = rows.updates
-            sums += sums_of(rows, total, due.astype(np.float64))
-            roundings += squares(rows, total) if far.any() else 0
+            with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite nothing is concluded
+                sums += sums_of(rows, total, due.astype(np.float64))
+                roundings += squares(rows, total) if far.any() else 0
     s, r = (updates[0].s, len(updates[0].A)) if len(updates) == 1 else (None, None)
     found = Difference(
         name, size, differing, furthest, beyond, wrong, not_finite, sums.scale, sums.scale_error, sums.is_off,

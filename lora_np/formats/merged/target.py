@@ -7,10 +7,10 @@ time and rounded once to the file's dtype, in the place of W0's own copy: one te
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -130,9 +130,6 @@ class Target:
             yield part
 
 
-Scale: TypeAlias = tuple[float, int, bool]
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A merge: the base, and the merged model's tensors by the base's files.
@@ -140,7 +137,6 @@ class Plan:
     folder, raw  the base's folder, and its config.json
     config       the merged model's, where it can be run; None: it is known by its tensors' names alone
     about        the merged model's config.json; None: it is one of our own, which says its weights' hash
-    scales       s, r, and whether s is alpha / sqrt(r), of all adapted modules
     remarks      what is wrong with the adapters, though they can be merged
     """
 
@@ -150,7 +146,6 @@ class Plan:
     about: Mapping[str, Any] | None
     headers: Mapping[Path, Header]
     files: Mapping[Path, Sequence[Target]]
-    scales: Collection[Scale]
     remarks: Sequence[str] = ()
 
     @property
