@@ -1,6 +1,7 @@
 """Wrong merges, planted one at a time: each is found in every dtype, and called by its name; right ones are not."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rounding import dtype_of
 
+from lora_np.cli import main
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.merged.comparison import compare
 from lora_np.formats.merged.mistakes import explained, which
 from lora_np.formats.merged.plan import plan_merge
 
 LAYERS, R, ALPHA = 3, 4, 12
+FLAGS = {"base": "base", "ad": "adapter", "merged": "merged"}
 KINDS = {"self_attn.q_proj": (128, 128), "self_attn.v_proj": (64, 128), "mlp.down_proj": (128, 256)}
 MODULES = {f"model.layers.{i}.{kind}": shape for i in range(LAYERS) for kind, shape in KINDS.items()}
 DTYPES = ["F32", "F16", "BF16"]
@@ -177,6 +180,44 @@ def test_a_right_merge_has_no_name(tmp_path_factory, seed, size, dtype):
         scaled = (home.s[name] * product).astype(home.dtype).astype("f8")
         right[name] = home.W0[name].astype("f8") + scaled
     assert home.judged(right) == (True, None)
+
+
+@pytest.mark.parametrize("off", [9, 10, 11, 12])
+def test_no_more_than_ten_rows(tmp_path, capsys, off):
+    many = {f"model.layers.{i}.self_attn.q_proj": (16, 16) for i in range(12)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "MODULES", many)
+        home = Home(tmp_path, "F32", 1.0)
+        home.write("merged", home.without(lambda name: int(name.split(".")[2]) < off, lambda name: home.W0[name]))
+    argv = [
+        "verify",
+        *(str(part) for name in ("base", "ad", "merged") for part in (f"--{FLAGS[name]}", tmp_path / name)),
+    ]
+    assert main([*argv, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)["merged"]
+    named = [one["tensor"] for one in result["changed"] if one["looks_like"] == ["not merged"]]
+    assert sorted(named) == sorted(f"{name}.weight" for name in list(many)[:off])
+    assert main(argv) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("  not merged") for line in lines) == min(off, 10)
+    assert any(f"and {off - 10} more; --json has all" in line for line in lines) == (off > 10)
+
+
+def test_a_head_that_is_the_table_is_no_fault(tmp_path):
+    """A tied head written out beside the table; one that is another is."""
+    home = Home(tmp_path, "F32", 1.0)
+    table = np.ones((9, 128), "f4")
+    home.W0["model.embed_tokens"] = table
+    shutil.rmtree(tmp_path / "base")
+    home.write("base", home.W0)
+    right = {name: home.merged(name) for name in MODULES} | {"model.embed_tokens": table}
+    assert home.judged(right) == (True, None)
+    for head, holds in ((table, True), (2 * table, False)):
+        tensors = {f"{name}.weight": W.astype("f4") for name, W in right.items()} | {"lm_head.weight": head}
+        write_tensors(tmp_path / "merged" / "model.safetensors", tensors, {})
+        found = compare(plan_merge(tmp_path / "base", [tmp_path / "ad"], [1.0]), tmp_path / "merged", 1)
+        assert found.holds is holds
+        assert found.extra == ([] if holds else ["lm_head.weight"])
 
 
 def test_which_names():
