@@ -16,6 +16,7 @@ import numpy as np
 from ...backend import Array
 from .target import Rows
 
+FINEST = 2e-3  # |M - (W0 + dW)| / |W0|: what 8 bits make of random weights is 4e-3 or more, bfloat16's rounding 1.2e-3
 PLAIN = 0.5  # the part of |M - (W0 + dW)|^2 below which |M - (Q(W0) + dW)|^2 must be
 # NF4's levels (QLoRA, arXiv:2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
 NF4 = np.array([
@@ -65,7 +66,10 @@ ROUNDINGS: dict[str, tuple[int | None, Callable[[Array], Array]]] = {
 def squares(rows: Rows, total: Array) -> Array:
     """|M - (Q(W0) + dW)|^2 of a block for each rounding Q, and at the end |M - (W0 + dW)|^2."""
     apart = rows.place.astype(np.float64) - total
-    return np.array([*(_square(apart - (_grid(rows.W0, *Q) - rows.W0)) for Q in ROUNDINGS.values()), _square(apart)])
+    own = _square(apart)
+    if own < FINEST**2 * _square(rows.W0):
+        return np.full(len(ROUNDINGS) + 1, own)
+    return np.array([*(_square(apart - (_grid(rows.W0, *Q) - rows.W0)) for Q in ROUNDINGS.values()), own])
 
 
 def nearest_rounding(found: Array) -> str | None:
