@@ -93,6 +93,8 @@ def test_transformers_opens_the_merged_model_of_the_task(tmp_path, capsys, case)
         about = ["--base", tmp_path / "base", "--adapter", tmp_path / "ad", "--merged", tmp_path / folder]
         code, found = run(capsys, "verify", *about)
         assert code == 0, found
+    code, found = run(capsys, "inspect", tmp_path / "ad", "--base", tmp_path / "base")
+    assert code == 0, found
 
 
 def refusal(home):
