@@ -86,6 +86,8 @@ def test_transformers_opens_the_merged_model_of_the_task(tmp_path, capsys, case)
     assert not any(info.values()), info
     ours, theirs = (logits(one, end) for one in (module.eval(), merged))
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "out")]
+    assert files[0].keys() <= files[1].keys()
     said, due = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "theirs"))
     assert said["architectures"] == due["architectures"]
     assert len(said["id2label"]) == len(said["label2id"]) == module.config.num_labels == N[end]
@@ -93,6 +95,8 @@ def test_transformers_opens_the_merged_model_of_the_task(tmp_path, capsys, case)
         about = ["--base", tmp_path / "base", "--adapter", tmp_path / "ad", "--merged", tmp_path / folder]
         code, found = run(capsys, "verify", *about)
         assert code == 0, found
+    code, found = run(capsys, "inspect", tmp_path / "ad", "--base", tmp_path / "base")
+    assert code == 0, found
 
 
 def refusal(home):

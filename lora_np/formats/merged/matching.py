@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 
 from ..adapters.contents import Contents
 from ..adapters.peft import CONVERT
-from ..adapters.targets import Known, mistargeted, nearest
-from ..files.messages import shown
+from ..adapters.targets import Known, mistargeted
+from ..files.messages import nearest, shown
 from .any_base import AnyBase
 from .renamed import in_files, in_memory
 
