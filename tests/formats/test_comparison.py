@@ -96,6 +96,32 @@ SCALES = {
 }
 
 
+WRAPPED = {
+    "another wrapper": ("base_model.model.", "base_model.model.module."),
+    "none": ("base_model.model.", ""),
+    "an adapter's name": (".weight", ".default.weight"),
+    "no trunk": ("transformer.", ""),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_an_adapter_of_other_names_is_not_loaded_and_convert_mends_it(home, case):
+    """Where a model is run, the line says which names were found and expected; convert's folder is the same adapter."""
+    model = ln.load_model(home / "base")
+    right = ln.load_adapter(home / "ad", model)
+    tensors = load_file(home / "ad" / TENSORS)
+    save_file({key.replace(*WRAPPED[case]): value for key, value in tensors.items()}, home / "ad" / TENSORS)
+    with pytest.raises(ValueError, match="6 tensors, none of which has a name that PEFT would find.*convert") as caught:
+        ln.load_adapter(home / "ad", model)
+    key = min(tensors)
+    assert f"{key.replace(*WRAPPED[case])}, expected {key}; " in str(caught.value)
+    argv = ["convert", "--base", home / "base", "--adapter", home / "ad", "--out", home / "mended"]
+    assert cli.main([str(part) for part in argv]) == 0
+    mended = ln.load_adapter(home / "mended", model)
+    assert mended.params.keys() == right.params.keys()
+    assert all(np.array_equal(ln.asnumpy(mended.params[k]), ln.asnumpy(right.params[k])) for k in right.params)
+
+
 @pytest.mark.parametrize("case", SCALES)
 def test_another_scale_is_found_and_named(home, capsys, case):
     scale, text = SCALES[case]

@@ -21,6 +21,7 @@ from ...model import Model
 from ...ops import widened
 from ..files.atomic import new_folder, replaced_files, write_tensors
 from ..files.json_file import read_json, to_json, write_json
+from ..files.messages import shown
 from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
 from ..models.base import Base
 from ..models.names import module_names
@@ -110,6 +111,11 @@ def _read_params(
         places = slots(model, lora_config, names)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
+    if places and file.shapes and places.keys().isdisjoint(file.shapes):
+        raise ValueError(
+            f"{file.path}: {len(file.shapes)} tensors, none of which has a name that PEFT would find: "
+            f"{shown(min(file.shapes))}, expected {min(places)}; {CONVERT}, where it is certain which"
+        )
     copies = {key: name for key, name in copies.items() if key in file.shapes and key not in places}
     shapes = {key: model.weights[name].shape for key, name in copies.items()}
     file.check_names(shapes | {key: slot.shape for key, slot in places.items()})
