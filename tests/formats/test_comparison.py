@@ -111,7 +111,7 @@ def test_an_adapter_of_other_names_is_not_loaded_and_convert_mends_it(home, case
     right = ln.load_adapter(home / "ad", model)
     tensors = load_file(home / "ad" / TENSORS)
     save_file({key.replace(*WRAPPED[case]): value for key, value in tensors.items()}, home / "ad" / TENSORS)
-    with pytest.raises(ValueError, match="6 tensors, none of which has a name that PEFT would find.*convert") as caught:
+    with pytest.raises(ValueError, match=r"6 tensors, none of which has .*convert") as caught:
         ln.load_adapter(home / "ad", model)
     key = min(tensors)
     assert f"{key.replace(*WRAPPED[case])}, expected {key}; " in str(caught.value)
