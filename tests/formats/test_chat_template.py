@@ -249,7 +249,7 @@ USER = [{"role": "user", "content": "a" * 50}]
 def test_one_process_for_all_conversations_of_a_file(monkeypatch):
     started = []
     run = subprocess.run
-    monkeypatch.setattr(chat_template.subprocess, "run", lambda *args, **kw: started.append(args) or run(*args, **kw))
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kw: started.append(args) or run(*args, **kw))
     assert len(render("a", *[USER] * 300)) == 300
     assert len(started) == 1
 

@@ -48,14 +48,14 @@ def test_what_the_package_named_regex_would_read_otherwise():
 
 
 def test_a_file_without_expressions_starts_no_process(monkeypatch):
-    monkeypatch.setattr(expressions.subprocess, "run", None)
+    monkeypatch.setattr(subprocess, "run", None)
     assert fitting([], NAMES, "here") == {}
 
 
 def test_one_process_for_all_expressions_of_a_file(monkeypatch):
     started = []
     run = subprocess.run
-    monkeypatch.setattr(expressions.subprocess, "run", lambda *args, **kw: started.append(args) or run(*args, **kw))
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kw: started.append(args) or run(*args, **kw))
     every = [Expression("key", f"(?:lm_head|{i})") for i in range(500)]
     assert fitting(every, NAMES, "here") == {key: {"lm_head"} for key in every}
     assert len(started) == 1

@@ -6,13 +6,11 @@ and ends when its time is up.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from . import bounded
 from .messages import shown
 
 SECONDS, MEMORY = 2.0, 2**28  # for all expressions of a file together
@@ -35,15 +33,9 @@ def fitting(expressions: Sequence[Expression], names: Sequence[str], where: str)
         "seconds": SECONDS, "memory": MEMORY, "names": names,
         "expressions": [(rf"(.*\.)?({e.text})$" if e.at_end else e.text, not e.at_end) for e in expressions],
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", str(MATCHER)], input=json.dumps(request).encode(), stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-    if done.returncode > 1:  # 1: its time was up; negative: a signal ended it, as where memory was up
-        raise OSError(f"{where}: no expression was matched: {sys.executable} ended with status {done.returncode}")
-    answers = done.stdout.split(b"\n")[:-1]  # the last line of a process that ended early may not be whole
+    answers = bounded.answers(MATCHER, request, f"{where}: no expression was matched")
     found = {}
-    for expression, answer in zip(expressions, map(json.loads, answers), strict=False):
+    for expression, answer in zip(expressions, answers, strict=False):
         if isinstance(answer, str):
             raise _refused(expression, where, f"no regular expression that is supported: {answer}")
         found[expression] = {names[n] for n in answer}

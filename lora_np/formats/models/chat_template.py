@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import bounded
 from ..files.json_file import read_json
 from ..files.messages import named, shown
 from .gguf_file import open_gguf
@@ -69,13 +68,7 @@ class ChatTemplate:
             "source": self.source, "variables": dict(variables), "special": list(special), "path": _jinja(),
             "seconds": seconds, "memory": MEMORY, "conversations": requests,
         }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", str(RENDERER)], input=json.dumps(request).encode(), stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-        if done.returncode > 1:  # 1: its time was up; negative: a signal ended it, as where memory was up
-            raise OSError(f"{self.where}: not rendered: {sys.executable} ended with status {done.returncode}")
-        answers = [json.loads(line) for line in done.stdout.split(b"\n")[:-1]]  # the last may not be whole
+        answers = bounded.answers(RENDERER, request, f"{self.where}: not rendered")
         if answers and "refused" in answers[0]:
             raise ValueError(f"{self.where}: no chat template that is supported: {shown(answers[0]['refused'])}")
         if len(answers) <= len(requests):
