@@ -107,7 +107,7 @@ def _fitted(args: argparse.Namespace, runs: bool) -> tuple[Plan | None, _Run | N
     if _is_gguf(args.base) and not runs:
         with open_gguf(args.base) as file:
             due_updates(file, [args.adapter], [1.0])
-    on_folder = not _is_gguf(args.base) and kind_of(args.adapter) != "gguf"
+    on_folder = not _is_gguf(args.base) and (kind_of(args.adapter) != "gguf" or not runs)
     plan = plan_merge(args.base, [args.adapter], [1.0]) if on_folder else None
     return plan, _Run(args, must=plan is None or plan.config is not None) if runs else None
 
@@ -206,6 +206,7 @@ def _merged_lines(found: Comparison, seen: str | None, ulps: int, config: Mappin
         lines.append(
             f"  {differing:,} of {elements:,} elements differ from W0 + s B A rounded once; the furthest tensor is "
             f"{furthest.tensor}, by up to {furthest.max_ulps:,} ulps"
+            + (", near zero, where W0 and dW cancel" if found.holds and furthest.max_ulps > ulps else "")
         )
         beyond, wrong = (sum(getattr(one, what) for one in found.changed) for what in ("beyond", "wrong"))
         lines.append(

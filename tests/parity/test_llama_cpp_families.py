@@ -140,6 +140,18 @@ def test_llama_cpp_runs_the_merge(family, tmp_path):
         assert main(["verify", *map(str, argv)]) == 0
 
 
+def test_llama_cpps_file_on_a_folder(family, tmp_path):
+    """Merged and judged by names as PEFT's own folder is."""
+    folder, *_ = family
+    base = ["--base", str(folder / "base")]
+    for name in ("adapter", "adapter.gguf"):
+        adapter = ["--adapter", str(folder / name)]
+        assert main(["merge", *base, *adapter, "--out", str(tmp_path / f"from-{name[8:]}")]) == 0
+        assert main(["verify", *base, *adapter]) == 0
+    for name in ("from-", "from-gguf"):
+        assert main(["verify", *base, "--adapter", str(folder / "adapter.gguf"), "--merged", str(tmp_path / name)]) == 0
+
+
 def test_convert_there_and_back(family, tmp_path):
     """The same file as above; and back as a folder with which PEFT's model is the same."""
     folder, adapted, _ = family

@@ -94,7 +94,13 @@ def extract(
     for folder in folders:
         if target.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{target}: expected a folder outside of {folder}, which is not written into")
-    work = _Extraction(open_any_base(folders[0]), open_any_base(folders[1]), targets)
+    start, end = (open_any_base(folder) for folder in folders)
+    if start.model_type != end.model_type:
+        raise ValueError(
+            f"{folders[1]}: model_type: expected {shown(start.model_type)}, as {folders[0]} has it, got "
+            f"{shown(end.model_type)}"
+        )
+    work = _Extraction(start, end, targets)
     pairs: dict[str, Pair] = {}
     lost: list[Lost] = []
     for name, dW in work.differing():
