@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -20,8 +20,8 @@ from ..formats.files.messages import shown
 from ..formats.merged.comparison import Comparison, compare, explained, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf_comparison import compare_gguf
-from ..formats.merged.plan import Scale, plan_merge, scales_of
-from ..formats.merged.survey import Module, survey
+from ..formats.merged.plan import Plan, Scale, plan_merge, scales_of
+from ..formats.merged.survey import Module, Survey, survey
 from ..formats.models.folder import CONFIG, can_run, load_model
 from ..formats.models.shards import stored_tensors
 from ..loss import forward
@@ -33,60 +33,112 @@ SHOWN = 5  # names in one line
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    if args.ulps < 0:
-        raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
-    in_gguf = args.base.suffix.lower() == ".gguf"
-    if args.merged is not None and in_gguf != (args.merged.suffix.lower() == ".gguf"):
-        raise ValueError("--merged: expected a folder where the base is one, and a .gguf file where it is one")
-    found_in = survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
-    runs = in_gguf or can_run(args.base)
-    if runs:
-        load_model(args.base)
-    else:
-        stored_tensors(args.base)
+    _check_arguments(args)
+    adapter = survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
+    _check_base(args.base)
     try:
-        plan = None if in_gguf or kind_of(args.adapter) == "gguf" else plan_merge(args.base, [args.adapter], [1.0])
-        run = _Run(args, must=plan is None or plan.config is not None) if runs else None
+        plan = None if _is_gguf(args.base) or kind_of(args.adapter) == "gguf" else _plan(args)
+        run = _Run(args, must=plan is None or plan.config is not None) if _runs(args.base) else None
     except ValueError as error:
         emit(args, {"holds": False, "fits": False, "reason": str(error)}, [f"fits: no. {error}"])
         return 1
-    has_hash = records_base(args.adapter) if args.adapter.is_dir() else False
     changes = plan.changes_anything if plan is not None and plan.config is None else run is not None and run.is_trained
-    found = None
-    if args.merged is not None:
-        found = (
-            compare_gguf(args.base, [args.adapter], args.merged, args.ulps)
-            if in_gguf
-            else compare(plan or plan_merge(args.base, [args.adapter], [1.0]), args.merged, args.ulps)
-        )
-    effects: dict[str, Effect] = {}
-    not_finite: list[str] = []
-    reason = "this architecture is not run here"
-    if run is not None:
-        effects, not_finite, reason = run.effects(args, found is not None and found.loads)
-    remarks = list(plan.remarks if plan is not None and plan.remarks else found_in.remarks)
+    remarks = list(plan.remarks if plan is not None and plan.remarks else adapter.remarks)
+    found = None if args.merged is None else _compared(args, plan)
+    effects, not_finite, reason = _effects_of(args, run, found)
     holds = changes and (found is None or found.holds) and not not_finite and not remarks
-    result: dict[str, Any] = {
-        "holds": holds, "fits": True, "base_hash": has_hash, "trained": changes, "remarks": remarks,
-        "zero": [m.name for m in found_in.modules if m.norm_B == 0],
-    }  # fmt: skip
+    result: dict[str, Any] = {"holds": holds, "fits": True}
+    lines: list[str] = []
+    for more, text in (
+        _fit_part(args, remarks),
+        _trained_part(args, adapter, changes),
+        *([] if found is None else [_merged_part(args, found, plan, run)]),
+        _effects_part(effects, not_finite, reason),
+    ):
+        result |= more
+        lines += text
+    emit(args, result, lines)
+    return 0 if holds else 1
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.ulps < 0:
+        raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
+    if args.merged is not None and _is_gguf(args.base) != _is_gguf(args.merged):
+        raise ValueError("--merged: expected a folder where the base is one, and a .gguf file where it is one")
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def _runs(base: Path) -> bool:
+    """Whether the base's architecture is run here."""
+    return _is_gguf(base) or can_run(base)
+
+
+def _check_base(base: Path) -> None:
+    """A ValueError or FileNotFoundError where a base is missing or damaged."""
+    if _runs(base):
+        load_model(base)
+    else:
+        stored_tensors(base)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    return plan_merge(args.base, [args.adapter], [1.0])
+
+
+def _compared(args: argparse.Namespace, plan: Plan | None) -> Comparison:
+    """What should be the merge, beside the merge."""
+    if _is_gguf(args.base):
+        return compare_gguf(args.base, [args.adapter], args.merged, args.ulps)
+    return compare(plan or _plan(args), args.merged, args.ulps)
+
+
+def _effects_of(
+    args: argparse.Namespace, run: _Run | None, found: Comparison | None
+) -> tuple[dict[str, Effect], list[str], str]:
+    if run is None:
+        return {}, [], "this architecture is not run here"
+    return run.effects(args, found is not None and found.loads)
+
+
+Part: TypeAlias = tuple[dict[str, Any], list[str]]  # of the result, and the lines that say it
+
+
+def _fit_part(args: argparse.Namespace, remarks: Sequence[str]) -> Part:
+    """Whether the adapter fits: it does, or there would be no more to say."""
+    has_hash = records_base(args.adapter) if args.adapter.is_dir() else False
     seen = (
         "names, shapes and the recorded hash of the base"
         if has_hash
-        else ("names and shapes; the file records no hash of its base, as PEFT's do not")
+        else "names and shapes; the file records no hash of its base, as PEFT's do not"
     )
     lines = [f"fits: yes ({seen})", *(f"but {remark}" for remark in remarks)]
-    lines += [f"trained: {_trained_line(changes, found_in.modules)}", *_other_base(args, found_in.config)]
-    if found is not None:
-        looks_like = explained(found, plan.scales if plan is not None else run.scales if run is not None else ())
-        result["merged"] = {**_as_json(found), "looks_like": looks_like}
-        lines += _merged_lines(found, looks_like, args.ulps)
-    result |= {"effect": {name: one._asdict() for name, one in effects.items()}, "not_finite": not_finite}
-    lines += [f"{name}: {_effect_line(one)}" for name, one in effects.items()]
+    return {"base_hash": has_hash, "remarks": list(remarks)}, lines
+
+
+def _trained_part(args: argparse.Namespace, adapter: Survey, changes: bool) -> Part:
+    """Whether it changes anything, and whose it is."""
+    zero = [module.name for module in adapter.modules if module.norm_B == 0]
+    lines = [f"trained: {_trained_line(changes, adapter.modules)}", *_other_base(args, adapter.config)]
+    return {"trained": changes, "zero": zero}, lines
+
+
+def _merged_part(args: argparse.Namespace, found: Comparison, plan: Plan | None, run: _Run | None) -> Part:
+    """Whether the folder is the merge, and what it looks like if not."""
+    scales = plan.scales if plan is not None else run.scales if run is not None else ()
+    looks_like = explained(found, scales)
+    return {"merged": {**_as_json(found), "looks_like": looks_like}}, _merged_lines(found, looks_like, args.ulps)
+
+
+def _effects_part(effects: Mapping[str, Effect], not_finite: Sequence[str], reason: str) -> Part:
+    """How far outputs move, where that is known."""
+    lines = [f"{name}: {_effect_line(one)}" for name, one in effects.items()]
     lines += [f"effect of the adapter: left out: {reason}"] if reason else []
     lines += [f"no verdict: outputs of {name} are NaN or infinite: they overflow" for name in not_finite]
-    emit(args, result, lines)
-    return 0 if holds else 1
+    return {"effect": {name: one._asdict() for name, one in effects.items()}, "not_finite": list(not_finite)}, lines
 
 
 class _Run:
