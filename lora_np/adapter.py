@@ -290,6 +290,14 @@ class Change(NamedTuple):
         return merge_matrix(start, *self.updates) if self.updates else start
 
 
+def check_weights(adapters: Sequence[object], weights: Sequence[float]) -> None:
+    """A ValueError unless there is a finite weight for each adapter."""
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"merge: expected a weight for each adapter, got {len(adapters)} and {len(weights)}")
+    if not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"merge: expected finite weights, got {' '.join(map(str, weights))}")
+
+
 def merge_plan(
     config: Config, adapters: Sequence[Adapter], weights: Sequence[float]
 ) -> tuple[Config, dict[str, Change]]:
@@ -298,10 +306,7 @@ def merge_plan(
     An update of the look-up or of a tied head unties the two. A ValueError if more than one adapter trains anything
     whole, or one that does has a weight other than 1.
     """
-    if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"merge: expected a weight for each adapter, got {len(adapters)} and {len(weights)}")
-    if not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"merge: expected finite weights, got {' '.join(map(str, weights))}")
+    check_weights(adapters, weights)
     whole: dict[str, Array] = {}
     updates: dict[str, list[Update]] = {}
     for adapter, w in zip(adapters, weights, strict=True):

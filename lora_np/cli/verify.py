@@ -17,11 +17,13 @@ from ..formats.adapters.base import load_base_for
 from ..formats.adapters.peft import records_base
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import shown
+from ..formats.merged.by_model import scales_of
 from ..formats.merged.comparison import Comparison, compare, explained, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf_comparison import compare_gguf
-from ..formats.merged.plan import Plan, Scale, plan_merge, scales_of
+from ..formats.merged.plan import plan_merge
 from ..formats.merged.survey import Module, Survey, survey
+from ..formats.merged.target import Plan, Scale
 from ..formats.models.folder import CONFIG, can_run, load_model
 from ..formats.models.shards import stored_tensors
 from ..loss import forward
@@ -43,7 +45,7 @@ def run_verify(args: argparse.Namespace) -> int:
         emit(args, {"holds": False, "fits": False, "reason": str(error)}, [f"fits: no. {error}"])
         return 1
     changes = plan.changes_anything if plan is not None and plan.config is None else run is not None and run.is_trained
-    remarks = list(plan.remarks if plan is not None and plan.remarks else adapter.remarks)
+    remarks = list(plan.remarks if plan is not None and plan.config is None else adapter.remarks)
     found = None if args.merged is None else _compared(args, plan)
     effects, not_finite, reason = _effects_of(args, run, found)
     holds = changes and (found is None or found.holds) and not not_finite and not remarks

@@ -18,10 +18,10 @@ gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np
 pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy: pip install lora-np[models]")
 from gguf_files import KINDS, SMALL, WIDE, in_file, write  # noqa: E402
 
+from lora_np.formats.merged.by_model import scales_of  # noqa: E402
 from lora_np.formats.merged.comparison import explained  # noqa: E402
 from lora_np.formats.merged.gguf import merge_gguf  # noqa: E402
 from lora_np.formats.merged.gguf_comparison import compare_gguf  # noqa: E402
-from lora_np.formats.merged.plan import scales_of  # noqa: E402
 from lora_np.formats.models.gguf_file import open_gguf  # noqa: E402
 
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")
@@ -268,7 +268,7 @@ def home(tmp_path):
     for name, (tensor, a, b) in pairs.items():
         write_other(tmp_path / f"{name}.gguf", "llama", {f"{tensor}.lora_a": a, f"{tensor}.lora_b": b}, ADAPTER)
     write_other(tmp_path / "qwen.gguf", "qwen2", {"a.lora_a": (2, 4), "a.lora_b": (4, 2)}, ADAPTER)
-    write_other(tmp_path / "other.gguf", "qwen2", {"a": (4, 4)})
+    write_other(tmp_path / "other.gguf", "falcon", {"a": (4, 4)})
     write_other(tmp_path / "bert.gguf", "bert", {"token_embd.weight": (4, 4)})
     head = {"output.weight.lora_a": (2, 4), "output.weight.lora_b": (4, 2)}
     write_other(tmp_path / "bert-ad.gguf", "bert", head, ADAPTER)
@@ -295,7 +295,7 @@ def home(tmp_path):
         ("f32.gguf", "vector.gguf", "m.gguf", "blk.0.attn_norm.weight: expected shape (1, 32)"),
         ("f32.gguf", "qwen.gguf", "m.gguf", "qwen.gguf: made for another base: its architecture is 'qwen2'"),
         ("bert.gguf", "bert-ad.gguf", "m.gguf", "the adapter is for a tensor that is not there: output.weight"),
-        ("other.gguf", "f32-ad", "m.gguf", "architecture 'qwen2': only adapters in .gguf can be merged onto it"),
+        ("other.gguf", "f32-ad", "m.gguf", "architecture 'falcon': only adapters in .gguf can be merged onto it"),
     ],
 )  # fmt: skip
 def test_what_is_refused(home, base, adapter, out, message):

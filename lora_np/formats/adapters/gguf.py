@@ -29,7 +29,7 @@ from ..models.gguf import NAMES, file_name, paired_heads
 from ..models.gguf_file import GGUFFile, import_gguf, open_gguf
 from ..models.names import BERT, GPT2, LLAMA, family_of
 from .fused_qkv import put_together, stored_apart, take_apart
-from .gguf_alpha import folding_of, times
+from .gguf_alpha import folding_for, folding_of, times
 from .header import KEY, check_config, check_savable, read_about, write_about_any
 from .peft_config import described, most_common
 from .peft_tensors import Slot, checked_groups, factor_slots
@@ -58,14 +58,37 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
         if not np.isfinite(value).all():
             raise ValueError(f"{path}: {name}: too large for float32 when it is multiplied by {folding.of(name):g}")
     places = _places(model, apart.config, list(apart.params))
+    tensors = {key: place.write(params, model) for key, place in places.items()}
+    _write(Path(path), architecture, folding.alpha, tensors, {KEY: write_about_any(adapter)})
+
+
+def write_updates(path: Path, architecture: str, updates: Mapping[str, Update]) -> None:
+    """Writes updates by the names of the base's tensors, as these stand in its file, in float32.
+
+    A FileExistsError if there is anything at `path`; a ValueError if a scale is 0, or a number too large for float32.
+    """
+    folding = folding_for({name: update.s * len(update.A) for name, update in updates.items()}, str(path))
+    tensors: dict[str, Array] = {}
+    for name, update in updates.items():
+        with np.errstate(over="ignore"):  # refused below
+            factors = (asnumpy(update.A), times(asnumpy(update.B).astype(np.float64), folding.ratios[name]))
+            a, b = (np.ascontiguousarray(factor.astype(np.float32)) for factor in factors)
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise ValueError(f"{path}: {shown(name)}: too large for float32")
+        tensors |= {name + FACTORS[0]: a, name + FACTORS[1]: b}
+    _write(path, architecture, folding.alpha, tensors, {})
+
+
+def _write(path: Path, architecture: str, alpha: float, tensors: Mapping[str, Array], about: Mapping[str, str]) -> None:
     writer = import_gguf().GGUFWriter(None, architecture)
     writer.add_string(KIND, "adapter")
     writer.add_string(TYPE, "lora")
-    writer.add_float32(ALPHA, folding.alpha)
-    writer.add_string(KEY, write_about_any(adapter))
-    for key, place in places.items():
-        writer.add_tensor(key, place.write(params, model))
-    with new_file(Path(path)) as temporary:
+    writer.add_float32(ALPHA, alpha)
+    for key, value in about.items():
+        writer.add_string(key, value)
+    for key, tensor in tensors.items():
+        writer.add_tensor(key, tensor)
+    with new_file(path) as temporary:
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -264,3 +287,8 @@ def _heads(matrix: str, config: Config) -> int:
 def in_pairs(rows: Array, heads: int) -> Array:
     """The rows of each head in pairs (2j, 2j+1) that were (j, j + K/2); heads 0: as they are."""
     return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape) if heads else rows
+
+
+def in_order(rows: Array, heads: int) -> Array:
+    """The rows of each head in the order (j, j + K/2) that were in pairs (2j, 2j+1); heads 0: as they are."""
+    return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape) if heads else rows

@@ -40,6 +40,11 @@ def folding_of(config: Config, lora_config: LoRAConfig, names: Collection[str], 
     for parts in checked_groups(config, lora_config, names).values():
         rank = sum(lora_config.rank(part) for part in parts)
         wanted |= {part: lora_config.scale(part) * rank for part in parts}
+    return folding_for(wanted, where)
+
+
+def folding_for(wanted: Mapping[str, float], where: str) -> Folding:
+    """The same of matrices of which each wants its own alpha."""
     for part, value in wanted.items():
         if value == 0:
             raise ValueError(f"{where}: {part}: its scale is 0, which llama.cpp takes for 1")

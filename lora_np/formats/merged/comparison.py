@@ -17,7 +17,7 @@ from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
 from ..models.huggingface import MODEL_TYPES, is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
 from .matching import moved
-from .plan import Plan, Rows, Scale, Target
+from .target import Plan, Rows, Scale, Target
 from .tied import is_head, is_table
 
 ALIGNED = 0.9  # cos^2 of M - W0 and the update, from which on the one is called a multiple of the other

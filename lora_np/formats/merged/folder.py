@@ -18,7 +18,8 @@ from ..models.base import LazyWeights
 from ..models.folder import CONFIG, own_header, weights_hash
 from ..models.shards import INDEX, stored_tensors
 from .base import own_places
-from .plan import Plan, plan_merge
+from .plan import plan_merge
+from .target import Plan
 
 # Weights beside those that were read, or in another format: the base's still, and no part of the merged model.
 OTHER_WEIGHTS = (

@@ -7,18 +7,20 @@ its own place. A quantised one would have to be quantised anew, which loses what
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import Array, blocks, xp
+from ...backend import Array
 from ...lora import Update
 from ...model import Config
 from ..adapters.adapter import kind_of, load_adapter
+from ..adapters.contents import read_contents
 from ..adapters.gguf import read_updates, tensor_updates
+from ..adapters.gguf_names import naming_in
 from ..adapters.head import brought_by
 from ..files.atomic import new_file
 from ..files.messages import shown
@@ -26,7 +28,8 @@ from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.gguf import ARCHITECTURE, check_one_file, open_weights
 from ..models.gguf import NAMES as TENSORS
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, aligned, open_gguf, tensor_entry, with_count
-from .plan import Rows
+from .gguf_by_name import updates_by_name
+from .target import summed
 
 TABLE, HEAD = TENSORS["embed.tokens"], TENSORS["head.weight"]
 HEADLESS = ("bert",)  # architectures without one
@@ -106,10 +109,9 @@ def _updates(file: GGUFFile, path: Path) -> dict[str, Update]:
                 )
             return read_updates(found)
     if architecture != ARCHITECTURE:
-        raise ValueError(
-            f"{file.path}: architecture {architecture!r:.60}: only adapters in .gguf can be merged onto it, by the "
-            f"names of its tensors; onto {ARCHITECTURE} others too"
-        )
+        naming = naming_in(file)
+        contents = read_contents(path)
+        return updates_by_name(naming, contents, {module: module for module in contents.pairs})
     dtype = "float64" if brought_by(path).is_double else "float32"
     config, weights = open_weights(file, dtype)
     adapter = load_adapter(path, _Opened(config, weights, np.dtype(dtype)))
@@ -183,11 +185,3 @@ def _merged(file: GGUFFile, source: Tensor, updates: Sequence[Update]) -> Array:
 def numbers(file: GGUFFile, tensor: Tensor) -> Array:
     """A tensor in F32, F16 or BF16 as it stands in its file (rows, width)."""
     return file.read_raw(tensor.name).view(numpy_dtype(TENSOR_TYPES[tensor.kind].name))
-
-
-def summed(merged: Array, start: Array, updates: Sequence[Update]) -> Iterator[Rows]:
-    """A merged tensor (rows, width) block by block, and what it is to be; `start` is the base's, or `merged` itself."""
-    factors = [u._replace(A=xp.asarray(u.A, dtype=xp.float64), B=xp.asarray(u.B, dtype=xp.float64)) for u in updates]
-    for rows in blocks(*start.shape):
-        W0 = start[rows].astype(np.float64)
-        yield Rows(merged[rows], W0, [update._replace(B=update.B[rows]) for update in factors])

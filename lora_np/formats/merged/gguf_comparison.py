@@ -11,7 +11,8 @@ import numpy as np
 from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, ValueList, open_gguf
 from .comparison import Comparison, Difference, Sums, difference
-from .gguf import HEAD, TABLE, due_updates, numbers, summed
+from .gguf import HEAD, TABLE, due_updates, numbers
+from .target import summed
 
 
 def compare_gguf(base: Path, adapters: Sequence[Path], merged: Path, ulps: int) -> Comparison:

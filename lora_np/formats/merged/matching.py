@@ -2,25 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from difflib import get_close_matches
 from itertools import islice
 
+from ..adapters.contents import Contents
 from ..files.messages import shown
+from .any_base import AnyBase
+from .renamed import in_files
 
 CANDIDATES = 5000  # names that are compared letter by letter, for a message
 
 
-def prefixes(names: Iterable[str]) -> set[str]:
-    """Every module that these tensors stand in: each name without its last part, or its last parts."""
-    found = set()
-    for name in names:
-        while "." in name:
-            name = name.rpartition(".")[0]
-            if name in found:
-                break
-            found.add(name)
-    return found
+def base_names(base: AnyBase, adapter: Contents) -> tuple[dict[str, str], list[str]]:
+    """The base's name of each module and whole tensor of an adapter, and what is to be said of names that differ.
+
+    A ValueError names one that the base has not.
+    """
+    modules, names = [*adapter.pairs, *adapter.rows], _known(base, adapter)
+    unknown = [name for name in modules if name not in names]
+    remarks, change = [], change_of_prefix(unknown, base.modules) if unknown else None
+    if unknown and change is None:
+        raise _unknown(base, adapter, unknown[0], "module", base.modules)
+    if change is not None:
+        names |= {name: str(moved(name, *change)) for name in unknown}
+        if not _is_trunk(change, base, adapter):
+            remarks.append(
+                f"{adapter.path}: {len(unknown)} modules begin with {shown(change[0] or 'nothing')}, where "
+                f"{base.folder} has {shown(change[1] or 'nothing')}: {shown(unknown[0])}, "
+                f"merged as {shown(names[unknown[0]])}"
+            )
+    for name in adapter.whole:
+        if name not in names:
+            other = name if change is None else moved(name, *change)
+            if other not in base.tensors:
+                raise _unknown(base, adapter, name, "tensor", base.tensors)
+            names[name] = str(other)
+    return names, remarks
+
+
+def base_keys(base: AnyBase, adapter: Contents) -> dict[str, str]:
+    """The key of the base's tensor that each module of an adapter changes; a tied head's is the token table's."""
+    names, _ = base_names(base, adapter)
+    keys = {name: f"{found}.weight" for name, found in names.items()}
+    return {name: key if key in base.tensors else str(base.tied.table) for name, key in keys.items()}
+
+
+def _known(base: AnyBase, adapter: Contents) -> dict[str, str]:
+    """What the base has under these very names, or under transformers' own for its files."""
+    copies = base.tied.copies
+    names: dict[str, str] = {}
+    for name in (*adapter.pairs, *adapter.rows, *adapter.whole):
+        for one in (name, *in_files(name, base.model_type)):
+            is_there = one in base.tensors or one in copies
+            if is_there if name in adapter.whole else one in base.modules or f"{one}.weight" in copies:
+                names.setdefault(name, one)
+    return names
+
+
+def _unknown(base: AnyBase, adapter: Contents, name: str, what: str, known: Collection[str]) -> ValueError:
+    return ValueError(
+        f"{adapter.path}: {shown(name)}: expected a {what} of {base.folder}, which has none of this "
+        f"name{nearest(name, known)}"
+    )
+
+
+def _is_trunk(change: tuple[str, str], base: AnyBase, adapter: Contents) -> bool:
+    """Whether the prefixes differ as a model and the same with a head do in transformers."""
+    classes = base.raw.get("architectures")
+    of_base = str(classes[0]) if isinstance(classes, list) and classes else "Model"
+    mapping = adapter.raw.get("auto_mapping")
+    of_adapter = str(mapping.get("base_model_class", "")) if isinstance(mapping, dict) else ""
+    if change[1] == "":
+        return of_base.endswith("Model") and not of_base.endswith("LMHeadModel")
+    return change[0] == "" and (
+        adapter.raw.get("task_type") == "FEATURE_EXTRACTION"
+        or (of_adapter.endswith("Model") and "LMHead" not in of_adapter)
+    )
 
 
 def moved(name: str, away: str, to: str) -> str | None:

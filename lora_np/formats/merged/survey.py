@@ -21,12 +21,11 @@ from ..adapters.gguf import ALPHA, TABLE, read_updates, tensor_name
 from ..adapters.peft import WEIGHTS
 from ..files.messages import named
 from ..models.base import Base
-from ..models.folder import read_any_header
 from ..models.gguf_file import open_gguf
 from ..models.names import module_names
-from ..models.shards import stored_tensors
+from .any_base import open_any_base
 from .base import open_base
-from .by_name import base_keys
+from .matching import base_keys
 
 
 class Module(NamedTuple):
@@ -121,12 +120,11 @@ def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], mo
     """
     if "gguf" in (kind_of(adapter), Path(base).suffix.lower()[1:]):
         return _norms_by_our_names(base, adapter, modules)
-    folder = Path(base)
-    raw, tensors = read_any_header(folder), stored_tensors(folder)
-    names = base_keys(folder, raw, tensors, read_contents(adapter))
+    opened = open_any_base(Path(base))
+    keys = base_keys(opened, read_contents(adapter))
     norms = []
     for module in modules:
-        stored = tensors.get(names[module.name])
+        stored = opened.tensors.get(keys[module.name])
         if stored is None or stored.shape not in ((module.n_out, module.n_in), (module.n_in, module.n_out)):
             raise _another(base, adapter, module, None if stored is None else stored.shape)
         size, W = _scaled(stored.read("float64"))
