@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .backend import Array, xp
-from .lora import Update, init_factors, merge_matrix, singular_directions
+from .lora import Update, init_factors, merge_matrix, sum_updates
 from .model import Config, Model
 from .ops import widened
 
@@ -290,12 +290,12 @@ class Change(NamedTuple):
         return merge_matrix(start, *self.updates) if self.updates else start
 
 
-def check_weights(adapters: Sequence[object], weights: Sequence[float]) -> None:
+def check_weights(adapters: Sequence[object], weights: Sequence[float], what: str = "merge") -> None:
     """A ValueError unless there is a finite weight for each adapter."""
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"merge: expected a weight for each adapter, got {len(adapters)} and {len(weights)}")
+        raise ValueError(f"{what}: expected a weight for each adapter, got {len(adapters)} and {len(weights)}")
     if not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"merge: expected finite weights, got {' '.join(map(str, weights))}")
+        raise ValueError(f"{what}: expected finite weights, got {' '.join(map(str, weights))}")
 
 
 def merge_plan(
@@ -380,8 +380,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int 
     nearest of its rank in Frobenius norm, computed in float64 without forming any dW. A ValueError if the adapters
     train anything but A and B, or do not fit together.
     """
-    if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"combine: expected a weight for each adapter, got {len(adapters)} and {len(weights)}")
+    check_weights(adapters, weights, "combine")
     if rank is not None and rank < 1:
         raise ValueError(f"combine: rank: expected at least 1, got {rank}")
     for adapter in adapters:
@@ -390,25 +389,17 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int 
     params: dict[str, Array] = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.matrices):
         parts = [
-            Update(a.params[f"{name}.A"], a.params[f"{name}.B"] * (w * a.config.scale(name)), 1.0)
+            Update(a.params[f"{name}.A"], a.params[f"{name}.B"], w * a.config.scale(name))
             for a, w in zip(adapters, weights, strict=True)
             if name in a.matrices
         ]
         if len({(p.A.shape[1], p.B.shape[0]) for p in parts}) > 1:
             raise ValueError(f"combine: {name}: the adapters are of different shapes")
-        A, B = xp.concatenate([p.A for p in parts]), xp.concatenate([p.B for p in parts], axis=1)
-        params[f"{name}.A"], params[f"{name}.B"] = (A, B) if rank is None else _truncate(A, B, rank)
+        total, _ = sum_updates(parts, rank=rank)
+        params |= {f"{name}.A": total.A, f"{name}.B": total.B}
     ranks = {name[:-2]: len(A) for name, A in params.items() if name.endswith(".A")}
     targets = tuple(dict.fromkeys(map(target_of, ranks)))
     r = max(ranks.values())
     differing = {name: n for name, n in ranks.items() if n != r}
     config = LoRAConfig(r=r, alpha=r, targets=targets, rank_pattern=differing, alpha_pattern=dict(differing))
     return Adapter(config, params)
-
-
-def _truncate(A: Array, B: Array, rank: int) -> tuple[Array, Array]:
-    """The factors of rank at most `rank` whose product is nearest to B A. A (R, in), B (out, R)."""
-    U, S, V = singular_directions(A, B)
-    rank = min(rank, len(S))
-    root = xp.sqrt(S[:rank])
-    return (V[:, :rank] * root).T.astype(A.dtype), (U[:, :rank] * root).astype(B.dtype)

@@ -173,6 +173,36 @@ def singular_directions(A: Array, B: Array) -> tuple[Array, Array, Array]:
     return Q_B @ U, S, Q_A @ Vt.T
 
 
+def sum_updates(updates: Sequence[Update], *, rank: int | None = None) -> tuple[Update, Array]:
+    """L9: sum_i s_i B_i A_i as one update with s = 1; or, truncated to `rank`, the nearest of its rank.
+
+    Nearest in Frobenius norm, by SVD in float64 of the factors: no dW is formed. -> the update, in A's and B's dtype,
+    of rank sum r_i or at most `rank`, and all singular values of the sum, or none where it is not truncated.
+    """
+    A = xp.concatenate([u.A for u in updates])
+    B = xp.concatenate([(u.B.astype(xp.float64) * u.s).astype(u.B.dtype) for u in updates], axis=1)
+    if rank is None:
+        return Update(A, B, 1.0), xp.empty(0)
+    U, S, V = singular_directions(A, B)
+    found = split_directions(U, S, V, rank)
+    return found._replace(A=found.A.astype(A.dtype), B=found.B.astype(B.dtype)), S
+
+
+def nearest_update(dW: Array, rank: int) -> tuple[Update, Array]:
+    """The update of at most `rank` that is nearest to a matrix dW (out, in) in Frobenius norm (Eckart and Young 1936).
+
+    -> the update, float64, with s = 1, and all singular values of dW: what is lost is norm(S[rank:]).
+    """
+    U, S, Vt = xp.linalg.svd(dW.astype(xp.float64), full_matrices=False)
+    return split_directions(U, S, Vt.T, rank), S
+
+
+def split_directions(U: Array, S: Array, V: Array, rank: int) -> Update:
+    """The leading `rank` singular directions, or as many as there are, as B = U sqrt(S) and A = sqrt(S) V^T."""
+    root = xp.sqrt(S[:rank])
+    return Update((V[:, :rank] * root).T, U[:, :rank] * root, 1.0)
+
+
 def linear_rounding_bound(x: Array, W0: Array, b: Array | None, A: Array, B: Array, s: float, dtype: DType) -> Array:
     """L5: how far the merged and the unmerged output of one linear can lie apart in `dtype`, element by element.
 

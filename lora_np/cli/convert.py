@@ -7,7 +7,10 @@ from pathlib import Path
 
 from ..formats.adapters.adapter import kind_of, load_adapter, save_adapter
 from ..formats.adapters.base import load_base_for
+from ..formats.adapters.peft import records_base
 from ..formats.files.atomic import expect_new
+from ..formats.merged.conversion import convert_by_name, fits_as_it_is
+from ..formats.models.folder import can_run
 from .base import AddCommand, add_base, base_path
 from .output import Bar, emit
 
@@ -16,17 +19,34 @@ def run_convert(args: argparse.Namespace) -> int:
     expect_new(args.out)
     with Bar() as bar:
         path = base_path(args, bar)
+    result = {"out": str(args.out), "from": kind_of(args.adapter), "to": kind_of(args.out)}
+    line = "{out}: {to}'s format, from {from}'s".format(**result)
+    if _is_by_name(args, path):
+        remarks = convert_by_name(path, args.adapter, args.out)
+        emit(args, {**result, "remarks": remarks}, [line, *(f"the old one: {remark}" for remark in remarks)])
+        return 0
     model = load_base_for(args.adapter, path)
     adapter = load_adapter(args.adapter, model, alpha=args.alpha, enabled=args.enabled)
     save_adapter(args.out, adapter, model)
-    result = {"out": str(args.out), "from": kind_of(args.adapter), "to": kind_of(args.out)}
-    emit(args, result, ["{out}: {to}'s format, from {from}'s".format(**result)])
+    emit(args, result, [line])
     return 0
+
+
+def _is_by_name(args: argparse.Namespace, base: Path) -> bool:
+    """Whether it goes by its modules' names alone: onto what is not run here, or where PEFT would not find it."""
+    kinds = {kind_of(args.adapter), kind_of(args.out)}
+    if not base.is_dir() or not kinds <= {"peft", "gguf"} or records_base(args.adapter):
+        return False
+    return not can_run(base) or (kinds == {"peft"} and not fits_as_it_is(base, args.adapter))
 
 
 def add_commands(command: AddCommand) -> None:
     """The command of this file, and its arguments."""
-    p = command("convert", run_convert, "an adapter in another format: PEFT's, loralib's, llama.cpp's or .npz")
+    p = command(
+        "convert",
+        run_convert,
+        "an adapter in another format: PEFT's, loralib's, llama.cpp's or .npz; or by right names",
+    )
     add_base(p)
     p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter: its path says what it is")
     p.add_argument(

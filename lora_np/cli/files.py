@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..formats.files.messages import shown
+from ..formats.merged.beside import beside
 from ..formats.merged.folder import merge_folder
 from ..formats.merged.gguf import merge_gguf
-from ..formats.merged.survey import Module, base_norms, survey
+from ..formats.merged.survey import Module, Survey, base_norms, survey
 from .base import AddCommand, add_base, base_path
 from .output import Bar, emit, table
+
+SHOWN = 5  # names in one line
 
 
 def run_merge(args: argparse.Namespace) -> int:
@@ -38,32 +41,93 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
+    if args.other is not None:
+        if args.base is not None:
+            raise ValueError("--base: expected one adapter beside it, got two")
+        return _run_beside(args)
     found = survey(args.adapter)
     untrained = all(module.norm_B == 0 for module in found.modules)
     bases = None if args.base is None else base_norms(args.base, args.adapter, found.modules)
-    columns = ["module", "shape", "rank", "effective", "s", "|A|", "|B|", "|s B A|"]
+    columns = ["module", "shape", "rank", "effective", "first", "90 %", "99 %", "s", "|A|", "|B|", "|s B A|"]
     rows = [columns if bases is None else [*columns, "|W0|", "|s B A|/|W0|"]]
-    modules = [module._asdict() for module in found.modules]
+    modules = [
+        module._asdict() | {"carry_90": module.carrying(0.9), "carry_99": module.carrying(0.99)}
+        for module in found.modules
+    ]
     for i, m in enumerate(found.modules):
         norms = [m.norm_A, m.norm_B, m.norm_update]
         if bases is not None:
-            ratio = m.norm_update / bases[i] if bases[i] else None
-            modules[i] |= {"norm_W0": bases[i], "ratio": ratio}
-            norms += [bases[i], math.nan if ratio is None else ratio]
-        shape = f"{m.n_out} x {m.n_in}"
+            size = bases[i]
+            ratio = m.norm_update / size if size else None
+            modules[i] |= {"norm_W0": size, "ratio": ratio}
+            norms += [math.nan if n is None else n for n in (size, ratio)]
+        shape = f"{m.experts} x {m.n_out} x {m.n_in}" if m.experts > 1 else f"{m.n_out} x {m.n_in}"
+        carry = [f"{modules[i]['carry_90']}", f"{modules[i]['carry_99']}"]
+        first = f"{100 * m.shares[0]:.1f} %" if m.shares else "-"
         rows.append(
-            [m.name, shape, str(m.rank), f"{m.effective_rank:.2f}", f"{m.scale:g}", *(f"{n:.4g}" for n in norms)]
+            [m.name, shape, str(m.rank), f"{m.effective_rank:.2f}", first, *carry, f"{m.scale:g}"]
+            + [f"{n:.4g}" for n in norms]
         )
     config = {key: found.config.get(key) for key in ("target_modules", "r", "lora_alpha", "lora_dropout", "bias")}
+    dead = {"dead_layers": found.dead_layers, "dead_modules": found.dead_modules}
     lines = [
         ", ".join(f"{key} {shown(str(value))}" for key, value in config.items()),
         _verdict(found.modules),
+        *([] if all(m.is_dead for m in found.modules) else _dead_lines(found)),
         *([f"trained whole: {', '.join(found.whole)}"] if found.whole else []),
         *found.remarks,
     ]
-    about = "effective: the rank as e to the entropy of the singular values' shares of their sum; norms: Frobenius"
-    result = {**config, "B_is_zero": untrained, "whole": found.whole, "remarks": found.remarks, "modules": modules}
-    emit(args, result, [*lines, "", *table(rows), "", about])
+    about = [
+        "effective: the rank as e to the entropy of the singular values' shares of their sum; norms: Frobenius",
+        "first, 90 %, 99 %: the first direction's share of |s B A|^2, and how many directions carry so much of it",
+    ]
+    result = {
+        **config, "B_is_zero": untrained, **dead, "whole": found.whole, "remarks": found.remarks, "modules": modules,
+    }  # fmt: skip
+    emit(args, result, [*lines, "", *table(rows), "", *about])
+    return 0
+
+
+def _dead_lines(found: Survey) -> list[str]:
+    zero = sum(m.zero_directions for m in found.modules if not m.is_dead)
+    return [
+        *([_named("layers change nothing (A, B or s is zero)", found.dead_layers)] if found.dead_layers else []),
+        *([_named("modules change nothing (A, B or s is zero)", found.dead_modules)] if found.dead_modules else []),
+        *([f"{zero} directions of the other modules have a row of A or a column of B that is zero"] if zero else []),
+    ]
+
+
+def _named(what: str, names: Sequence[str]) -> str:
+    """How many there are, and the names of a few."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)} {what}: {' '.join(map(shown, names[:SHOWN]))}{more}"
+
+
+def _run_beside(args: argparse.Namespace) -> int:
+    found = beside(args.adapter, args.other)
+    rows = [["module", "ranks", "scales", "cosine", "distance", "phi", "by chance"]]
+    for m in found.modules:
+        numbers = ["-" if n is None else f"{n:.4g}" for n in (m.cosine, m.distance, m.phi, m.chance)]
+        rows.append([m.name, "{}, {}".format(*m.ranks), "{:g}, {:g}".format(*m.scales), *numbers])
+    lists = (
+        (f"only in {args.adapter}", found.only_first), (f"only in {args.other}", found.only_second),
+        ("modules are of other shapes", found.other_shapes),
+        ("ranks differ", [m.name for m in found.modules if m.ranks[0] != m.ranks[1]]),
+        ("scales differ", [m.name for m in found.modules if m.scales[0] != m.scales[1]]),
+    )  # fmt: skip
+    lines = [
+        f"{len(found.modules)} modules of both are of the same shapes",
+        *([f"names begin with {' and '.join(shown(p or 'nothing') for p in found.prefix)}"] if found.prefix else []),
+        *(_named(what, names) for what, names in lists if names),
+        *(f"{shown(key)}: {shown(str(a))} and {shown(str(b))}" for key, (a, b) in found.config.items()),
+        *found.remarks,
+    ]
+    about = [
+        "cosine: of the two updates; distance: |dW1 - dW2| / |dW1|; phi (A1): how much of the smaller row space of A",
+        "is in the other, from 0 to 1; by chance: what random ones have",
+    ]
+    result = {**found._asdict(), "modules": [m._asdict() for m in found.modules]}
+    emit(args, result, [*lines, "", *table(rows), "", *about])
     return 0
 
 
@@ -89,4 +153,5 @@ def add_commands(command: AddCommand) -> None:
 
     p = command("inspect", run_inspect, "what is in an adapter: targets, ranks, norms, is B still zero")
     p.add_argument("adapter", type=Path, metavar="PATH", help="the adapter's folder, or .gguf file")
+    p.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="another, to be compared with the first")
     p.add_argument("--base", type=Path, metavar="DIR", help="a model's folder, or a .gguf file, to compare norms with")

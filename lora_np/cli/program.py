@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backend import backend_name
-from . import conformance, convert, demonstrate, early, files, learn, reproduce, spec, streams, verify
+from . import conformance, convert, demonstrate, derive, early, files, learn, reproduce, spec, streams, verify
 from .base import Run
 from .output import FAILURES, failure
 
@@ -27,6 +27,8 @@ examples:
   lora-np inspect adapter                              what is in it
   lora-np merge --adapter adapter --out merged         base and adapter as one model
   lora-np verify --base DIR --adapter adapter          does it fit, is it trained, what does it change
+  lora-np extract --base A --tuned B --rank 16 --out C the nearest LoRA to a fine-tuned model
+  lora-np combine --adapter A --adapter B --out C      the sum of two adapters as one
   lora-np convert --adapter adapter --out adapter.npz  as loralib's .safetensors, .npz, or a folder of PEFT's
   lora-np gradcheck                                    every derivative, against complex steps
   lora-np spec --out spec                              the specification, as one page of HTML
@@ -50,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="the result as JSON")
         return sub
 
-    for part in (demonstrate, learn, files, convert, verify, spec, conformance, reproduce):
+    for part in (demonstrate, learn, files, derive, convert, verify, spec, conformance, reproduce):
         part.add_commands(command)
     return parser
 

@@ -90,10 +90,10 @@ def test_a_tensors_name_cannot_print_a_verdict(home, capsys):
 def test_an_adapters_names_and_settings_are_shown_safely(home, capsys):
     """inspect and merge print what an adapter, or the base's folder, calls its parts."""
     edit_tensors(home / "adapter" / "adapter_model.safetensors", lambda t: t.update({FORGED: np.zeros(1, "float32")}))
-    edit_json(home / "adapter" / "adapter_config.json", target_modules=FORGED)
+    edit_json(home / "adapter" / "adapter_config.json", target_modules=[FORGED])
     status, out, _ = run(capsys, "inspect", home / "adapter")
     assert status == 0
-    assert out.count(r"x\x1b[2K\x1b[1A\nmerged: yes") == 4
+    assert out.count(r"x\x1b[2K\x1b[1A\nmerged: yes") == 5
     assert all(map(is_safe, out.split("\n")))
     status, out, _ = run(capsys, "inspect", home / "adapter", "--json")
     assert json.loads(out)["whole"] == [FORGED]

@@ -236,7 +236,8 @@ def test_nothing_is_said_twice(tmp_path, model, ending):
 @pytest.mark.parametrize("ending", [".pt", ".bin", ".pth", ".pkl"])
 def test_a_pickle_is_refused_and_how_to_save_it_anew(tmp_path, model, ending):
     (tmp_path / f"lora{ending}").write_bytes(b"\x80\x04.")
-    assert "safetensors.torch.save_file(lora.lora_state_dict(model)" in refusal(tmp_path / f"lora{ending}", model)
+    line = f'safetensors.torch.save_file(torch.load("lora{ending}", weights_only=True), "lora.safetensors")'
+    assert line in refusal(tmp_path / f"lora{ending}", model)
 
 
 # --- What we refuse to write, and whole or not at all ----------------------------------------------------------------

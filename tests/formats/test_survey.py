@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
-from hostile import EXOTIC, GPT2, edit_json, edit_tensors, raw_safetensors
-from strategies import random_model, trained_adapter
+from hostile import EXOTIC, GPT2, edit_json, edit_tensors, raw_safetensors, write_peft
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import random_model, seeds, trained_adapter
 
 import lora_np as ln
 from lora_np.formats.merged.survey import survey
@@ -66,7 +68,8 @@ def test_tensors_that_are_no_factors(folder, shapes):
         start, end = end, end + 4 * int(np.prod(shape))
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     raw_safetensors(folder / WEIGHTS, header, bytes(end))
-    with pytest.raises(ValueError, match=r"lora_A\.weight: expected A \(r, in\) and B \(out, r\), got"):
+    expected = r"a tensor with elements, got shape" if 0 in shapes[0] else r"A \(r, in\) and B \(out, r\), got"
+    with pytest.raises(ValueError, match=rf"lora_A\.weight: expected {expected}"):
         survey(folder)
 
 
@@ -95,3 +98,52 @@ def test_what_is_trained_whole_is_finite_floats_too(folder, value, message):
     edit_tensors(folder / WEIGHTS, lambda t: t.update({"base_model.model.classifier.weight": value}))
     with pytest.raises(ValueError, match=rf"{WEIGHTS}: base_model\.model\.classifier\.weight: {message}"):
         survey(folder)
+
+
+def factors(rng, r, out=7, n_in=6):
+    return rng.standard_normal((r, n_in)), rng.standard_normal((out, r))
+
+
+@given(r=st.integers(1, 5), seed=seeds)
+def test_shares_are_those_of_the_updates_own_singular_values(tmp_path_factory, r, seed):
+    A, B = factors(np.random.default_rng(seed), r)
+    folder = tmp_path_factory.mktemp("s") / "a"
+    write_peft(folder, {"x.q": (A, B)}, r=r, alpha=3)
+    (module,) = survey(folder).modules
+    squares = np.linalg.svd(B @ A, compute_uv=False)[:r] ** 2
+    np.testing.assert_allclose(module.shares, squares / squares.sum(), atol=1e-12)
+    for share in (0.9, 0.99):
+        n = module.carrying(share)
+        assert squares[: n - 1].sum() < share * squares.sum() <= squares[:n].sum() * (1 + 1e-12)
+
+
+def test_experts_are_taken_one_by_one(tmp_path):
+    """dW_e = s B[:, e::E] A[e r : (e + 1) r]: another matrix than B A, and of rank r."""
+    A, B = factors(np.random.default_rng(1), 6)
+    write_peft(tmp_path / "a", {"x.experts": (A, B)}, r=2, alpha=6, target_parameters=["experts.w"])
+    (module,) = survey(tmp_path / "a").modules
+    dW = [3 * B[:, e::3] @ A[2 * e : 2 * e + 2] for e in range(3)]
+    assert (module.rank, module.experts, module.n_out, module.n_in) == (2, 3, 7, 6)
+    assert module.norm_update == pytest.approx(np.linalg.norm(dW), rel=1e-12)
+    sigmas = np.array([np.linalg.svd(one, compute_uv=False)[:2] for one in dW])
+    squares = (sigmas**2).sum(axis=0)
+    np.testing.assert_allclose(module.shares, squares / squares.sum(), atol=1e-12)
+    p = sigmas / sigmas.sum(axis=1, keepdims=True)
+    assert module.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum(axis=1)).mean(), rel=1e-12)
+
+
+def test_layers_and_modules_that_change_nothing(tmp_path):
+    rng = np.random.default_rng(2)
+    alive, (A, B) = factors(rng, 2), factors(rng, 2)
+    pairs = {
+        "m.0.q": alive, "m.0.k": (A, B * 0), "m.1.q": (A * 0, B), "m.1.k": (A, B * 0), "m.2.q": alive,
+        "m.3.q": (np.array([[0.0], [1.0]]) * A, np.array([0.0, 1.0]) * B), "head": (A * 0, B),
+    }  # fmt: skip
+    write_peft(tmp_path / "a", pairs, r=2, alpha=1, alpha_pattern={"m.2.q": 0})
+    found = survey(tmp_path / "a")
+    assert sorted(found.dead_layers) == ["m.1", "m.2"]
+    assert sorted(found.dead_modules) == ["head", "m.0.k"]
+    by_name = {module.name: module for module in found.modules}
+    assert [by_name[name].zero_directions for name in ("m.0.q", "m.0.k", "m.3.q")] == [0, 2, 1]
+    assert [by_name[name].shares for name in ("m.0.k", "m.1.q", "m.2.q")] == [[], [], []]
+    assert [by_name[name].carrying(0.9) for name in ("m.0.k", "m.3.q")] == [0, 1]

@@ -119,6 +119,7 @@ RULES = {
     "table-bloom": ("bloom", {}, None, {"target_modules": ["word_embeddings"]}, []),
     "table-opt": ("opt", {}, None, {"target_modules": ["embed_tokens"]}, []),
     "table-neox": ("gpt_neox", {}, None, {"target_modules": ["embed_in", "embed_out"]}, []),
+    "head-neox": ("gpt_neox", {}, None, {"target_modules": ["lm_head"]}, ["lm_head.lora_B.weight"]),
     "table-bert": ("bert", {}, None, {"target_modules": ["word_embeddings"]}, []),
     "table-roberta": ("roberta", {}, None, {"target_modules": ["word_embeddings", "query"]}, []),
     "table-distilbert": ("distilbert", {}, None, {"target_modules": ["word_embeddings"]}, []),

@@ -9,6 +9,7 @@ import pytest
 from families import T, peft, torch
 from llama_cpp import PROMPT, Runner, write_model
 
+from lora_np.cli import main
 from lora_np.formats.adapters.contents import read_contents
 from lora_np.formats.merged.any_base import open_any_base
 from lora_np.formats.merged.gguf import merge_gguf
@@ -135,6 +136,19 @@ def test_llama_cpp_runs_the_merge(family, tmp_path):
         merge_gguf(folder / "base.gguf", [folder / name], [1.0], out)
         assert apart(Runner(out), adapted) < bound
         assert compare_gguf(folder / "base.gguf", [folder / "adapter"], out, 1).holds
+
+
+def test_convert_there_and_back(family, tmp_path):
+    """The same file as above; and back as a folder with which PEFT's model is the same."""
+    folder, adapted, _ = family
+    base, there, back = ["--base", str(folder / "base")], tmp_path / "there.gguf", tmp_path / "back"
+    assert main(["convert", *base, "--adapter", str(folder / "adapter"), "--out", str(there)]) == 0
+    assert there.read_bytes() == (folder / "adapter.gguf").read_bytes()
+    assert main(["convert", *base, "--adapter", str(there), "--out", str(back)]) == 0
+    model = T.AutoModelForCausalLM.from_pretrained(folder / "base")
+    again = peft.PeftModel.from_pretrained(model, back).eval()
+    expected = log_probabilities(adapted, PROMPT)
+    assert np.abs(log_probabilities(again, PROMPT) - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 def test_it_comes_back_as_it_was(family):

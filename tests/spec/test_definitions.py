@@ -152,7 +152,7 @@ def test_refusals(tmp_path):
         ("optim.clip", lambda: ln.optim.clip({}, -1.0)),
         ("lora._check_shapes", lambda: ln.lora_linear(*[ln.asnumpy([1.0])] * 2, None, *[ln.asnumpy([1.0])] * 2, 1)),
         ("model.Config", lambda: ln.Config(8, 8, n_layer=1, n_head=3, d_model=4, d_ff=4)),
-        ("adapter.combine", lambda: ln.combine([], [])),
+        ("adapter.check_weights", lambda: ln.combine([], [])),
     ],
 )  # fmt: skip
 def test_a_refusal_has_the_words_of_the_error(key, act):

@@ -10,7 +10,7 @@ from typing import Any
 from ...adapter import Adapter
 from ...model import Model
 from ..files.messages import named
-from ..files.safetensors_file import PICKLES
+from ..files.safetensors_file import PICKLES, saved_anew
 from ..models.base import Base
 from . import gguf, loralib, npz, peft
 
@@ -55,7 +55,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     suffix = "" if path.is_dir() else path.suffix.lower()
     if suffix in PICKLES:
         raise ValueError(
-            f"{path}: refused: a pickle file can run any code when it is read; where you trust it, save it anew: "
-            'safetensors.torch.save_file(lora.lora_state_dict(model), "adapter.safetensors")'
+            f"{path}: refused: a pickle file can run any code when it is read; save it anew: "
+            + saved_anew(path.name, f"{path.stem}.safetensors")
         )
     return {".safetensors": "loralib", ".gguf": "gguf", ".npz": "npz"}.get(suffix, "peft")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,21 +16,17 @@ import numpy as np
 
 from ...adapter import LoRAConfig
 from ...backend import Array
+from ...lora import Update
 from ..files.json_file import from_fields, read_json
 from ..files.messages import named, shown
-from ..files.safetensors_file import FLOATS, refuse_pickle
+from ..files.safetensors_file import UNGATHERED, refuse_pickle
 from ..models.shards import Stored, stored_tensors
-from .keys import read_key
-from .peft import CONFIG, WEIGHTS
+from .keys import adapter_names, read_key
+from .peft import CONFIG, CONVERT, WEIGHTS
 from .peft_config import BY_NAME, PATTERNS, READ, check_keys, expressions_in, resolved
 
 MLX_WEIGHTS = "adapters.safetensors"
-PARAMETERS = (
-    "gate_up_proj",
-    "gate_up_proj_bias",
-    "down_proj",
-    "down_proj_bias",
-)  # of a layer's experts, in their order
+PARAMETERS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # of a layer's experts, in order
 
 
 class Pair(NamedTuple):
@@ -48,8 +44,10 @@ class Pair(NamedTuple):
     is_look_up: bool = False
 
     @property
-    def rank(self) -> int:
-        return len(self.A)
+    def updates(self) -> list[Update]:
+        """The update of the module, or of each expert e: dW_e = s B[:, e::E] A[e r : (e + 1) r]."""
+        E = len(self.A) // self.r
+        return [Update(self.A[e * self.r : (e + 1) * self.r], self.B[:, e::E], self.s) for e in range(E)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +59,7 @@ class Contents:
     whole     what is trained whole, by the tensor's name
     rows      rows of a table that are trained, by its module: their numbers, and the values (n, D)
     improper  tensors whose keys PEFT would not find: the key there, and PEFT's
+    left_out  what PEFT would not load either, in a line each
     """
 
     path: Path
@@ -69,16 +68,18 @@ class Contents:
     whole: Mapping[str, Array]
     rows: Mapping[str, tuple[list[int], Array]]
     improper: Mapping[str, str]
+    left_out: Sequence[str] = ()
 
     @property
     def remarks(self) -> list[str]:
         """What is wrong with the file though it can be read, in a line each."""
         if not self.improper:
-            return []
+            return list(self.left_out)
         found, proper = next(iter(self.improper.items()))
         return [
             f"{len(self.improper)} tensors have names under which PEFT finds nothing, so that it would change nothing: "
-            f"got {shown(found)}, expected {shown(proper)}"
+            f"got {shown(found)}, expected {shown(proper)}; {CONVERT}",
+            *self.left_out,
         ]
 
 
@@ -94,23 +95,24 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     if "fine_tune_type" in raw:
         return _read_mlx(folder, raw)
     check_keys(raw, str(folder / CONFIG), on=BY_NAME)
-    refuse_pickle(folder, WEIGHTS)
-    tensors = stored_tensors(folder, WEIGHTS)
-    if not tensors:
-        raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of each module, got no tensor at all")
-    keys = {key: found for key in tensors if (found := read_key(key)) is not None}
+    refuse_pickle(folder, WEIGHTS, is_dict=True)
+    tensors = _not_empty(folder / WEIGHTS, "lora_A and lora_B")
+    adapters = adapter_names(tensors)
+    keys = {key: found for key in tensors if (found := read_key(key, adapters)) is not None}
+    unused = [key for key, found in keys.items() if found.part == "bias" and raw.get("lora_bias") is not True]
+    keys = {key: found for key, found in keys.items() if key not in unused}
     factors: dict[tuple[str, int], dict[str, Stored]] = {}
     whole: dict[str, Array] = {}
     tokens: dict[str, Array] = {}
     for key, (module, part, depth, _) in keys.items():
         if part == "tokens":
-            tokens[module] = _finite(tensors[key])
+            tokens[module] = tensors[key].read_finite()
         elif part:
             if part in factors.setdefault((module, depth), {}):
                 raise ValueError(f"{tensors[key]}: {module} has another {part} in this file")
             factors[module, depth][part] = tensors[key]
         else:
-            value = _finite(tensors[key])
+            value = tensors[key].read_finite()
             if not np.array_equal(whole.setdefault(module, value), value):  # PEFT writes copies of tables that grew
                 raise ValueError(f"{tensors[key]}: {module} is there twice, and not the same")
     adapted = {module for module, _ in factors}
@@ -122,7 +124,23 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     nested = bool(raw.get("target_parameters"))
     proper = {key: found.proper if nested else found.alone for key, found in keys.items()}
     improper = {key: name for key, name in proper.items() if key != name}
-    return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder), improper)
+    left_out = (
+        f"lora_bias is not true, so {len(unused)} tensors are left out, as PEFT leaves them: {shown(unused[0])}"
+        if unused
+        else ""
+    )
+    return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder), improper, [left_out] * bool(unused))
+
+
+def _not_empty(path: Path, factors: str) -> dict[str, Stored]:
+    """The tensors of a file, or of its shards; a ValueError if there are none, or one has no element."""
+    tensors = stored_tensors(path.parent, path.name)
+    if not tensors:
+        raise ValueError(f"{path}: expected {factors} of each module, got no tensor at all; {UNGATHERED}")
+    for stored in tensors.values():
+        if 0 in stored.shape:
+            raise ValueError(f"{stored}: expected a tensor with elements, got shape {stored.shape}; {UNGATHERED}")
+    return tensors
 
 
 def _is_no_part(name: str, adapted: Collection[str]) -> bool:
@@ -143,9 +161,8 @@ def _pairs(
             if name not in parts:
                 raise ValueError(f"{folder / WEIGHTS}: {shown(module)}: the tensor lora_{name} is missing")
         A, B = (parts[name] for name in names)
-        if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1] or min(A.shape + B.shape) < 1:
-            sharded = "; shards of a training were not gathered before it was saved" if 0 in A.shape + B.shape else ""
-            raise ValueError(f"{A}: expected A (r, in) and B (out, r), got A {A.shape} and B {B.shape}{sharded}")
+        if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1]:
+            raise ValueError(f"{A}: expected A (r, in) and B (out, r), got A {A.shape} and B {B.shape}")
         found.setdefault(module, []).append((A, B, parts.get("bias"), is_look_up))
     known_as = {
         module: _parameters(raw, module, len(several), str(folder / CONFIG)) for module, several in found.items()
@@ -157,7 +174,7 @@ def _pairs(
     scales = _scales(raw, ranks, str(folder / CONFIG))
     return {
         module: [
-            Pair(_finite(A), _finite(B), *scales[name], None if bias is None else _finite(bias), is_look_up)
+            Pair(A.read_finite(), B.read_finite(), *scales[name], bias and bias.read_finite(), is_look_up)
             for name, (A, B, bias, is_look_up) in zip(known_as[module], several, strict=True)
         ]
         for module, several in found.items()
@@ -213,20 +230,12 @@ def _token_rows(
             numbers = next((said[name] for name in said if module == name or module.endswith(f".{name}")), None)
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{where}: expected the tokens of {shown(module)}, got {numbers!r:.60}")
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"{where}: expected each token of {shown(module)} once, got {numbers!r:.60}")
         if values.ndim != 2 or len(values) != len(numbers):
             raise ValueError(f"{where}: expected {values.shape[:1]} tokens of {shown(module)}, got {len(numbers)}")
         rows[module] = numbers, values
     return rows
-
-
-def _finite(stored: Stored) -> Array:
-    """A tensor, as it is stored."""
-    if stored.dtype not in FLOATS:
-        raise ValueError(f"{stored}: expected one of {' '.join(FLOATS)}, got {stored.dtype}")
-    values = stored.read_raw()
-    if not np.isfinite(values).all():
-        raise ValueError(f"{stored}: holds NaN or infinite numbers")
-    return values
 
 
 def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
@@ -238,12 +247,12 @@ def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
     s = parameters.get("scale") if isinstance(parameters, dict) else None
     if not isinstance(s, (int, float)) or isinstance(s, bool):
         raise ValueError(f"{where}: lora_parameters: expected an object with scale, a number, got {parameters!r:.60}")
-    tensors = stored_tensors(folder, MLX_WEIGHTS)
+    tensors = _not_empty(folder / MLX_WEIGHTS, "lora_a and lora_b")
     pairs, whole = {}, {}
     for key, stored in tensors.items():
         module, _, part = key.rpartition(".")
         if part == "lora_a" and f"{module}.lora_b" in tensors:
-            A, B = _finite(stored).T, _finite(tensors[f"{module}.lora_b"]).T
+            A, B = stored.read_finite().T, tensors[f"{module}.lora_b"].read_finite().T
             if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
                 raise ValueError(f"{stored}: expected lora_a (in, r) and lora_b (r, out), got {A.shape[::-1]}")
             pairs[module] = [Pair(A, B, float(s), len(A))]
@@ -251,7 +260,7 @@ def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
             if f"{module}.lora_a" not in tensors or f"{module}.lora_b" not in tensors:
                 raise ValueError(f"{stored}: expected lora_a and lora_b of the module, got one of them")
         else:
-            whole[key] = _finite(stored)
+            whole[key] = stored.read_finite()
     if not pairs:
         raise ValueError(f"{folder / MLX_WEIGHTS}: expected lora_a and lora_b of each module, got none")
     return Contents(folder, raw, pairs, whole, {}, {})

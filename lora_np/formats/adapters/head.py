@@ -10,7 +10,7 @@ from ...model import Config
 from ..files.json_file import read_json
 from ..files.messages import named
 from ..files.npz_file import HEADER, open_arrays
-from ..files.safetensors_file import open_tensors
+from ..models.shards import stored_tensors
 from .adapter import kind_of
 from .header import KEY, read_about
 from .keys import PREFIX
@@ -66,14 +66,15 @@ def _read(path: Path) -> Brought:
             shapes = {name: member.shape for name, member in arrays.members.items()}
             return Brought(about.get("head"), shapes, doubles)
     raw = read_json(path / CONFIG) if kind == "peft" else {}
-    with open_tensors(path / WEIGHTS if kind == "peft" else path) as file:
-        about = read_about(file.metadata[KEY], f"{file.path}: metadata") if KEY in file.metadata else {}
-        shapes = {}
-        for key, shape in file.shapes.items():
-            module, _, weight = key.removeprefix(PREFIX).rpartition(".")
-            if module in MODULES:
-                shapes[f"{MODULES[module]}.{weight}"] = shape
-        doubles = "F64" in file.dtypes.values()
+    tensors = stored_tensors(path, WEIGHTS) if kind == "peft" else stored_tensors(path.parent, path.name)
+    metadata = next((stored.file.metadata for stored in tensors.values()), {})
+    about = read_about(metadata[KEY], f"{path}: metadata") if KEY in metadata else {}
+    shapes = {}
+    for key, stored in tensors.items():
+        module, _, weight = key.removeprefix(PREFIX).rpartition(".")
+        if module in MODULES:
+            shapes[f"{MODULES[module]}.{weight}"] = stored.shape
+    doubles = any(stored.dtype == "F64" for stored in tensors.values())
     task = raw.get("task_type")
     return Brought(about.get("head") or (TASKS.get(task) if isinstance(task, str) else None), shapes, doubles)
 

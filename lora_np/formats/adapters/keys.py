@@ -6,23 +6,34 @@ between these, or leave some out: PEFT then finds no tensor, and the adapter doe
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from ..files.messages import shown
 
 PREFIX = "base_model.model."  # PEFT's wrapper, and the tuner inside it
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# Each part by its name in a key, and what may stand behind that; * is an adapter's name.
+# Each part by its name in a key, and what may stand at its end; between the two may stand an adapter's name.
 PARTS = {
     "lora_A": ("A", ("weight",)), "lora_B": ("B", ("weight", "bias")),
     "lora_embedding_A": ("embedding_A", ("",)), "lora_embedding_B": ("embedding_B", ("",)),
     "trainable_tokens_delta": ("tokens", ("",)),
 }  # fmt: skip
-# What belongs to methods that are not LoRA's, by their own names.
+# What belongs to methods that are not LoRA's: how the names of their tensors begin.
 OTHERS = {
-    "lora_magnitude_vector": "DoRA", "lora_E": "AdaLoRA", "ranknum": "AdaLoRA", "vera_lambda_b": "VeRA",
-    "vera_lambda_d": "VeRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "ia3_l": "IA3",
+    "lora_magnitude_vector": "DoRA", "lora_E": "AdaLoRA", "ranknum": "AdaLoRA", "vera_lambda_": "VeRA",
+    "pvera_lambda_": "PVeRA", "hada_w": "LoHa", "hada_t": "LoHa", "lokr_": "LoKr", "ia3_l": "IA3", "oft_R": "OFT",
+    "oft_embedding_R": "OFT", "boft_": "BOFT", "adamss_": "AdaMSS", "beft_bias": "BEFT", "c3a_kernel": "C3A",
+    "deft_": "DEFT", "delora_": "DeLoRA", "fourierft_": "FourierFT", "frod_": "FRoD", "glora_": "GLoRA",
+    "gralora_": "GraLoRA", "hira_": "HiRA", "hra_u": "HRA", "lily_": "Lily", "ln_tuning_": "LN tuning",
+    "miss_block": "MiSS", "bone_": "Bone", "osf_": "OSF", "peanut_": "PEANuT", "poly_lora_": "Poly",
+    "poly_router": "Poly", "psoft_": "PSOFT", "randlora_": "RandLoRA", "road_theta": "RoAd", "road_alpha": "RoAd",
+    "shadow_": "Shadow", "shira_": "SHiRA", "supertuning_": "Supertuning", "tinylora_": "TinyLoRA",
+    "unilora_": "UniLoRA", "vblora_": "VB-LoRA", "waveft_": "WaveFT", "prompt_embeddings": "prompt tuning",
+    "adaption_": "LLaMA-Adapter",
 }  # fmt: skip
+MAX_KEY = 1000  # characters
+DEFAULT = "default"  # PEFT's own name of an adapter
 
 
 class Key(NamedTuple):
@@ -42,19 +53,45 @@ class Key(NamedTuple):
     @property
     def alone(self) -> str:
         """The key that PEFT gives it where no other pair lies around the module."""
-        return self.proper.replace(".base_layer.lora_", ".lora_")
+        return self.proper.replace(".base_layer" * self.depth + ".lora_", ".lora_")
 
 
-def read_key(key: str) -> Key | None:
-    """What a key says; None for a copy that PEFT keeps of what it replaced. A ValueError if it is another method's."""
+def adapter_names(keys: Iterable[str]) -> set[str]:
+    """The names of adapters in a file's keys: what stands behind lora_A, or behind modules_to_save.
+
+    Behind that may stand a submodule's name too: an adapter's is one with which a copy of the original is told apart.
+    """
+    found = {DEFAULT}
+    saved: set[tuple[str, str]] = set()
+    originals: set[str] = set()
+    for key in keys:
+        names = key.split(".") if len(key) <= MAX_KEY else []
+        for i, name in enumerate(names):
+            if name in PARTS and len(names) - i > 1 + ("" not in PARTS[name][1]):
+                found.add(names[i + 1])
+            if name == "modules_to_save" and len(names) > i + 2:
+                saved.add((names[i + 1], ".".join([*names[:i], *names[i + 2 :]])))
+            if name == "original_module":
+                originals.add(".".join([*names[:i], *names[i + 1 :]]))
+    return found | {name for name, rest in saved if rest in originals}
+
+
+def read_key(key: str, adapters: Collection[str] = (DEFAULT,)) -> Key | None:
+    """What a key says; None for a copy that PEFT keeps of what it replaced. A ValueError if it is another method's.
+
+    adapters: the names of adapters, as `adapter_names` finds them.
+    """
+    if len(key) > MAX_KEY:
+        raise ValueError(f"{shown(key)}: expected a tensor's name of at most {MAX_KEY} characters, got {len(key)}")
     names = [name for name in key.split(".") if name not in WRAPPERS]
     for name in names:
-        if name in OTHERS:
-            raise ValueError(f"{shown(key)}: a tensor of {OTHERS[name]}, which is not supported; LoRA is")
-    if names[:2] == ["base_model", "model"]:
+        method = next((OTHERS[start] for start in OTHERS if name.startswith(start)), None)
+        if method is not None:
+            raise ValueError(f"{shown(key)}: a tensor of {method}, which is not supported; LoRA is")
+    while names[:2] == ["base_model", "model"]:
         names = names[2:]
     at = next((i for i, name in enumerate(names) if name in PARTS), None)
-    return _whole(names) if at is None else _factor(key, names, at)
+    return _whole(names, adapters) if at is None else _factor(key, names, at)
 
 
 def _factor(key: str, names: list[str], at: int) -> Key:
@@ -75,12 +112,13 @@ def _factor(key: str, names: list[str], at: int) -> Key:
     return Key(".".join(module), "bias" if end == "bias" else part, depth, proper)
 
 
-def _whole(names: list[str]) -> Key | None:
+def _whole(names: list[str], adapters: Collection[str]) -> Key | None:
     """The key of a tensor that is trained whole, or of the base's own beside an update (base_layer)."""
     if "original_module" in names:
         return None
     proper = PREFIX + ".".join(names)
     if "modules_to_save" in names:
         at = names.index("modules_to_save")
-        names = names[:at] + names[at + 1 + (names[at + 1 : at + 2] == ["default"]) :]  # PEFT's name of an adapter
+        has_name = len(names) > at + 2 and names[at + 1] in adapters
+        names = names[:at] + names[at + 1 + has_name :]
     return Key(".".join(name for name in names if name not in ("base_layer", "token_adapter")), "", 0, proper)

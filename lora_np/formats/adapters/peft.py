@@ -31,6 +31,7 @@ from .peft_config import check_keys, check_same, read_config, write_config
 from .peft_tensors import read_params, slots
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONVERT = "lora-np convert writes a right file"  # where a mending is certain
 
 
 def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -> None:
@@ -66,12 +67,14 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
-    refuse_pickle(folder, WEIGHTS)
+    refuse_pickle(folder, WEIGHTS, is_dict=True)
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected an adapter's folder, with {CONFIG} and {WEIGHTS}, got a file")
     where = str(folder / CONFIG)
     raw = read_json(folder / CONFIG)
     check_keys(raw, where)
+    if not (folder / WEIGHTS).exists() and (folder / f"{WEIGHTS}.index.json").exists():
+        raise ValueError(f"{folder}: in shards: expected {WEIGHTS} where the model is run; {CONVERT}")
     with open_tensors(folder / WEIGHTS) as file:
         if KEY not in file.metadata:
             lora_config, matrices = read_config(raw, model.config, where)

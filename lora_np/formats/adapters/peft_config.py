@@ -30,8 +30,8 @@ OFF: Mapping[str, tuple[Any, ...]] = {
     "ensure_weight_tying": (False, None), "eva_config": (None,), "kasa_config": (None,), "layer_replication": (None,),
     "loftq_config": (None, {}), "lora_bias": (False,), "lora_ga_config": (None,), "megatron_config": (None,),
     "merge_weights": (False,), "monteclora_config": (None,), "target_parameters": (None, []),
-    "trainable_token_indices": (None,), "use_bdlora": (None, False), "use_dora": (False,), "use_qalora": (False,),
-    "velora_config": (None,),
+    "path_initial_model_for_weight_conversion": (None,), "trainable_token_indices": (None,),
+    "use_bdlora": (None, False), "use_dora": (False,), "use_qalora": (False,), "velora_config": (None,),
 }  # fmt: skip
 # What has no bearing on the update. (fan_in_fan_out says how the base is stored, which the base itself knows.)
 FREE = (
@@ -44,6 +44,7 @@ BY_NAME = ("ensure_weight_tying", "eva_config", "lora_bias", "target_parameters"
 METHODS = {
     "use_dora": "DoRA", "alora_invocation_tokens": "aLoRA", "use_bdlora": "BD-LoRA", "use_qalora": "QALoRA",
     "arrow_config": "Arrow", "corda_config": "CorDA", "loftq_config": "LoftQ", "kasa_config": "KaSA",
+    "path_initial_model_for_weight_conversion": "a start that changes the base",
     "lora_ga_config": "LoRA-GA", "velora_config": "VeLoRA", "monteclora_config": "MonteCLoRA",
 }  # fmt: skip
 # Starts that leave the base as it is, and by their first letters those that change the base's own weights.
@@ -69,11 +70,11 @@ class Selection(NamedTuple):
 
     def takes(self, name: str) -> bool:
         """Whether PEFT would adapt the module of this full name."""
-        if _ends_in(name, self.exclude_modules):
+        if ends_in(name, self.exclude_modules):
             return False
         if name in self.target_modules or not self.layers_to_transform:
-            return _ends_in(name, self.target_modules)
-        return _ends_in(name, self.target_modules) and self._layer(name) in self.layers_to_transform
+            return ends_in(name, self.target_modules)
+        return ends_in(name, self.target_modules) and self._layer(name) in self.layers_to_transform
 
     def _layer(self, name: str) -> int | None:
         """The layer of a module: the first number in its name that follows a name of layers_pattern, or any name."""
@@ -86,14 +87,14 @@ class Selection(NamedTuple):
         return None
 
 
-def _endings(name: str) -> list[str]:
+def endings(name: str) -> list[str]:
     """What a dotted name ends in: itself, and what stands behind each of its dots."""
     return [name[at:] for at in (0, *(i for i, c in enumerate(name, 1) if c == "."))]
 
 
-def _ends_in(name: str, endings: Collection[str]) -> bool:
+def ends_in(name: str, known: Collection[str]) -> bool:
     """Whether a name is one of these or ends in one behind a dot; many of them come as a set, or a dict."""
-    return any(ending in endings for ending in _endings(name))
+    return any(ending in known for ending in endings(name))
 
 
 # --- Writing -------------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def _patterns(values: Mapping[str, Any], default: Any, full: Mapping[str, str], 
     result: dict[str, Any] = {}
     for ending in dict.fromkeys(short[name] for name in values):
         group = {name: value for name, value in values.items() if short[name] == ending}
-        others = {value for name, value in values.items() if name not in group and _ends_in(full[name], [ending])}
+        others = {value for name, value in values.items() if name not in group and ends_in(full[name], [ending])}
         if len({*group.values(), *others}) == 1:
             value = next(iter(group.values()))
             result |= {ending: value} if value != default else {}
@@ -324,7 +325,7 @@ def _selection(
         taken = _all_linear(raw, config, adaptable) if every else fits[Expression("target_modules", targets)]
         return Selection(taken, exclude_modules=excluded)
     targets = dict.fromkeys(_names(raw, "target_modules", where))
-    known = {ending for module in adaptable.values() for ending in _endings(module)}
+    known = {ending for module in adaptable.values() for ending in endings(module)}
     for name in targets:
         if name not in known:
             raise ValueError(f"{where}: target_modules: {name!r:.60}: this model has no such module to adapt")
@@ -376,7 +377,7 @@ def resolved(
             raise ValueError(f"{where}: {key}: {shown(what)}: expected a number, got {number!r:.60}")
     given, ending_in = set(names.values()), {pattern: set[str]() for pattern in patterns}
     for name in given:
-        for ending in (f"^{name}", *_endings(name)):  # a leading ^ asks for the full name
+        for ending in (f"^{name}", *endings(name)):  # a leading ^ asks for the full name
             if ending in patterns:
                 ending_in[ending].add(name)
     values: dict[str, Any] = {}

@@ -39,6 +39,7 @@ DTYPES = {"F32": "float32", "F64": "float64"}
 WIDENED = {**DTYPES, "F16": "float32", "BF16": "float32"}  # what we compute in
 FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+UNGATHERED = "shards of a training were not gathered before it was saved"  # what leaves tensors of no element
 
 
 def import_safetensors() -> Any:
@@ -218,11 +219,12 @@ class TensorFile:
 
     def read_finite(self, name: str) -> Array:
         """The tensor; a ValueError if its dtype is none of FLOATS, or an element is NaN or infinite."""
+        where = f"{self.path}: {shown(name)}"
         if self.dtypes[name] not in FLOATS:
-            raise ValueError(f"{self.path}: {name}: expected one of {' '.join(FLOATS)}, got {self.dtypes[name]}")
+            raise ValueError(f"{where}: expected one of {' '.join(FLOATS)}, got {self.dtypes[name]}")
         values = self.read(name)
         if not np.isfinite(values).all():
-            raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
+            raise ValueError(f"{where}: holds NaN or infinite numbers")
         return values
 
 
@@ -242,11 +244,21 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         yield TensorFile(path, read_header(path, file), stamp(file), file)
 
 
-def refuse_pickle(folder: Path, wanted: str) -> None:
-    """A ValueError if `folder` is a pickle file, or has weights in one instead of the file `wanted`."""
+def saved_anew(pickle: str, wanted: str) -> str:
+    """The line that makes a safetensors file of a pickled dict of tensors, which run no code with weights_only."""
+    old, new = (json.dumps(shown(name), ensure_ascii=False) for name in (pickle, wanted))
+    return f"safetensors.torch.save_file(torch.load({old}, weights_only=True), {new})"
+
+
+def refuse_pickle(folder: Path, wanted: str, *, is_dict: bool = False) -> None:
+    """A ValueError if `folder` is a pickle file, or has weights in one instead of the file `wanted`.
+
+    is_dict: whether such files are known to hold a dict of tensors that share no memory, which one line saves anew.
+    """
     beside = sorted(folder.iterdir()) if folder.is_dir() and not (folder / wanted).exists() else []
     for path in (folder, *beside):
         if path.is_file() and path.suffix in PICKLES:
             raise ValueError(
                 f"{path}: refused: a pickle file can run any code when it is read; save the weights as {wanted}"
+                + (f": {saved_anew(path.name, wanted)}" if is_dict else "")
             )

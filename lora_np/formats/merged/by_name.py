@@ -19,7 +19,7 @@ from ..models.huggingface import Place
 from ..models.shards import Stored
 from .any_base import AnyBase
 from .experts import ALL, Index, find_experts
-from .matching import base_names
+from .matching import base_names, remarks_on
 from .tied import is_head, is_table
 
 
@@ -83,7 +83,8 @@ class _Merge:
 
     def add(self, adapter: Contents, weight: float) -> None:
         names, remarks = base_names(self.base, adapter)
-        self.remarks += [*remarks, *(f"{adapter.path}: {line}" for line in adapter.remarks)]
+        said = [*adapter.remarks, *remarks_on(self.base, adapter, names)]
+        self.remarks += [*remarks, *(f"{adapter.path}: {line}" for line in said)]
         has_whole = bool(adapter.rows) or any(
             not self._is_copy(self.copies.get(names[name], names[name]), value) for name, value in adapter.whole.items()
         )

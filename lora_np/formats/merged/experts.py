@@ -51,11 +51,9 @@ class Experts(NamedTuple):
 
     def updates(self, pair: Pair) -> Iterator[tuple[Piece, Update]]:
         """What a pair adds to each piece."""
-        E = len(self.pieces)
-        for e, pieces in enumerate(self.pieces):
-            A, B = pair.A[e * pair.r : (e + 1) * pair.r], pair.B[:, e::E]  # (r, in), (out, r)
+        for pieces, update in zip(self.pieces, pair.updates, strict=True):
             for piece in pieces:
-                yield piece, Update(A, B[piece.rows], pair.s)
+                yield piece, update._replace(B=update.B[piece.rows])
 
 
 def find_experts(tensors: Mapping[str, Stored], module: str, pair: Pair, where: str) -> tuple[Experts, bool]:

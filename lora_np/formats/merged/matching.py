@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from difflib import get_close_matches
-from itertools import islice
+from collections.abc import Collection, Mapping
 
 from ..adapters.contents import Contents
+from ..adapters.peft import CONVERT
+from ..adapters.targets import Known, mistargeted, nearest
 from ..files.messages import shown
 from .any_base import AnyBase
-from .renamed import in_files
+from .renamed import in_files, in_memory
 
-CANDIDATES = 5000  # names that are compared letter by letter, for a message
+TRUNKS = ("transformer", "model", "bert", "roberta", "distilbert", "electra", "albert", "deberta", "gpt_neox")
+APART = "shared"  # T5's and BART's table, which no stack looks up in by this name
 
 
 def base_names(base: AnyBase, adapter: Contents) -> tuple[dict[str, str], list[str]]:
@@ -30,7 +31,7 @@ def base_names(base: AnyBase, adapter: Contents) -> tuple[dict[str, str], list[s
             remarks.append(
                 f"{adapter.path}: {len(unknown)} modules begin with {shown(change[0] or 'nothing')}, where "
                 f"{base.folder} has {shown(change[1] or 'nothing')}: {shown(unknown[0])}, "
-                f"merged as {shown(names[unknown[0]])}"
+                f"merged as {shown(names[unknown[0]])}; {CONVERT}"
             )
     for name in adapter.whole:
         if name not in names:
@@ -38,7 +39,32 @@ def base_names(base: AnyBase, adapter: Contents) -> tuple[dict[str, str], list[s
             if other not in base.tensors:
                 raise _unknown(base, adapter, name, "tensor", base.tensors)
             names[name] = str(other)
+    for name in modules:
+        if name in adapter.pairs and name.rpartition(".")[2] == APART:
+            raise ValueError(
+                f"{adapter.path}: {shown(name)}: an update of this table is not supported: encoder and decoder look up "
+                "in modules of their own, embed_tokens, so PEFT's update does nothing until it is merged"
+            )
     return names, remarks
+
+
+def proper_names(base: AnyBase, adapter: Contents) -> dict[str, str]:
+    """The name in memory of each module and whole tensor of an adapter, by which PEFT finds it."""
+    names, remarks = base_names(base, adapter)
+    known = _known(base, adapter)
+    mended = {name: in_memory(found, base.model_type) for name, found in names.items() if name not in known}
+    return dict(zip(names, names, strict=True)) | (mended if remarks else {})
+
+
+def remarks_on(base: AnyBase, adapter: Contents, names: Mapping[str, str]) -> list[str]:
+    """Where an adapter's configuration and tensors disagree on this base; names: as `base_names` gives them."""
+    matrices = {
+        key.removesuffix(".weight")
+        for key, stored in base.tensors.items()
+        if key.endswith(".weight") and len(stored.shape) == 2
+    }
+    heads = {key.rpartition(".")[0] for key in base.tied.copies}
+    return mistargeted(adapter, Known({name: names[name] for name in adapter.pairs}, base.modules | heads, matrices))
 
 
 def base_keys(base: AnyBase, adapter: Contents) -> dict[str, str]:
@@ -73,8 +99,9 @@ def _is_trunk(change: tuple[str, str], base: AnyBase, adapter: Contents) -> bool
     of_base = str(classes[0]) if isinstance(classes, list) and classes else "Model"
     mapping = adapter.raw.get("auto_mapping")
     of_adapter = str(mapping.get("base_model_class", "")) if isinstance(mapping, dict) else ""
-    if change[1] == "":
-        return of_base.endswith("Model") and not of_base.endswith("LMHeadModel")
+    if change[1] == "":  # GPT-2's files have no trunk's name, whatever their class
+        is_left_out = change[0] in TRUNKS and change[0] not in base.modules
+        return is_left_out or (of_base.endswith("Model") and not of_base.endswith("LMHeadModel"))
     return change[0] == "" and (
         adapter.raw.get("task_type") == "FEATURE_EXTRACTION"
         or (of_adapter.endswith("Model") and "LMHead" not in of_adapter)
@@ -107,10 +134,3 @@ def change_of_prefix(names: Collection[str], known: Collection[str]) -> tuple[st
             found.add((".".join(away), ".".join(to)))
     fitting = [pair for pair in sorted(found) if all(moved(name, *pair) in known for name in names)]
     return fitting[0] if len(fitting) == 1 else None
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """What to say of a name that is not known: the names most like it."""
-    some = list(islice(known, CANDIDATES))
-    close = get_close_matches(name[-200:], some, n=3, cutoff=0.6)
-    return f"; nearest are {' '.join(map(shown, close))}" if close else ""

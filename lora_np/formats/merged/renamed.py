@@ -24,6 +24,7 @@ RENAMED = (
         ),
     ),
     ({"qwen2_vl", "qwen2_5_vl"}, (("model.language_model", "model"), ("model.visual", "visual"))),
+    ({"gpt_neox"}, (("lm_head", "embed_out"),)),
     ({"mixtral", "minimax"}, (("mlp", "block_sparse_moe"),)),
     ({"phimoe"}, (("mlp.router", "block_sparse_moe.gate"), ("mlp", "block_sparse_moe"))),
     (
@@ -49,13 +50,26 @@ RENAMED = (
     ),
 )
 
+DOT = "\0"  # in what a name is replaced by, which no other pair replaces again
 
-def in_files(name: str, model_type: str) -> Iterator[str]:
-    """The names that a module or tensor of this name in memory may have in files; none where they are the same."""
+
+def in_memory(name: str, model_type: str) -> str:
+    """The name in memory of a module or tensor of this name in files."""
+    found = in_files(name, model_type, back=True)
+    return next((one for one in found if name in in_files(one, model_type)), name)
+
+
+def in_files(name: str, model_type: str, *, back: bool = False) -> Iterator[str]:
+    """The names that a module or tensor of this name in memory may have in files; none where they are the same.
+
+    back: the other way round.
+    """
     for types, pairs in RENAMED:
         if model_type in types:
             found = f".{name}."
-            for memory, file in pairs:
-                found = found.replace(f".{memory}.", f".{file}.", 1)
+            for pair in pairs:
+                one, other = pair[::-1] if back else pair
+                found = found.replace(f".{one}.", f".{other.replace('.', DOT)}.", 1)
+            found = found.replace(DOT, ".")
             if found != f".{name}.":
                 yield found[1:-1]

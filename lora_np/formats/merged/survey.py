@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ from ...lora import singular_directions
 from ...model import Config
 from ..adapters.adapter import kind_of
 from ..adapters.base import load_base_for
-from ..adapters.contents import read_contents
+from ..adapters.contents import Pair, read_contents
 from ..adapters.gguf import ALPHA, TABLE, read_updates, tensor_name
 from ..adapters.peft import WEIGHTS
-from ..files.messages import named
+from ..adapters.targets import mistargeted
+from ..files.messages import named, shown
 from ..models.base import Base
 from ..models.gguf_file import open_gguf
 from ..models.names import module_names
@@ -33,6 +34,10 @@ class Module(NamedTuple):
 
     effective_rank: how many of B A's singular values count: e to the power of the entropy of their shares of their sum
     (Roy and Vetterli 2007); from 1 to the rank, and 0 where B A = 0.
+    shares: of each singular value, the largest first, its square's share of the squared norm of s B A; none where that
+    is 0. zero_directions: of the rank, those whose row of A or column of B is zero.
+    Of E experts, each of this shape and rank: norms of all together, shares of all by their order, the mean effective
+    rank, and the zero directions of all.
     """
 
     name: str
@@ -44,6 +49,18 @@ class Module(NamedTuple):
     norm_B: float
     norm_update: float
     effective_rank: float
+    shares: list[float]
+    zero_directions: int
+    experts: int
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it changes nothing: A, B or s is zero."""
+        return 0 in (self.norm_A, self.norm_B, self.scale)
+
+    def carrying(self, share: float) -> int:
+        """How many of the leading directions carry this share of the squared norm of s B A."""
+        return int(np.searchsorted(np.cumsum(self.shares), share * sum(self.shares), side="left")) + bool(self.shares)
 
 
 class Survey(NamedTuple):
@@ -57,6 +74,29 @@ class Survey(NamedTuple):
     whole: list[str]
     remarks: list[str]
 
+    @property
+    def dead_layers(self) -> list[str]:
+        """The layers of which no adapted module changes anything: names up to their first number."""
+        layers: dict[str, list[bool]] = {}
+        for module in self.modules:
+            layers.setdefault(layer_of(module.name), []).append(module.is_dead)
+        return [layer for layer, dead in layers.items() if layer and all(dead)]
+
+    @property
+    def dead_modules(self) -> list[str]:
+        """The modules that change nothing, in layers where another does."""
+        layers = set(self.dead_layers)
+        return [m.name for m in self.modules if m.is_dead and layer_of(m.name) not in layers]
+
+
+class Read(NamedTuple):
+    """An adapter as its file has it: its configuration, pairs, each with its module's name, and the rest's names."""
+
+    config: Mapping[str, Any]
+    pairs: list[tuple[str, Pair]]
+    whole: list[str]
+    remarks: list[str]
+
 
 @named
 def survey(path: str | os.PathLike[str]) -> Survey:
@@ -64,45 +104,63 @@ def survey(path: str | os.PathLike[str]) -> Survey:
 
     A FileNotFoundError or ValueError, in one line, says what is missing or damaged.
     """
-    folder = Path(path)
-    if kind_of(folder) == "gguf":
-        return _survey_gguf(folder)
-    found = read_contents(folder)
+    found = read_any(Path(path))
     modules = []
-    for name, pairs in found.pairs.items():
-        for pair in pairs:
-            module = _module(name, pair.A.astype(np.float64), pair.B.astype(np.float64), pair.s)
-            if not math.isfinite(module.norm_update):
-                raise ValueError(
-                    f"{folder / WEIGHTS}: {name}: the norm of s B A is too large, with s = {module.scale:g}"
-                )
-            modules.append(module)
-    return Survey(dict(found.raw), modules, [*found.whole, *found.rows], found.remarks)
+    for name, pair in found.pairs:
+        module = _module(name, pair)
+        if not math.isfinite(module.norm_update):
+            where = Path(path) / WEIGHTS if Path(path).is_dir() else path
+            raise ValueError(f"{where}: {shown(name)}: the norm of s B A is too large, with s = {module.scale:g}")
+        modules.append(module)
+    return Survey(dict(found.config), modules, found.whole, found.remarks)
 
 
-def _survey_gguf(path: Path) -> Survey:
+def read_any(path: Path) -> Read:
+    """An adapter's folder, or a .gguf file of one, without its base. Errors as in `survey`."""
+    if kind_of(path) == "gguf":
+        return _read_gguf(path)
+    found = read_contents(path)
+    pairs = [(name, pair) for name, several in found.pairs.items() for pair in several]
+    return Read(found.raw, pairs, [*found.whole, *found.rows], [*found.remarks, *mistargeted(found)])
+
+
+def _read_gguf(path: Path) -> Read:
     with open_gguf(path) as file:
         updates, alpha = read_updates(file), file.metadata.get(ALPHA)
-    modules = []
+    pairs = []
     for name, (A, B, s, *_) in updates.items():
         if name == TABLE:  # the look-up, which counts as (D, V)
             A, B = B.T, A.T
-        modules.append(_module(name, A.astype(np.float64), B.astype(np.float64), s))
+        pairs.append((name, Pair(A, B, s, len(A), is_look_up=name == TABLE)))
     targets = sorted({name.split(".")[-2] for name in updates if "." in name})
-    return Survey({"target_modules": targets, "lora_alpha": alpha}, modules, [], [])
+    return Read({"target_modules": targets, "lora_alpha": alpha}, pairs, [], [])
 
 
-def _module(name: str, A: Array, B: Array, s: float) -> Module:
+def layer_of(module: str) -> str:
+    """The layer that a module stands in: its name up to the first number; "" where it has none."""
+    parts = module.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
+    return ".".join(parts[: at + 1])
+
+
+def _module(name: str, pair: Pair) -> Module:
     # Of A and B of size 1, as squares of numbers that a file may hold overflow.
-    (a, A), (b, B) = _scaled(A), _scaled(B)
-    sigma = asnumpy(singular_directions(xp.asarray(A), xp.asarray(B))[1])
-    size = abs(s) * a * b * float(np.linalg.norm(sigma))
-    norms = a * float(np.linalg.norm(A)), b * float(np.linalg.norm(B)), size
-    return Module(name, len(B), A.shape[1], len(A), s, *norms, _effective_rank(sigma))
+    (a, A), (b, B) = scaled(pair.A), scaled(pair.B)
+    updates = pair._replace(A=A, B=B).updates
+    sigmas = np.array([asnumpy(singular_directions(xp.asarray(u.A), xp.asarray(u.B))[1]) for u in updates])
+    size = abs(pair.s) * a * b * float(np.linalg.norm(sigmas))
+    squares = (sigmas * sigmas).sum(axis=0)  # (E,k) -> (k,)
+    shares = (squares / squares.sum()).tolist() if squares.any() and pair.s else []
+    zero = sum(int(((u.A == 0).all(axis=1) | (u.B == 0).all(axis=0)).sum()) for u in updates)
+    return Module(
+        name, len(B), A.shape[1], pair.r, pair.s, a * float(np.linalg.norm(A)), b * float(np.linalg.norm(B)), size,
+        float(np.mean([_effective_rank(sigma) for sigma in sigmas])), shares, zero, len(updates),
+    )  # fmt: skip
 
 
-def _scaled(matrix: Array) -> tuple[float, Array]:
-    """A matrix as its largest element times another."""
+def scaled(matrix: Array) -> tuple[float, Array]:
+    """A matrix as its largest element times another, float64."""
+    matrix = matrix.astype(np.float64)
     largest = float(np.abs(matrix).max(initial=0.0)) or 1.0
     return largest, matrix / largest
 
@@ -113,21 +171,27 @@ def _effective_rank(sigma: Array) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
-def base_norms(base: str | os.PathLike[str], adapter: str | os.PathLike[str], modules: Sequence[Module]) -> list[float]:
+def base_norms(
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str], modules: Sequence[Module]
+) -> Sequence[float | None]:
     """The Frobenius norm of each module's W0, read one by one from the base's folder, or all at once from a .gguf file.
 
-    A ValueError names a module that the base lacks, or that has another shape there.
+    None of experts, whose tensors may be several. A ValueError names a module that the base lacks, or that has another
+    shape there.
     """
     if "gguf" in (kind_of(adapter), Path(base).suffix.lower()[1:]):
         return _norms_by_our_names(base, adapter, modules)
     opened = open_any_base(Path(base))
     keys = base_keys(opened, read_contents(adapter))
-    norms = []
+    norms: list[float | None] = []
     for module in modules:
+        if module.experts > 1:
+            norms.append(None)
+            continue
         stored = opened.tensors.get(keys[module.name])
         if stored is None or stored.shape not in ((module.n_out, module.n_in), (module.n_in, module.n_out)):
             raise _another(base, adapter, module, None if stored is None else stored.shape)
-        size, W = _scaled(stored.read("float64"))
+        size, W = scaled(stored.read("float64"))
         norms.append(size * float(np.linalg.norm(W)))
     return norms
 
@@ -155,7 +219,7 @@ def _norms_by_our_names(
         if shapes.get(ours) != (module.n_out, module.n_in):
             raise _another(base, adapter, module, shapes.get(ours))
         weights = [_weight_of(config, part) for part in fused_parts(config, ours)]
-        parts = [_scaled(_wide(opened.weights[name])) for name in weights]
+        parts = [scaled(_wide(opened.weights[name])) for name in weights]
         norms.append(math.hypot(*(size * float(np.linalg.norm(W)) for size, W in parts)))
     return norms
 

@@ -44,6 +44,11 @@ class Stored(NamedTuple):
         with self.file.again() as file:
             return file.read(self.name)
 
+    def read_finite(self) -> Array:
+        """The same; a ValueError if its dtype is none of FLOATS, or an element is NaN or infinite."""
+        with self.file.again() as file:
+            return file.read_finite(self.name)
+
     def parts(self) -> Iterator[bytes]:
         """Its bytes, a part at a time."""
         with self.file.again() as file:

@@ -1,0 +1,189 @@
+"""What PEFT's configuration targets, beside the tensors of its file, and the modules of a base.
+
+PEFT adapts the modules that the configuration names, then looks for their tensors: what the file has besides is left
+out, and what it lacks keeps its start, in both cases with a warning at most.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from itertools import islice
+from typing import Any, NamedTuple
+
+from ..files.expressions import Expression
+from ..files.messages import shown
+from .contents import Contents
+from .peft import CONFIG
+from .peft_config import ALL_LINEAR, AUTO_SAVED, MODULES, Fits, Selection, endings, ends_in, expressions_in
+
+CANDIDATES = 5000  # names that are compared letter by letter, for a message
+SHOWN = 5  # lines of one kind
+LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
+
+
+class Known(NamedTuple):
+    """What a base has.
+
+    names     its name of each module of the adapter
+    modules   all its modules
+    matrices  those whose weight is a matrix
+    """
+
+    names: Mapping[str, str]
+    modules: Collection[str]
+    matrices: Collection[str]
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """What to say of a name that is not known: the names most like it."""
+    some = list(islice(known, CANDIDATES))
+    close = get_close_matches(name[-200:], some, n=3, cutoff=0.6)
+    return f"; nearest are {' '.join(map(shown, close))}" if close else ""
+
+
+def mistargeted(adapter: Contents, known: Known | None = None) -> list[str]:
+    """Where configuration and tensors disagree, in a line each; known: the base, if there is one.
+
+    A ValueError if the configuration's names are of another type than PEFT's.
+    """
+    raw, where = adapter.raw, str(adapter.path / CONFIG)
+    if "peft_type" not in raw:  # mlx-lm's, which has no targets
+        return []
+    lists = {key: _names(raw, key, where) for key in LISTS}
+    adapted = list(adapter.pairs)
+    aliases = {name: {name, known.names.get(name, name) if known else name} for name in adapted}
+    others = sorted(_candidates(adapter, known)) if known else []
+    every = sorted({*others, *(alias for both in aliases.values() for alias in both)})
+    fits = expressions_in(raw, MODULES, every, where)
+    selection, saved = _selection(raw, lists, fits), [f".{one}." for one in lists["modules_to_save"]]
+
+    def takes(name: str) -> bool:
+        return not _is_saved(name, saved) and (selection is None or selection.takes(name))
+
+    lines = []
+    owners = _owners(lists["target_parameters"])
+    unused = [
+        name
+        for name, both in aliases.items()
+        if not any(map(takes, both)) and not (owners is None or ends_in(name, owners)) and not _is_tied(name, raw)
+    ]
+    if unused:
+        lines.append(
+            f"target_modules: {len(unused)} modules of the file are not targeted, and PEFT would leave them out: "
+            f"{shown(unused[0])}"
+        )
+    missing = [name for name in others if takes(name)] if selection is not None else []
+    if missing:
+        lines.append(
+            f"target_modules: {len(missing)} modules are targeted of which the file has no tensor, so that PEFT would "
+            f"leave them at their start: {shown(missing[0])}"
+        )
+    return lines + _fitting_nothing(adapter, lists, known)
+
+
+def _names(raw: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """A list of names; none where an expression stands in its place."""
+    value = raw.get(key)
+    if value is None or (isinstance(value, str) and key in MODULES):
+        return []
+    value = [value] if isinstance(value, str) and key == "layers_pattern" else value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{where}: {key}: expected a list of names, got {value!r:.60}")
+    return value
+
+
+def _selection(raw: Mapping[str, Any], lists: Mapping[str, list[str]], fits: Fits) -> Selection | None:
+    """What is targeted; None where that is all that is linear, which names do not tell."""
+    targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
+    out = fits[Expression(MODULES[1], excluded)] if isinstance(excluded, str) else lists["exclude_modules"]
+    if isinstance(targets, str):
+        every = targets.lower() == ALL_LINEAR
+        return None if every else Selection(fits[Expression(MODULES[0], targets)], exclude_modules=set(out))
+    layers = raw.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    return Selection(set(lists["target_modules"]), layers and set(layers), lists["layers_pattern"], set(out))
+
+
+def _is_saved(name: str, saved: Collection[str]) -> bool:
+    """Whether a module is one of these, between dots, or stands in one: PEFT never adapts what is trained whole."""
+    dotted = f".{name}."
+    return any(one in dotted for one in saved)
+
+
+def _owners(parameters: Collection[str]) -> set[str] | None:
+    """What the modules end in whose parameters are targeted; None where one is named alone: any may have it."""
+    owners = {parameter.rpartition(".")[0] for parameter in parameters}
+    return None if "" in owners else owners
+
+
+def _is_tied(name: str, raw: Mapping[str, Any]) -> bool:
+    """Whether it may be the other end of a tied table, which PEFT adapts along."""
+    return _ties(raw) and not re.search(r"(^|\.)\d+(\.|$)", name)
+
+
+def _candidates(adapter: Contents, known: Known) -> set[str]:
+    """Modules of the base that the adapter could have adapted: matrices in stacks of layers of which it adapts some.
+
+    Another tower's, layers that transformers leaves out of the model, and what has another name in memory than in the
+    files (heads, tables) are not among them.
+    """
+    adapted = set(known.names.values())
+    stacks = {_stack(name) for name in adapted}
+    by_expert = any(".experts." in name for name in adapted)
+    layers = max((_layer(name) for name in adapted), default=0)
+    return {
+        name
+        for name in known.matrices
+        if name not in adapted
+        and _stack(name) in stacks - {""}
+        and _layer(name) <= layers
+        and (by_expert or ".experts." not in name)
+    }
+
+
+def _stack(name: str) -> str:
+    """What stands before the first number in a name."""
+    return re.split(r"\.\d+\.", name, maxsplit=1)[0] if re.search(r"\.\d+\.", name) else ""
+
+
+def _layer(name: str) -> int:
+    found = re.search(r"\.(\d{1,9})\.", name)
+    return int(found[1]) if found else 0
+
+
+def _fitting_nothing(adapter: Contents, lists: Mapping[str, list[str]], known: Known | None) -> list[str]:
+    """The names in the configuration's lists that nothing has, in the file and in the base."""
+    raw, here = adapter.raw, {*adapter.pairs, *adapter.rows}
+    base = {*known.modules, *known.names.values()} if known else set()
+    added = AUTO_SAVED.get(str(raw.get("task_type")), ())
+    excluded = set(lists["exclude_modules"])
+    targets = {name: name for name in lists["target_modules"] if not ends_in(name, excluded)}
+    lines = _unfit("target_modules", targets, here | base)
+    if known:
+        lines += _unfit("exclude_modules", {name: name for name in excluded}, base)
+    owners = {name: name.rpartition(".")[0] for name in lists["target_parameters"]}
+    lines += _unfit("target_parameters", {name: owner for name, owner in owners.items() if owner}, here)
+    if not _ties(raw):  # which saves the table in the head's place
+        whole = {name[:i] for name in adapter.whole for i, c in enumerate(name) if c == "."}
+        text = "\n".join([*whole, ""])
+        absent = [name for name in lists["modules_to_save"] if name not in added and f"{name}\n" not in text]
+        lines += [  # PEFT asks for no dot before a name
+            f"modules_to_save: {name!r:.60}: the file has no tensor of it{nearest(name, whole)}"
+            for name in absent[:SHOWN]
+        ]
+    return lines
+
+
+def _unfit(key: str, names: Mapping[str, str], modules: Collection[str]) -> list[str]:
+    """What is to be said of the names that no module ends in; names: how each does."""
+    wanted = set(names.values())
+    found = {ending for module in modules for ending in endings(module) if ending in wanted}
+    unfit = [name for name, ending in names.items() if ending not in found]
+    ends = {module.rpartition(".")[2] for module in modules} if unfit else set()
+    return [f"{key}: {name!r:.60}: no module fits{nearest(name, {*ends, *modules})}" for name in unfit[:SHOWN]]
+
+
+def _ties(raw: Mapping[str, Any]) -> bool:
+    return raw.get("ensure_weight_tying") is True

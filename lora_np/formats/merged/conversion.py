@@ -1,0 +1,93 @@
+"""An adapter by its modules' names in another format: PEFT's folder, and llama.cpp's file, on any base's folder.
+
+What PEFT would not find, and mlx-lm's, becomes a folder that it loads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import kind_of
+from ..adapters.contents import Contents, Pair, read_contents
+from ..adapters.peft import WEIGHTS
+from ..adapters.peft_config import READ
+from ..adapters.peft_writer import config_of, write_peft
+from ..files.messages import shown
+from .any_base import open_any_base
+from .by_name import changes_of
+from .gguf_by_name import read_gguf, write_gguf
+from .matching import base_names, proper_names
+
+
+def convert_by_name(base_path: Path, adapter_path: Path, out: Path) -> list[str]:
+    """Writes the adapter anew, by the base's names in memory, or llama.cpp's, and says what was wrong with it.
+
+    In a folder its tensors keep their dtypes and bits. A ValueError names what does not fit the base; what is wrong
+    with the configuration beyond names, this does not mend.
+    """
+    base = open_any_base(base_path)
+    adapter = read_gguf(base, adapter_path) if kind_of(adapter_path) == "gguf" else read_contents(adapter_path)
+    remarks = changes_of(base, [adapter], [1.0]).remarks
+    if kind_of(out) == "gguf":
+        write_gguf(base, adapter, out)
+        return remarks
+    names = proper_names(base, adapter)
+    pairs = {names[name]: several for name, several in adapter.pairs.items()}
+    whole = {_beside_update(names[name], names, adapter): value for name, value in adapter.whole.items()}
+    rows = {names[name]: found for name, found in adapter.rows.items()}
+    write_peft(out, _config(adapter, names, pairs), pairs, whole, rows)
+    return remarks
+
+
+def fits_as_it_is(base_path: Path, adapter_path: Path) -> bool:
+    """Whether an adapter is one file of PEFT's, in which it finds every tensor under its own name."""
+    adapter = read_contents(adapter_path)
+    if "peft_type" not in adapter.raw or not (adapter_path / WEIGHTS).exists():
+        return False
+    return not adapter.remarks and not base_names(open_any_base(base_path), adapter)[1]
+
+
+def _beside_update(key: str, names: Mapping[str, str], adapter: Contents) -> str:
+    """The name that PEFT gives a whole tensor: what it adapts besides stands in a wrapper."""
+    module, _, part = key.rpartition(".")
+    if module in {names[name] for name in adapter.pairs}:
+        return f"{module}.base_layer.{part}"
+    if module in {names[name] for name in adapter.rows}:
+        return f"{module}.token_adapter.base_layer.{part}"
+    return key
+
+
+def _config(adapter: Contents, names: Mapping[str, str], pairs: Mapping[str, list[Pair]]) -> dict[str, Any]:
+    """adapter_config.json by full names; experts' parameters, which PEFT knows by their ends, as it was."""
+    raw = adapter.raw
+    if raw.get("target_parameters"):
+        return dict(raw)
+    firsts = {name: several[0] for name, several in pairs.items()}
+    alphas = {name: _alpha(pair, raw) for name, pair in firsts.items()}
+    said = config_of(firsts)
+    alpha = alphas[next(iter(alphas))] if alphas else said["lora_alpha"]
+    said |= {"lora_alpha": alpha, "alpha_pattern": {f"^{n}": a for n, a in alphas.items() if a != alpha}}
+    if "peft_type" not in raw:
+        for name in adapter.whole:
+            raise ValueError(
+                f"{adapter.path}: {shown(name)}: trained whole: of mlx-lm's, PEFT's format is given A and B"
+            )
+        return said
+    by_name = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
+    return {
+        **raw, **{key: said[key] for key in by_name}, "exclude_modules": None, "layers_to_transform": None,
+        "layers_pattern": None,
+    }  # fmt: skip
+
+
+def _alpha(pair: Pair, raw: Mapping[str, Any]) -> float:
+    """The alpha of a pair's scale: one that the configuration has, where there is one; mlx-lm has the scale itself."""
+    root = math.sqrt(pair.r) if raw.get("use_rslora") is True else pair.r
+    patterns = raw.get("alpha_pattern") or {}
+    for alpha in (raw.get("lora_alpha", READ["lora_alpha"]), *patterns.values()):
+        if "peft_type" in raw and alpha / root == pair.s:
+            return float(alpha)
+    return pair.s * root
