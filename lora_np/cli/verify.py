@@ -18,9 +18,10 @@ from ..formats.adapters.peft import records_base
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import shown
 from ..formats.merged.by_model import scales_of
-from ..formats.merged.comparison import Comparison, compare, explained, is_trained, worst
+from ..formats.merged.comparison import Comparison, compare, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf_comparison import compare_gguf
+from ..formats.merged.mistakes import explained, mistake
 from ..formats.merged.plan import plan_merge
 from ..formats.merged.survey import Module, Survey, survey
 from ..formats.merged.target import Plan, Scale
@@ -199,7 +200,7 @@ def _trained_line(changes: bool, modules: Sequence[Module]) -> str:
 
 
 def _as_json(found: Comparison) -> dict[str, Any]:
-    tensors = [{**one._asdict(), "fits": one.fits} for one in found.changed]
+    tensors = [{**one._asdict(), "fits": one.fits, "looks_like": mistake(one)} for one in found.changed]
     return {"holds": found.holds, **found._asdict(), "changed": tensors}
 
 

@@ -185,7 +185,8 @@ def test_nan_another_adapter_and_another_model(home, capsys):
 
 
 def test_a_number_that_is_none_is_a_fault(home):
-    from lora_np.formats.merged.comparison import compare, explained
+    from lora_np.formats.merged.comparison import compare
+    from lora_np.formats.merged.mistakes import explained
     from lora_np.formats.merged.plan import plan_merge
 
     edit_tensors(home / "merged" / WEIGHTS, nan)

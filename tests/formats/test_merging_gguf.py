@@ -19,9 +19,9 @@ pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy: pip install lora-np[
 from gguf_files import KINDS, SMALL, WIDE, in_file, write  # noqa: E402
 
 from lora_np.formats.merged.by_model import scales_of  # noqa: E402
-from lora_np.formats.merged.comparison import explained  # noqa: E402
 from lora_np.formats.merged.gguf import merge_gguf  # noqa: E402
 from lora_np.formats.merged.gguf_comparison import compare_gguf  # noqa: E402
+from lora_np.formats.merged.mistakes import explained  # noqa: E402
 from lora_np.formats.models.gguf_file import open_gguf  # noqa: E402
 
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")

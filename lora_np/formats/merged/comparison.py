@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,19 +10,19 @@ import numpy as np
 
 from ...adapter import Adapter
 from ...backend import Array, asnumpy
-from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
+from ...lora import Update
+from ..files.rounding import NAMES, epsilon, rounded, ulps_apart
 from ..models.base import Base
 from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
 from ..models.huggingface import MODEL_TYPES, is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
+from .evidence import NEAR, Evidence, rounded_to
 from .matching import moved
-from .target import Plan, Rows, Scale, Target
+from .target import Plan, Rows, Target
 from .tied import is_head, is_table
 
-ALIGNED = 0.9  # cos^2 of M - W0 and the update, from which on the one is called a multiple of the other
 NEWER = {"gamma": "weight", "beta": "bias"}  # names of a norm's parts
 NO_MODEL = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "tie_word_embeddings")
-NEAR = 0.05  # how far that multiple may be off, relatively
 
 
 class Difference(NamedTuple):
@@ -35,6 +34,13 @@ class Difference(NamedTuple):
     wrong      of these, those that no order of summing in the file's own dtype explains either
     not_finite elements that are NaN or infinite, there or in the sum
     scale      the multiple of the update that was added, by least squares; None: there is no update
+    deviation  the standard deviation of that multiple, by what M and the sum differ
+    aligned    whether what was added lies along the update: the square of a cosine
+    off_scale  whether it is another multiple beyond doubt, though each element may be near enough
+    turned     whether it is the update's transpose that was added
+    off_base   |M - E| / |W0|: how far the base would be off, if the update is right
+    rounded_to the grid that the base was rounded to before, by the errors; None: by none that is known
+    s, rank    of the update, where there is one; else None
     """
 
     tensor: str
@@ -45,6 +51,14 @@ class Difference(NamedTuple):
     wrong: int
     not_finite: int
     scale: float | None
+    deviation: float
+    aligned: float
+    off_scale: bool
+    turned: bool
+    off_base: float
+    rounded_to: str | None
+    s: float | None
+    rank: int | None
 
     @property
     def fits(self) -> bool:
@@ -52,7 +66,8 @@ class Difference(NamedTuple):
 
         Such a merge is known by the others: most of what differs lies within what is allowed.
         """
-        return self.not_finite == self.wrong == 0 and 2 * self.beyond <= self.differing
+        few = self.not_finite == self.wrong == 0 and 2 * self.beyond <= self.differing
+        return few and not self.off_scale and self.rounded_to is None
 
 
 class Comparison(NamedTuple):
@@ -63,7 +78,9 @@ class Comparison(NamedTuple):
     misshapen those of another shape, or of a dtype that no weight has
     missing, extra   tensors that should be there, or not be there
     scale     the multiple of the updates that was added, over all tensors; None: they are zero
+    deviation the standard deviation of that multiple, by what the tensors and the sums differ
     aligned   whether what was added lies along the updates: the square of a cosine
+    rounded_to       the grid that the base was rounded to before, by the errors of all tensors; None: by none
     same_config      whether config.json says the same model
     """
 
@@ -73,7 +90,9 @@ class Comparison(NamedTuple):
     missing: list[str]
     extra: list[str]
     scale: float | None
+    deviation: float
     aligned: float
+    rounded_to: str | None
     same_config: bool
 
     @property
@@ -85,6 +104,7 @@ class Comparison(NamedTuple):
     def holds(self) -> bool:
         """Whether the folder is the merge."""
         right = self.scale is None or abs(self.scale - 1) <= NEAR  # in few bits, an update may hide in one ulp
+        right = right and self.rounded_to is None
         return self.loads and right and not self.altered and all(one.fits for one in self.changed)
 
 
@@ -107,7 +127,7 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
     header = read_any_header(folder)
     found = stored_tensors(folder)
     names = _names(plan, found)
-    sums = Sums()
+    evidence = Evidence()
     changed: list[Difference] = []
     altered: list[str] = []
     misshapen: list[str] = []
@@ -119,9 +139,9 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
         elif found[key].shape != target.shape or (target.place is not None and found[key].dtype not in NAMES):
             misshapen.append(key)
         elif target.changes:
-            difference, its_sums = _difference(target, found[key], ulps)
-            changed.append(difference)
-            sums += its_sums
+            one, its_evidence = _difference(target, found[key], ulps)
+            changed.append(one)
+            evidence += its_evidence
         elif not _same(target, found[key]):
             altered.append(key)
     more = sorted(found.keys() - set(names.values()))
@@ -129,66 +149,22 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
         key for key in more if not is_no_weight(key, header["model_type"]) and not _is_tied(key, plan, names, found)
     ]
     same = _same_config(header, plan, str(folder / CONFIG))
-    return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, same)
+    return comparison(changed, altered, misshapen, missing, extra, evidence, same)
 
 
-def explained(comparison: Comparison, scales: Collection[Scale]) -> str | None:
-    """What was merged instead, where a folder looks like something known; None: it does not.
-
-    scales: those of the adapted modules.
-    """
-    scale = comparison.scale
-    if comparison.holds or scale is None:
-        return None
-    if comparison.aligned < ALIGNED:
-        return "something else than this adapter"
-    known = [(-1.0, "the adapter subtracted"), (2.0, "the adapter merged twice"), (0.0, "the base: nothing was merged")]
-    if len(scales) == 1:
-        s, r, rslora = next(iter(scales))
-        alpha = s * (math.sqrt(r) if rslora else r)
-        known += [
-            (1 / s, "B A with no scale: alpha / r is missing"),
-            (alpha / s, "B A times alpha: the division by r is missing"),
-            (alpha / math.sqrt(r) / s, "the scale alpha / sqrt(r) in the place of alpha / r"),
-            (alpha / r / s, "the scale alpha / r in the place of alpha / sqrt(r)"),
-            (s, "the scale applied twice"),
-        ]
-    fitting = [
-        text for value, text in known if abs(value - 1) > NEAR and abs(scale - value) <= NEAR * max(abs(value), 1.0)
-    ]
-    if fitting:
-        return ", or ".join(fitting)
-    return None if abs(scale - 1) <= NEAR else f"the adapter with {scale:.4g} times its scale"
-
-
-class Sums(NamedTuple):
-    """Sums over elements, of what was added, M - W0, what was to be, E - W0, both rounded, and the update dW."""
-
-    added_update: float = 0.0  # <M - W0, dW>
-    due_update: float = 0.0  # <E - W0, dW>
-    added: float = 0.0  # |M - W0|^2
-    due: float = 0.0  # |E - W0|^2
-    update: float = 0.0  # |dW|^2
-
-    def __add__(self, other: tuple[float, ...]) -> Sums:  # type: ignore[override]
-        return Sums(*(one + two for one, two in zip(self, other, strict=True)))
-
-    @property
-    def scale(self) -> float | None:
-        """The factor c for which M is nearest to what rounding makes of W0 + c dW; 1 where M is E. None without dW."""
-        return 1 + (self.added_update - self.due_update) / self.update if self.update and self.finite else None
-
-    @property
-    def aligned(self) -> float:
-        """cos^2 of the angle between M - W0 and dW, as a part of what rounding leaves of it in E."""
-        if not (self.added and self.due_update and self.finite):
-            return float(self.added == 0)  # nothing was added: zero times the update
-        ratio = self.added_update / self.due_update
-        return ratio * ratio / self.added * self.due
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(sum(self))
+def comparison(
+    changed: list[Difference],
+    altered: list[str],
+    misshapen: list[str],
+    missing: list[str],
+    extra: list[str],
+    evidence: Evidence,
+    same_config: bool,
+) -> Comparison:
+    """What was found, with what the evidence of all tensors together says."""
+    sums, rounding = evidence.sums, rounded_to(evidence.roundings)
+    whole = sums.scale, sums.deviation, sums.aligned, rounding
+    return Comparison(changed, altered, misshapen, missing, extra, *whole, same_config)
 
 
 def _names(plan: Plan, found: Collection[str]) -> dict[str, str]:
@@ -243,28 +219,33 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _same(target: Target, stored: Stored) -> bool:
-    """Whether a tensor that nothing changes is the base's: to the byte, or in another dtype rounded once."""
+    """Whether a tensor that nothing changes is the base's."""
     source = target.source
     assert source is not None
     if stored.dtype == source.dtype:
         return all(one == other for one, other in zip(source.parts(), stored.parts(), strict=True))
-    if source.dtype not in NAMES or stored.dtype not in NAMES:
-        return False
-    dtype = numpy_dtype(stored.dtype)
-    return bool(np.array_equal(rounded(source.read_raw().astype(np.float64), dtype), stored.read_raw()))
+    return {source.dtype, stored.dtype} <= NAMES.keys() and same_rounded(source.read_raw(), stored.read_raw())
 
 
-def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, Sums]:
+def same_rounded(source: Array, found: Array) -> bool:
+    """Whether a tensor is another's, rounded once to its own dtype."""
+    return bool(np.array_equal(rounded(source.astype(np.float64), found.dtype), found))
+
+
+def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, Evidence]:
     """A merged tensor beside the sum, in the dtype of the folder's own file."""
     tensor = stored.read_raw()
     start = tensor if target.source is None else target.source.read_raw()
-    return difference(stored.name, tensor.size, target.rows(tensor, start), ulps)
+    updates = [update for change in target.changes.values() for update in change.updates]
+    return difference(stored.name, tensor.size, target.rows(tensor, start), updates, ulps)
 
 
-def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple[Difference, Sums]:
+def difference(
+    name: str, size: int, blocks: Iterable[Rows], updates: Collection[Update], ulps: int
+) -> tuple[Difference, Evidence]:
     """A merged tensor of so many elements beside the sum, block by block, in its own dtype."""
     differing = beyond = wrong = not_finite = furthest = 0
-    sums = Sums()
+    evidence = Evidence()
     for rows in blocks:
         total, merged = rows.sum(), np.ascontiguousarray(rows.place)
         due = rounded(total, merged.dtype)
@@ -277,8 +258,14 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
         if far.any():
             wrong += int(np.count_nonzero(far & ~(abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows))))
         if rows.updates:
-            sums += _sums(merged.astype(np.float64) - rows.W0, due.astype(np.float64) - rows.W0, total - rows.W0)
-    return Difference(name, size, differing, furthest, beyond, wrong, not_finite, sums.scale), sums
+            evidence.add(rows, merged, due, total)
+    sums = evidence.sums
+    scales = {(update.s, len(update.A)) for update in updates}
+    s, rank = next(iter(scales)) if len(scales) == 1 else (None, None)
+    return Difference(
+        name, size, differing, furthest, beyond, wrong, not_finite, sums.scale, sums.deviation, sums.aligned,
+        sums.off_scale, evidence.is_turned, sums.off_base, rounded_to(evidence.roundings), s, rank,
+    ), evidence  # fmt: skip
 
 
 def _allowed(rows: Rows) -> Array:
@@ -288,19 +275,7 @@ def _allowed(rows: Rows) -> Array:
     than (r + 3) u (|W0| + |s| |B| |A|), to first order.
     """
     r = sum(len(update.A) for update in rows.updates)
-    return (r + 3) * _epsilon(rows.place.dtype) / 2 * rows.size()
-
-
-def _sums(added: Array, due: Array, update: Array) -> Sums:
-    return Sums(*(float(np.vdot(*pair)) for pair in (
-        (added, update), (due, update), (added, added), (due, due), (update, update)
-    )))  # fmt: skip
-
-
-def _epsilon(dtype: np.dtype[np.generic]) -> float:
-    """The distance from 1 to the next number."""
-    one = np.ones(1, dtype)
-    return float((one.view(f"u{dtype.itemsize}") + 1).astype(f"u{dtype.itemsize}").view(dtype)[0]) - 1.0
+    return (r + 3) * epsilon(rows.place.dtype) / 2 * rows.size()
 
 
 def worst(differences: Sequence[Difference]) -> Difference | None:

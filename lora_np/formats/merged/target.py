@@ -26,15 +26,23 @@ from ..models.shards import WEIGHTS, Stored
 
 
 class Rows(NamedTuple):
-    """Some rows of one weight: their place in a tensor, W0 there (float64, a copy), and its updates."""
+    """Some rows of one weight: their place in a tensor, W0 there (float64, a copy), and its updates.
+
+    turned: these rows of the updates' transposes, (in, out), where they are square; empty: they are not
+    """
 
     place: Array
     W0: Array
     updates: list[Update]
+    turned: Sequence[Update] = ()
 
     def sum(self) -> Array:
         """W0 + sum_i w_i s_i B_i A_i, float64; a bias or a norm has no updates."""
         return asnumpy(merge_matrix(xp.asarray(self.W0), *self.updates)) if self.updates else self.W0
+
+    def turned_sum(self) -> Array:
+        """The same with the updates' transposes, which is a mistake."""
+        return Rows(self.place, self.W0, list(self.turned)).sum()
 
     def size(self) -> Array:
         """|W0| + sum_i |w_i s_i| |B_i| |A_i|: what the rounding of that sum is measured by."""
@@ -45,8 +53,10 @@ class Rows(NamedTuple):
 def summed(merged: Array, start: Array, updates: Sequence[Update]) -> Iterator[Rows]:
     """A merged weight (out, ...) block by block, and what it is to be; `start` is the base's, or `merged` itself."""
     factors = [u._replace(A=_wide(u.A), B=_wide(u.B)) for u in updates]
+    turned = [u._replace(A=u.B.T, B=u.A.T) for u in factors] if merged.shape[1:] == merged.shape[:1] else []
     for rows in blocks(len(merged), math.prod(merged.shape[1:])):
-        yield Rows(merged[rows], start[rows].astype(np.float64), [u._replace(B=u.B[rows]) for u in factors])
+        its, its_turned = ([u._replace(B=u.B[rows]) for u in some] for some in (factors, turned))
+        yield Rows(merged[rows], start[rows].astype(np.float64), its, its_turned)
 
 
 def _wide(values: Array) -> Array:
