@@ -18,7 +18,7 @@ from ..formats.adapters.peft import records_base
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import shown
 from ..formats.merged.by_model import scales_of
-from ..formats.merged.comparison import Comparison, compare, is_trained, worst
+from ..formats.merged.comparison import Comparison, badness, compare, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf_comparison import compare_gguf
 from ..formats.merged.mistakes import explained, mistake
@@ -30,9 +30,10 @@ from ..formats.models.shards import stored_tensors
 from ..loss import forward
 from ..model import Config, Model
 from .base import AddCommand, tokenizer_of, utf8, whole
-from .output import emit
+from .output import emit, table
 
 SHOWN = 5  # names in one line
+ROWS = 10  # in a table
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -200,7 +201,10 @@ def _trained_line(changes: bool, modules: Sequence[Module]) -> str:
 
 
 def _as_json(found: Comparison) -> dict[str, Any]:
-    tensors = [{**one._asdict(), "fits": one.fits, "looks_like": mistake(one)} for one in found.changed]
+    is_rounded = found.rounded_to is not None
+    tensors = [
+        {**one._asdict(), "fits": one.fits, "looks_like": mistake(one, rounded=is_rounded)} for one in found.changed
+    ]
     return {"holds": found.holds, **found._asdict(), "changed": tensors}
 
 
@@ -238,8 +242,27 @@ def _merged_lines(found: Comparison, looks_like: str | None, ulps: int) -> list[
         lines.append("  config.json describes another model")
     if looks_like is not None:
         lines.append(f"  it looks like {looks_like}")
+    lines += [] if found.holds else _table(found)
     verdict = "yes, as rounded more often than once" if found.holds else "no"
     return [f"merged: {verdict}", *lines]
+
+
+def _table(found: Comparison) -> list[str]:
+    """The tensors that are off, the worst first."""
+    off = sorted((one for one in found.changed if not one.fits), key=badness, reverse=True)
+    if not off:
+        return []
+    rows = [
+        (
+            one.tensor, f"{one.differing:,} of {one.elements:,}", f"{one.max_ulps:,}",
+            "" if one.scale is None else f"{one.scale:.4g}",
+            mistake(one, rounded=found.rounded_to is not None) or "",
+        )
+        for one in off[:ROWS]
+    ]  # fmt: skip
+    more = [f"  and {len(off) - ROWS} more; --json has all"] if len(off) > ROWS else []
+    head = ("tensor", "differ", "ulps", "times the update", "looks like")
+    return [f"  {line}" for line in table([head, *rows])] + more
 
 
 def _effects(base: Model, adapter: Adapter, merged: Model | None, tokens: Array) -> tuple[dict[str, Effect], list[str]]:

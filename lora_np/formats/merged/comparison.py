@@ -37,6 +37,7 @@ class Difference(NamedTuple):
     deviation  the standard deviation of that multiple, by what M and the sum differ
     aligned    whether what was added lies along the update: the square of a cosine
     off_scale  whether it is another multiple beyond doubt, though each element may be near enough
+    unchanged  whether it is the base's
     turned     whether it is the update's transpose that was added
     off_base   |M - E| / |W0|: how far the base would be off, if the update is right
     rounded_to the grid that the base was rounded to before, by the errors; None: by none that is known
@@ -54,6 +55,7 @@ class Difference(NamedTuple):
     deviation: float
     aligned: float
     off_scale: bool
+    unchanged: bool
     turned: bool
     off_base: float
     rounded_to: str | None
@@ -264,7 +266,7 @@ def difference(
     s, rank = next(iter(scales)) if len(scales) == 1 else (None, None)
     return Difference(
         name, size, differing, furthest, beyond, wrong, not_finite, sums.scale, sums.deviation, sums.aligned,
-        sums.off_scale, evidence.is_turned, sums.off_base, rounded_to(evidence.roundings), s, rank,
+        sums.off_scale, sums.added == 0, evidence.is_turned, sums.off_base, rounded_to(evidence.roundings), s, rank,
     ), evidence  # fmt: skip
 
 
@@ -278,6 +280,11 @@ def _allowed(rows: Rows) -> Array:
     return (r + 3) * epsilon(rows.place.dtype) / 2 * rows.size()
 
 
+def badness(one: Difference) -> tuple[int, int, int]:
+    """By which tensors are sorted."""
+    return one.wrong, one.max_ulps, one.differing
+
+
 def worst(differences: Sequence[Difference]) -> Difference | None:
     """The tensor that is furthest off."""
-    return max(differences, key=lambda one: (one.wrong, one.max_ulps, one.differing), default=None)
+    return max(differences, key=badness, default=None)

@@ -19,7 +19,7 @@ from .target import Rows
 
 ALIGNED = 0.9  # cos^2 of M - W0 and the update, from which on the one is called a multiple of the other
 NEAR = 0.05  # how far that multiple may be off, relatively
-SURE = 8.0  # standard deviations: see `Sums.deviation` and `Rounding`
+SURE = 8.0  # standard deviations: see `Sums.off_scale` and `Rounding`
 SAMPLE = 2**18  # elements of a tensor that are held against the grids
 
 
@@ -32,6 +32,8 @@ class Sums(NamedTuple):
     due: float = 0.0  # |E - W0|^2
     update: float = 0.0  # |dW|^2
     noise: float = 0.0  # |(M - E) dW|^2, element by element
+    third: float = 0.0  # <M - E, dW^3>
+    fourth: float = 0.0  # |dW^2|^2
     error: float = 0.0  # |M - E|^2
     base: float = 0.0  # |W0|^2
 
@@ -45,12 +47,12 @@ class Sums(NamedTuple):
 
     @property
     def deviation(self) -> float:
-        """The standard deviation of `scale`, for errors M - E of independent signs.
-
-        The sum of their products with dW, over the root of the sum of those products' squares, is then larger than t
-        with a probability of 2 exp(-t^2 / 2) at most (Hoeffding): 3e-14 for 8.
-        """
-        return math.sqrt(self.noise) / self.update if self.update else 0.0
+        """The standard deviation of `scale` c, by M - E - (c - 1) dW, and what rounding hides of the update, halved."""
+        if self.scale is None:
+            return 0.0
+        off = self.scale - 1
+        left = self.noise - 2 * off * self.third + off * off * self.fourth
+        return math.hypot(math.sqrt(max(left, 0.0)), (self.update - self.due_update) / 2) / self.update
 
     @property
     def aligned(self) -> float:
@@ -62,9 +64,14 @@ class Sums(NamedTuple):
 
     @property
     def off_scale(self) -> bool:
-        """Whether another multiple of the update was added, beyond doubt, though it may hide in one ulp."""
+        """Whether another multiple of the update was added, beyond doubt, though it may hide in one ulp.
+
+        In a right merge the errors M - E are roundings, of independent signs. The sum of their products with dW, over
+        the root of the sum of those products' squares, is then larger than t with a probability of 2 exp(-t^2 / 2) at
+        most (Hoeffding): 3e-14 for `SURE`.
+        """
         scale = self.scale
-        return scale is not None and abs(scale - 1) > max(NEAR, SURE * self.deviation)
+        return scale is not None and abs(scale - 1) > max(NEAR, SURE * math.sqrt(self.noise) / self.update)
 
     @property
     def off_base(self) -> float:
@@ -81,7 +88,8 @@ def sums(merged: Array, due: Array, W0: Array, update: Array) -> Sums:
     added, error = merged - W0, merged - due
     pairs = (
         (added, update), (due - W0, update), (added, added), (due - W0, due - W0), (update, update),
-        (error * update, error * update), (error, error), (W0, W0),
+        (error * update, error * update), (error * update, update * update), (update * update, update * update),
+        (error, error), (W0, W0),
     )  # fmt: skip
     return Sums(*(float(np.vdot(*pair)) for pair in pairs))
 
@@ -93,7 +101,7 @@ class Rounding:
     M - E is fitted by a W0 + b dW + c d, least squares; a and b take what is in common with another base, or another
     scale. In the merge onto Q(W0) c is 1, whatever M's own roundings add: they are independent of d. In a right merge
     it is 0, with the standard deviation |(M - E) d| / |d'|^2, d' what is left of d beside W0 and dW, as in
-    `Sums.deviation`. So c between a half and one and a half, and `SURE` of these away from 0, is no right merge.
+    `Sums.off_scale`. So c between a half and one and a half, and `SURE` of these away from 0, is no right merge.
     """
 
     gram: Array = field(default_factory=lambda: np.zeros((4, 4)))  # of M - E, W0, dW, d

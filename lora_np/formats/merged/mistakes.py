@@ -16,10 +16,12 @@ from .target import Scale
 from .tied import is_head
 
 SHOWN = 10  # modules in one line
-UNSURE = 0.25  # standard deviation of a scale, from which on it says nothing
-# |Q(W0) - W0| / |W0| of normal weights: 0.004 to 0.012 for the grids of 8 bits, 0.07 to 0.12 for those of 4.
+UNSURE = 0.12  # standard deviation of a scale, from which on it says nothing
+MANY = 0.1  # part of a tensor's elements
+# |Q(W0) - W0| / |W0| of normal weights: 0.005 to 0.008 for the grids of 8 bits, 0.08 to 0.11 for those of 4.
 FEW_BITS = {8: (0.002, 0.03), 4: (0.05, 0.2)}
 NOT_MERGED, TURNED, ELSE = "not merged", "the transpose of the update merged", "something else than this adapter"
+OFF_BASE = "the update on another base"
 GGUF_HEAD = "output.weight"
 
 
@@ -34,27 +36,33 @@ def explained(found: Comparison, scales: Collection[Scale]) -> str | None:
     return "; ".join(text for text in said if text is not None) or None
 
 
-def mistake(one: Difference) -> str | None:
-    """What a tensor looks like that is not the merge; None: nothing known."""
+def mistake(one: Difference, *, rounded: bool = False) -> str | None:
+    """What a tensor looks like that is not the merge; None: nothing known.
+
+    rounded: whether the base is known to be a rounded one, by all tensors
+    """
     if one.fits or one.scale is None or one.not_finite:
         return None
     if one.turned:
         return TURNED
-    unsure = _unsure(one.scale, one.deviation)
-    if abs(one.scale) <= unsure and (one.aligned >= ALIGNED or one.rounded_to is not None):
+    if one.unchanged:
         return NOT_MERGED
-    if abs(one.scale - 1) <= unsure and one.deviation <= UNSURE:
-        return None
-    if one.aligned < ALIGNED and not (one.rounded_to is not None and one.deviation <= UNSURE):
+    rounded |= one.rounded_to is not None
+    if one.deviation > UNSURE:  # of a small update, below the errors
+        return None if rounded else ELSE
+    unsure = _unsure(one.scale, one.deviation)
+    if abs(one.scale - 1) <= unsure:
+        return OFF_BASE if one.beyond > MANY * one.elements and one.off_base > FEW_BITS[8][0] and not rounded else None
+    if one.aligned < ALIGNED and not rounded:
         return ELSE
-    known = {-1.0: "subtracted", 2.0: "merged twice"}
-    near = [text for value, text in known.items() if abs(one.scale - value) <= NEAR * abs(value)]
+    known = {0.0: NOT_MERGED, -1.0: "subtracted", 2.0: "merged twice"}
+    near = [text for value, text in known.items() if abs(one.scale - value) <= unsure]
     return near[0] if near else f"{one.scale:.4g} times the update"
 
 
 def _unsure(scale: float, deviation: float) -> float:
     """How far a multiple may be from another and be called that."""
-    return max(NEAR * max(1.0, abs(scale)), 2 * min(deviation, UNSURE))
+    return max(NEAR * max(1.0, abs(scale)), 4 * deviation)
 
 
 def _tied_still(found: Comparison) -> str | None:
@@ -70,25 +78,27 @@ def _base(found: Comparison) -> str | None:
     grids = {one.rounded_to for one in found.changed} - {None}
     if found.rounded_to is not None or grids:
         return f"a base that was rounded to {found.rounded_to or min(map(str, grids))} before"
-    off = [one for one in found.changed if not one.fits and mistake(one) is None and one.scale is not None]
-    if not off or found.scale is None or len(off) < sum(not one.fits for one in found.changed):
+    off = [one.off_base for one in found.changed if mistake(one) == OFF_BASE]
+    if not off or 2 * len(off) < len(found.changed):
         return None
-    sizes = [one.off_base for one in off]
-    if min(sizes) < FEW_BITS[8][0] or any(one.aligned >= ALIGNED and one.off_base < FEW_BITS[8][0] for one in off):
-        return None
-    text = f"the adapter on another base, whose weights are off by {np.median(sizes):.2g} of their size"
-    bits = [n for n, (least, most) in FEW_BITS.items() if least <= min(sizes) and max(sizes) <= most]
-    alike = max(sizes) <= 1.5 * min(sizes) and len(sizes) == len(found.changed)
+    text = f"the adapter on another base, whose weights are off by {np.median(off):.2g} of their size"
+    bits = [n for n, (least, most) in FEW_BITS.items() if least <= min(off) and max(off) <= most]
+    alike = max(off) <= 1.5 * min(off) and len(off) == len(found.changed)
     return text + (f", in all tensors alike, as rounding to about {bits[0]} bits leaves them" if bits and alike else "")
 
 
 def _updates(found: Comparison, scales: Collection[Scale]) -> str | None:
     """Other updates than the adapter's, or in some tensors alone."""
     seen = [one for one in found.changed if one.scale is not None]
-    named = [(one, text) for one in seen if (text := mistake(one)) is not None]
+    is_rounded = found.rounded_to is not None
+    named = [(one, text) for one in seen if (text := mistake(one, rounded=is_rounded)) is not None]
     texts = {text for _, text in named}
-    if not named or (len(named) == len(seen) and (_alike(found, seen) or texts in ({TURNED}, {ELSE}))):
-        return TURNED if texts == {TURNED} else ELSE if texts == {ELSE} else _of_all(found, scales)
+    if texts and texts <= {ELSE, OFF_BASE} and len(named) == len(seen):
+        return None if _base(found) is not None else ELSE
+    if texts == {TURNED} and len(named) == len(seen):
+        return TURNED
+    if not named or (len(named) == len(seen) and _alike(found, seen)):
+        return _of_all(found, scales)
     pattern = _without_patterns(seen, any(rslora for *_, rslora in scales))
     if pattern is not None:
         return pattern
@@ -109,8 +119,10 @@ def _alike(found: Comparison, seen: Sequence[Difference]) -> bool:
 def _of_all(found: Comparison, scales: Collection[Scale]) -> str | None:
     """The multiple that was added throughout, by how it comes about."""
     c = found.scale
-    if c is None or abs(c - 1) <= _unsure(1.0, found.deviation):
+    if c is None or found.deviation > UNSURE or abs(c - 1) <= _unsure(1.0, found.deviation):
         return None
+    if all(one.unchanged for one in found.changed):
+        c = 0.0
     if found.aligned < ALIGNED and found.rounded_to is None:
         return ELSE
     known = [(-1.0, "the adapter subtracted"), (2.0, "the adapter merged twice"), (0.0, "the base: nothing was merged")]
@@ -131,17 +143,19 @@ def _of_all(found: Comparison, scales: Collection[Scale]) -> str | None:
 def _without_patterns(seen: Sequence[Difference], rslora: bool) -> str | None:
     """Whether one rank, one alpha, or one scale of all was taken, where modules have their own.
 
-    The scales that were used, c s, tell it: they are then alike themselves, times the ranks, or over the alphas.
+    The scales that were used, c s, tell it: they are then alike themselves, or times the ranks, or over the alphas s r.
     """
+    if len({one.s for one in seen}) < 2:
+        return None
     ours = [(one.scale * one.s, one.s, one.rank**0.5 if rslora else one.rank) for one in seen
             if one.scale is not None and one.s and one.rank]  # fmt: skip
     if len(ours) != len(seen) or len(ours) < 2 or any(used <= 0 for used, *_ in ours):
         return None
     if _one([used for used, *_ in ours]):
         return f"one scale, {ours[0][0]:.4g}, for all modules, as without rank_pattern and alpha_pattern"
-    if _one([used * r for used, _, r in ours]):
+    if not _one([s * r for _, s, r in ours]) and _one([used * r for used, _, r in ours]):
         return "one alpha for all modules, as without alpha_pattern"
-    if _one([used / (s * r) for used, s, r in ours]):
+    if not _one([r for *_, r in ours]) and _one([used / (s * r) for used, s, r in ours]):
         return "one rank for all modules in the scale alpha / r, as without rank_pattern"
     return None
 
