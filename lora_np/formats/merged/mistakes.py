@@ -175,7 +175,8 @@ def _where(names: Sequence[str], of: Sequence[str]) -> str:
         several = sorted(int(str(layer)) for layer in layers)
         return f"layer{'s' if len(several) > 1 else ''} {' '.join(map(str, several))}"
     if len(names) > 1 and len(names) == sum(_kind(name) in kinds for name in of):
-        return ", ".join(shown(f"{_short(kind)} in all {sum(_kind(n) == kind for n in of)} layers") for kind in kinds)
+        layers_of = [(kind, sum(_kind(name) == kind for name in of)) for kind in sorted(kinds)]
+        return ", ".join(shown(f"{_short(kind)} in all {n} layers") for kind, n in layers_of)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return " ".join(shown(name) for name in names[:SHOWN]) + more
 
