@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +17,17 @@ from ..formats.adapters.base import load_base_for
 from ..formats.adapters.peft import records_base
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import shown
-from ..formats.merged.by_model import scales_of
-from ..formats.merged.comparison import Comparison, badness, compare, is_trained, worst
+from ..formats.merged.comparison import Comparison, compare, is_trained, worst
 from ..formats.merged.effect import Effect, effect
+from ..formats.merged.gguf import due_updates
 from ..formats.merged.gguf_comparison import compare_gguf
-from ..formats.merged.mistakes import explained, mistake
+from ..formats.merged.mistakes import explained, looks_like
 from ..formats.merged.plan import plan_merge
-from ..formats.merged.survey import Module, Survey, survey
-from ..formats.merged.target import Plan, Scale
+from ..formats.merged.survey import Module, survey
+from ..formats.merged.target import Plan
 from ..formats.models.folder import CONFIG, can_run, load_model
+from ..formats.models.gguf import ARCHITECTURE
+from ..formats.models.gguf_file import open_gguf
 from ..formats.models.shards import stored_tensors
 from ..loss import forward
 from ..model import Config, Model
@@ -33,116 +35,94 @@ from .base import AddCommand, tokenizer_of, utf8, whole
 from .output import emit, table
 
 SHOWN = 5  # names in one line
-ROWS = 10  # in a table
+ROWS = 10  # tensors in a table
+HASH = "names, shapes and the recorded hash of the base"
+NO_HASH = "names and shapes; the file records no hash of its base, as PEFT's do not"
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    _check_arguments(args)
-    adapter = survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
-    _check_base(args.base)
+    if args.ulps < 0:
+        raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
+    in_gguf = _is_gguf(args.base)
+    if args.merged is not None and in_gguf != _is_gguf(args.merged):
+        raise ValueError("--merged: expected a folder where the base is one, and a .gguf file where it is one")
+    survey_of = survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
+    runs = _read_base(args.base)
     try:
-        plan = None if _is_gguf(args.base) or kind_of(args.adapter) == "gguf" else _plan(args)
-        run = _Run(args, must=plan is None or plan.config is not None) if _runs(args.base) else None
+        plan, run = _fitted(args, runs)
     except ValueError as error:
         emit(args, {"holds": False, "fits": False, "reason": str(error)}, [f"fits: no. {error}"])
         return 1
-    changes = plan.changes_anything if plan is not None and plan.config is None else run is not None and run.is_trained
-    remarks = list(plan.remarks if plan is not None and plan.config is None else adapter.remarks)
     found = None if args.merged is None else _compared(args, plan)
-    effects, not_finite, reason = _effects_of(args, run, found)
+    effects, not_finite, reason = (
+        ({}, [], "this architecture is not run here")
+        if run is None
+        else run.effects(args, found is not None and found.loads)
+    )
+    changes = _changes(plan, run, survey_of.modules)
+    by_name = plan is not None and plan.config is None
+    remarks = list(plan.remarks if plan is not None and by_name else survey_of.remarks)
     holds = changes and (found is None or found.holds) and not not_finite and not remarks
-    result: dict[str, Any] = {"holds": holds, "fits": True}
-    lines: list[str] = []
-    for more, text in (
-        _fit_part(args, remarks),
-        _trained_part(args, adapter, changes),
-        *([] if found is None else [_merged_part(args, found, plan, run)]),
-        _effects_part(effects, not_finite, reason),
-    ):
-        result |= more
-        lines += text
-    emit(args, result, lines)
+    has_hash = records_base(args.adapter) if args.adapter.is_dir() else False
+    seen = None if found is None else explained(found, survey_of.config)
+    result: dict[str, Any] = {
+        "holds": holds, "fits": True, "base_hash": has_hash, "trained": changes, "remarks": remarks,
+        "zero": [m.name for m in survey_of.modules if m.norm_B == 0],
+        "effect": {name: one._asdict() for name, one in effects.items()}, "not_finite": not_finite,
+    }  # fmt: skip
+    result |= {} if found is None else {"merged": _as_json(found, seen, survey_of.config)}
+    emit(args, result, [
+        f"fits: yes ({HASH if has_hash else NO_HASH})",
+        *(f"but {remark}" for remark in remarks),
+        f"trained: {_trained_line(changes, survey_of.modules)}",
+        *_other_base(args, survey_of.config),
+        *([] if found is None else _merged_lines(found, seen, args.ulps, survey_of.config)),
+        *(f"{name}: {_effect_line(one)}" for name, one in effects.items()),
+        *([f"effect of the adapter: left out: {reason}"] if reason else []),
+        *(f"no verdict: outputs of {name} are NaN or infinite: they overflow" for name in not_finite),
+    ])  # fmt: skip
     return 0 if holds else 1
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    if args.ulps < 0:
-        raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
-    if args.merged is not None and _is_gguf(args.base) != _is_gguf(args.merged):
-        raise ValueError("--merged: expected a folder where the base is one, and a .gguf file where it is one")
 
 
 def _is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
-def _runs(base: Path) -> bool:
-    """Whether the base's architecture is run here."""
-    return _is_gguf(base) or can_run(base)
-
-
-def _check_base(base: Path) -> None:
-    """A ValueError or FileNotFoundError where a base is missing or damaged."""
-    if _runs(base):
-        load_model(base)
+def _read_base(base: Path) -> bool:
+    """Whether a base can be run. It is read, as damage is an error, and no answer."""
+    if _is_gguf(base):
+        with open_gguf(base) as file:
+            runs = file.get("general.architecture", str) == ARCHITECTURE
     else:
+        runs = can_run(base)
+    if runs:
+        load_model(base)
+    elif not _is_gguf(base):
         stored_tensors(base)
+    return runs
 
 
-def _plan(args: argparse.Namespace) -> Plan:
-    return plan_merge(args.base, [args.adapter], [1.0])
+def _fitted(args: argparse.Namespace, runs: bool) -> tuple[Plan | None, _Run | None]:
+    """The merge of base and adapter, and the adapter on a base that is run; a ValueError says why it does not fit."""
+    if _is_gguf(args.base) and not runs:
+        with open_gguf(args.base) as file:
+            due_updates(file, [args.adapter], [1.0])
+    on_folder = not _is_gguf(args.base) and kind_of(args.adapter) != "gguf"
+    plan = plan_merge(args.base, [args.adapter], [1.0]) if on_folder else None
+    return plan, _Run(args, must=plan is None or plan.config is not None) if runs else None
 
 
 def _compared(args: argparse.Namespace, plan: Plan | None) -> Comparison:
-    """What should be the merge, beside the merge."""
     if _is_gguf(args.base):
         return compare_gguf(args.base, [args.adapter], args.merged, args.ulps)
-    return compare(plan or _plan(args), args.merged, args.ulps)
+    return compare(plan or plan_merge(args.base, [args.adapter], [1.0]), args.merged, args.ulps)
 
 
-def _effects_of(
-    args: argparse.Namespace, run: _Run | None, found: Comparison | None
-) -> tuple[dict[str, Effect], list[str], str]:
-    if run is None:
-        return {}, [], "this architecture is not run here"
-    return run.effects(args, found is not None and found.loads)
-
-
-Part: TypeAlias = tuple[dict[str, Any], list[str]]  # of the result, and the lines that say it
-
-
-def _fit_part(args: argparse.Namespace, remarks: Sequence[str]) -> Part:
-    """Whether the adapter fits: it does, or there would be no more to say."""
-    has_hash = records_base(args.adapter) if args.adapter.is_dir() else False
-    seen = (
-        "names, shapes and the recorded hash of the base"
-        if has_hash
-        else "names and shapes; the file records no hash of its base, as PEFT's do not"
-    )
-    lines = [f"fits: yes ({seen})", *(f"but {remark}" for remark in remarks)]
-    return {"base_hash": has_hash, "remarks": list(remarks)}, lines
-
-
-def _trained_part(args: argparse.Namespace, adapter: Survey, changes: bool) -> Part:
-    """Whether it changes anything, and whose it is."""
-    zero = [module.name for module in adapter.modules if module.norm_B == 0]
-    lines = [f"trained: {_trained_line(changes, adapter.modules)}", *_other_base(args, adapter.config)]
-    return {"trained": changes, "zero": zero}, lines
-
-
-def _merged_part(args: argparse.Namespace, found: Comparison, plan: Plan | None, run: _Run | None) -> Part:
-    """Whether the folder is the merge, and what it looks like if not."""
-    scales = plan.scales if plan is not None else run.scales if run is not None else ()
-    looks_like = explained(found, scales)
-    return {"merged": {**_as_json(found), "looks_like": looks_like}}, _merged_lines(found, looks_like, args.ulps)
-
-
-def _effects_part(effects: Mapping[str, Effect], not_finite: Sequence[str], reason: str) -> Part:
-    """How far outputs move, where that is known."""
-    lines = [f"{name}: {_effect_line(one)}" for name, one in effects.items()]
-    lines += [f"effect of the adapter: left out: {reason}"] if reason else []
-    lines += [f"no verdict: outputs of {name} are NaN or infinite: they overflow" for name in not_finite]
-    return {"effect": {name: one._asdict() for name, one in effects.items()}, "not_finite": list(not_finite)}, lines
+def _changes(plan: Plan | None, run: _Run | None, modules: Sequence[Module]) -> bool:
+    """Whether the adapter changes anything."""
+    if plan is not None and plan.config is None:
+        return plan.changes_anything
+    return any(module.norm_update for module in modules) if run is None else run.is_trained
 
 
 class _Run:
@@ -165,10 +145,6 @@ class _Run:
     @property
     def is_trained(self) -> bool:
         return self.adapter is not None and is_trained(self.adapter, self.base)
-
-    @property
-    def scales(self) -> set[Scale]:
-        return set() if self.adapter is None else scales_of(self.adapter)
 
     def effects(self, args: argparse.Namespace, merged: bool) -> tuple[dict[str, Effect], list[str], str]:
         """How far outputs move, whose are not finite, and why nothing is said."""
@@ -200,15 +176,26 @@ def _trained_line(changes: bool, modules: Sequence[Module]) -> str:
     return "no: B is zero throughout, and what is trained whole equals the base"
 
 
-def _as_json(found: Comparison) -> dict[str, Any]:
-    is_rounded = found.rounded_to is not None
-    tensors = [
-        {**one._asdict(), "fits": one.fits, "looks_like": mistake(one, rounded=is_rounded)} for one in found.changed
-    ]
-    return {"holds": found.holds, **found._asdict(), "changed": tensors}
+def _as_json(found: Comparison, seen: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    tensors = [{**one._asdict(), "fits": one.fits, "looks_like": looks_like(one, config)} for one in found.changed]
+    return {"holds": found.holds, **found._asdict(), "changed": tensors, "looks_like": seen}
 
 
-def _merged_lines(found: Comparison, looks_like: str | None, ulps: int) -> list[str]:
+def _tensor_table(found: Comparison, config: Mapping[str, Any]) -> list[str]:
+    """The tensors that are not what they should be, the worst first."""
+    wrong = sorted((one for one in found.changed if not one.fits), key=lambda one: (-one.wrong, -one.differing))
+    if not wrong:
+        return []
+    rows = [["tensor", "differing", "of", "ulps", "times", "looks like"]]
+    for one in wrong[:ROWS]:
+        times = "" if one.scale is None else f"{one.scale:.3g}"
+        text = ", or ".join(looks_like(one, config))
+        rows.append([one.tensor, f"{one.differing:,}", f"{one.elements:,}", f"{one.max_ulps:,}", times, text])
+    more = [f"and {len(wrong) - ROWS} more; --json has all"] if len(wrong) > ROWS else []
+    return [f"  {line}" for line in [*table(rows), *more]]
+
+
+def _merged_lines(found: Comparison, seen: str | None, ulps: int, config: Mapping[str, Any]) -> list[str]:
     """What there is to say about a merged folder."""
     differing, elements = (sum(getattr(one, what) for one in found.changed) for what in ("differing", "elements"))
     furthest = worst(found.changed)
@@ -240,29 +227,11 @@ def _merged_lines(found: Comparison, looks_like: str | None, ulps: int) -> list[
             lines.append(f"  {len(names)} tensors {what}: {' '.join(names[:SHOWN])}{more}")
     if not found.same_config:
         lines.append("  config.json describes another model")
-    if looks_like is not None:
-        lines.append(f"  it looks like {looks_like}")
-    lines += [] if found.holds else _table(found)
+    if seen is not None:
+        lines.append(f"  it looks like {seen}")
+    lines += _tensor_table(found, config)
     verdict = "yes, as rounded more often than once" if found.holds else "no"
     return [f"merged: {verdict}", *lines]
-
-
-def _table(found: Comparison) -> list[str]:
-    """The tensors that are off, the worst first."""
-    off = sorted((one for one in found.changed if not one.fits), key=badness, reverse=True)
-    if not off:
-        return []
-    rows = [
-        (
-            one.tensor, f"{one.differing:,} of {one.elements:,}", f"{one.max_ulps:,}",
-            "" if one.scale is None else f"{one.scale:.4g}",
-            mistake(one, rounded=found.rounded_to is not None) or "",
-        )
-        for one in off[:ROWS]
-    ]  # fmt: skip
-    more = [f"  and {len(off) - ROWS} more; --json has all"] if len(off) > ROWS else []
-    head = ("tensor", "differ", "ulps", "times the update", "looks like")
-    return [f"  {line}" for line in table([head, *rows])] + more
 
 
 def _effects(base: Model, adapter: Adapter, merged: Model | None, tokens: Array) -> tuple[dict[str, Effect], list[str]]:

@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from strategies import seeds, whole_numbers
 
+from lora_np.backend import asnumpy
 from lora_np.formats.merged.folder import merge_folder
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 V, D, E, F = 7, 4, 3, 5
 TABLE, HEAD, Q = "model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj"
+
+
+def on_host(rng, *shape, **limits):
+    """Small whole numbers, in host memory."""
+    return asnumpy(whole_numbers(rng, *shape, **limits))
 
 
 def home_of(tmp_path_factory, tensors, **about):
@@ -45,7 +51,7 @@ def merged(home):
 
 
 def factors(rng, n_out, n_in, r=2):
-    return whole_numbers(rng, r, n_in), whole_numbers(rng, n_out, r)
+    return on_host(rng, r, n_in), on_host(rng, n_out, r)
 
 
 # --- Tied heads ------------------------------------------------------------------------------------------------------
@@ -66,11 +72,11 @@ def adapted_ends(rng, ends):
 @given(seed=seeds, ends=st.sampled_from([[TABLE], [HEAD], [TABLE, HEAD]]), nested=st.booleans(), is_tied=st.booleans())
 def test_adapting_either_end_of_what_is_tied_writes_both_and_says_so(tmp_path_factory, seed, ends, nested, is_tied):
     rng = np.random.default_rng(seed)
-    E0 = whole_numbers(rng, V, D)
-    H0 = E0 if is_tied else whole_numbers(rng, V, D)
+    E0 = on_host(rng, V, D)
+    H0 = E0 if is_tied else on_host(rng, V, D)
     said = {"tie_word_embeddings": is_tied}
     about = {"text_config": {"vocab_size": V, **said}} if nested else said
-    base = {f"{TABLE}.weight": E0, f"{Q}.weight": whole_numbers(rng, D, D)}
+    base = {f"{TABLE}.weight": E0, f"{Q}.weight": on_host(rng, D, D)}
     home = home_of(tmp_path_factory, base | ({} if is_tied else {f"{HEAD}.weight": H0}), **about)
     tensors, added = adapted_ends(rng, ends)
     write_adapter(home, tensors, target_modules=["embed_tokens", "lm_head"][: len(ends)] if len(ends) == 2 else ends)
@@ -94,7 +100,7 @@ def test_experts_are_a_sum_over_ranks_of_each_expert(tmp_path_factory, seed, tur
     """dW_e = s sum_r B[o, r, e] A[e, r, i], turned where the parameter is (E, in, out); in pieces it is (out, in)."""
     rng, module, turned = np.random.default_rng(seed), "model.layers.0.mlp.experts", turned and not in_pieces
     shapes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
-    W0 = {name: whole_numbers(rng, E, *shape) for name, shape in shapes.items()}  # (E, out, in)
+    W0 = {name: on_host(rng, E, *shape) for name, shape in shapes.items()}  # (E, out, in)
     base = {f"{module}.{name}": np.ascontiguousarray(W.swapaxes(1, 2)) if turned else W for name, W in W0.items()}
     if in_pieces:
         base = {f"{module}.{e}.down_proj.weight": W0["down_proj"][e] for e in range(E)}
@@ -104,7 +110,7 @@ def test_experts_are_a_sum_over_ranks_of_each_expert(tmp_path_factory, seed, tur
     tensors, due = {}, {}
     for name, wrapper in (("gate_up_proj", ".base_layer"), ("down_proj", "")):  # in the order that the module has them
         n_out, n_in = shapes[name]
-        A, B = whole_numbers(rng, E * r, n_in), whole_numbers(rng, n_out, r * E)
+        A, B = on_host(rng, E * r, n_in), on_host(rng, n_out, r * E)
         tensors |= {f"{module}{wrapper}.lora_A.weight": A, f"{module}{wrapper}.lora_B.weight": B}
         dW = np.einsum("ore,eri->eoi", B.reshape(n_out, r, E), A.reshape(E, r, n_in))
         due[name] = W0[name] + 4 / r * dW
@@ -131,7 +137,7 @@ def test_experts_are_a_sum_over_ranks_of_each_expert(tmp_path_factory, seed, tur
 def test_a_square_matrix_is_turned_as_the_configuration_says(tmp_path_factory, seed, turned, n_in):
     """Of another the shape says it, whatever the configuration does."""
     rng = np.random.default_rng(seed)
-    W0, (A, B) = whole_numbers(rng, D, n_in), factors(rng, D, n_in)
+    W0, (A, B) = on_host(rng, D, n_in), factors(rng, D, n_in)
     is_stored_turned = turned if n_in == D else bool(rng.integers(2))
     home = home_of(tmp_path_factory, {f"{Q}.weight": np.ascontiguousarray(W0.T) if is_stored_turned else W0})
     write_peft(home / "ad", {Q: (A, B)}, r=2, alpha=3, fan_in_fan_out=turned)
@@ -143,12 +149,12 @@ def test_a_square_matrix_is_turned_as_the_configuration_says(tmp_path_factory, s
 @given(seed=seeds, size=st.integers(V - 2, V + 3), is_tied=st.booleans(), nested=st.booleans())
 def test_a_table_of_another_size_is_the_adapters_and_so_is_vocab_size(tmp_path_factory, seed, size, is_tied, nested):
     rng = np.random.default_rng(seed)
-    base = {f"{TABLE}.weight": whole_numbers(rng, V, D), f"{Q}.weight": whole_numbers(rng, D, D)}
-    base |= {} if is_tied else {f"{HEAD}.weight": whole_numbers(rng, V, D)}
+    base = {f"{TABLE}.weight": on_host(rng, V, D), f"{Q}.weight": on_host(rng, D, D)}
+    base |= {} if is_tied else {f"{HEAD}.weight": on_host(rng, V, D)}
     sizes = {"vocab_size": V, "tie_word_embeddings": is_tied}
     home = home_of(tmp_path_factory, base, **({"text_config": sizes} if nested else sizes))
     A, B = factors(rng, D, D)
-    table, head = whole_numbers(rng, size, D), whole_numbers(rng, size, D)
+    table, head = on_host(rng, size, D), on_host(rng, size, D)
     tensors = {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{TABLE}.weight": table}
     write_adapter(home, tensors | ({} if is_tied else {f"{HEAD}.weight": head}), target_modules=["q_proj"])
     found, config, _ = merged(home)
@@ -163,11 +169,11 @@ def test_a_table_of_another_size_is_the_adapters_and_so_is_vocab_size(tmp_path_f
 def test_trained_rows_take_the_place_of_the_bases(tmp_path_factory, seed, is_tied):
     """Of a tied table they stand for the head too, which stays tied."""
     rng = np.random.default_rng(seed)
-    table, head = whole_numbers(rng, V, D), whole_numbers(rng, V, D)
+    table, head = on_host(rng, V, D), on_host(rng, V, D)
     base = {f"{TABLE}.weight": table} | ({} if is_tied else {f"{HEAD}.weight": head})
     home = home_of(tmp_path_factory, base, tie_word_embeddings=is_tied)
     numbers = rng.permutation(V)[: rng.integers(1, V)].tolist()
-    rows = whole_numbers(rng, len(numbers), D) + 0.5
+    rows = on_host(rng, len(numbers), D) + 0.5
     key = f"{TABLE}.token_adapter.trainable_tokens_delta"
     write_adapter(home, {key: rows}, target_modules=[], trainable_token_indices=numbers)
     found, config, _ = merged(home)
@@ -181,7 +187,7 @@ def test_trained_rows_take_the_place_of_the_bases(tmp_path_factory, seed, is_tie
 def test_gpt2s_files_without_a_trunks_name_are_no_fault_of_an_adapters(tmp_path_factory, seed):
     """transformers' own GPT-2 has such files; in memory the model has the trunk, and so has PEFT's adapter."""
     rng = np.random.default_rng(seed)
-    W0, (A, B) = whole_numbers(rng, D, 3 * D), factors(rng, 3 * D, D)
+    W0, (A, B) = on_host(rng, D, 3 * D), factors(rng, 3 * D, D)
     home = home_of(tmp_path_factory, {"h.0.attn.c_attn.weight": W0}, architectures=["GPT2LMHeadModel"])
     write_peft(home / "ad", {"transformer.h.0.attn.c_attn": (A, B)}, r=2, alpha=3)
     found, _, remarks = merged(home)

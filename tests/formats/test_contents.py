@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from strategies import seeds, whole_numbers
 
 from lora_np import cli
+from lora_np.backend import asnumpy
 from lora_np.formats.adapters.contents import read_contents
 from lora_np.formats.files.messages import MAX_LINE
 from lora_np.formats.merged.folder import merge_folder
@@ -33,6 +34,11 @@ BEFORE = ["", PREFIX, PREFIX * 2, f"module.{PREFIX}", f"{PREFIX}module.", f"_ori
 NAMES = ["", ".default", ".mine"]
 
 
+def on_host(rng, *shape, **limits):
+    """Small whole numbers, in host memory."""
+    return asnumpy(whole_numbers(rng, *shape, **limits))
+
+
 def random_pairs(rng):
     """A few modules, each with A, B of its own rank, of whole numbers; and their sizes."""
     every = [f"model.layers.{i}.{name}" for i in range(2) for name in SIZES]
@@ -41,7 +47,7 @@ def random_pairs(rng):
     for name in sorted(chosen):
         n_out, n_in = SIZES[name.split(".", 3)[3]]
         r = int(rng.choice([1, 2, 4]))
-        pairs[name] = (whole_numbers(rng, r, n_in, limit=3), whole_numbers(rng, n_out, r, limit=3))
+        pairs[name] = (on_host(rng, r, n_in, limit=3), on_host(rng, n_out, r, limit=3))
     return pairs
 
 
@@ -78,9 +84,7 @@ def write_base(folder, rng, prefix="model"):
     """A base of no known architecture. -> its tensors"""
     folder.mkdir(parents=True)
     tensors = {
-        f"{prefix}.layers.{i}.{name}.weight": whole_numbers(rng, *shape)
-        for i in range(2)
-        for name, shape in SIZES.items()
+        f"{prefix}.layers.{i}.{name}.weight": on_host(rng, *shape) for i in range(2) for name, shape in SIZES.items()
     }
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "strange", "architectures": ["StrangeForCausalLM"]}))
@@ -271,7 +275,7 @@ def test_an_adapter_in_shards_is_verified_where_the_model_could_be_run(tmp_path,
     config = replace(GPT2, n_layer=1)
     write_gpt2(tmp_path / "base", config)
     D, rng, module = config.d_model, np.random.default_rng(0), "transformer.h.0.attn.c_attn"
-    pairs = {module: (whole_numbers(rng, 2, D), whole_numbers(rng, 3 * D, 2))}
+    pairs = {module: (on_host(rng, 2, D), on_host(rng, 3 * D, 2))}
     about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True}
     layout = {"before": PREFIX, "after": "", "base_layer": False, "in_shards": True}
     write_layout(tmp_path / "ad", pairs, about, rng, **layout)

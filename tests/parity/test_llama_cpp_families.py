@@ -136,6 +136,8 @@ def test_llama_cpp_runs_the_merge(family, tmp_path):
         merge_gguf(folder / "base.gguf", [folder / name], [1.0], out)
         assert apart(Runner(out), adapted) < bound
         assert compare_gguf(folder / "base.gguf", [folder / "adapter"], out, 1).holds
+        argv = ["--base", folder / "base.gguf", "--adapter", folder / name, "--merged", out]
+        assert main(["verify", *map(str, argv)]) == 0
 
 
 def test_convert_there_and_back(family, tmp_path):

@@ -35,12 +35,6 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
         return np.where(even & (near != values), np.nextafter(near, side), near).astype(dtype)
 
 
-def epsilon(dtype: np.dtype[Any]) -> float:
-    """The distance from 1 to the next number."""
-    one = np.ones(1, dtype)
-    return float((one.view(f"u{dtype.itemsize}") + 1).astype(f"u{dtype.itemsize}").view(dtype)[0]) - 1.0
-
-
 def ulps_apart(one: Array, other: Array) -> Array:
     """How many steps of their dtype lie between finite numbers, element by element; 0 and -0 are one. -> uint64."""
     a, b = _order(one), _order(other)

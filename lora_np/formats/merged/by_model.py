@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...adapter import Adapter, Change, merge_plan
+from ...adapter import Change, merge_plan
 from ...model import Config
 from ..adapters.adapter import load_adapter
 from ..adapters.head import label_names
@@ -19,7 +19,7 @@ from ..models.names import family_of
 from ..models.shards import Stored
 from .base import Opened, check_complete, open_base
 from .config import merged_config
-from .target import Plan, Scale, Target
+from .target import Plan, Target
 
 
 def plan_by_model(base_path: Path, adapter_paths: Sequence[Path], weights: Sequence[float]) -> Plan:
@@ -31,14 +31,7 @@ def plan_by_model(base_path: Path, adapter_paths: Sequence[Path], weights: Seque
     headers = {stored.path: stored.file.header for stored in base.files.tensors.values()}
     labels = next((found for path in adapter_paths if (found := label_names(path, config)) is not None), None)
     about = None if base.is_own else merged_config(base.raw, base.files.saved, config, labels)
-    scales = set().union(*map(scales_of, adapters))
-    return Plan(base.folder, base.raw, config, about, headers, _targets(base, config, changes, headers), scales)
-
-
-def scales_of(adapter: Adapter) -> set[Scale]:
-    """The scales of an adapter's matrices."""
-    config = adapter.config
-    return {(config.scale(name), config.rank(name), config.rslora) for name in adapter.matrices}
+    return Plan(base.folder, base.raw, config, about, headers, _targets(base, config, changes, headers))
 
 
 def _targets(

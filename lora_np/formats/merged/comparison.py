@@ -11,12 +11,13 @@ import numpy as np
 from ...adapter import Adapter
 from ...backend import Array, asnumpy
 from ...lora import Update
-from ..files.rounding import NAMES, epsilon, rounded, ulps_apart
+from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from ..models.base import Base
 from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
 from ..models.huggingface import MODEL_TYPES, is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
-from .evidence import NEAR, Evidence, rounded_to
+from .coarse import ROUNDINGS, nearest_rounding, squares
+from .evidence import NEAR, Sums, sums_of
 from .matching import moved
 from .target import Plan, Rows, Target
 from .tied import is_head, is_table
@@ -34,14 +35,13 @@ class Difference(NamedTuple):
     wrong      of these, those that no order of summing in the file's own dtype explains either
     not_finite elements that are NaN or infinite, there or in the sum
     scale      the multiple of the update that was added, by least squares; None: there is no update
-    deviation  the standard deviation of that multiple, by what M and the sum differ
+    scale_error   its standard deviation, as rounding makes it
+    is_off     whether it is another than 1 for certain: many small errors that are no chance
     aligned    whether what was added lies along the update: the square of a cosine
-    off_scale  whether it is another multiple beyond doubt, though each element may be near enough
-    unchanged  whether it is the base's
-    turned     whether it is the update's transpose that was added
-    off_base   |M - E| / |W0|: how far the base would be off, if the update is right
-    rounded_to the grid that the base was rounded to before, by the errors; None: by none that is known
-    s, rank    of the update, where there is one; else None
+    scale_turned  the multiple of the update's transpose that was added; None: it is not square, or nothing differs
+    rounded_to    to how many bits, and how, the base was rounded that the merge is nearest to; None: it is this base
+    difference_of_bases   |M - E| / |W0|, where E is what it should be
+    s, r       of the one update; None: there are several, or none
     """
 
     tensor: str
@@ -52,15 +52,14 @@ class Difference(NamedTuple):
     wrong: int
     not_finite: int
     scale: float | None
-    deviation: float
+    scale_error: float
+    is_off: bool
     aligned: float
-    off_scale: bool
-    unchanged: bool
-    turned: bool
-    off_base: float
+    scale_turned: float | None
     rounded_to: str | None
+    difference_of_bases: float
     s: float | None
-    rank: int | None
+    r: int | None
 
     @property
     def fits(self) -> bool:
@@ -68,8 +67,8 @@ class Difference(NamedTuple):
 
         Such a merge is known by the others: most of what differs lies within what is allowed.
         """
-        few = self.not_finite == self.wrong == 0 and 2 * self.beyond <= self.differing
-        return few and not self.off_scale and self.rounded_to is None
+        is_far = self.is_off or self.rounded_to is not None
+        return self.not_finite == self.wrong == 0 and 2 * self.beyond <= self.differing and not is_far
 
 
 class Comparison(NamedTuple):
@@ -80,9 +79,7 @@ class Comparison(NamedTuple):
     misshapen those of another shape, or of a dtype that no weight has
     missing, extra   tensors that should be there, or not be there
     scale     the multiple of the updates that was added, over all tensors; None: they are zero
-    deviation the standard deviation of that multiple, by what the tensors and the sums differ
     aligned   whether what was added lies along the updates: the square of a cosine
-    rounded_to       the grid that the base was rounded to before, by the errors of all tensors; None: by none
     same_config      whether config.json says the same model
     """
 
@@ -92,9 +89,7 @@ class Comparison(NamedTuple):
     missing: list[str]
     extra: list[str]
     scale: float | None
-    deviation: float
     aligned: float
-    rounded_to: str | None
     same_config: bool
 
     @property
@@ -106,7 +101,6 @@ class Comparison(NamedTuple):
     def holds(self) -> bool:
         """Whether the folder is the merge."""
         right = self.scale is None or abs(self.scale - 1) <= NEAR  # in few bits, an update may hide in one ulp
-        right = right and self.rounded_to is None
         return self.loads and right and not self.altered and all(one.fits for one in self.changed)
 
 
@@ -129,7 +123,7 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
     header = read_any_header(folder)
     found = stored_tensors(folder)
     names = _names(plan, found)
-    evidence = Evidence()
+    sums = Sums()
     changed: list[Difference] = []
     altered: list[str] = []
     misshapen: list[str] = []
@@ -141,9 +135,9 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
         elif found[key].shape != target.shape or (target.place is not None and found[key].dtype not in NAMES):
             misshapen.append(key)
         elif target.changes:
-            one, its_evidence = _difference(target, found[key], ulps)
-            changed.append(one)
-            evidence += its_evidence
+            difference, its_sums = _difference(target, found[key], ulps)
+            changed.append(difference)
+            sums += its_sums
         elif not _same(target, found[key]):
             altered.append(key)
     more = sorted(found.keys() - set(names.values()))
@@ -151,22 +145,7 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
         key for key in more if not is_no_weight(key, header["model_type"]) and not _is_tied(key, plan, names, found)
     ]
     same = _same_config(header, plan, str(folder / CONFIG))
-    return comparison(changed, altered, misshapen, missing, extra, evidence, same)
-
-
-def comparison(
-    changed: list[Difference],
-    altered: list[str],
-    misshapen: list[str],
-    missing: list[str],
-    extra: list[str],
-    evidence: Evidence,
-    same_config: bool,
-) -> Comparison:
-    """What was found, with what the evidence of all tensors together says."""
-    sums, rounding = evidence.sums, rounded_to(evidence.roundings)
-    whole = sums.scale, sums.deviation, sums.aligned, rounding
-    return Comparison(changed, altered, misshapen, missing, extra, *whole, same_config)
+    return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, same)
 
 
 def _names(plan: Plan, found: Collection[str]) -> dict[str, str]:
@@ -221,33 +200,29 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _same(target: Target, stored: Stored) -> bool:
-    """Whether a tensor that nothing changes is the base's."""
+    """Whether a tensor that nothing changes is the base's: to the byte, or in another dtype rounded once."""
     source = target.source
     assert source is not None
     if stored.dtype == source.dtype:
         return all(one == other for one, other in zip(source.parts(), stored.parts(), strict=True))
-    return {source.dtype, stored.dtype} <= NAMES.keys() and same_rounded(source.read_raw(), stored.read_raw())
+    if source.dtype not in NAMES or stored.dtype not in NAMES:
+        return False
+    dtype = numpy_dtype(stored.dtype)
+    return bool(np.array_equal(rounded(source.read_raw().astype(np.float64), dtype), stored.read_raw()))
 
 
-def same_rounded(source: Array, found: Array) -> bool:
-    """Whether a tensor is another's, rounded once to its own dtype."""
-    return bool(np.array_equal(rounded(source.astype(np.float64), found.dtype), found))
-
-
-def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, Evidence]:
+def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, Sums]:
     """A merged tensor beside the sum, in the dtype of the folder's own file."""
     tensor = stored.read_raw()
     start = tensor if target.source is None else target.source.read_raw()
-    updates = [update for change in target.changes.values() for update in change.updates]
-    return difference(stored.name, tensor.size, target.rows(tensor, start), updates, ulps)
+    return difference(stored.name, tensor.size, target.rows(tensor, start), ulps)
 
 
-def difference(
-    name: str, size: int, blocks: Iterable[Rows], updates: Collection[Update], ulps: int
-) -> tuple[Difference, Evidence]:
+def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple[Difference, Sums]:
     """A merged tensor of so many elements beside the sum, block by block, in its own dtype."""
     differing = beyond = wrong = not_finite = furthest = 0
-    evidence = Evidence()
+    sums, roundings = Sums(), np.zeros(len(ROUNDINGS) + 1)
+    updates: Sequence[Update] = ()
     for rows in blocks:
         total, merged = rows.sum(), np.ascontiguousarray(rows.place)
         due = rounded(total, merged.dtype)
@@ -260,14 +235,16 @@ def difference(
         if far.any():
             wrong += int(np.count_nonzero(far & ~(abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows))))
         if rows.updates:
-            evidence.add(rows, merged, due, total)
-    sums = evidence.sums
-    scales = {(update.s, len(update.A)) for update in updates}
-    s, rank = next(iter(scales)) if len(scales) == 1 else (None, None)
-    return Difference(
-        name, size, differing, furthest, beyond, wrong, not_finite, sums.scale, sums.deviation, sums.aligned,
-        sums.off_scale, sums.added == 0, evidence.is_turned, sums.off_base, rounded_to(evidence.roundings), s, rank,
-    ), evidence  # fmt: skip
+            updates = rows.updates
+            with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite nothing is concluded
+                sums += sums_of(rows, total, due.astype(np.float64))
+                roundings += squares(rows, total) if far.any() else 0
+    s, r = (updates[0].s, len(updates[0].A)) if len(updates) == 1 else (None, None)
+    found = Difference(
+        name, size, differing, furthest, beyond, wrong, not_finite, sums.scale, sums.scale_error, sums.is_off,
+        sums.aligned, sums.scale_turned, nearest_rounding(roundings), sums.difference_of_bases, s, r,
+    )  # fmt: skip
+    return found, sums
 
 
 def _allowed(rows: Rows) -> Array:
@@ -277,14 +254,15 @@ def _allowed(rows: Rows) -> Array:
     than (r + 3) u (|W0| + |s| |B| |A|), to first order.
     """
     r = sum(len(update.A) for update in rows.updates)
-    return (r + 3) * epsilon(rows.place.dtype) / 2 * rows.size()
+    return (r + 3) * _epsilon(rows.place.dtype) / 2 * rows.size()
 
 
-def badness(one: Difference) -> tuple[int, int, int]:
-    """By which tensors are sorted."""
-    return one.wrong, one.max_ulps, one.differing
+def _epsilon(dtype: np.dtype[np.generic]) -> float:
+    """The distance from 1 to the next number."""
+    one = np.ones(1, dtype)
+    return float((one.view(f"u{dtype.itemsize}") + 1).astype(f"u{dtype.itemsize}").view(dtype)[0]) - 1.0
 
 
 def worst(differences: Sequence[Difference]) -> Difference | None:
     """The tensor that is furthest off."""
-    return max(differences, key=badness, default=None)
+    return max(differences, key=lambda one: (one.wrong, one.max_ulps, one.differing), default=None)

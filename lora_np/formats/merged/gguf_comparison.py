@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..files.rounding import NAMES
+from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, ValueList, open_gguf
-from .comparison import Comparison, Difference, comparison, difference, same_rounded
-from .evidence import Evidence
+from .comparison import Comparison, Difference, difference
+from .evidence import Sums
 from .gguf import HEAD, TABLE, due_updates, numbers
 from .target import summed
 
@@ -24,7 +24,7 @@ def compare_gguf(base: Path, adapters: Sequence[Path], merged: Path, ulps: int) 
     with open_gguf(base) as file, open_gguf(merged) as other:
         updates, is_new_head = due_updates(file, adapters, [1.0] * len(adapters))
         other.check_tensors()
-        evidence = Evidence()
+        sums = Sums()
         changed: list[Difference] = []
         altered, misshapen, missing = [], [], []
         due = {**file.tensors, **({HEAD: file.tensors[TABLE]} if is_new_head else {})}
@@ -37,22 +37,25 @@ def compare_gguf(base: Path, adapters: Sequence[Path], merged: Path, ulps: int) 
             elif name in updates:
                 tensor = numbers(other, found)
                 blocks = summed(tensor, numbers(file, source), updates[name])
-                one, its_evidence = difference(name, tensor.size, blocks, updates[name], ulps)
-                changed.append(one)
-                evidence += its_evidence
+                its_difference, its_sums = difference(name, tensor.size, blocks, ulps)
+                changed.append(its_difference)
+                sums += its_sums
             elif not _same(file, source, other, found):
                 altered.append(name)
         extra = sorted(other.tensors.keys() - due.keys())
         same = _said(file) == _said(other)
-        return comparison(changed, altered, misshapen, missing, extra, evidence, same)
+        return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, same)
 
 
 def _same(file: GGUFFile, source: Tensor, other: GGUFFile, found: Tensor) -> bool:
-    """Whether a tensor that nothing changes is the base's."""
+    """Whether a tensor that nothing changes is the base's: to the byte, or in another dtype rounded once."""
     if found.kind == source.kind:
         return np.array_equal(file.read_raw(source.name), other.read_raw(found.name))
-    kinds = {TENSOR_TYPES[tensor.kind].name for tensor in (source, found)}
-    return kinds <= NAMES.keys() and same_rounded(numbers(file, source), numbers(other, found))
+    kinds = [TENSOR_TYPES[tensor.kind].name for tensor in (source, found)]
+    if not set(kinds) <= NAMES.keys():
+        return False
+    values = numbers(file, source).astype(np.float64)
+    return np.array_equal(rounded(values, numpy_dtype(kinds[1])), numbers(other, found))
 
 
 def _said(file: GGUFFile) -> dict[str, Any]:

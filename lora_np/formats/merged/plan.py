@@ -58,13 +58,7 @@ def _plan_by_name(base: AnyBase, adapters: Sequence[Contents], weights: Sequence
     for key, start in changes.added.items():
         source = base.tensors[start]
         files[source.path].append(_target(key, source, changes.tensors[key], base.model_type))
-    scales = {
-        (pair.s, pair.r, bool(adapter.raw.get("use_rslora")))
-        for adapter in adapters
-        for pairs in adapter.pairs.values()
-        for pair in pairs
-    }
-    return Plan(base.folder, base.raw, None, changes.config(base.raw), headers, files, scales, changes.remarks)
+    return Plan(base.folder, base.raw, None, changes.config(base.raw), headers, files, changes.remarks)
 
 
 def _target(key: str, source: Stored, changed: Changed | None, model_type: str) -> Target:

@@ -7,10 +7,10 @@ time and rounded once to the file's dtype, in the place of W0's own copy: one te
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,35 +28,38 @@ from ..models.shards import WEIGHTS, Stored
 class Rows(NamedTuple):
     """Some rows of one weight: their place in a tensor, W0 there (float64, a copy), and its updates.
 
-    turned: these rows of the updates' transposes, (in, out), where they are square; empty: they are not
+    at, of: which rows of the weight they are, and the updates of all its rows
     """
 
     place: Array
     W0: Array
     updates: list[Update]
-    turned: Sequence[Update] = ()
+    at: slice = slice(None)
+    of: Sequence[Update] = ()
 
     def sum(self) -> Array:
         """W0 + sum_i w_i s_i B_i A_i, float64; a bias or a norm has no updates."""
         return asnumpy(merge_matrix(xp.asarray(self.W0), *self.updates)) if self.updates else self.W0
-
-    def turned_sum(self) -> Array:
-        """The same with the updates' transposes, which is a mistake."""
-        return Rows(self.place, self.W0, list(self.turned)).sum()
 
     def size(self) -> Array:
         """|W0| + sum_i |w_i s_i| |B_i| |A_i|: what the rounding of that sum is measured by."""
         absolute = [u._replace(A=abs(u.A), B=abs(u.B), s=abs(u.s)) for u in self.updates]
         return Rows(self.place, abs(self.W0), absolute).sum()
 
+    def turned(self) -> Array | None:
+        """These rows of the transpose of sum_i w_i s_i B_i A_i; None if that has another shape."""
+        if any(len(u.B) != u.A.shape[1] for u in self.of):
+            return None
+        updates = [u._replace(A=u.B.T, B=u.A.T[self.at]) for u in self.of]
+        return asnumpy(merge_matrix(xp.zeros(self.W0.shape), *updates))
+
 
 def summed(merged: Array, start: Array, updates: Sequence[Update]) -> Iterator[Rows]:
     """A merged weight (out, ...) block by block, and what it is to be; `start` is the base's, or `merged` itself."""
     factors = [u._replace(A=_wide(u.A), B=_wide(u.B)) for u in updates]
-    turned = [u._replace(A=u.B.T, B=u.A.T) for u in factors] if merged.shape[1:] == merged.shape[:1] else []
     for rows in blocks(len(merged), math.prod(merged.shape[1:])):
-        its, its_turned = ([u._replace(B=u.B[rows]) for u in some] for some in (factors, turned))
-        yield Rows(merged[rows], start[rows].astype(np.float64), its, its_turned)
+        parts = [u._replace(B=u.B[rows]) for u in factors]
+        yield Rows(merged[rows], start[rows].astype(np.float64), parts, rows, factors)
 
 
 def _wide(values: Array) -> Array:
@@ -127,9 +130,6 @@ class Target:
             yield part
 
 
-Scale: TypeAlias = tuple[float, int, bool]
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A merge: the base, and the merged model's tensors by the base's files.
@@ -137,7 +137,6 @@ class Plan:
     folder, raw  the base's folder, and its config.json
     config       the merged model's, where it can be run; None: it is known by its tensors' names alone
     about        the merged model's config.json; None: it is one of our own, which says its weights' hash
-    scales       s, r, and whether s is alpha / sqrt(r), of all adapted modules
     remarks      what is wrong with the adapters, though they can be merged
     """
 
@@ -147,7 +146,6 @@ class Plan:
     about: Mapping[str, Any] | None
     headers: Mapping[Path, Header]
     files: Mapping[Path, Sequence[Target]]
-    scales: Collection[Scale]
     remarks: Sequence[str] = ()
 
     @property

@@ -1,0 +1,228 @@
+"""Wrong merges, planted one at a time: each is found in every dtype, and called by its name; right ones are not."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_rounding import dtype_of
+
+from lora_np.cli import main
+from lora_np.formats.files.atomic import write_tensors
+from lora_np.formats.merged.comparison import compare
+from lora_np.formats.merged.mistakes import explained, which
+from lora_np.formats.merged.plan import plan_merge
+
+LAYERS, R, ALPHA = 3, 4, 12
+FLAGS = {"base": "base", "ad": "adapter", "merged": "merged"}
+KINDS = {"self_attn.q_proj": (128, 128), "self_attn.v_proj": (64, 128), "mlp.down_proj": (128, 256)}
+MODULES = {f"model.layers.{i}.{kind}": shape for i in range(LAYERS) for kind, shape in KINDS.items()}
+DTYPES = ["F32", "F16", "BF16"]
+CONFIG = {"peft_type": "LORA", "r": R, "lora_alpha": ALPHA, "target_modules": [kind[-6:] for kind in KINDS]}
+
+
+class Home:
+    """A base of Qwen's names in a dtype, an adapter with updates of about `size` of W0's, and what is made of them."""
+
+    def __init__(self, path, dtype, size, seed=0, **config):
+        rng = np.random.default_rng(seed)
+        self.path, self.dtype, self.config = path, dtype_of(dtype), {**CONFIG, **config}
+        ranks = {name: config.get("rank_pattern", {}).get(name[-6:], R) for name in MODULES}
+        alphas = {name: config.get("alpha_pattern", {}).get(name[-6:], ALPHA) for name in MODULES}
+        self.W0 = {name: (0.05 * rng.standard_normal(shape)).astype(self.dtype) for name, shape in MODULES.items()}
+        self.A, self.B, self.s = {}, {}, {}
+        for name, (n_out, n_in) in MODULES.items():
+            r = ranks[name]
+            self.s[name] = alphas[name] / r
+            self.A[name] = rng.standard_normal((r, n_in)).astype("f4")
+            self.B[name] = (0.05 * size / self.s[name] / r**0.5 * rng.standard_normal((n_out, r))).astype("f4")
+        factors = {f"base_model.model.{name}.lora_A.weight": A for name, A in self.A.items()}
+        factors |= {f"base_model.model.{name}.lora_B.weight": B for name, B in self.B.items()}
+        self.write("base", self.W0)
+        (path / "ad").mkdir()
+        (path / "ad" / "adapter_config.json").write_text(json.dumps(self.config))
+        write_tensors(path / "ad" / "adapter_model.safetensors", factors, {})
+
+    def write(self, folder, weights):
+        (self.path / folder).mkdir()
+        raw = {"model_type": "qwen2", "num_hidden_layers": LAYERS, "architectures": ["Qwen2ForCausalLM"]}
+        (self.path / folder / "config.json").write_text(json.dumps(raw))
+        tensors = {f"{name}.weight": W.astype(self.dtype) for name, W in weights.items()}
+        write_tensors(self.path / folder / "model.safetensors", tensors, {})
+
+    def update(self, name):
+        return self.s[name] * (self.B[name].astype("f8") @ self.A[name].astype("f8"))
+
+    def merged(self, name):
+        return self.W0[name].astype("f8") + self.update(name)
+
+    def judged(self, weights):
+        """-> whether it holds, and what it looks like"""
+        self.write("merged", weights)
+        found = compare(plan_merge(self.path / "base", [self.path / "ad"], [1.0]), self.path / "merged", 1)
+        return found.holds, explained(found, self.config)
+
+    def without(self, left_out, instead):
+        return {name: instead(name) if left_out(name) else self.merged(name) for name in MODULES}
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return request.param
+
+
+SOME = {
+    "one layer": (lambda name: ".1." in name, "layer 1"),
+    "two layers": (lambda name: ".1." not in name, "layers 0 2"),
+    "one kind": (lambda name: "v_proj" in name, "self_attn.v_proj of all layers"),
+    "one module": (lambda name: name == "model.layers.2.mlp.down_proj", "model.layers.2.mlp.down_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("size", [1.0, 2e-3])
+@pytest.mark.parametrize("some", SOME)
+def test_what_was_forgotten(tmp_path, dtype, some, size):
+    """Also where an update is less than the file's rounding, and no element is further off than one step."""
+    which_ones, text = SOME[some]
+    home = Home(tmp_path, dtype, size)
+    found = home.judged(home.without(which_ones, lambda name: home.W0[name]))
+    assert found == (False, f"not merged: {text}")
+
+
+def test_a_transpose(tmp_path, dtype):
+    home = Home(tmp_path, dtype, 0.3)
+    turned = home.without(lambda name: "q_proj" in name, lambda name: home.W0[name].astype("f8") + home.update(name).T)
+    assert home.judged(turned) == (False, "the transpose of the update: self_attn.q_proj of all layers")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "s", "text"),
+    [
+        ({"rank_pattern": {"v_proj": 6}}, ALPHA / R, "the scale of the rank r: rank_pattern is passed over"),
+        ({"alpha_pattern": {"v_proj": 5}}, ALPHA / R, "the scale of lora_alpha: alpha_pattern is passed over"),
+    ],
+)
+def test_patterns_passed_over(tmp_path, dtype, patterns, s, text):
+    home = Home(tmp_path, dtype, 0.3, **patterns)
+    wrong = home.without(
+        lambda name: "v_proj" in name,
+        lambda name: home.W0[name].astype("f8") + s / home.s[name] * home.update(name),
+    )
+    assert home.judged(wrong) == (False, f"{text}: self_attn.v_proj of all layers")
+
+
+def by_groups(W, size, rounding):
+    return np.concatenate([rounding(group) for group in W.reshape(-1, size)]).reshape(W.shape)
+
+
+def even(most):
+    return lambda group: np.round(group / (np.abs(group).max() / most)) * (np.abs(group).max() / most)
+
+
+def q4_0(group):
+    """llama.cpp's: the element of largest size is -8 steps, and steps are halves at most away, from 0 to 15."""
+    step = group[np.argmax(np.abs(group))] / -8
+    return (np.minimum(np.floor(group / step + 8.5), 15) - 8) * step
+
+
+def nf4(group):
+    """By its definition: 16 quantiles of a normal distribution, of which the outermost are left out, and 0 is one."""
+    from statistics import NormalDist
+
+    quantile, offset = NormalDist().inv_cdf, 0.9677083
+    above = [quantile(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
+    below = [-quantile(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
+    levels = np.array(sorted([*above, *below, 0.0])) / quantile(offset)
+    largest = np.abs(group).max()
+    return levels[np.abs(group[:, None] / largest - levels).argmin(axis=1)] * largest
+
+
+def from_least(group):
+    step = (group.max() - group.min()) / 15
+    return np.round((group - group.min()) / step) * step + group.min()
+
+
+ROUNDINGS = {
+    "8 bits, by rows": lambda W: by_groups(W, W.shape[1], even(127)),
+    "8 bits, in blocks of 32": lambda W: by_groups(W, 32, even(127)),
+    "4 bits, NF4 in blocks of 64": lambda W: by_groups(W, 64, nf4),
+    "4 bits, in blocks of 32": lambda W: by_groups(W, 32, q4_0),
+    "4 bits, by rows": lambda W: by_groups(W, W.shape[1], even(7)),
+    "4 bits, in groups of 128": lambda W: by_groups(W, 128, from_least),
+}
+
+
+@pytest.mark.parametrize("size", [2.0, 0.01])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_base_of_few_bits(tmp_path, dtype, rounding, size):
+    """With updates larger than W0, whose rounding hides much, and small ones, beside which the base's is large."""
+    home = Home(tmp_path, dtype, size)
+    wrong = {name: ROUNDINGS[rounding](home.W0[name].astype("f8")) + home.update(name) for name in MODULES}
+    assert home.judged(wrong) == (False, f"a merge onto the base rounded to {rounding}")
+
+
+def test_another_base(tmp_path, dtype):
+    home = Home(tmp_path, dtype, 1.0)
+    rng = np.random.default_rng(7)
+    wrong = {name: home.merged(name) + 0.01 * rng.standard_normal(shape) for name, shape in MODULES.items()}
+    assert home.judged(wrong) == (False, "the adapter on another base than this")
+
+
+@given(seed=st.integers(0, 999), size=st.sampled_from([1e-3, 0.1, 1.0, 10.0]), dtype=st.sampled_from(DTYPES))
+def test_a_right_merge_has_no_name(tmp_path_factory, seed, size, dtype):
+    """Summed as PEFT does it: B A, its scale and the sum each rounded to the file's dtype."""
+    home = Home(tmp_path_factory.mktemp("home"), dtype, size, seed)
+    right = {}
+    for name in MODULES:
+        product = (home.B[name].astype("f8") @ home.A[name].astype("f8")).astype(home.dtype).astype("f8")
+        scaled = (home.s[name] * product).astype(home.dtype).astype("f8")
+        right[name] = home.W0[name].astype("f8") + scaled
+    assert home.judged(right) == (True, None)
+
+
+@pytest.mark.parametrize("off", [9, 10, 11, 12])
+def test_no_more_than_ten_rows(tmp_path, capsys, off):
+    many = {f"model.layers.{i}.self_attn.q_proj": (16, 16) for i in range(12)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "MODULES", many)
+        home = Home(tmp_path, "F32", 1.0)
+        home.write("merged", home.without(lambda name: int(name.split(".")[2]) < off, lambda name: home.W0[name]))
+    argv = [
+        "verify",
+        *(str(part) for name in ("base", "ad", "merged") for part in (f"--{FLAGS[name]}", tmp_path / name)),
+    ]
+    assert main([*argv, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)["merged"]
+    named = [one["tensor"] for one in result["changed"] if one["looks_like"] == ["not merged"]]
+    assert sorted(named) == sorted(f"{name}.weight" for name in list(many)[:off])
+    assert main(argv) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("  not merged") for line in lines) == min(off, 10)
+    assert any(f"and {off - 10} more; --json has all" in line for line in lines) == (off > 10)
+
+
+def test_a_head_that_is_the_table_is_no_fault(tmp_path):
+    """A tied head written out beside the table; one that is another is."""
+    home = Home(tmp_path, "F32", 1.0)
+    table = np.ones((9, 128), "f4")
+    home.W0["model.embed_tokens"] = table
+    shutil.rmtree(tmp_path / "base")
+    home.write("base", home.W0)
+    right = {name: home.merged(name) for name in MODULES} | {"model.embed_tokens": table}
+    assert home.judged(right) == (True, None)
+    for head, holds in ((table, True), (2 * table, False)):
+        tensors = {f"{name}.weight": W.astype("f4") for name, W in right.items()} | {"lm_head.weight": head}
+        write_tensors(tmp_path / "merged" / "model.safetensors", tensors, {})
+        found = compare(plan_merge(tmp_path / "base", [tmp_path / "ad"], [1.0]), tmp_path / "merged", 1)
+        assert found.holds is holds
+        assert found.extra == ([] if holds else ["lm_head.weight"])
+
+
+def test_which_names():
+    known = [f"a.{i}.{kind}.weight" for i in range(3) for kind in ("q", "k")]
+    assert which(["a.0.k.weight", "a.0.q.weight"], known) == "layer 0"
+    assert which([name for name in known if ".q." in name], known) == "q of all layers"
+    assert which(["a.0.q.weight", "a.1.k.weight"], known) == "a.0.q.weight a.1.k.weight"
+    assert which([f"m{i}" for i in range(7)], [f"m{i}" for i in range(9)]) == "m0 m1 m2 m3 m4 and 2 more"
