@@ -144,13 +144,24 @@ def from_least(group):
     return np.round((group - group.min()) / step) * step + group.min()
 
 
+def with_zero(group):
+    """16 numbers from the least to the greatest, one of which is 0 itself."""
+    step = (max(group.max(), 0) - min(group.min(), 0)) / 15
+    zero = np.round(-min(group.min(), 0) / step)
+    levels = (np.arange(16) - zero) * step
+    return levels[np.abs(group[:, None] - levels).argmin(axis=1)]
+
+
 ROUNDINGS = {
     "8 bits, by rows": lambda W: by_groups(W, W.shape[1], even(127)),
     "8 bits, in blocks of 32": lambda W: by_groups(W, 32, even(127)),
     "4 bits, NF4 in blocks of 64": lambda W: by_groups(W, 64, nf4),
     "4 bits, in blocks of 32": lambda W: by_groups(W, 32, q4_0),
     "4 bits, by rows": lambda W: by_groups(W, W.shape[1], even(7)),
+    "4 bits, in groups of 64": lambda W: by_groups(W, 64, from_least),
     "4 bits, in groups of 128": lambda W: by_groups(W, 128, from_least),
+    "4 bits, in groups of 64 with a zero": lambda W: by_groups(W, 64, with_zero),
+    "4 bits, in groups of 128 with a zero": lambda W: by_groups(W, 128, with_zero),
 }
 
 
@@ -161,6 +172,50 @@ def test_a_base_of_few_bits(tmp_path, dtype, rounding, size):
     home = Home(tmp_path, dtype, size)
     wrong = {name: ROUNDINGS[rounding](home.W0[name].astype("f8")) + home.update(name) for name in MODULES}
     assert home.judged(wrong) == (False, f"a merge onto the base rounded to {rounding}")
+
+
+@pytest.mark.parametrize("size", [10.0, 1.0, 0.01])
+@pytest.mark.parametrize("to", ["F32", "F16"])
+def test_a_base_that_was_read_in_bfloat16(tmp_path, to, size):
+    """And merged in more bits; but a merge that is itself in bfloat16 is right, rounded more often than once."""
+    bfloat16 = dtype_of("BF16")
+    home = Home(tmp_path, to, size)
+    coarse = {name: home.W0[name].astype("f4").astype(bfloat16).astype("f8") + home.update(name) for name in MODULES}
+    assert home.judged(coarse) == (False, "a merge onto the base rounded to bfloat16")
+    shutil.rmtree(tmp_path / "merged")
+    home.dtype = bfloat16
+    assert home.judged(coarse) == (True, None)
+
+
+def test_an_element_that_was_changed_is_no_other_base(tmp_path, dtype):
+    """Nor is a tensor that is missing: they are named as what they are."""
+    home = Home(tmp_path, dtype, 1.0)
+    right = {name: home.merged(name) for name in MODULES}
+    name = next(iter(MODULES))
+    changed = right[name].copy()
+    changed[1, 1] += 0.01
+    assert home.judged(right | {name: changed}) == (False, None)
+    shutil.rmtree(tmp_path / "merged")
+    assert home.judged({key: value for key, value in right.items() if key != name}) == (False, None)
+
+
+@given(seed=st.integers(0, 10**6), at=st.integers(0, 10**6))
+def test_the_base_itself_where_rounding_hides_all_but_one_element(seed, at):
+    """An element that the sum just moves, and its summands in the file's dtype just do not: one step, by chance."""
+    from lora_np.formats.merged.comparison import difference
+    from lora_np.formats.merged.target import summed
+    from lora_np.lora import Update
+
+    rng = np.random.default_rng(seed)
+    W0 = (1 + rng.integers(0, 2**9, (8, 8)) * 2.0**-9).astype("f2")  # even numbers: a tie rounds to them
+    A, B = np.full((1, 8), 2.0**-13), rng.standard_normal((8, 1))
+    row, column = divmod(at % 64, 8)
+    A[0, column], B[row, 0] = 2.0**-12, 4 * (1 + 2.0**-12)  # half a step, and a part of it that float16 lacks
+    B[:, 0] = np.where(np.arange(8) == row, B[:, 0], np.clip(B[:, 0], -1, 1))
+    found, _ = difference("W", 64, summed(W0, W0, [Update(A, B / 2, 1.0)]), 1)
+    assert found.differing == 1
+    assert found.max_ulps == 1
+    assert found.fits
 
 
 def test_another_base(tmp_path, dtype):
@@ -218,6 +273,31 @@ def test_a_head_that_is_the_table_is_no_fault(tmp_path):
         found = compare(plan_merge(tmp_path / "base", [tmp_path / "ad"], [1.0]), tmp_path / "merged", 1)
         assert found.holds is holds
         assert found.extra == ([] if holds else ["lm_head.weight"])
+
+
+def test_a_head_that_is_tied_still_where_the_merge_unties_it(tmp_path):
+    rng = np.random.default_rng(2)
+    for folder in ("base", "ad"):
+        (tmp_path / folder).mkdir()
+    raw = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(raw))
+    table = rng.standard_normal((32, 16)).astype("f4")
+    write_tensors(tmp_path / "base" / "model.safetensors", {"model.embed_tokens.weight": table}, {})
+    config = {"peft_type": "LORA", "r": R, "lora_alpha": ALPHA, "target_modules": ["embed_tokens"]}
+    (tmp_path / "ad" / "adapter_config.json").write_text(json.dumps(config))
+    A, B = rng.standard_normal((R, 32)).astype("f4"), rng.standard_normal((16, R)).astype("f4")
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    write_tensors(tmp_path / "ad" / "adapter_model.safetensors", {f"{prefix}A": A, f"{prefix}B": B}, {})
+    shutil.copytree(tmp_path / "base", tmp_path / "merged")
+    merged = {"model.embed_tokens.weight": (table + ALPHA / R * (A.T @ B.T)).astype("f4"), "lm_head.weight": table}
+    plan = plan_merge(tmp_path / "base", [tmp_path / "ad"], [1.0])
+    write_tensors(tmp_path / "merged" / "model.safetensors", merged, {})
+    assert compare(plan, tmp_path / "merged", 1).holds
+    del merged["lm_head.weight"]
+    write_tensors(tmp_path / "merged" / "model.safetensors", merged, {})
+    found = compare(plan, tmp_path / "merged", 1)
+    assert found.missing == ["lm_head.weight"]
+    assert explained(found, config) == "lm_head.weight tied to the token table still, which the adapter unties"
 
 
 def test_which_names():

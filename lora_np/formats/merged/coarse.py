@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from ...backend import Array
 from .target import Rows
 
+BFLOAT16 = "bfloat16"
 PLAIN = 0.5  # the part of |M - (W0 + dW)|^2 below which |M - (Q(W0) + dW)|^2 must be
 # NF4's levels (QLoRA, arXiv:2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
 NF4 = np.array([
@@ -45,10 +47,24 @@ def _from_least(groups: Array) -> Array:
     return np.rint((groups - least) / np.where(step, step, 1)) * step + least
 
 
+def _with_zero(groups: Array) -> Array:
+    """The same, of which 0 is one: GPTQ's and AWQ's."""
+    least, greatest = np.minimum(groups.min(axis=1, keepdims=True), 0), np.maximum(groups.max(axis=1, keepdims=True), 0)
+    step = np.where(greatest > least, greatest - least, 1) / 15
+    zero = np.rint(-least / step)
+    return (np.clip(np.rint(groups / step) + zero, 0, 15) - zero) * step
+
+
 def _nf4(groups: Array) -> Array:
     largest = abs(groups).max(axis=1, keepdims=True)
     between = (NF4[1:] + NF4[:-1]) / 2
     return NF4[np.searchsorted(between, groups / np.where(largest, largest, 1))] * largest
+
+
+def _bfloat16(groups: Array) -> Array:
+    """8 significant bits."""
+    mantissa, exponent = np.frexp(groups)
+    return np.ldexp(np.rint(np.ldexp(mantissa, 8)), exponent - 8)
 
 
 # Each by what is said of it: the size of its groups along a row (None: the row), and what it makes of them (n, size).
@@ -58,7 +74,11 @@ ROUNDINGS: dict[str, tuple[int | None, Callable[[Array], Array]]] = {
     "4 bits, NF4 in blocks of 64": (64, _nf4),
     "4 bits, in blocks of 32": (32, _one_sided),
     "4 bits, by rows": (None, partial(_symmetric, most=7)),
+    "4 bits, in groups of 64": (64, _from_least),
     "4 bits, in groups of 128": (128, _from_least),
+    "4 bits, in groups of 64 with a zero": (64, _with_zero),
+    "4 bits, in groups of 128 with a zero": (128, _with_zero),
+    BFLOAT16: (None, _bfloat16),
 }
 
 
@@ -68,10 +88,14 @@ def squares(rows: Rows, total: Array) -> Array:
     return np.array([*(_square(apart - (_grid(rows.W0, *Q) - rows.W0)) for Q in ROUNDINGS.values()), _square(apart)])
 
 
-def nearest_rounding(found: Array) -> str | None:
-    """The rounding whose merge is nearest, by the sums of `squares` of a tensor; None if W0's own is."""
-    best = int(np.argmin(found[:-1]))
-    return list(ROUNDINGS)[best] if found[best] < PLAIN * found[-1] else None
+def nearest_rounding(found: Array, dtype: np.dtype[Any]) -> str | None:
+    """The rounding whose merge is nearest, by the sums of `squares` of a tensor; None if W0's own is.
+
+    dtype: the file's: in bfloat16 itself that rounding is as fine as the sum's own
+    """
+    names = [name for name in ROUNDINGS if name != BFLOAT16 or dtype.name != BFLOAT16]
+    best = int(np.argmin(found[: len(names)]))
+    return names[best] if found[best] < PLAIN * found[-1] else None
 
 
 def _grid(W: Array, size: int | None, rounding: Callable[[Array], Array]) -> Array:

@@ -223,9 +223,11 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
     differing = beyond = wrong = not_finite = furthest = 0
     sums, roundings = Sums(), np.zeros(len(ROUNDINGS) + 1)
     updates: Sequence[Update] = ()
+    dtype = np.dtype(np.float64)
     for rows in blocks:
         total, merged = rows.sum(), np.ascontiguousarray(rows.place)
-        due = rounded(total, merged.dtype)
+        dtype = merged.dtype
+        due = rounded(total, dtype)
         not_finite += int(np.count_nonzero(~(np.isfinite(due) & np.isfinite(merged))))
         steps = ulps_apart(merged, due)
         far = steps > ulps
@@ -242,7 +244,7 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
     s, r = (updates[0].s, len(updates[0].A)) if len(updates) == 1 else (None, None)
     found = Difference(
         name, size, differing, furthest, beyond, wrong, not_finite, sums.scale, sums.scale_error, sums.is_off,
-        sums.aligned, sums.scale_turned, nearest_rounding(roundings), sums.difference_of_bases, s, r,
+        sums.aligned, sums.scale_turned, nearest_rounding(roundings, dtype), sums.difference_of_bases, s, r,
     )  # fmt: skip
     return found, sums
 
