@@ -174,6 +174,28 @@ def test_a_base_of_few_bits(tmp_path, dtype, rounding, size):
     assert home.judged(wrong) == (False, f"a merge onto the base rounded to {rounding}")
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_base_of_few_bits_below_the_sums_own_rounding(tmp_path, dtype, rounding):
+    """By the sum of all errors, where an update is so large that each element is what a right merge may have."""
+    home = Home(tmp_path, dtype, 30.0)
+    wrong = {name: ROUNDINGS[rounding](home.W0[name].astype("f8")) + home.update(name) for name in MODULES}
+    holds, said = home.judged(wrong)
+    assert not holds
+    assert said.startswith(f"a merge onto the base rounded to {rounding}")
+
+
+@given(seed=st.integers(0, 999), size=st.sampled_from([0.1, 1.0, 10.0]), off=st.sampled_from([0.01, 0.1, 1.0]))
+def test_another_base_is_none_that_was_rounded(tmp_path_factory, seed, size, off):
+    """Though what rounding does goes against W0, as a base does that is W0 no more."""
+    home = Home(tmp_path_factory.mktemp("home"), "F32", size, seed)
+    rng = np.random.default_rng(seed + 1)
+    other = {name: (1 - off) * W + off * 0.05 * rng.standard_normal(W.shape) for name, W in home.W0.items()}
+    home.write("merged", {name: other[name] + home.update(name) for name in MODULES})
+    found = compare(plan_merge(home.path / "base", [home.path / "ad"], [1.0]), home.path / "merged", 1)
+    assert not found.holds
+    assert {one.rounded_to for one in found.changed} == {None}
+
+
 @pytest.mark.parametrize("size", [10.0, 1.0, 0.01])
 @pytest.mark.parametrize("to", ["F32", "F16"])
 def test_a_base_that_was_read_in_bfloat16(tmp_path, to, size):
@@ -225,7 +247,7 @@ def test_another_base(tmp_path, dtype):
     assert home.judged(wrong) == (False, "the adapter on another base than this")
 
 
-@given(seed=st.integers(0, 999), size=st.sampled_from([1e-3, 0.1, 1.0, 10.0]), dtype=st.sampled_from(DTYPES))
+@given(seed=st.integers(0, 999), size=st.sampled_from([1e-3, 0.1, 1.0, 10.0, 100.0]), dtype=st.sampled_from(DTYPES))
 def test_a_right_merge_has_no_name(tmp_path_factory, seed, size, dtype):
     """Summed as PEFT does it: B A, its scale and the sum each rounded to the file's dtype."""
     home = Home(tmp_path_factory.mktemp("home"), dtype, size, seed)

@@ -1,23 +1,33 @@
 """Bases that were rounded to few bits before an adapter was merged: is a merge nearer to one of these?
 
-A rounding of W0 that is fixed, Q(W0), leaves M = Q(W0) + dW + n, where n is the file's own rounding. M - (W0 + dW) then
-has the length of Q(W0) - W0 beside n, and M - (Q(W0) + dW) that of n alone. In a right merge it is the other way round:
-the second is longer, as n knows nothing of Q. So the one is never taken for the other, whatever dW; what cannot be seen
-is a rounding that is finer than the file's own.
+A rounding of W0 that is fixed, Q(W0), leaves M = Q(W0) + dW + n, where n is the file's own rounding: with
+d = Q(W0) - W0, M - (W0 + dW) is n + d, and in a right merge n. n knows nothing of Q: its signs are as if by chance.
+
+- Where d is larger than n, that is seen by lengths: |M - (Q(W0) + dW)| is then |n|, and otherwise longer than
+  |M - (W0 + dW)|.
+- Where n is larger, as beside an update much larger than W0, each element is what a right merge may have. But
+  <M - (W0 + dW), d'> is about |d'|^2 then, and in a right merge 0, with the variance sum((M - (W0 + dW))^2 d^2):
+  further off than t standard deviations with a probability of 2 exp(-t^2 / 2) at most (Hoeffding). d' is what is left
+  of d beside W0, so that another base, or a multiple of this one, is none that was rounded.
+
+So the one is never taken for the other. What cannot be seen is a d so far below n that a tensor has too few elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ...backend import Array
+from .evidence import SURE
 from .target import Rows
 
 BFLOAT16 = "bfloat16"
+SAMPLE = 2**18  # elements of a tensor, of those in blocks where any is off
 PLAIN = 0.5  # the part of |M - (W0 + dW)|^2 below which |M - (Q(W0) + dW)|^2 must be
 # NF4's levels (QLoRA, arXiv:2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
 NF4 = np.array([
@@ -82,20 +92,43 @@ ROUNDINGS: dict[str, tuple[int | None, Callable[[Array], Array]]] = {
 }
 
 
-def squares(rows: Rows, total: Array) -> Array:
-    """|M - (Q(W0) + dW)|^2 of a block for each rounding Q, and at the end |M - (W0 + dW)|^2."""
-    apart = rows.place.astype(np.float64) - total
-    return np.array([*(_square(apart - (_grid(rows.W0, *Q) - rows.W0)) for Q in ROUNDINGS.values()), _square(apart)])
+@dataclass
+class Nearness:
+    """Sums over elements, one for each rounding Q; e is M - (W0 + dW), and d is Q(W0) - W0.
 
-
-def nearest_rounding(found: Array, dtype: np.dtype[Any]) -> str | None:
-    """The rounding whose merge is nearest, by the sums of `squares` of a tensor; None if W0's own is.
-
-    dtype: the file's: in bfloat16 itself that rounding is as fine as the sum's own
+    sums: |e|^2, |W0|^2, <e, W0>, |d|^2, <e, d>, <W0, d>, |e d|^2 element by element
     """
-    names = [name for name in ROUNDINGS if name != BFLOAT16 or dtype.name != BFLOAT16]
-    best = int(np.argmin(found[: len(names)]))
-    return names[best] if found[best] < PLAIN * found[-1] else None
+
+    sums: Array = field(default_factory=lambda: np.zeros((7, len(ROUNDINGS))))
+    elements: int = 0
+
+    def add(self, rows: Rows, total: Array) -> None:
+        """One block; total: W0 + dW (rows, in)."""
+        W0, e = rows.W0, rows.place.astype(np.float64) - total
+        known = _dot(e, e), _dot(W0, W0), _dot(e, W0)
+        found = []
+        for Q in ROUNDINGS.values():
+            d = _grid(W0, *Q) - W0
+            found.append((*known, _dot(d, d), _dot(e, d), _dot(W0, d), _dot(e * d, e * d)))
+        self.sums += np.array(found).T
+        self.elements += e.size
+
+    def rounding(self, dtype: np.dtype[Any]) -> str | None:
+        """The rounding whose merge M is nearest to, None if it is W0's own.
+
+        dtype: the file's: in bfloat16 itself that rounding is as fine as the sum's own.
+        """
+        e, W0, e_W0, d, e_d, W0_d, noise = self.sums
+        if not (np.isfinite(self.sums).all() and e[0] and W0[0]):
+            return None
+        left, size, product = e - 2 * e_d + d, d - W0_d**2 / W0, e_d - e_W0 * W0_d / W0
+        is_sure = (product > size / 2) & (product < 1.5 * size) & (product**2 > SURE**2 * noise)
+        names = [
+            (gap, name)
+            for gap, name, is_it in zip(left, ROUNDINGS, (left < PLAIN * e) | is_sure, strict=True)
+            if is_it and (name != BFLOAT16 or dtype.name != BFLOAT16)
+        ]
+        return min(names)[1] if names else None
 
 
 def _grid(W: Array, size: int | None, rounding: Callable[[Array], Array]) -> Array:
@@ -104,5 +137,5 @@ def _grid(W: Array, size: int | None, rounding: Callable[[Array], Array]) -> Arr
     return rounding(W.reshape(-1, n)).reshape(W.shape) if W.shape[1] % n == 0 else W
 
 
-def _square(values: Array) -> float:
-    return float(np.vdot(values, values))
+def _dot(one: Array, other: Array) -> float:
+    return float(np.vdot(one, other))
