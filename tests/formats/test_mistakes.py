@@ -11,9 +11,11 @@ from test_rounding import dtype_of
 
 from lora_np.cli import main
 from lora_np.formats.files.atomic import write_tensors
-from lora_np.formats.merged.comparison import compare
+from lora_np.formats.merged.comparison import compare, difference
 from lora_np.formats.merged.mistakes import explained, which
 from lora_np.formats.merged.plan import plan_merge
+from lora_np.formats.merged.target import summed
+from lora_np.lora import Update
 
 LAYERS, R, ALPHA = 3, 4, 12
 FLAGS = {"base": "base", "ad": "adapter", "merged": "merged"}
@@ -184,16 +186,27 @@ def test_a_base_of_few_bits_below_the_sums_own_rounding(tmp_path, dtype, roundin
     assert said.startswith(f"a merge onto the base rounded to {rounding}")
 
 
-@given(seed=st.integers(0, 999), size=st.sampled_from([0.1, 1.0, 10.0]), off=st.sampled_from([0.01, 0.1, 1.0]))
-def test_another_base_is_none_that_was_rounded(tmp_path_factory, seed, size, off):
-    """Though what rounding does goes against W0, as a base does that is W0 no more."""
+@given(seed=st.integers(0, 999), size=st.sampled_from([0.1, 1.0, 10.0]), kept=st.sampled_from([0.99, 0.5, 0.0]))
+def test_another_base_is_none_that_was_rounded(tmp_path_factory, seed, size, kept):
+    """Though what rounding changes goes against W0, as in a base that is less of W0, and some of another."""
     home = Home(tmp_path_factory.mktemp("home"), "F32", size, seed)
     rng = np.random.default_rng(seed + 1)
-    other = {name: (1 - off) * W + off * 0.05 * rng.standard_normal(W.shape) for name, W in home.W0.items()}
+    other = {name: kept * W + (1 - kept) * 0.005 * rng.standard_normal(W.shape) for name, W in home.W0.items()}
     home.write("merged", {name: other[name] + home.update(name) for name in MODULES})
     found = compare(plan_merge(home.path / "base", [home.path / "ad"], [1.0]), home.path / "merged", 1)
     assert not found.holds
     assert {one.rounded_to for one in found.changed} == {None}
+
+
+@pytest.mark.parametrize("kept", [0.9, 0.5, 0.0])
+def test_a_multiple_of_the_base_is_none_that_was_rounded(kept):
+    """NF4 brings normal weights nearer to 0: its errors go with those of (1 - c) W0, but no further than W0 does."""
+    rng = np.random.default_rng(4)
+    W0, A, B = (rng.standard_normal(shape).astype("f4") for shape in ((512, 512), (R, 512), (512, R)))
+    merged = (kept * W0 + 0.1 * B @ A).astype("f4")
+    found, _ = difference("W", merged.size, summed(merged, W0, [Update(A, B, 0.1)]), 1)
+    assert not found.fits
+    assert found.rounded_to is None
 
 
 @pytest.mark.parametrize("size", [10.0, 1.0, 0.01])
@@ -223,18 +236,13 @@ def test_an_element_that_was_changed_is_no_other_base(tmp_path, dtype):
 
 @given(seed=st.integers(0, 10**6), at=st.integers(0, 10**6))
 def test_the_base_itself_where_rounding_hides_all_but_one_element(seed, at):
-    """An element that the sum just moves, and its summands in the file's dtype just do not: one step, by chance."""
-    from lora_np.formats.merged.comparison import difference
-    from lora_np.formats.merged.target import summed
-    from lora_np.lora import Update
-
+    """An element that the sum just moves, and another order of summing just does not: one step, by chance."""
     rng = np.random.default_rng(seed)
-    W0 = (1 + rng.integers(0, 2**9, (8, 8)) * 2.0**-9).astype("f2")  # even numbers: a tie rounds to them
-    A, B = np.full((1, 8), 2.0**-13), rng.standard_normal((8, 1))
+    W0 = (1 + rng.integers(0, 2**9, (8, 8)) * 2.0**-9).astype("f2")
     row, column = divmod(at % 64, 8)
-    A[0, column], B[row, 0] = 2.0**-12, 4 * (1 + 2.0**-12)  # half a step, and a part of it that float16 lacks
-    B[:, 0] = np.where(np.arange(8) == row, B[:, 0], np.clip(B[:, 0], -1, 1))
-    found, _ = difference("W", 64, summed(W0, W0, [Update(A, B / 2, 1.0)]), 1)
+    A, B = np.full((1, 8), 2.0**-10), np.full((8, 1), 0.48)  # in steps of float16: 0.48, 0.49 and 0.4944, and 0.5047
+    A[0, column], B[row, 0] = 1.03 * 2.0**-10, 0.49
+    found, _ = difference("W", 64, summed(W0, W0, [Update(A, B, 1.0)]), 1)
     assert found.differing == 1
     assert found.max_ulps == 1
     assert found.fits

@@ -1,16 +1,12 @@
-"""Bases that were rounded to few bits before an adapter was merged: is a merge nearer to one of these?
+"""Bases that were rounded to few bits before an adapter was merged: do a merge's errors lie along such a rounding?
 
 A rounding of W0 that is fixed, Q(W0), leaves M = Q(W0) + dW + n, where n is the file's own rounding: with
-d = Q(W0) - W0, M - (W0 + dW) is n + d, and in a right merge n. n knows nothing of Q: its signs are as if by chance.
-
-- Where d is larger than n, that is seen by lengths: |M - (Q(W0) + dW)| is then |n|, and otherwise longer than
-  |M - (W0 + dW)|.
-- Where n is larger, as beside an update much larger than W0, each element is what a right merge may have. But
-  <M - (W0 + dW), d'> is about |d'|^2 then, and in a right merge 0, with the variance sum((M - (W0 + dW))^2 d^2):
-  further off than t standard deviations with a probability of 2 exp(-t^2 / 2) at most (Hoeffding). d' is what is left
-  of d beside W0, so that another base, or a multiple of this one, is none that was rounded.
-
-So the one is never taken for the other. What cannot be seen is a d so far below n that a tensor has too few elements.
+d = Q(W0) - W0, e = M - (W0 + dW) is d + n, and in a right merge n, which knows nothing of Q: its signs are as if by
+chance. With d' what is left of d beside W0, so that another base, or a multiple of this one, is none that was rounded,
+<e, d'> is about |d'|^2, and in a right merge 0. There it is further off than t times the root of the sum of (e d)^2
+with a probability of 2 exp(-t^2 / 2) at most (Hoeffding), also where n is larger than d, as beside an update much
+larger than W0, and each element is what a right merge may have. What cannot be seen is a d so far below n that a tensor
+has too few elements.
 """
 
 from __future__ import annotations
@@ -28,7 +24,6 @@ from .target import Rows
 
 BFLOAT16 = "bfloat16"
 SAMPLE = 2**18  # elements of a tensor, of those in blocks where any is off
-PLAIN = 0.5  # the part of |M - (W0 + dW)|^2 below which |M - (Q(W0) + dW)|^2 must be
 # NF4's levels (QLoRA, arXiv:2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
 NF4 = np.array([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -122,11 +117,11 @@ class Nearness:
         if not (np.isfinite(self.sums).all() and e[0] and W0[0]):
             return None
         left, size, product = e - 2 * e_d + d, d - W0_d**2 / W0, e_d - e_W0 * W0_d / W0
-        is_sure = (product > size / 2) & (product < 1.5 * size) & (product**2 > SURE**2 * noise)
+        is_it = (product > size / 2) & (product < 1.5 * size) & (product**2 > SURE**2 * noise)
         names = [
             (gap, name)
-            for gap, name, is_it in zip(left, ROUNDINGS, (left < PLAIN * e) | is_sure, strict=True)
-            if is_it and (name != BFLOAT16 or dtype.name != BFLOAT16)
+            for gap, name, is_one in zip(left, ROUNDINGS, is_it, strict=True)
+            if is_one and (name != BFLOAT16 or dtype.name != BFLOAT16)
         ]
         return min(names)[1] if names else None
 
