@@ -71,7 +71,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     config = {key: found.config.get(key) for key in ("target_modules", "r", "lora_alpha", "lora_dropout", "bias")}
     dead = {"dead_layers": found.dead_layers, "dead_modules": found.dead_modules}
     lines = [
-        ", ".join(f"{key} {shown(str(value))}" for key, value in config.items()),
+        ", ".join(f"{key} {shown(str(value))}" for key, value in config.items() if value is not None),
         _verdict(found.modules),
         *([] if all(m.is_dead for m in found.modules) else _dead_lines(found)),
         *([f"trained whole: {', '.join(found.whole)}"] if found.whole else []),

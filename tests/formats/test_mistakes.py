@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rounding import dtype_of
 
+from lora_np.backend import xp
 from lora_np.cli import main
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.merged.comparison import compare, difference
+from lora_np.formats.merged.evidence import sums_of
 from lora_np.formats.merged.mistakes import explained, which
 from lora_np.formats.merged.plan import plan_merge
-from lora_np.formats.merged.target import summed
+from lora_np.formats.merged.target import Rows, summed
 from lora_np.lora import Update
 
 LAYERS, R, ALPHA = 3, 4, 12
@@ -328,6 +330,38 @@ def test_a_head_that_is_tied_still_where_the_merge_unties_it(tmp_path):
     found = compare(plan, tmp_path / "merged", 1)
     assert found.missing == ["lm_head.weight"]
     assert explained(found, config) == "lm_head.weight tied to the token table still, which the adapter unties"
+
+
+def test_a_symmetric_update_on_another_base_is_no_transpose(tmp_path):
+    home = Home(tmp_path, "F32", 0.0)
+    rng = np.random.default_rng(3)
+    home.B = {name: (home.A[name].T if n_out == n_in else home.B[name]) for name, (n_out, n_in) in MODULES.items()}
+    factors = {f"base_model.model.{name}.lora_A.weight": A for name, A in home.A.items()}
+    factors |= {f"base_model.model.{name}.lora_B.weight": np.ascontiguousarray(B) for name, B in home.B.items()}
+    write_tensors(tmp_path / "ad" / "adapter_model.safetensors", factors, {})
+    wrong = {name: home.merged(name) + 10 * rng.standard_normal(shape) for name, shape in MODULES.items()}
+    assert "transpose" not in home.judged(wrong)[1]
+
+
+@given(first=st.integers(0, 5), n=st.integers(1, 3), seed=st.integers(0, 99))
+def test_rows_of_the_transpose(first, n, seed):
+    """Of a weight in several blocks: dW^T's own rows."""
+    rng = np.random.default_rng(seed)
+    A, B = rng.standard_normal((2, 8)), rng.standard_normal((8, 2))
+    at, zeros = slice(first, first + n), np.zeros((n, 8))
+    update = Update(xp.asarray(A), xp.asarray(B), 3.0)
+    rows = Rows(zeros, zeros, [update._replace(B=update.B[at])], at, [update])
+    np.testing.assert_allclose(rows.turned(), 3 * (B @ A).T[at], atol=1e-14)
+
+
+def test_few_elements_are_no_evidence():
+    """One element of which rounding leaves nothing: half the update is missing, by chance alone."""
+    W0, dW = np.array([[1.0, 1.0]]), np.array([[0.6, 0.4]])
+    rows = Rows(W0 + np.array([[0.0, 0.4]]), W0, [])
+    assert sums_of(rows, W0 + dW, W0 + dW).scale == pytest.approx(0.16 / 0.52)
+    assert not sums_of(rows, W0 + dW, W0 + dW).is_off
+    many = [np.tile(values, (1, 500)) for values in (W0 + np.array([[0.0, 0.4]]), W0, dW)]
+    assert sums_of(Rows(many[0], many[1], []), many[1] + many[2], many[1] + many[2]).is_off
 
 
 def test_which_names():

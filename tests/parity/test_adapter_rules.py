@@ -374,14 +374,17 @@ def test_a_bias_that_the_layer_does_not_have_is_refused_as_peft_refuses_it(tmp_p
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
-@pytest.mark.parametrize("pattern", ["k_proj", "experts", r".*\.up_proj"])
-def test_a_pattern_that_fits_nothing_is_named(tmp_path, key, pattern):
+@pytest.mark.parametrize(
+    ("pattern", "close"), [("k_proj", "q_proj"), ("experts", ""), (r".*\.up_proj", ""), ("down_prj", "down_proj")]
+)
+def test_a_pattern_that_fits_nothing_is_named(tmp_path, key, pattern, close):
     """The experts' parameters have their own names: their module's fits none of them, in PEFT either."""
     settings = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     adapted(tmp_path, "qwen3_moe", {}, None, settings)
     path = tmp_path / "ad" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: {pattern: 2}}))
-    with pytest.raises(ValueError, match=re.escape(f"{key}: {pattern!r}: no adapted module fits")):
+    said = re.escape(f"{key}: {pattern!r}: no adapted module fits") + (f"; nearest are .*{close}" if close else "")
+    with pytest.raises(ValueError, match=said):
         merge_folder(tmp_path / "base", [tmp_path / "ad"], [1.0], tmp_path / "out")
 
 

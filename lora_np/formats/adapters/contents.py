@@ -23,7 +23,7 @@ from ..files.safetensors_file import UNGATHERED, refuse_pickle
 from ..models.shards import Stored, stored_tensors
 from .keys import adapter_names, read_key
 from .peft import CONFIG, CONVERT, WEIGHTS
-from .peft_config import BY_NAME, PATTERNS, READ, check_keys, expressions_in, resolved
+from .peft_config import BY_NAME, PATTERNS, READ, check_keys, endings, expressions_in, resolved
 
 MLX_WEIGHTS = "adapters.safetensors"
 PARAMETERS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # of a layer's experts, in order
@@ -164,9 +164,8 @@ def _pairs(
         if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1]:
             raise ValueError(f"{A}: expected A (r, in) and B (out, r), got A {A.shape} and B {B.shape}")
         found.setdefault(module, []).append((A, B, parts.get("bias"), is_look_up))
-    known_as = {
-        module: _parameters(raw, module, len(several), str(folder / CONFIG)) for module, several in found.items()
-    }
+    targets = _targets(raw, str(folder / CONFIG))
+    known_as = {module: _parameters(targets, module, len(several)) for module, several in found.items()}
     ranks: dict[str, list[int]] = {}
     for module, several in found.items():
         for name, (A, *_) in zip(known_as[module], several, strict=True):
@@ -181,19 +180,29 @@ def _pairs(
     }
 
 
-def _parameters(raw: Mapping[str, Any], module: str, n: int, where: str) -> list[str]:
+def _targets(raw: Mapping[str, Any], where: str) -> dict[str, set[str]]:
+    """The parameters that are targeted, by what their module ends in; "" where the parameter is named alone."""
+    targets = raw.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{where}: target_parameters: expected a list of names, got {targets!r:.60}")
+    found: dict[str, set[str]] = {}
+    for target in targets:
+        owner, _, name = target.rpartition(".")
+        found.setdefault(owner, set()).add(name)
+    return found
+
+
+def _parameters(targets: Mapping[str, Collection[str]], module: str, n: int) -> list[str]:
     """The names by which PEFT's patterns know a module's n pairs, the innermost first: its own, or its parameters'.
 
     PEFT wraps the parameters of a module in the order in which it has them. One part of a name fits experts alone here:
     an adapter does not tell which other modules have such a parameter.
     """
-    targets, own = raw.get("target_parameters") or [], set()
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"{where}: target_parameters: expected a list of names, got {targets!r:.60}")
-    for target in targets:
-        end = target.rpartition(".")[2]
-        if f".{module}.{end}".endswith(f".{target}") and (end != target or module.endswith("experts")):
-            own.add(end)
+    owners = [*endings(module), *([""] if module.endswith("experts") else [])]
+    fitting = [targets[owner] for owner in owners if owner in targets]
+    if sum(map(len, fitting)) > len(owners) * n:  # more names than pairs, whatever they are
+        return [module] * n
+    own = set[str]().union(*fitting)
     names = [*(name for name in PARAMETERS if name in own), *sorted(own.difference(PARAMETERS))]
     return [f"{module}.{name}" for name in names] if len(names) == n else [module] * n
 

@@ -14,7 +14,7 @@ from ...adapter import TARGETS, LoRAConfig, adapted_shapes, target_of, trained_w
 from ...model import Config
 from ..files.expressions import Expression, fitting
 from ..files.json_file import from_fields
-from ..files.messages import shown
+from ..files.messages import nearest, shown
 from ..models.names import family_of, module_names, saved_whole, short_names
 from .peft_tensors import grouped
 
@@ -384,7 +384,8 @@ def resolved(
     for pattern, value in patterns.items():
         taken = given.intersection(fits.get(Expression(key, pattern, at_end=True), ending_in[pattern]))
         if not taken:
-            raise ValueError(f"{where}: {key}: {pattern!r:.60}: no adapted module fits")
+            ends = {name.rpartition(".")[2]: None for name in given} | dict.fromkeys(sorted(given))
+            raise ValueError(f"{where}: {key}: {pattern!r:.60}: no adapted module fits{nearest(pattern, ends)}")
         values |= {name: value for name in taken if name not in values}
     return {ours: values.get(theirs, default) for ours, theirs in names.items()}
 

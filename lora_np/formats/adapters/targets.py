@@ -7,18 +7,16 @@ out, and what it lacks keeps its start, in both cases with a warning at most.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from difflib import get_close_matches
-from itertools import islice
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..files.expressions import Expression
-from ..files.messages import shown
+from ..files.messages import nearest, shown
 from .contents import Contents
 from .peft import CONFIG
 from .peft_config import ALL_LINEAR, AUTO_SAVED, MODULES, Fits, Selection, endings, ends_in, expressions_in
 
-CANDIDATES = 5000  # names that are compared letter by letter, for a message
 SHOWN = 5  # lines of one kind
 LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
 
@@ -34,13 +32,6 @@ class Known(NamedTuple):
     names: Mapping[str, str]
     modules: Collection[str]
     matrices: Collection[str]
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """What to say of a name that is not known: the names most like it."""
-    some = list(islice(known, CANDIDATES))
-    close = get_close_matches(name[-200:], some, n=3, cutoff=0.6)
-    return f"; nearest are {' '.join(map(shown, close))}" if close else ""
 
 
 def mistargeted(adapter: Contents, known: Known | None = None) -> list[str]:
@@ -167,13 +158,19 @@ def _fitting_nothing(adapter: Contents, lists: Mapping[str, list[str]], known: K
     lines += _unfit("target_parameters", {name: owner for name, owner in owners.items() if owner}, here)
     if not _ties(raw):  # which saves the table in the head's place
         whole = {name[:i] for name in adapter.whole for i, c in enumerate(name) if c == "."}
-        text = "\n".join([*whole, ""])
-        absent = [name for name in lists["modules_to_save"] if name not in added and f"{name}\n" not in text]
+        backwards = sorted(name[::-1] for name in whole)
+        absent = [name for name in lists["modules_to_save"] if name not in added and not _ends_one(name, backwards)]
         lines += [  # PEFT asks for no dot before a name
             f"modules_to_save: {name!r:.60}: the file has no tensor of it{nearest(name, whole)}"
             for name in absent[:SHOWN]
         ]
     return lines
+
+
+def _ends_one(name: str, backwards: Sequence[str]) -> bool:
+    """Whether one of these names, which are sorted and read backwards, ends in a name."""
+    at = bisect_left(backwards, name[::-1])
+    return at < len(backwards) and backwards[at].startswith(name[::-1])
 
 
 def _unfit(key: str, names: Mapping[str, str], modules: Collection[str]) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +20,7 @@ Reader = TypeVar("Reader", bound=Callable[..., Any])
 # and paragraph ends, embeddings and isolates of direction, halves of surrogate pairs.
 UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MAX_SHOWN = 200
+CANDIDATES = 5000  # names that are compared letter by letter, for a message
 
 
 def shown(text: str, most: int = MAX_SHOWN) -> str:
@@ -55,3 +58,10 @@ def named(read: Reader) -> Reader:
             return read(path, *args, **kwargs)
 
     return cast(Reader, reading)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """What to say of a name that is not known: the names most like it."""
+    some = list(islice(known, CANDIDATES))
+    close = get_close_matches(name[-200:], some, n=3, cutoff=0.6)
+    return f"; nearest are {' '.join(map(shown, close))}" if close else ""

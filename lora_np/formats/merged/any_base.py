@@ -19,11 +19,13 @@ class AnyBase:
 
     raw       its config.json
     tensors   by their keys
+    brought   those that it lacks, of a head that an adapter has whole
     """
 
     folder: Path
     raw: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    brought: frozenset[str] = frozenset()
 
     @property
     def model_type(self) -> str:

@@ -37,7 +37,7 @@ class Changes:
     """What adapters change.
 
     tensors  by their keys
-    added    those that the base lacks: the tensor of it that each starts from
+    added    those that the base lacks: the tensor of it that each starts from, or has its dtype of
     unties   whether the head is tied to the table no more
     remarks  what is wrong with the adapters
     """
@@ -182,6 +182,10 @@ class _Merge:
     def _replace(self, key: str, value: Array, where: str) -> None:
         """A tensor that is trained whole, in the place of the base's."""
         if self._is_copy(self.copies.get(key, key), value):
+            return
+        if key in self.base.brought:
+            self.added[key] = next(k for k in (self.table, *self.tensors) if k and self.tensors[k].dtype in NAMES)
+            self.changed[key] = Changed(Place(value.shape, False, {key: ALL}), {key: Change(key, value, ())})
             return
         source, found = self._start(key, where)
         if value.shape != source.shape and not (

@@ -20,6 +20,7 @@ from .any_base import open_any_base
 from .by_name import changes_of
 from .gguf_by_name import read_gguf, write_gguf
 from .matching import base_names, proper_names
+from .new_head import with_new_head
 
 
 def convert_by_name(base_path: Path, adapter_path: Path, out: Path) -> list[str]:
@@ -30,6 +31,7 @@ def convert_by_name(base_path: Path, adapter_path: Path, out: Path) -> list[str]
     """
     base = open_any_base(base_path)
     adapter = read_gguf(base, adapter_path) if kind_of(adapter_path) == "gguf" else read_contents(adapter_path)
+    base = with_new_head(base, [adapter])
     remarks = changes_of(base, [adapter], [1.0]).remarks
     if kind_of(out) == "gguf":
         write_gguf(base, adapter, out)
@@ -47,7 +49,8 @@ def fits_as_it_is(base_path: Path, adapter_path: Path) -> bool:
     adapter = read_contents(adapter_path)
     if "peft_type" not in adapter.raw or not (adapter_path / WEIGHTS).exists():
         return False
-    return not adapter.remarks and not base_names(open_any_base(base_path), adapter)[1]
+    base = with_new_head(open_any_base(base_path), [adapter])
+    return not adapter.remarks and not base_names(base, adapter)[1]
 
 
 def _beside_update(key: str, names: Mapping[str, str], adapter: Contents) -> str:

@@ -15,6 +15,7 @@ from ...backend import Array
 from .target import Rows
 
 NEAR = 0.05  # how far a multiple may be off, relatively
+FAR = 0.25  # the part of |dW|^2 that |M - E|^2 is at least where the transpose was merged
 SURE = 6.0  # how many standard deviations of its rounding a multiple is off by, to be called off
 
 
@@ -29,7 +30,7 @@ class Sums(NamedTuple):
     error: float = 0.0  # |M - E|^2
     noise: float = 0.0  # the sum of ((M - E) dW)^2: the variance of <M - E, dW>, if errors have signs by chance
     start: float = 0.0  # |W0|^2
-    added_turned: float = 0.0  # <M - W0, dW^T>, of square matrices, in the blocks where M is not E
+    added_turned: float = 0.0  # <M - W0, dW^T>, of square matrices, in the blocks where M is far from E beside dW
     turned: float = 0.0  # |dW^T|^2 there
 
     def __add__(self, other: tuple[float, ...]) -> Sums:  # type: ignore[override]
@@ -89,7 +90,7 @@ def sums_of(rows: Rows, total: Array, due: Array) -> Sums:
         (error, error), (error * update, error * update), (rows.W0, rows.W0),
     )  # fmt: skip
     found = Sums(*(float(np.vdot(*pair)) for pair in products))
-    turned = rows.turned() if error.any() else None
+    turned = rows.turned() if found.error > FAR * found.update else None
     if turned is None:
         return found
     return found._replace(added_turned=float(np.vdot(added, turned)), turned=float(np.vdot(turned, turned)))

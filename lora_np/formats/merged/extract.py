@@ -18,9 +18,8 @@ from ...backend import Array, asnumpy, blocks, xp
 from ...lora import nearest_update
 from ..adapters.contents import Pair
 from ..adapters.peft_writer import config_of, write_peft
-from ..adapters.targets import nearest
 from ..files.atomic import refuse_existing
-from ..files.messages import shown
+from ..files.messages import nearest, shown
 from ..files.rounding import NAMES
 from ..models.shards import Stored
 from .any_base import AnyBase, open_any_base

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 
 from ..adapters.contents import Contents
 from ..adapters.peft import CONVERT
-from ..adapters.targets import Known, mistargeted, nearest
-from ..files.messages import shown
+from ..adapters.targets import Known, mistargeted
+from ..files.messages import nearest, shown
 from .any_base import AnyBase
 from .renamed import in_files, in_memory
 
@@ -20,7 +20,7 @@ def base_names(base: AnyBase, adapter: Contents) -> tuple[dict[str, str], list[s
 
     A ValueError names one that the base has not.
     """
-    modules, names = [*adapter.pairs, *adapter.rows], _known(base, adapter)
+    modules, names = [*adapter.pairs, *adapter.rows], known_names(base, adapter)
     unknown = [name for name in modules if name not in names]
     remarks, change = [], change_of_prefix(unknown, base.modules) if unknown else None
     if unknown and change is None:
@@ -51,7 +51,7 @@ def base_names(base: AnyBase, adapter: Contents) -> tuple[dict[str, str], list[s
 def proper_names(base: AnyBase, adapter: Contents) -> dict[str, str]:
     """The name in memory of each module and whole tensor of an adapter, by which PEFT finds it."""
     names, remarks = base_names(base, adapter)
-    known = _known(base, adapter)
+    known = known_names(base, adapter)
     mended = {name: in_memory(found, base.model_type) for name, found in names.items() if name not in known}
     return dict(zip(names, names, strict=True)) | (mended if remarks else {})
 
@@ -74,13 +74,13 @@ def base_keys(base: AnyBase, adapter: Contents) -> dict[str, str]:
     return {name: key if key in base.tensors else str(base.tied.table) for name, key in keys.items()}
 
 
-def _known(base: AnyBase, adapter: Contents) -> dict[str, str]:
+def known_names(base: AnyBase, adapter: Contents) -> dict[str, str]:
     """What the base has under these very names, or under transformers' own for its files."""
     copies = base.tied.copies
     names: dict[str, str] = {}
     for name in (*adapter.pairs, *adapter.rows, *adapter.whole):
         for one in (name, *in_files(name, base.model_type)):
-            is_there = one in base.tensors or one in copies
+            is_there = one in base.tensors or one in copies or one in base.brought
             if is_there if name in adapter.whole else one in base.modules or f"{one}.weight" in copies:
                 names.setdefault(name, one)
     return names

@@ -16,6 +16,7 @@ from ..models.shards import Stored
 from .any_base import AnyBase, open_any_base
 from .by_model import plan_by_model
 from .by_name import Changed, changes_of
+from .new_head import with_new_head
 from .target import Plan, Target
 
 
@@ -49,16 +50,16 @@ def _brings_head(adapter: Contents, base: AnyBase) -> bool:
 
 
 def _plan_by_name(base: AnyBase, adapters: Sequence[Contents], weights: Sequence[float]) -> Plan:
+    raw, base = base.raw, with_new_head(base, adapters)
     changes = changes_of(base, adapters, weights)
     headers = {stored.path: stored.file.header for stored in base.tensors.values()}
-    files = {
-        path: [_target(key, base.tensors[key], changes.tensors.get(key), base.model_type) for key in header.tensors]
-        for path, header in headers.items()
-    }
+    files: dict[Path, list[Target]] = {path: [] for path in headers}
+    for key, stored in base.tensors.items():
+        files[stored.path].append(_target(key, stored, changes.tensors.get(key), base.model_type))
     for key, start in changes.added.items():
         source = base.tensors[start]
         files[source.path].append(_target(key, source, changes.tensors[key], base.model_type))
-    return Plan(base.folder, base.raw, None, changes.config(base.raw), headers, files, changes.remarks)
+    return Plan(base.folder, raw, None, changes.config(base.raw), headers, files, changes.remarks)
 
 
 def _target(key: str, source: Stored, changed: Changed | None, model_type: str) -> Target:

@@ -27,6 +27,7 @@ from ..models.names import module_names
 from .any_base import open_any_base
 from .base import open_base
 from .matching import base_keys
+from .new_head import with_new_head
 
 
 class Module(NamedTuple):
@@ -181,8 +182,9 @@ def base_norms(
     """
     if "gguf" in (kind_of(adapter), Path(base).suffix.lower()[1:]):
         return _norms_by_our_names(base, adapter, modules)
-    opened = open_any_base(Path(base))
-    keys = base_keys(opened, read_contents(adapter))
+    contents = read_contents(adapter)
+    opened = with_new_head(open_any_base(Path(base)), [contents])
+    keys = base_keys(opened, contents)
     norms: list[float | None] = []
     for module in modules:
         if module.experts > 1:
