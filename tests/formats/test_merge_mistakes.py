@@ -12,11 +12,11 @@ from test_rounding import dtype_of
 from lora_np.backend import xp
 from lora_np.cli import main
 from lora_np.formats.files.atomic import write_tensors
-from lora_np.formats.merged.comparison import compare
+from lora_np.formats.merged.comparison import compare, difference
 from lora_np.formats.merged.evidence import sums_of
 from lora_np.formats.merged.mistakes import explained, which
 from lora_np.formats.merged.plan import plan_merge
-from lora_np.formats.merged.target import Rows
+from lora_np.formats.merged.target import Rows, summed
 from lora_np.lora import Update
 
 LAYERS, R, ALPHA = 3, 4, 12
@@ -148,13 +148,24 @@ def from_least(group):
     return np.round((group - group.min()) / step) * step + group.min()
 
 
+def with_zero(group):
+    """16 numbers from the least to the greatest, one of which is 0 itself."""
+    step = (max(group.max(), 0) - min(group.min(), 0)) / 15
+    zero = np.round(-min(group.min(), 0) / step)
+    levels = (np.arange(16) - zero) * step
+    return levels[np.abs(group[:, None] - levels).argmin(axis=1)]
+
+
 ROUNDINGS = {
     "8 bits, by rows": lambda W: by_groups(W, W.shape[1], even(127)),
     "8 bits, in blocks of 32": lambda W: by_groups(W, 32, even(127)),
     "4 bits, NF4 in blocks of 64": lambda W: by_groups(W, 64, nf4),
     "4 bits, in blocks of 32": lambda W: by_groups(W, 32, q4_0),
     "4 bits, by rows": lambda W: by_groups(W, W.shape[1], even(7)),
+    "4 bits, in groups of 64": lambda W: by_groups(W, 64, from_least),
     "4 bits, in groups of 128": lambda W: by_groups(W, 128, from_least),
+    "4 bits, in groups of 64 with a zero": lambda W: by_groups(W, 64, with_zero),
+    "4 bits, in groups of 128 with a zero": lambda W: by_groups(W, 128, with_zero),
 }
 
 
@@ -167,6 +178,78 @@ def test_a_base_of_few_bits(tmp_path, dtype, rounding, size):
     assert home.judged(wrong) == (False, f"a merge onto the base rounded to {rounding}")
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_base_of_few_bits_below_the_sums_own_rounding(tmp_path, dtype, rounding):
+    """By the sum of all errors, where an update is so large that each element is what a right merge may have."""
+    home = Home(tmp_path, dtype, 30.0)
+    wrong = {name: ROUNDINGS[rounding](home.W0[name].astype("f8")) + home.update(name) for name in MODULES}
+    holds, said = home.judged(wrong)
+    assert not holds
+    assert said.startswith(f"a merge onto the base rounded to {rounding}")
+
+
+@given(seed=st.integers(0, 999), size=st.sampled_from([0.1, 1.0, 10.0]), kept=st.sampled_from([0.99, 0.5, 0.0]))
+def test_another_base_is_none_that_was_rounded(tmp_path_factory, seed, size, kept):
+    """Though what rounding changes goes against W0, as in a base that is less of W0, and some of another."""
+    home = Home(tmp_path_factory.mktemp("home"), "F32", size, seed)
+    rng = np.random.default_rng(seed + 1)
+    other = {name: kept * W + (1 - kept) * 0.005 * rng.standard_normal(W.shape) for name, W in home.W0.items()}
+    home.write("merged", {name: other[name] + home.update(name) for name in MODULES})
+    found = compare(plan_merge(home.path / "base", [home.path / "ad"], [1.0]), home.path / "merged", 1)
+    assert not found.holds
+    assert {one.rounded_to for one in found.changed} == {None}
+
+
+@pytest.mark.parametrize("kept", [0.9, 0.5, 0.0])
+def test_a_multiple_of_the_base_is_none_that_was_rounded(kept):
+    """NF4 brings normal weights nearer to 0: its errors go with those of (1 - c) W0, but no further than W0 does."""
+    rng = np.random.default_rng(4)
+    W0, A, B = (rng.standard_normal(shape).astype("f4") for shape in ((512, 512), (R, 512), (512, R)))
+    merged = (kept * W0 + 0.1 * B @ A).astype("f4")
+    found, _ = difference("W", merged.size, summed(merged, W0, [Update(A, B, 0.1)]), 1)
+    assert not found.fits
+    assert found.rounded_to is None
+
+
+@pytest.mark.parametrize("size", [10.0, 1.0, 0.01])
+@pytest.mark.parametrize("to", ["F32", "F16"])
+def test_a_base_that_was_read_in_bfloat16(tmp_path, to, size):
+    """And merged in more bits; but a merge that is itself in bfloat16 is right, rounded more often than once."""
+    bfloat16 = dtype_of("BF16")
+    home = Home(tmp_path, to, size)
+    coarse = {name: home.W0[name].astype("f4").astype(bfloat16).astype("f8") + home.update(name) for name in MODULES}
+    assert home.judged(coarse) == (False, "a merge onto the base rounded to bfloat16")
+    shutil.rmtree(tmp_path / "merged")
+    home.dtype = bfloat16
+    assert home.judged(coarse) == (True, None)
+
+
+def test_an_element_that_was_changed_is_no_other_base(tmp_path, dtype):
+    """Nor is a tensor that is missing: they are named as what they are."""
+    home = Home(tmp_path, dtype, 1.0)
+    right = {name: home.merged(name) for name in MODULES}
+    name = next(iter(MODULES))
+    changed = right[name].copy()
+    changed[1, 1] += 0.01
+    assert home.judged(right | {name: changed}) == (False, None)
+    shutil.rmtree(tmp_path / "merged")
+    assert home.judged({key: value for key, value in right.items() if key != name}) == (False, None)
+
+
+@given(seed=st.integers(0, 10**6), at=st.integers(0, 10**6))
+def test_the_base_itself_where_rounding_hides_all_but_one_element(seed, at):
+    """An element that the sum just moves, and another order of summing just does not: one step, by chance."""
+    rng = np.random.default_rng(seed)
+    W0 = (1 + rng.integers(0, 2**9, (8, 8)) * 2.0**-9).astype("f2")
+    row, column = divmod(at % 64, 8)
+    A, B = np.full((1, 8), 2.0**-10), np.full((8, 1), 0.48)  # in steps of float16: 0.48, 0.49 and 0.4944, and 0.5047
+    A[0, column], B[row, 0] = 1.03 * 2.0**-10, 0.49
+    found, _ = difference("W", 64, summed(W0, W0, [Update(A, B, 1.0)]), 1)
+    assert found.differing == 1
+    assert found.max_ulps == 1
+    assert found.fits
+
+
 def test_another_base(tmp_path, dtype):
     home = Home(tmp_path, dtype, 1.0)
     rng = np.random.default_rng(7)
@@ -174,7 +257,7 @@ def test_another_base(tmp_path, dtype):
     assert home.judged(wrong) == (False, "the adapter on another base than this")
 
 
-@given(seed=st.integers(0, 999), size=st.sampled_from([1e-3, 0.1, 1.0, 10.0]), dtype=st.sampled_from(DTYPES))
+@given(seed=st.integers(0, 999), size=st.sampled_from([1e-3, 0.1, 1.0, 10.0, 100.0]), dtype=st.sampled_from(DTYPES))
 def test_a_right_merge_has_no_name(tmp_path_factory, seed, size, dtype):
     """Summed as PEFT does it: B A, its scale and the sum each rounded to the file's dtype."""
     home = Home(tmp_path_factory.mktemp("home"), dtype, size, seed)
@@ -222,6 +305,31 @@ def test_a_head_that_is_the_table_is_no_fault(tmp_path):
         found = compare(plan_merge(tmp_path / "base", [tmp_path / "ad"], [1.0]), tmp_path / "merged", 1)
         assert found.holds is holds
         assert found.extra == ([] if holds else ["lm_head.weight"])
+
+
+def test_a_head_that_is_tied_still_where_the_merge_unties_it(tmp_path):
+    rng = np.random.default_rng(2)
+    for folder in ("base", "ad"):
+        (tmp_path / folder).mkdir()
+    raw = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(raw))
+    table = rng.standard_normal((32, 16)).astype("f4")
+    write_tensors(tmp_path / "base" / "model.safetensors", {"model.embed_tokens.weight": table}, {})
+    config = {"peft_type": "LORA", "r": R, "lora_alpha": ALPHA, "target_modules": ["embed_tokens"]}
+    (tmp_path / "ad" / "adapter_config.json").write_text(json.dumps(config))
+    A, B = rng.standard_normal((R, 32)).astype("f4"), rng.standard_normal((16, R)).astype("f4")
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    write_tensors(tmp_path / "ad" / "adapter_model.safetensors", {f"{prefix}A": A, f"{prefix}B": B}, {})
+    shutil.copytree(tmp_path / "base", tmp_path / "merged")
+    merged = {"model.embed_tokens.weight": (table + ALPHA / R * (A.T @ B.T)).astype("f4"), "lm_head.weight": table}
+    plan = plan_merge(tmp_path / "base", [tmp_path / "ad"], [1.0])
+    write_tensors(tmp_path / "merged" / "model.safetensors", merged, {})
+    assert compare(plan, tmp_path / "merged", 1).holds
+    del merged["lm_head.weight"]
+    write_tensors(tmp_path / "merged" / "model.safetensors", merged, {})
+    found = compare(plan, tmp_path / "merged", 1)
+    assert found.missing == ["lm_head.weight"]
+    assert explained(found, config) == "lm_head.weight tied to the token table still, which the adapter unties"
 
 
 def test_a_symmetric_update_on_another_base_is_no_transpose(tmp_path):

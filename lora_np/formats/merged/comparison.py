@@ -16,7 +16,7 @@ from ..models.base import Base
 from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
 from ..models.huggingface import MODEL_TYPES, is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
-from .coarse import ROUNDINGS, nearest_rounding, squares
+from .coarse import SAMPLE, Nearness
 from .evidence import NEAR, Sums, sums_of
 from .matching import moved
 from .target import Plan, Rows, Target
@@ -221,11 +221,13 @@ def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, 
 def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple[Difference, Sums]:
     """A merged tensor of so many elements beside the sum, block by block, in its own dtype."""
     differing = beyond = wrong = not_finite = furthest = 0
-    sums, roundings = Sums(), np.zeros(len(ROUNDINGS) + 1)
+    sums, near = Sums(), Nearness()
     updates: Sequence[Update] = ()
+    dtype = np.dtype(np.float64)
     for rows in blocks:
         total, merged = rows.sum(), np.ascontiguousarray(rows.place)
-        due = rounded(total, merged.dtype)
+        dtype = merged.dtype
+        due = rounded(total, dtype)
         not_finite += int(np.count_nonzero(~(np.isfinite(due) & np.isfinite(merged))))
         steps = ulps_apart(merged, due)
         far = steps > ulps
@@ -238,11 +240,13 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
             updates = rows.updates
             with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite nothing is concluded
                 sums += sums_of(rows, total, due.astype(np.float64))
-                roundings += squares(rows, total) if far.any() else 0
+                if steps.any() and near.elements < SAMPLE:
+                    near.add(rows, total)
+    rounded_to = near.rounding(dtype)
     s, r = (updates[0].s, len(updates[0].A)) if len(updates) == 1 else (None, None)
     found = Difference(
         name, size, differing, furthest, beyond, wrong, not_finite, sums.scale, sums.scale_error, sums.is_off,
-        sums.aligned, sums.scale_turned, nearest_rounding(roundings), sums.difference_of_bases, s, r,
+        sums.aligned, sums.scale_turned, rounded_to, sums.difference_of_bases, s, r,
     )  # fmt: skip
     return found, sums
 

@@ -58,8 +58,13 @@ class Sums(NamedTuple):
 
     @property
     def is_off(self) -> bool:
-        """Whether another multiple than 1 was added, beyond what chance does: also where each element is near."""
-        return self.scale is not None and abs(self.scale - 1) > max(NEAR, SURE * self.scale_error)
+        """Whether another multiple than 1 was added, beyond what chance does: also where each element is near.
+
+        By M - E alone: W0 itself is right where rounding hides the update, but for an element or two.
+        """
+        if not (self.update and self.finite):
+            return False
+        return abs(self.added_update - self.due_update) > max(NEAR, SURE * self.scale_error) * self.update
 
     @property
     def scale_turned(self) -> float | None:

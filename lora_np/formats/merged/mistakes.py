@@ -9,8 +9,11 @@ from typing import Any
 from ..files.messages import shown
 from .comparison import Comparison, Difference
 from .evidence import NEAR
+from .gguf import HEAD as GGUF_HEAD
+from .tied import is_head
 
 ALIGNED = 0.9  # cos^2 of M - W0 and the update, from which on the one is called a multiple of the other
+MANY = 0.1  # part of the elements, from which on it is not some that were changed
 SHOWN = 5  # names in one line
 NOT_MERGED, ALL_BASE = "not merged", "the base: nothing was merged"
 ELSE = "something else than this adapter"
@@ -21,9 +24,21 @@ def explained(comparison: Comparison, config: Mapping[str, Any]) -> str | None:
 
     config: the adapter's, as adapter_config.json says it.
     """
+    if comparison.holds:
+        return None
+    return "; ".join(text for text in (_still_tied(comparison), _of_updates(comparison, config)) if text) or None
+
+
+def _still_tied(comparison: Comparison) -> str | None:
+    """A head of its own that was left out, as if it were the token table still, of which one end is adapted."""
+    heads = [key for key in comparison.missing if is_head(key) or key == GGUF_HEAD]
+    return f"{shown(heads[0])} tied to the token table still, which the adapter unties" if heads else None
+
+
+def _of_updates(comparison: Comparison, config: Mapping[str, Any]) -> str | None:
     adapted = [one for one in comparison.changed if one.scale is not None]
     wrong = [one for one in adapted if not one.fits]
-    if comparison.holds or not adapted:
+    if not adapted or comparison.scale is None or (not wrong and abs(comparison.scale - 1) <= NEAR):
         return None
     if not wrong:  # each is near, and together they are off
         return ", or ".join(looks_like(_together(comparison, adapted), config)).replace(NOT_MERGED, ALL_BASE) or None
@@ -65,7 +80,7 @@ def looks_like(one: Difference, config: Mapping[str, Any]) -> list[str]:
         if abs(value - 1) > NEAR and abs(one.scale - value) <= NEAR * max(abs(value), 1.0)
     ]
     if abs(one.scale - 1) <= NEAR and one.scale_error < NEAR:
-        return ["the adapter on another base than this"]
+        return ["the adapter on another base than this"] if one.beyond > MANY * one.elements else []
     if one.aligned < ALIGNED:
         return [ELSE]
     return fitting or [f"the adapter with {one.scale:.4g} times its scale"]
