@@ -285,13 +285,16 @@ def _of_rows(rows: Iterator[Row], task: str, path: Path) -> Records:
                 raise ValueError(
                     f"{where}: expected an object or a header with {_expected(task)}, got {list(row)!r:.80}"
                 )
+            if kind[0] == "pairs" and isinstance(row[kind[1]["prompt"]], list):
+                kind = "turns", kind[1]
         missing = [name for name in kind[1].values() if name not in row]
         if missing:
             raise ValueError(f"{where}: expected {' and '.join(kind[1].values())}, got {list(row)!r:.80}")
         fields = {field: row[name] for field, name in kind[1].items()}
         lines.append(number)
         found.append(_MAKERS[kind[0]](fields, row, where))
-    return Records(next(iter(KINDS[task])) if kind is None else kind[0], lines, found)
+    name = next(iter(KINDS[task])) if kind is None else kind[0]
+    return Records("conversations" if name == "turns" else name, lines, found)
 
 
 def _expected(task: str) -> str:
@@ -349,15 +352,33 @@ def _tagged(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Ta
 
 
 def _conversation(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Conversation:
-    messages, tools = fields["messages"], row.get("tools")
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-        raise ValueError(f"{where}: messages: expected a list of objects with role and content, got {messages!r:.60}")
+    return Conversation(_messages(fields["messages"], "messages", where), _tools(row, where))
+
+
+def _turns(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Conversation:
+    """A prompt and a completion that are lists of messages: one conversation, of which the completion is scored."""
+    prompt, completion = fields["prompt"], fields["completion"]
+    if not isinstance(prompt, list) or not all(isinstance(one, dict) for one in prompt):
+        raise ValueError(f"{where}: prompt: expected a list of objects with role and content, got {prompt!r:.60}")
+    said = _messages(completion, "completion", where)
+    return Conversation([*(_message(one, where) for one in prompt), *said], _tools(row, where), len(prompt))
+
+
+def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
+    tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"{where}: tools: expected a list, got {tools!r:.60}")
+    return tools or None
+
+
+def _messages(messages: Any, name: str, where: str) -> list[dict[str, Any]]:
+    """Messages, of which one at least is the assistant's."""
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        raise ValueError(f"{where}: {name}: expected a list of objects with role and content, got {messages!r:.60}")
     found = [_message(one, where) for one in messages]
     if not any(one["role"] == "assistant" for one in found):
-        raise ValueError(f"{where}: messages: expected one of the assistant at least, got none")
-    return Conversation(found, tools or None)
+        raise ValueError(f"{where}: {name}: expected one of the assistant at least, got none")
+    return found
 
 
 def _message(one: dict[str, Any], where: str) -> dict[str, Any]:
@@ -373,7 +394,7 @@ def _message(one: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 _MAKERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], Any]] = {
-    "conversations": _conversation, "pairs": _pair, "instructions": _instruction, "texts": _alone,
+    "conversations": _conversation, "turns": _turns, "pairs": _pair, "instructions": _instruction, "texts": _alone,
     "labelled": _labelled, "tagged": _tagged,
 }  # fmt: skip
 

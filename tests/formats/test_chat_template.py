@@ -102,6 +102,20 @@ def test_an_answer_is_behind_the_generation_prompt(messages):
         assert found.text[end] == "\n"
 
 
+@pytest.mark.parametrize("template", [plain, marked])
+@pytest.mark.parametrize("shape", SHAPES)
+@given(messages=dialogues, data=st.data())
+def test_answers_that_are_given_are_not_scored(shape, template, messages, data):
+    """Of the same text, the spans of the answers behind them."""
+    given = data.draw(st.integers(0, len(messages) - 1))
+    source = template(shape)
+    (whole,), (part,) = (
+        ChatTemplate(source, "here").render([Conversation(messages, None, n)], NAMES, SPECIAL) for n in (0, given)
+    )
+    assert (part.text, part.unscored) == (whole.text, 0)
+    assert part.spans == whole.spans[given // 2 :]
+
+
 def test_what_a_template_refuses_is_said(recwarn):
     gemma = render(plain("gemma"), [{"role": "system", "content": "a"}], [{"role": "user", "content": "a"}])
     assert gemma[0] == "System role not supported"

@@ -28,10 +28,14 @@ RENDERER = Path(__file__).with_name("render_chat.py")
 
 
 class Conversation(NamedTuple):
-    """Messages, each with its role and what else a template may read; and the tools that may be called."""
+    """Messages, each with its role and what else a template may read; and the tools that may be called.
+
+    given: how many messages are a prompt, of which no answer is scored
+    """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
+    given: int = 0
 
 
 class Rendered(NamedTuple):
@@ -62,7 +66,7 @@ class ChatTemplate:
         jinja2.
         """
         requests = [_request(one) for one in conversations]
-        n = sum(len(messages) for messages, _, _ in requests)
+        n = sum(len(messages) for messages, *_ in requests)
         seconds = SECONDS + SECONDS_EACH * n
         request = {
             "source": self.source, "variables": dict(variables), "special": list(special), "path": _jinja(),
@@ -78,10 +82,13 @@ class ChatTemplate:
         return [answer if isinstance(answer, str) else Rendered(**answer) for answer in answers[1:]]
 
 
-def _request(one: Conversation) -> tuple[list[dict[str, Any]], Any, int]:
-    """The messages, without keys whose value is null, as transformers has them; tools; the text's most characters."""
+def _request(one: Conversation) -> tuple[list[dict[str, Any]], Any, int, int]:
+    """The messages, without keys whose value is null, as transformers has them; tools; the text's most characters.
+
+    And how many messages are given.
+    """
     messages = [{key: value for key, value in message.items() if value is not None} for message in one.messages]
-    return messages, one.tools, GROWTH * len(json.dumps([messages, one.tools])) + SLACK
+    return messages, one.tools, GROWTH * len(json.dumps([messages, one.tools])) + SLACK, one.given
 
 
 def _jinja() -> list[str]:

@@ -105,13 +105,26 @@ class Renderer:
                 raise ValueError(f"expected a text of at most {most} characters, got more")
         return "".join(text)
 
-    def answer(self, messages: list[Any], tools: Any, most: int, *, text: str) -> dict[str, Any]:
-        """What is written of a conversation, given its text."""
+    def generated(self, messages: list[Any], tools: Any, most: int) -> int:
+        """How many blocks of generation these messages have."""
+        self.render(messages, tools, most)
+        return len(self.marks)
+
+    def answer(self, messages: list[Any], tools: Any, most: int, given: int) -> dict[str, Any]:
+        """What is written of a conversation: its text, and the spans of its answers but for those that are given."""
+        skipped = self.generated(messages[:given], tools, most) if given and self.generation else 0
+        text = self.render(messages, tools, most)
+        return {"text": text, **self.scored(messages, tools, most, given, skipped, text=text)}
+
+    def scored(
+        self, messages: list[Any], tools: Any, most: int, given: int, skipped: int, *, text: str
+    ) -> dict[str, Any]:
+        """The spans of a text, and how many answers have none."""
         if self.generation:
             if any(text[at : at + len(said)] != said for at, said in self.marks):
                 raise ValueError("a generation block must stand in the template itself, in no macro or filter")
-            return {"spans": [[at, at + len(said)] for at, said in self.marks if said], "unscored": 0}
-        turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+            return {"spans": [[at, at + len(said)] for at, said in self.marks[skipped:] if said], "unscored": 0}
+        turns = [i for i in range(given, len(messages)) if messages[i].get("role") == "assistant"]
         spans = [self.span(messages, i, tools, most, text=text) for i in turns]
         return {"spans": [span for span in spans if span], "unscored": spans.count(None)}
 
@@ -135,11 +148,10 @@ class Renderer:
         return [start, end]
 
 
-def answered(renderer: Renderer, messages: list[Any], tools: Any, most: int) -> Any:
+def answered(renderer: Renderer, messages: list[Any], tools: Any, most: int, given: int) -> Any:
     """The answer for a conversation, or what is wrong with it."""
     try:
-        text = renderer.render(messages, tools, most)
-        return {"text": text, **renderer.answer(messages, tools, most, text=text)}
+        return renderer.answer(messages, tools, most, given)
     except Exception as error:  # of many types: Jinja's, and whatever Python raises in a template
         return str(error) or type(error).__name__
 
@@ -156,8 +168,8 @@ def main() -> None:
         print(json.dumps({"refused": str(error) or type(error).__name__}), flush=True)
         return
     print(json.dumps({}), flush=True)
-    for messages, tools, most in request["conversations"]:
-        print(json.dumps(answered(renderer, messages, tools, most)), flush=True)
+    for messages, tools, most, given in request["conversations"]:
+        print(json.dumps(answered(renderer, messages, tools, most, given)), flush=True)
 
 
 if __name__ == "__main__":
