@@ -1,29 +1,22 @@
 """Files of examples as records: conversations, prompts with completions, texts with labels, words with tags.
 
 The format is found from what a file holds, not from its name; a file that is nearly of one format is an error that
-names the line. A line ends with a line feed, before which a carriage return may stand, and nowhere else: U+2028,
-U+0085 and no-break spaces are a text's own.
+names the line.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ..formats.files.json_file import each_once
-from ..formats.files.messages import shown
 from ..formats.models.chat_template import Conversation
+from .rows import BLANK, DELIMITERS, Row, json_rows, mostly_objects, numbered, past_space, table_rows
 from .text import read_text
 
 FORMATS = ("json", "csv", "tsv", "bars", "labelled", "conll", "text")
-DELIMITERS = {"csv": (",", ";"), "tsv": ("\t",)}
-QUOTING: dict[str, dict[str, Any]] = {"csv": {}, "tsv": {"quoting": csv.QUOTE_NONE}}
-SPACE = re.compile(r"[ \t\r\n]*")  # JSON's
-BLANK = " \t\r"  # what is no part of a label, a word or a completion at its ends
 # The kinds of records that each task has, with their fields, and under which names files have these. The first kind
 # whose fields are all there is a file's.
 KINDS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
@@ -70,7 +63,6 @@ class Tagged(NamedTuple):
 
 
 Record: TypeAlias = "Conversation | Pair | Labelled | Tagged"
-Row: TypeAlias = tuple[int, dict[str, Any]]  # the number of its line, and its fields
 
 
 class Records(NamedTuple):
@@ -104,19 +96,13 @@ def read_records(path: Path, task: str, format: str | None = None) -> Records | 
         _check_task(path, format, "tag", task)
         sentences = list(_sentences(text, path))
         return Records("tagged", [n for n, _ in sentences], [one for _, one in sentences])
-    rows = _json_rows(text, lines, path) if format == "json" else _table_rows(text, format, path)
+    rows = json_rows(text, lines, path) if format == "json" else table_rows(text, format, path)
     return _of_rows(rows, task, path)
 
 
 def _check_task(path: Path, format: str, of: str, task: str) -> None:
     if of != task:
         raise ValueError(f"{path}: format {format} is for task {of}, got task {task}")
-
-
-def numbered(text: str) -> Iterator[tuple[int, str]]:
-    """A text's lines without their ends, and their numbers."""
-    for number, line in enumerate(text.split("\n"), 1):
-        yield number, line.removesuffix("\r")
 
 
 # --- Which format it is ----------------------------------------------------------------------------------------------
@@ -142,8 +128,8 @@ def find_format(text: str, task: str) -> str:
 
 
 def _is_json(text: str, lines: Sequence[str]) -> bool:
-    start = _past_space(text, 0)
-    if re.match(r"\[[ \t\r\n]*\{", text[start : start + 2**10]) or (lines and _mostly_objects(lines)):
+    start = past_space(text, 0)
+    if re.match(r"\[[ \t\r\n]*\{", text[start : start + 2**10]) or (lines and mostly_objects(lines)):
         return True
     if text[start : start + 1] not in ("{", "["):
         return False
@@ -151,17 +137,7 @@ def _is_json(text: str, lines: Sequence[str]) -> bool:
         found, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) or _past_space(text, end) == len(text)
-
-
-def _mostly_objects(lines: Sequence[str]) -> bool:
-    """Whether half of the lines at least begin as JSON's objects do."""
-    return 2 * sum(line.lstrip(BLANK)[0] == "{" for line in lines) >= len(lines)
-
-
-def _past_space(text: str, at: int) -> int:
-    """Where JSON's white space from `at` on ends."""
-    return SPACE.match(text, at).end()  # type: ignore[union-attr]
+    return isinstance(found, dict) or past_space(text, end) == len(text)
 
 
 def _header(line: str, delimiter: str) -> list[str]:
@@ -176,98 +152,6 @@ def _kind_of(names: Sequence[str], task: str) -> tuple[str, dict[str, str]] | No
         if all(found.values()):
             return kind, found
     return None
-
-
-# --- Rows: objects of JSON, lines of a table -------------------------------------------------------------------------
-
-DECODER = json.JSONDecoder(object_pairs_hook=each_once)
-
-
-def _json_rows(text: str, lines: Sequence[tuple[int, str]], path: Path) -> Iterator[Row]:
-    """The objects of a JSON array, of JSON lines, or one after another."""
-    start = _past_space(text, 0)
-    if text[start : start + 1] == "[":
-        yield from _json_array(text, start, path)
-    elif not lines or _mostly_objects([line for _, line in lines]):
-        for number, line in lines:
-            begin = _past_space(line, 0)
-            value, end = _value(line, begin, number, f"{path}:{number}")
-            if line[end:].strip(BLANK):
-                raise ValueError(f"{path}:{number}: expected one object in the line, got more: {line[end:]!r:.60}")
-            yield number, value
-    else:
-        yield from _json_values(text, start, path)
-
-
-def _json_array(text: str, start: int, path: Path) -> Iterator[Row]:
-    at, number = start + 1, 1 + text.count("\n", 0, start)
-    comma = False
-    while True:
-        begin = _past_space(text, at)
-        number += text.count("\n", at, begin)
-        if text[begin : begin + 1] == "]" and not comma:
-            end = _past_space(text, begin + 1)
-            if end < len(text):
-                number += text.count("\n", begin, end)
-                raise ValueError(f"{path}:{number}: expected the end of the file behind the array, got more")
-            return
-        value, at = _value(text, begin, number, f"{path}:{number}")
-        yield number, value
-        number += text.count("\n", begin, at)
-        begin = _past_space(text, at)
-        number += text.count("\n", at, begin)
-        comma = text[begin : begin + 1] == ","
-        if not comma and text[begin : begin + 1] != "]":
-            raise ValueError(f"{path}:{number}: expected a comma or ] behind an object, got {text[begin:]!r:.60}")
-        at = begin + comma
-
-
-def _json_values(text: str, at: int, path: Path) -> Iterator[Row]:
-    number = 1 + text.count("\n", 0, at)
-    while at < len(text):
-        value, end = _value(text, at, number, f"{path}:{number}")
-        yield number, value
-        after = _past_space(text, end)
-        number += text.count("\n", at, after)
-        at = after
-
-
-def _value(text: str, at: int, number: int, where: str) -> tuple[dict[str, Any], int]:
-    """The object that begins at a place of a text, and where it ends."""
-    try:
-        value, end = DECODER.raw_decode(text, at)
-    except RecursionError:
-        raise ValueError(f"{where}: not valid JSON: nested too deeply") from None
-    except json.JSONDecodeError as error:
-        lines = text.count("\n", at, error.pos)
-        place = where.removesuffix(f":{number}") + f":{number + lines}"
-        raise ValueError(f"{place}: not valid JSON: {error.msg} at {text[error.pos : error.pos + 40]!r}") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {shown(str(error))}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected an object, got {text[at:end]!r:.60}")
-    return value, end
-
-
-def _table_rows(text: str, format: str, path: Path) -> Iterator[Row]:
-    """The lines of a table under its header: CSV as RFC 4180 has it, with commas or semicolons; TSV without quoting."""
-    lines = [line + "\n" for line in text.split("\n")]
-    first = next((line for line in lines if line.strip(BLANK + "\n")), "")
-    delimiter = max(DELIMITERS[format], key=first.count)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True, **QUOTING[format])
-    names: list[str] = []
-    number = 1
-    try:
-        for cells in reader:
-            if not names:
-                names = [name.strip(BLANK).lower() for name in cells]
-            elif len(cells) != len(names) and any(cell.strip(BLANK) for cell in cells):
-                raise ValueError(f"{path}:{number}: expected {len(names)} columns, as the header has, got {len(cells)}")
-            elif any(cell.strip(BLANK) for cell in cells):
-                yield number, dict(zip(names, cells, strict=True))
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}:{number}: not valid {format.upper()}: {shown(str(error))}") from None
 
 
 # --- Records ---------------------------------------------------------------------------------------------------------
