@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from hostile import write_peft
 from strategies import dense_updates, spy, trained_adapter
 
 import lora_np as ln
@@ -239,6 +240,19 @@ def test_merge_of_several_adapters_is_their_weighted_sum(home, capsys):
     assert status == 2
     assert "--weights: expected one for each --adapter, got 1 for 2" in err
     assert not (home / "never").exists()
+
+
+@pytest.mark.parametrize("command", ["merge", "convert", "generate"])
+def test_an_adapter_that_does_not_fit_the_embedded_base_asks_for_its_own(home, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("lora_np.training.embedded.base_folder", lambda *_: (home / "base", True))
+    factors = {"model.layers.9.self_attn.q_proj": (np.ones((1, 3), "f4"), np.ones((2, 1), "f4"))}
+    write_peft(tmp_path / "other", factors, r=1, alpha=1)
+    more = ["--prompt", "a"] if command == "generate" else ["--out", tmp_path / "out"]
+    for base in ([], ["--base", home / "base"]):
+        status, _, err = run(capsys, command, *base, "--adapter", tmp_path / "other", *more)
+        assert status == 2
+        assert err.count("\n") == 1
+        assert ("no --base was given, so its base is taken for the embedded model" in err) == (not base)
 
 
 def test_merge_without_a_base_takes_the_embedded_one(home, capsys, monkeypatch):
