@@ -27,7 +27,7 @@ from ..models.base import Base
 from ..models.names import module_names
 from .fused_qkv import put_together, stored_apart, take_apart
 from .header import KEY, check_about, check_savable, read_about, write_about
-from .keys import PREFIX
+from .keys import PREFIX, read_key
 from .peft_config import check_keys, check_same, read_config, write_config
 from .peft_tensors import read_params, slots
 
@@ -111,7 +111,7 @@ def _read_params(
         places = slots(model, lora_config, names)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
-    if places and file.shapes and places.keys().isdisjoint(file.shapes):
+    if places and file.shapes and not any(_is_found(key, model) for key in file.shapes):
         raise ValueError(
             f"{file.path}: {len(file.shapes)} tensors, none of which has a name that PEFT would find: "
             f"{shown(min(file.shapes))}, expected {min(places)}; {CONVERT}, where it is certain which"
@@ -125,6 +125,13 @@ def _read_params(
         if source is None or not np.array_equal(file.read_as(key, model.dtype), source):
             raise ValueError(f"{file.path}: {key}: expected a copy of {name}, got other values: not supported")
     return {name: params[name] for name in names}
+
+
+def _is_found(key: str, model: Base) -> bool:
+    """Whether PEFT would find a tensor of this name: under its own key, of one of the model's modules."""
+    found = read_key(key)
+    names = module_names(model.config).values()
+    return found is None or (found.alone == key and found.module.startswith(tuple(names)))
 
 
 def _copies(model: Base) -> dict[str, str]:
