@@ -40,6 +40,7 @@ FREE = (
 )  # fmt: skip
 # Of these, what an adapter that is merged by its modules' names may have on.
 BY_NAME = ("ensure_weight_tying", "eva_config", "lora_bias", "target_parameters", "trainable_token_indices")
+MERGE = "lora-np merge takes it"
 # What is known by another name than its key.
 METHODS = {
     "use_dora": "DoRA", "alora_invocation_tokens": "aLoRA", "use_bdlora": "BD-LoRA", "use_qalora": "QALoRA",
@@ -216,7 +217,8 @@ def check_keys(raw: Mapping[str, Any], where: str, on: Collection[str] = ()) -> 
             raise ValueError(f"{where}: {shown(key)}: not known, so not supported (value {value!r:.60})")
         if key in OFF and key not in on and not _is_one_of(value, OFF[key]):
             method = f"{METHODS[key]}: " if key in METHODS else ""
-            raise ValueError(f"{where}: {key}: not supported ({method}expected it to be off, got {value!r:.60})")
+            way = f"; {MERGE}" if key in BY_NAME else ""
+            raise ValueError(f"{where}: {key}: not supported ({method}expected it to be off, got {value!r:.60}){way}")
 
 
 def _check_start(raw: Mapping[str, Any], where: str) -> None:
@@ -402,7 +404,9 @@ def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str],
     added = AUTO_SAVED.get(task, ()) if isinstance(task, str) else ()
     for name in heads:
         if name not in known and name not in added:
-            raise ValueError(f"{where}: modules_to_save: {name!r:.60}: only the head, {head}, can be trained whole")
+            raise ValueError(
+                f"{where}: modules_to_save: {name!r:.60}: only the head, {head}, can be trained whole; {MERGE}"
+            )
     return head in heads
 
 
