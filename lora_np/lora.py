@@ -184,7 +184,7 @@ def sum_updates(updates: Sequence[Update], *, rank: int | None = None) -> tuple[
     if rank is None:
         return Update(A, B, 1.0), xp.empty(0)
     U, S, V = singular_directions(A, B)
-    found = split_directions(U, S, V, rank)
+    found = _split_directions(U, S, V, rank)
     return found._replace(A=found.A.astype(A.dtype), B=found.B.astype(B.dtype)), S
 
 
@@ -194,10 +194,10 @@ def nearest_update(dW: Array, rank: int) -> tuple[Update, Array]:
     -> the update, float64, with s = 1, and all singular values of dW: what is lost is norm(S[rank:]).
     """
     U, S, Vt = xp.linalg.svd(dW.astype(xp.float64), full_matrices=False)
-    return split_directions(U, S, Vt.T, rank), S
+    return _split_directions(U, S, Vt.T, rank), S
 
 
-def split_directions(U: Array, S: Array, V: Array, rank: int) -> Update:
+def _split_directions(U: Array, S: Array, V: Array, rank: int) -> Update:
     """The leading `rank` singular directions, or as many as there are, as B = U sqrt(S) and A = sqrt(S) V^T."""
     root = xp.sqrt(S[:rank])
     return Update((V[:, :rank] * root).T, U[:, :rank] * root, 1.0)

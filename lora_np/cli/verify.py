@@ -16,7 +16,7 @@ from ..formats.adapters.adapter import kind_of, load_adapter
 from ..formats.adapters.base import load_base_for
 from ..formats.adapters.peft import records_base
 from ..formats.files.json_file import read_json
-from ..formats.files.messages import shown
+from ..formats.files.messages import listed, shown
 from ..formats.merged.comparison import Comparison, compare, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf import due_updates
@@ -34,7 +34,6 @@ from ..model import Config, Model
 from .base import AddCommand, tokenizer_of, utf8, whole
 from .output import emit, table
 
-SHOWN = 5  # names in one line
 ROWS = 10  # tensors in a table
 HASH = "names, shapes and the recorded hash of the base"
 NO_HASH = "names and shapes; the file records no hash of its base, as PEFT's do not"
@@ -169,8 +168,7 @@ def _other_base(args: argparse.Namespace, config: Mapping[str, Any]) -> list[str
 def _trained_line(changes: bool, modules: Sequence[Module]) -> str:
     if changes:
         zero = [module.name for module in modules if module.norm_B == 0]
-        more = f" and {len(zero) - SHOWN} more" if len(zero) > SHOWN else ""
-        return f"yes, but B is zero in {len(zero)} modules: {' '.join(zero[:SHOWN])}{more}" if zero else "yes"
+        return f"yes, but B is zero in {len(zero)} modules: {listed(zero)}" if zero else "yes"
     if any(module.norm_B for module in modules):
         return "no: its scale is 0: it changes nothing"
     return "no: B is zero throughout, and what is trained whole equals the base"
@@ -224,8 +222,7 @@ def _merged_lines(found: Comparison, seen: str | None, ulps: int, config: Mappin
         ("with no place in the model", found.extra),
     ):
         if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"  {len(names)} tensors {what}: {' '.join(names[:SHOWN])}{more}")
+            lines.append(f"  {len(names)} tensors {what}: {listed(names)}")
     if not found.same_config:
         lines.append("  config.json describes another model")
     if seen is not None:

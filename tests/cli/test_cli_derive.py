@@ -12,6 +12,7 @@ pytest.importorskip("safetensors", reason="files of models: pip install lora-np[
 from hostile import GPT2, edit_tensors, hostile_json, is_safe, write_gpt2, write_peft
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli_verdicts import run
 
 from lora_np import cli
 
@@ -39,14 +40,6 @@ def make(home):
 def home(tmp_path):
     make(tmp_path)
     return tmp_path
-
-
-def run(capsys, *argv):
-    capsys.readouterr()
-    status = cli.main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    assert len(err.splitlines()) <= 1
-    return status, out, err
 
 
 def extraction(home, out, *more):

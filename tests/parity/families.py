@@ -7,6 +7,12 @@ torch = pytest.importorskip("torch", reason="pip install lora-np[peers]")
 peft = pytest.importorskip("peft", reason="pip install lora-np[peers]")
 T = pytest.importorskip("transformers", reason="pip install lora-np[peers]")
 
+QUIET = [  # what the peers say of themselves
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),  # PEFT's own, for experts
+]
 V = 64
 BERT = {
     "vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

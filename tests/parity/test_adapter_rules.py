@@ -16,12 +16,7 @@ from lora_np.formats.merged.folder import merge_folder
 
 families = pytest.importorskip("families", reason="pip install lora-np[peers]")
 torch, peft = families.torch, families.peft
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),  # PEFT's own, for experts
-]
+pytestmark = families.QUIET
 PREFIX, CLOSE = "base_model.model.", 1e-6
 Q, TIED = {"target_modules": ["q_proj"]}, {"tie_word_embeddings": True}
 EMBED, HEAD = "model.embed_tokens", "lm_head"

@@ -10,11 +10,7 @@ from lora_np.formats.merged.extract import extract
 
 families = pytest.importorskip("families", reason="pip install lora-np[peers]")
 torch, peft = families.torch, families.peft
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = families.QUIET
 
 
 def weights(module):

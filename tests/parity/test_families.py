@@ -12,12 +12,7 @@ from lora_np.formats.merged.folder import merge_folder
 
 families = pytest.importorskip("families", reason="pip install lora-np[peers]")
 torch, transformers = families.torch, families.T
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),  # PEFT's own, for experts
-]
+pytestmark = families.QUIET
 WEIGHTS = "model.safetensors"
 AT_LEAST = {"albert": 1, "gemma3": 1}  # tensors: the one shares its layers, of the other one is adapted
 

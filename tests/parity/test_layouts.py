@@ -16,12 +16,7 @@ from lora_np.formats.merged.folder import merge_folder
 
 families = pytest.importorskip("families", reason="pip install lora-np[peers]")
 torch, peft = families.torch, families.peft
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # PEFT's, of what matches nothing
-]
+pytestmark = [*families.QUIET, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # PEFT's, of what matches nothing
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 TOKENS = torch.arange(2, 12)[None]
 

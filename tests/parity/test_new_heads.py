@@ -11,11 +11,7 @@ from lora_np.formats.merged.folder import merge_folder
 
 families = pytest.importorskip("families", reason="pip install lora-np[peers]")
 torch, transformers = families.torch, families.T
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = families.QUIET
 TEXTS, WORDS, SPANS = "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"
 TASKS = {TEXTS: "SEQ_CLS", WORDS: "TOKEN_CLS", SPANS: "QUESTION_ANS"}
 # A base's family and class, and the class that the adapter is trained on, with what it trains whole beside the output.

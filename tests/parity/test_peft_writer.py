@@ -8,12 +8,7 @@ from lora_np.formats.adapters.contents import read_contents
 from lora_np.formats.adapters.peft_writer import write_peft
 
 families = pytest.importorskip("families", reason="pip install lora-np[peers]")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
-]
+pytestmark = families.QUIET
 WEIGHTS = "adapter_model.safetensors"
 
 

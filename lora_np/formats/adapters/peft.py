@@ -130,8 +130,10 @@ def _read_params(
 def _is_found(key: str, model: Base) -> bool:
     """Whether PEFT would find a tensor of this name: under its own key, of one of the model's modules."""
     found = read_key(key)
-    names = module_names(model.config).values()
-    return found is None or (found.alone == key and found.module.startswith(tuple(names)))
+    if found is None:
+        return True
+    module = found.module if found.part else found.module.rpartition(".")[0]  # what is trained whole is a tensor
+    return found.alone == key and module in module_names(model.config).values()
 
 
 def _copies(model: Base) -> dict[str, str]:

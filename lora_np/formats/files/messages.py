@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import wraps
@@ -65,3 +65,8 @@ def nearest(name: str, known: Collection[str]) -> str:
     some = list(islice(known, CANDIDATES))
     close = get_close_matches(name[-200:], some, n=3, cutoff=0.6)
     return f"; nearest are {' '.join(map(shown, close))}" if close else ""
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    return " ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -40,7 +40,6 @@ class Difference(NamedTuple):
     aligned    whether what was added lies along the update: the square of a cosine
     scale_turned  the multiple of the update's transpose that was added; None: it is not square, or nothing differs
     rounded_to    to how many bits, and how, the base was rounded that the merge is nearest to; None: it is this base
-    difference_of_bases   |M - E| / |W0|, where E is what it should be
     s, r       of the one update; None: there are several, or none
     """
 
@@ -57,7 +56,6 @@ class Difference(NamedTuple):
     aligned: float
     scale_turned: float | None
     rounded_to: str | None
-    difference_of_bases: float
     s: float | None
     r: int | None
 
@@ -169,11 +167,7 @@ def _names(plan: Plan, found: Collection[str]) -> dict[str, str]:
 def _is_tied(key: str, plan: Plan, names: Mapping[str, str], found: Mapping[str, Stored]) -> bool:
     """Whether a tensor that the merge has not is a copy of its token table: a head that is tied to it."""
     table = next((names[t.key] for t in plan.targets if is_table(t.key) and names[t.key] in found), None)
-    if table is None or not is_head(key) or found[key].shape != found[table].shape:
-        return False
-    return found[key].dtype == found[table].dtype and all(
-        one == other for one, other in zip(found[key].parts(), found[table].parts(), strict=True)
-    )
+    return table is not None and is_head(key) and found[key].equals(found[table])
 
 
 def _same_config(header: Mapping[str, Any], plan: Plan, where: str) -> bool:
@@ -204,7 +198,7 @@ def _same(target: Target, stored: Stored) -> bool:
     source = target.source
     assert source is not None
     if stored.dtype == source.dtype:
-        return all(one == other for one, other in zip(source.parts(), stored.parts(), strict=True))
+        return stored.equals(source)
     if source.dtype not in NAMES or stored.dtype not in NAMES:
         return False
     dtype = numpy_dtype(stored.dtype)
@@ -246,7 +240,7 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
     s, r = (updates[0].s, len(updates[0].A)) if len(updates) == 1 else (None, None)
     found = Difference(
         name, size, differing, furthest, beyond, wrong, not_finite, sums.scale, sums.scale_error, sums.is_off,
-        sums.aligned, sums.scale_turned, rounded_to, sums.difference_of_bases, s, r,
+        sums.aligned, sums.scale_turned, rounded_to, s, r,
     )  # fmt: skip
     return found, sums
 

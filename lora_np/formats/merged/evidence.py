@@ -29,7 +29,6 @@ class Sums(NamedTuple):
     update: float = 0.0  # |dW|^2
     error: float = 0.0  # |M - E|^2
     noise: float = 0.0  # the sum of ((M - E) dW)^2: the variance of <M - E, dW>, if errors have signs by chance
-    start: float = 0.0  # |W0|^2
     added_turned: float = 0.0  # <M - W0, dW^T>, of square matrices, in the blocks where M is far from E beside dW
     turned: float = 0.0  # |dW^T|^2 there
 
@@ -72,11 +71,6 @@ class Sums(NamedTuple):
         return self.added_turned / self.turned if self.turned and self.finite else None
 
     @property
-    def difference_of_bases(self) -> float:
-        """|M - E| / |W0|."""
-        return math.sqrt(self.error / self.start) if self.start and self.finite else 0.0
-
-    @property
     def finite(self) -> bool:
         return math.isfinite(sum(self))
 
@@ -87,7 +81,7 @@ def sums_of(rows: Rows, total: Array, due: Array) -> Sums:
     added, error = merged - rows.W0, merged - due
     products = (
         (added, update), (due - rows.W0, update), (added, added), (due - rows.W0, due - rows.W0), (update, update),
-        (error, error), (error * update, error * update), (rows.W0, rows.W0),
+        (error, error), (error * update, error * update),
     )  # fmt: skip
     found = Sums(*(float(np.vdot(*pair)) for pair in products))
     turned = rows.turned() if found.error > FAR * found.update else None

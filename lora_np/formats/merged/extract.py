@@ -17,6 +17,7 @@ import numpy as np
 from ...backend import Array, asnumpy, blocks, xp
 from ...lora import nearest_update
 from ..adapters.contents import Pair
+from ..adapters.peft_config import ends_in
 from ..adapters.peft_writer import config_of, write_peft
 from ..files.atomic import refuse_existing
 from ..files.messages import nearest, shown
@@ -134,7 +135,7 @@ class _Extraction:
         self.base, self.tuned, self.targets = base, tuned, targets
         self.tensors, self.others = self._by_their_names(base.tensors), tuned.tensors
         for name in targets:
-            if not any(_ends_in(module, [name]) for module in tuned.modules):
+            if not any(ends_in(module, [name]) for module in tuned.modules):
                 near = nearest(name, tuned.modules)
                 raise ValueError(f"--targets: {shown(name)}: {tuned.folder} has no such module{near}")
         self.left_out: list[LeftOut] = []
@@ -161,7 +162,7 @@ class _Extraction:
                 self._note_new(key, other)
                 continue
             stored = self.tensors[key]
-            if _same_bytes(stored, other):
+            if stored.equals(other):
                 self.unchanged += 1
                 continue
             if not {stored.dtype, other.dtype} <= NAMES.keys():
@@ -191,7 +192,7 @@ class _Extraction:
             self.left_out.append(LeftOut(key, "the base has no such tensor"))
             return
         table = self.others.get(str(self.base.tied.table))
-        if table is None or not _same_bytes(table, other):
+        if table is None or not table.equals(other):
             self.left_out.append(LeftOut(key, "the base's is tied to the token table"))
 
     def _reason(self, key: str, dW: Array) -> str | None:
@@ -206,7 +207,7 @@ class _Extraction:
             return "the base's is tied to the token table"
         if re.search(r"(^|\.)experts\.\d+\.", key):
             return "of experts, which PEFT has as one parameter"
-        if self.targets and not _ends_in(module, self.targets):
+        if self.targets and not ends_in(module, self.targets):
             return "not among --targets"
         if not self.targets and last in NO_LINEAR:
             return "of a router"
@@ -223,25 +224,13 @@ class _Extraction:
         """What the adapter's configuration says beside its modules."""
         names = {self._in_memory(module) for module in self.tuned.modules}
         # PEFT takes every module whose name ends in one of a list: where that is another too, an expression is exact.
-        takes_more = any(name not in pairs and _ends_in(name, pairs) for name in names)
+        takes_more = any(name not in pairs and ends_in(name, pairs) for name in names)
         said = self.base.raw.get("_name_or_path")
         return {
             "fan_in_fan_out": any(self._is_conv1d(name) for name in pairs),
             "base_model_name_or_path": said if isinstance(said, str) and said else self.base.folder.resolve().name,
             **({"target_modules": "|".join(map(re.escape, sorted(pairs)))} if takes_more else {}),
         }
-
-
-def _ends_in(name: str, endings: Collection[str]) -> bool:
-    """Whether a dotted name is one of these, or ends in one behind a dot."""
-    parts = name.split(".")
-    return any(".".join(parts[at:]) in endings for at in range(len(parts)))
-
-
-def _same_bytes(one: Stored, other: Stored) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return all(a == b for a, b in zip(one.parts(), other.parts(), strict=True))
 
 
 def _norm(values: Array) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..files.messages import shown
+from ..files.messages import listed, shown
 from .comparison import Comparison, Difference
 from .evidence import NEAR
 from .gguf import HEAD as GGUF_HEAD
@@ -14,7 +14,6 @@ from .tied import is_head
 
 ALIGNED = 0.9  # cos^2 of M - W0 and the update, from which on the one is called a multiple of the other
 MANY = 0.1  # part of the elements, from which on it is not some that were changed
-SHOWN = 5  # names in one line
 NOT_MERGED, ALL_BASE = "not merged", "the base: nothing was merged"
 ELSE = "something else than this adapter"
 
@@ -107,15 +106,19 @@ def _multiples(one: Difference, config: Mapping[str, Any]) -> Iterable[tuple[flo
 
 
 def which(names: Collection[str], known: Sequence[str]) -> str:
-    """Some of the tensors in few words: layers of which they are all, or a kind of matrix of which they are all."""
-    some = set(names)
-    for part, word in ((0, "layer"), (1, "")):
-        of = {name: _split(name)[part] for name in known}
-        parts = sorted({of[name] for name in some}, key=lambda text: (len(text), text))
-        if "" not in parts and len(set(of.values())) > 1 and some == {name for name in known if of[name] in parts}:
-            word = f"{word}{'s' * (len(parts) > 1)} " if word else ""
-            return f"{word}{_listed(parts)}" + ("" if word else " of all layers")
-    return _listed(sorted(some))
+    """Some of the tensors in few words: layers of which they are all, or kinds of matrices of which they are all."""
+    layers = _parts({name: _split(name)[0] for name in known}, names)
+    if layers:
+        return f"layer{'s' * (len(layers) > 1)} {listed(layers)}"
+    kinds = _parts({name: _split(name)[1] for name in known}, names)
+    return f"{listed(kinds)} of all layers" if kinds else listed(sorted(names))
+
+
+def _parts(of: Mapping[str, str], names: Collection[str]) -> list[str]:
+    """The parts of the model, by each tensor's own, that hold these tensors and no other; none if there are no such."""
+    parts = sorted({of[name] for name in names}, key=lambda text: (len(text), text))
+    exact = set(names) == {name for name, part in of.items() if part in parts}
+    return parts if exact and "" not in parts and len(set(of.values())) > 1 else []
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -123,8 +126,3 @@ def _split(name: str) -> tuple[str, str]:
     parts = name.removesuffix(".weight").split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return ("", "") if at is None else (parts[at], ".".join(parts[at + 1 :]))
-
-
-def _listed(names: Collection[str]) -> str:
-    some = [shown(name) for name in list(names)[:SHOWN]]
-    return " ".join(some) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

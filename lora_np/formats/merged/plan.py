@@ -25,8 +25,9 @@ from .target import Plan, Target
 def plan_merge(base_path: Path, adapter_paths: Sequence[Path], weights: Sequence[float]) -> Plan:
     """Reads adapters, without the base's weights, and says what each tensor of the merged model is.
 
-    What PEFT wrote is merged by its modules' names, whatever the architecture; what tells our own names, or brings
-    another head, onto a model that can be run. A ValueError or FileNotFoundError, in one line, says what does not fit.
+    What PEFT wrote is merged by its modules' names, whatever the architecture, and llama.cpp's files onto what is not
+    run; what tells our own names, or brings another head, onto a model that can be run. A ValueError or
+    FileNotFoundError, in one line, says what does not fit.
     """
     check_weights(adapter_paths, weights)
     by_name = _by_name(base_path, adapter_paths)
