@@ -11,7 +11,8 @@ from ..formats.files.messages import shown
 from ..formats.merged.beside import beside
 from ..formats.merged.folder import merge_folder
 from ..formats.merged.gguf import merge_gguf
-from ..formats.merged.survey import Module, Survey, base_norms, survey
+from ..formats.merged.norms import base_norms
+from ..formats.merged.survey import Module, Survey, survey
 from .base import AddCommand, add_base, base_path
 from .output import Bar, emit, table
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_np as ln
-from lora_np.formats.merged.survey import base_norms, survey
+from lora_np.formats.merged.norms import base_norms
+from lora_np.formats.merged.survey import survey
 from lora_np.formats.models import gguf_file
 from lora_np.formats.models.gguf import file_name
 from lora_np.formats.models.gguf_file import open_gguf

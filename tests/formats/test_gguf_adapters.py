@@ -16,7 +16,8 @@ from strategies import same_bits
 import lora_np as ln
 from lora_np.adapter import fused_parts
 from lora_np.cli import main
-from lora_np.formats.merged.survey import base_norms, survey
+from lora_np.formats.merged.norms import base_norms
+from lora_np.formats.merged.survey import survey
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
 from gguf_files import KINDS, SMALL, entry, in_file, info, raw, text, write  # noqa: E402

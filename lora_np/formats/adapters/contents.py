@@ -99,7 +99,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     tensors = _not_empty(folder / WEIGHTS, "lora_A and lora_B")
     adapters = adapter_names(tensors)
     keys = {key: found for key in tensors if (found := read_key(key, adapters)) is not None}
-    unused = [key for key, found in keys.items() if found.part == "bias" and raw.get("lora_bias") is not True]
+    unused = {key: None for key, found in keys.items() if found.part == "bias" and raw.get("lora_bias") is not True}
     keys = {key: found for key, found in keys.items() if key not in unused}
     factors: dict[tuple[str, int], dict[str, Stored]] = {}
     whole: dict[str, Array] = {}
@@ -124,12 +124,11 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     nested = bool(raw.get("target_parameters"))
     proper = {key: found.proper if nested else found.alone for key, found in keys.items()}
     improper = {key: name for key, name in proper.items() if key != name}
-    left_out = (
-        f"lora_bias is not true, so {len(unused)} tensors are left out, as PEFT leaves them: {shown(unused[0])}"
-        if unused
-        else ""
-    )
-    return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder), improper, [left_out] * bool(unused))
+    left_out = [
+        f"lora_bias is not true, so {len(unused)} tensors are left out, as PEFT leaves them: {shown(first)}"
+        for first in list(unused)[:1]
+    ]
+    return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder), improper, left_out)
 
 
 def _not_empty(path: Path, factors: str) -> dict[str, Stored]:
