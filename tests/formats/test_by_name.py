@@ -95,17 +95,28 @@ def test_adapting_either_end_of_what_is_tied_writes_both_and_says_so(tmp_path_fa
 
 
 @pytest.mark.proves("L5")
-@given(seed=seeds, turned=st.booleans(), in_pieces=st.booleans(), r=st.sampled_from([1, 2]))
-def test_experts_are_a_sum_over_ranks_of_each_expert(tmp_path_factory, seed, turned, in_pieces, r):
-    """dW_e = s sum_r B[o, r, e] A[e, r, i], turned where the parameter is (E, in, out); in pieces it is (out, in)."""
+@given(
+    seed=seeds,
+    turned=st.booleans(),
+    in_pieces=st.booleans(),
+    r=st.sampled_from([1, 2]),
+    width=st.sampled_from([F, D // 2]),
+)
+def test_experts_are_a_sum_over_ranks_of_each_expert(tmp_path_factory, seed, turned, in_pieces, r, width):
+    """dW_e = s sum_r B[o, r, e] A[e, r, i], turned where the parameter is (E, in, out); in pieces it is (out, in).
+
+    width: with D / 2, gate_up_proj is square, and down_proj says how both are stored.
+    """
     rng, module, turned = np.random.default_rng(seed), "model.layers.0.mlp.experts", turned and not in_pieces
-    shapes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
+    shapes = {"gate_up_proj": (2 * width, D), "down_proj": (D, width)}
     W0 = {name: on_host(rng, E, *shape) for name, shape in shapes.items()}  # (E, out, in)
     base = {f"{module}.{name}": np.ascontiguousarray(W.swapaxes(1, 2)) if turned else W for name, W in W0.items()}
     if in_pieces:
         base = {f"{module}.{e}.down_proj.weight": W0["down_proj"][e] for e in range(E)}
         for i, name in enumerate(("gate_proj", "up_proj")):
-            base |= {f"{module}.{e}.{name}.weight": W0["gate_up_proj"][e, i * F : (i + 1) * F] for e in range(E)}
+            base |= {
+                f"{module}.{e}.{name}.weight": W0["gate_up_proj"][e, i * width : (i + 1) * width] for e in range(E)
+            }
     home = home_of(tmp_path_factory, {key: np.ascontiguousarray(value) for key, value in base.items()})
     tensors, due = {}, {}
     for name, wrapper in (("gate_up_proj", ".base_layer"), ("down_proj", "")):  # in the order that the module has them
