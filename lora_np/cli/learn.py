@@ -1,30 +1,26 @@
-"""lora-np finetune, eval, generate: from data to an adapter, and what it is worth."""
+"""lora-np finetune, eval: from data to an adapter, and what it is worth."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..adapter import TARGETS, Adapter, LoRAConfig
-from ..decode import generate_on
 from ..formats.adapters.task import Task, load_task
 from ..formats.models.chat_template import load_chat_template
 from ..formats.models.folder import load_model
 from ..model import Model
 from ..parallel import default_shards
 from ..training import finetune, plot, tasks
-from ..training.examples import Tokens, prompt_ids
+from ..training.examples import Tokens
 from ..training.loop import Progress, Score, Settings, TrainingError, evaluate
 from ..training.ranks import Ranks, world
 from ..training.records import FORMATS
 from ..training.text import ByteTokenizer
-from .base import AddCommand, adapted, add_base, add_seed, add_storage, base_path, tokenizer_of, utf8, whole
+from .base import AddCommand, adapted, add_base, add_seed, add_storage, base_path, tokenizer_of, whole
 from .output import Bar, emit, one_end
 
 EPOCHS, STEPS, EVERY = 3, 200, 50  # defaults: of examples; of windows of a plain text
@@ -195,28 +191,6 @@ def run_eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_generate(args: argparse.Namespace) -> int:
-    if not args.prompt:
-        raise ValueError("--prompt: expected some text to go on from, got none")
-    with Bar() as bar:
-        path = base_path(args, bar)
-    model, adapter = adapted(args, path)
-    tokenizer = tokenizer_of(path, model.config)
-    prompt = np.array([prompt_ids(tokenizer, args.prompt)])
-    tokens = generate_on(
-        model, prompt, adapter, n=args.n, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, seed=args.seed if args.temperature > 0 else None,
-    )[0].tolist()  # fmt: skip
-    new = tokens[prompt.shape[1] :]
-    if tokenizer.eos in new:
-        new = new[: new.index(tokenizer.eos)]
-    text = args.prompt + tokenizer.decode(new)
-    emit(
-        args, {"prompt": args.prompt, "text": text}, text.split("\n"), longest=sys.maxsize
-    )  # JSON has it to the letter
-    return 0
-
-
 DATA = (
     "lm: a text, whose last part is held out; conversations (messages) as the base's chat template writes them; "
     "prompts with completions, instructions, or texts, as JSON lines, a JSON array, CSV or TSV, or a||b in each line. "
@@ -293,14 +267,3 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument(
         "--windows", type=whole, default=64, help="of a plain text at most so many, spread out (default: %(default)s)"
     )
-
-    p = command("generate", run_generate, "text after a prompt")
-    add_base(p)
-    add_storage(p)
-    p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter's folder")
-    p.add_argument("--prompt", type=utf8, required=True, help="the text to go on from")
-    p.add_argument("-n", type=whole, default=200, help="tokens (default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: %(default)s)")
-    p.add_argument("--top-k", type=whole, help="draw from the k likeliest")
-    p.add_argument("--top-p", type=float, help="draw from the likeliest that together reach p")
-    add_seed(p, "the draws")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backend import backend_name
-from . import conformance, convert, demonstrate, derive, early, files, learn, reproduce, spec, streams, verify
+from . import conformance, convert, demonstrate, derive, early, files, learn, reproduce, spec, streams, use, verify
 from .base import Run
 from .output import FAILURES, failure
 
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="the result as JSON")
         return sub
 
-    for part in (demonstrate, learn, files, derive, convert, verify, spec, conformance, reproduce):
+    for part in (demonstrate, learn, use, files, derive, convert, verify, spec, conformance, reproduce):
         part.add_commands(command)
     return parser
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_np as ln
-from lora_np.cli import learn, main
+from lora_np.cli import main, use
 from lora_np.cli.output import emit, failure, table
 from lora_np.training.loop import TrainingError
 
@@ -107,7 +107,7 @@ def test_a_generated_text_keeps_its_lines_and_moves_no_cursor(home, capsys, monk
 
     save_model(home / "bytes", model)
     text = "one\n\ttwo\x1b[2J\r" + 5000 * "x"
-    monkeypatch.setattr(learn, "generate_on", lambda _m, prompt, *_, **__: np.append(prompt, [*text.encode()])[None])
+    monkeypatch.setattr(use, "generate_on", lambda _m, prompt, *_, **__: np.append(prompt, [*text.encode()])[None])
     given = ["generate", "--base", home / "bytes", "--prompt", ">"]
     assert run(capsys, *given)[1] == ">one\n\ttwo\\x1b[2J\\r" + 5000 * "x" + "\n"
     assert json.loads(run(capsys, *given, "--json")[1])["text"] == f">{text}"
