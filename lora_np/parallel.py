@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -147,12 +148,21 @@ def _added(one: Node, other: Node) -> Node:
 # --- Threads ---------------------------------------------------------------------------------------------------------
 
 
+SLOW = (
+    "threadpoolctl is not installed: each shard's products start as many threads as there are cores, and steps take "
+    "many times as long; pip install threadpoolctl, or set OPENBLAS_NUM_THREADS=1 before Python starts"
+)
+
+
 @cache
 def _blas() -> Any:
-    """threadpoolctl's hold on NumPy's BLAS, which takes a while to find; None where it is not installed."""
+    """threadpoolctl's hold on NumPy's BLAS, which takes a while to find; None, with a warning, where it is missing."""
     try:
         from threadpoolctl import ThreadpoolController
     except ImportError:
+        limited = any(os.environ.get(f"{name}_NUM_THREADS") == "1" for name in ("OPENBLAS", "MKL", "OMP"))
+        if not limited and os.cpu_count() != 1:
+            warnings.warn(SLOW, stacklevel=1)
         return None
     return ThreadpoolController().select(user_api="blas")
 

@@ -30,6 +30,7 @@ from strategies import (
 import lora_np as ln
 from lora_np import parallel, transformer
 from lora_np.backend import backend_name
+from lora_np.cli.early import BLAS_THREADS
 from lora_np.parallel import Node, cut, joined, root, spans
 
 proves = pytest.mark.proves
@@ -145,6 +146,18 @@ def test_a_rank_computes_its_parts_as_one_process_would(monkeypatch):
     assert (len(limited), pools) == (2, [1, 3])
     assert list(parallel.threaded(str, [7])) == ["7"]
     assert len(limited) == 2
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(None, True), ("4", True), ("1", False)])
+def test_without_threadpoolctl_a_warning_says_what_it_costs(monkeypatch, limit, warned):
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 8)
+    for name in BLAS_THREADS:
+        monkeypatch.delenv(name, raising=False)
+    if limit:
+        monkeypatch.setenv(BLAS_THREADS[0], limit)
+    with pytest.warns(match="threadpoolctl is not installed: .* OPENBLAS_NUM_THREADS=1") if warned else nullcontext():
+        assert parallel._blas.__wrapped__() is None
 
 
 @pytest.fixture

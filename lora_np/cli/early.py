@@ -1,8 +1,10 @@
-"""Ctrl-C before the command line runs: the package, as the program that was started, ends in one line then too.
+"""What the package, as the program that was started, does before NumPy is imported: Ctrl-C, and BLAS's threads.
 
-It is imported first of all, and imports as little as it can: until it is there, Ctrl-C is Python's own.
+It is imported first of all, and imports as little as it can: until it is there, Ctrl-C is Python's own. It ends in one
+line then too. BLAS reads how many threads it is to start when NumPy is imported.
 """
 
+import importlib.util
 import os
 import signal
 import sys
@@ -28,6 +30,20 @@ def allow_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def limit_blas() -> None:
+    """One BLAS thread, where nobody says how many and threadpoolctl cannot: shards in threads have one each.
+
+    Each thread's products would start as many as there are cores, and a step would take many times as long.
+    """
+    if importlib.util.find_spec("threadpoolctl") is None and not any(os.environ.get(name) for name in BLAS_THREADS):
+        os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
+
+
+if _is_program():
+    limit_blas()
 if _is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     try:  # noqa: SIM105  (contextlib takes a while)
         signal.signal(signal.SIGINT, _end)
