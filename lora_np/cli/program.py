@@ -13,13 +13,28 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backend import backend_name
-from . import conformance, convert, demonstrate, derive, early, files, learn, reproduce, spec, streams, use, verify
+from . import (
+    conformance,
+    convert,
+    demonstrate,
+    derive,
+    early,
+    files,
+    learn,
+    reproduce,
+    sample,
+    spec,
+    streams,
+    use,
+    verify,
+)
 from .base import Run
 from .output import FAILURES, failure
 
 EXAMPLES = """\
 examples:
   lora-np demo --plot losses.png                       LoRA and full fine-tuning side by side, nothing to download
+  lora-np sample data                                  small files to try the others on, for each task
   lora-np finetune --data notes.txt --out adapter      adapt the embedded base to your text
   mpirun -n 4 lora-np finetune ...                     the same adapter from four processes, or machines (extra mpi)
   lora-np eval --data notes.txt --adapter adapter      its loss, with the adapter and without
@@ -52,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="the result as JSON")
         return sub
 
-    for part in (demonstrate, learn, use, files, derive, convert, verify, spec, conformance, reproduce):
+    for part in (demonstrate, sample, learn, use, files, derive, convert, verify, spec, conformance, reproduce):
         part.add_commands(command)
     return parser
 
