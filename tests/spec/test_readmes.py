@@ -1,10 +1,12 @@
 """The README files: what they link to is there, and the first example prints what it says."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import paste
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,29 @@ def test_the_first_example_prints_the_sentence_that_was_learned():
     example, _, _ = rest.partition("```\n")
     printed = subprocess.run([sys.executable, "-c", example], cwd=ROOT, check=True, capture_output=True, text=True)
     assert printed.stdout.strip() == "b'The capital of Atlantis is Poseidonis, a city by the sea.'"
+
+
+def test_every_block_is_pasted_or_says_why_not():
+    """The script names each file that has blocks, and knows what each block is in."""
+    with_blocks = [path for path in READMES if paste.blocks(path.read_text(encoding="utf-8"))]
+    assert set(with_blocks) <= {ROOT / name for name in paste.READMES}
+    kinds = {block.kind for path in with_blocks for block in paste.blocks(path.read_text(encoding="utf-8"))}
+    assert kinds == {"sh", "python"}
+
+
+def test_a_script_pastes_blocks_in_order_and_leaves_out_what_is_marked_or_long(tmp_path):
+    text = (
+        "```sh\nx=7\necho one $x  # a second\nfalse  # 5 minutes\n```\n```python\na = 2\n```\nand\n"
+        "```python\nprint(a)\n```\n<!-- not pasted: needs a GPU -->\n```sh\nfalse\n```\n```sh\necho three $x\n```\n"
+    )
+    short, long = ("\n".join(paste.script("R", text, long=long)) for long in (False, True))
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-euc", short], capture_output=True, text=True, cwd=tmp_path, check=True, env=env)
+    assert done.stdout == "one 7\n2\nthree 7\n"
+    assert done.stderr.splitlines() == [
+        "== R:1", "== R:6", "== R:10", "== R:14: left out: needs a GPU", "== R:17",
+    ]  # fmt: skip
+    assert subprocess.run(["bash", "-euc", long], capture_output=True, cwd=tmp_path, check=False).returncode == 1
 
 
 def test_the_house_names_the_modules_of_the_reference():
