@@ -9,6 +9,7 @@ from typing import Any
 
 from ..formats.files.atomic import expect_new
 from ..formats.files.messages import shown
+from ..formats.files.safetensors_file import import_safetensors
 from ..vectors.cases import all_cases
 from ..vectors.conform import Found, Verdict, compare
 from ..vectors.files import made, read_vectors, write_vectors
@@ -20,6 +21,7 @@ SHOWN = 8  # cases, or tensors, that are named
 
 def run_vectors(args: argparse.Namespace) -> int:
     expect_new(args.out)
+    import_safetensors()
     vectors = made()
     write_vectors(args.out, vectors)
     ids = len({case.id for case, _ in vectors.cases})

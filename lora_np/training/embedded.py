@@ -16,6 +16,7 @@ from ..adapter import Adapter
 from ..backend import Array
 from ..batch import BatchDict
 from ..formats.files.atomic import discard, expect_new, new_folder
+from ..formats.files.safetensors_file import import_safetensors
 from ..formats.models.folder import save_model
 from ..model import Config, Model, init_weights
 from .loop import Progress, Settings, placed, train
@@ -61,8 +62,8 @@ BASE, SHA256 = "base", "sha256"  # what a cached folder holds: the base's own fo
 def base_folder(report: Callable[[Progress], None], recipe: Recipe) -> tuple[Path, bool]:
     """The pretrained base's folder in the cache; it is made now if need be. -> the folder, and whether it was there.
 
-    One that is damaged is made anew, which the stage that is reported says; an OSError, before any work, if the cache
-    cannot be written.
+    One that is damaged is made anew, which the stage that is reported says; an OSError or ImportError, before any work,
+    if the cache cannot be written.
     """
     text = language_reference()
     key = hashlib.sha256(f"{recipe.config} {recipe.settings} {recipe.rows} {text}".encode()).hexdigest()[:16]
@@ -72,6 +73,7 @@ def base_folder(report: Callable[[Progress], None], recipe: Recipe) -> tuple[Pat
     if folder.exists():
         stage = f"pretraining anew, as {folder} was damaged"
         discard(folder)
+    import_safetensors()  # which writes it: before the work, not after it
     try:
         expect_new(folder)
         tokens, _ = split(encode(text), 0.1)

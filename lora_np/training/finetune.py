@@ -17,6 +17,7 @@ from ..formats.adapters.task import Task, save_task
 from ..formats.files.json_file import to_json
 from ..formats.files.lock import occupied
 from ..formats.files.messages import shown
+from ..formats.files.safetensors_file import import_safetensors
 from ..formats.models.folder import model_hash, weights_hash
 from ..model import Model
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -74,6 +75,7 @@ def finetune(
     process is writing there; a ValueError if the checkpoint is of another job, or if the ranks have different jobs, or
     different bits, as machines of different kinds may; a TrainingError as of `train`.
     """
+    import_safetensors()  # which writes the adapter: before the work, not after it
     adapter = init_adapter(model, job.lora, seed=job.settings.seed)
     about = _identity(model, data, job)
     for name, value in about.items():
