@@ -35,7 +35,7 @@ class Recipe:
 STANDARD = Recipe(
     Config(BYTES, 64, n_layer=4, n_head=4, d_model=128, d_ff=512),
     16,
-    Settings(steps=500, lr=4e-3, warmup=20, weight_decay=0.01),
+    Settings(steps=500, lr=2e-3, warmup=50, weight_decay=0.01),
 )
 QUICK = Recipe(Config(BYTES, 64, n_layer=2, n_head=2, d_model=32, d_ff=64), 8, Settings(steps=30, lr=3e-3, warmup=3))
 
