@@ -15,6 +15,7 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too
 few = 15 if lora_np.backend_name == "cupy" else 50
 settings.register_profile("quick", deadline=None, max_examples=few, suppress_health_check=SLOW)
 settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, print_blob=True)
-settings.register_profile("brief", settings.get_profile("ci"), max_examples=8)  # where all has been tried before
+settings.register_profile("brief", settings.get_profile("ci"), max_examples=8)
+settings.register_profile("glance", settings.get_profile("ci"), max_examples=3)  # where all has been tried before
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)
 settings.load_profile("ci" if os.environ.get("CI") else "quick")  # the same examples in every run of CI
