@@ -128,6 +128,11 @@ class Adapter:
                     f"got A {A.shape} and B {B.shape}"
                 )
 
+    def __repr__(self) -> str:
+        c, size = self.config, sum(value.size for value in self.params.values())
+        dtypes = " ".join(sorted({str(value.dtype) for value in self.params.values()}))
+        return f"Adapter(r={c.r}, alpha={c.alpha}, targets={c.targets}, {size:,} parameters, {dtypes})"
+
     @property
     def matrices(self) -> list[str]:
         """The names of the adapted matrices: layers.3.attn.q, ..."""
@@ -356,7 +361,7 @@ def unmerge(merged: Model, adapter: Adapter) -> Model:
     A ValueError if the model was not merged in this process, or was last merged with another adapter.
     """
     if merged.merged_from is None or merged.merged_adapter is None:
-        raise ValueError("unmerge: expected a model that merge made in this process; this one was not merged")
+        raise ValueError("unmerge: expected a model that merge made in this process; this one was not, or is a copy")
     if not _same(merged.merged_adapter, adapter):
         raise ValueError("unmerge: the model was last merged with another adapter")
     return merged.merged_from

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import zlib
 from collections.abc import Collection, Mapping
@@ -202,8 +203,17 @@ _ROBERTA: dict[str, Any] = {
     "n_positions": 514, "n_types": 1, "position_offset": 2, "eps": 1e-5, "pooler_in_head": True,
 }  # fmt: skip
 
+
+class _Presets(dict[str, Config]):
+    """Configurations by name; for another name a KeyError says the nearest ones, or all."""
+
+    def __missing__(self, name: object) -> Config:
+        near = difflib.get_close_matches(str(name).lower(), self, cutoff=0.4) or list(self)
+        raise KeyError(f"PRESETS: no {name!r}, but {', '.join(near)}")
+
+
 PRESETS: Mapping[str, Config] = MappingProxyType(
-    {
+    _Presets({
         "gpt2": _gpt2(12, 12, 768),
         "gpt2-medium": _gpt2(24, 16, 1024),
         "gpt2-large": _gpt2(36, 20, 1280),
@@ -217,7 +227,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
             49152, 8192, 30, 9, 576, 1536, n_kv_head=3, norm="rms", positions="rotary", activation="silu_gated",
             rope_theta=100000.0, bias=False,
         ),
-    }
+    })
 )  # fmt: skip
 
 
@@ -255,6 +265,15 @@ class Model:
         if weights[DTYPE_OF].dtype.name not in ("float32", "float64", "complex64", "complex128"):
             raise TypeError(f"Model: expected float32 or float64 weights, got {weights[DTYPE_OF].dtype}")
         object.__setattr__(self, "weights", MappingProxyType(weights))
+
+    def __repr__(self) -> str:
+        size, c = sum(w.size for w in self.weights.values()), self.config
+        merged = "" if self.merged_from is None else ", merged"
+        return f"Model({c.n_layer} layers, d_model {c.d_model}, head {c.head}, {size:,} weights, {self.dtype}{merged})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle: frozen too, and no merged model: what that was made of is known in its process alone."""
+        return type(self), (self.config, dict(self.weights))
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -18,6 +18,9 @@ class AdamWState(NamedTuple):
     m: dict[str, Array]
     v: dict[str, Array]
 
+    def __repr__(self) -> str:
+        return f"AdamWState(step {self.step}, {sum(m.size for m in self.m.values()):,} parameters)"
+
 
 def adamw(
     params: Arrays,

@@ -42,3 +42,18 @@ def test_all_that_is_imported_is_public():
     imported = {alias.asname or alias.name for s in own for alias in s.names}
     assert {name for name in imported if not name.startswith("_")} | (ln._LAZY.keys() - EXTRA) == set(ln.__all__)
     assert len(set(ln.__all__)) == len(ln.__all__)
+
+
+# ---- shown ----
+
+
+def test_adapters_and_states_are_shown_in_a_line():
+    config = ln.Config(7, 8, 2, 2, 8, 6)
+    model = ln.Model(config, ln.init_weights(config, seed=0))
+    adapter = ln.init_adapter(model, ln.LoRAConfig(r=2, targets=["q", "down"], bias="all"), seed=0)
+    size = ln.count_parameters(config, adapter.config)
+    assert repr(adapter) == f"Adapter(r=2, alpha=16, targets=('q', 'down'), {size} parameters, float32)"
+    batch = {"tokens": [[1, 2, 3]], "targets": [[2, 3, 4]]}
+    state = ln.train(model, adapter, lambda step: batch, ln.Settings(steps=3, lr=0.01))
+    assert repr(state) == f"State(step 3, {size} parameters)"
+    assert repr(state.optimizer) == f"AdamWState(step 3, {size} parameters)"
