@@ -514,7 +514,7 @@ def test_truncation_is_optimal(several, rank, seed):
     [
         ([], {}, "expected a weight for each adapter, got 1 and 0"),
         ([1.0, 2.0], {}, "got 1 and 2"),
-        ([1.0], {"rank": 0}, "rank: expected at least 1"),
+        ([1.0], {"rank": 0}, "rank: expected an integer of at least 1"),
     ],
 )
 def test_a_wrong_combination_is_refused(weights, fields, message):

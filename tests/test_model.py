@@ -55,12 +55,12 @@ def test_presets_cannot_be_changed():
     [("gpt-2", "gpt2"), ("GPT2-Medium", "gpt2-medium"), ("smollm", "smollm2-135m"), ("roberta", "roberta-base")],
 )
 def test_an_unknown_preset_is_told_with_its_nearest_names(name, nearest):
-    with pytest.raises(KeyError, match=f"PRESETS: no '{name}', but {nearest}"):
+    with pytest.raises(KeyError, match=f"PRESETS: no '{name}'; nearest are {nearest}"):
         ln.PRESETS[name]
 
 
 def test_where_no_preset_is_near_all_are_told():
-    with pytest.raises(KeyError, match=f"PRESETS: no 3, but {', '.join(ln.PRESETS)}"):
+    with pytest.raises(KeyError, match=f"PRESETS: no 3; there are {', '.join(ln.PRESETS)}"):
         ln.PRESETS[3]
     assert 3 not in ln.PRESETS
     assert ln.PRESETS.get("gpt-2") is None
@@ -112,8 +112,8 @@ def test_derived_sizes():
         ({"head": "tag"}, "head='tag' needs n_labels"),
         ({"head": "classify", "n_labels": 0}, "Config.n_labels: expected an integer of at least 1"),
         ({"position_offset": 8}, "leaves no place"),
-        ({"eps": 0.0}, "expected eps and rope_theta above 0"),
-        ({"rope_theta": -1.0}, "expected eps and rope_theta above 0"),
+        ({"eps": 0.0}, "Config.eps: expected a number above 0, got 0.0"),
+        ({"rope_theta": -1.0}, "Config.rope_theta: expected a number above 0, got -1.0"),
     ],
     ids=str,
 )
@@ -207,8 +207,8 @@ def test_a_model_has_the_weights_in_the_order_of_its_configuration():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"norm.bias": None}, ValueError, r"weights missing: \['norm.bias'\]; not known: none"),
-        ({"head.weight": np.zeros(3)}, ValueError, r"weights missing: none; not known: \['head.weight'\]"),
+        ({"norm.bias": None}, ValueError, "weights missing: norm.bias; not known: none"),
+        ({"head.weight": np.zeros(3)}, ValueError, "weights missing: none; not known: head.weight"),
         ({"norm.bias": np.zeros(3)}, ValueError, r"norm.bias: expected shape \(8,\), got \(3,\)"),
         (
             {"norm.bias": np.zeros(8, "float32")},
