@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .backend import Array, xp
+from .backend import Array, as_array, check_count, expect, is_number, xp
 from .lora import Update, init_factors, merge_matrix, sum_updates
-from .model import Config, Model
+from .model import Config, Model, check_model
 from .ops import widened
 
 TARGETS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head", "qkv")
@@ -20,10 +20,6 @@ TARGETS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head", "qkv")
 def target_of(name: str) -> str:
     """The target that a matrix's name belongs to: layers.3.attn.q -> q, embed.tokens -> embed, head -> head."""
     return "embed" if name == "embed.tokens" else name.rsplit(".", 1)[-1]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -63,23 +59,28 @@ class LoRAConfig:
             raise TypeError(f"LoRAConfig.targets: expected a sequence of names, got {self.targets!r}")
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.layers is not None:
+            expect("LoRAConfig.layers", self.layers, Iterable, "the layers' numbers, or None")
             object.__setattr__(self, "layers", tuple(self.layers))
-            if not all(_is_int(layer) and layer >= 0 for layer in self.layers):
-                raise ValueError(f"LoRAConfig.layers: expected layers' numbers, from 0, got {self.layers!r}")
+            for layer in self.layers:
+                check_count("LoRAConfig.layers", layer, at_least=0)
         self._check_targets()
+        for name in ("rank_pattern", "alpha_pattern"):
+            expect(f"LoRAConfig.{name}", getattr(self, name), Mapping, "a dict by target or matrix")
+            object.__setattr__(self, name, dict(getattr(self, name)))
+        for name in ("train_head", "rslora"):
+            expect(f"LoRAConfig.{name}", getattr(self, name), bool, "True or False")
         for where, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if not _is_int(r) or r < 1:
-                raise ValueError(f"LoRAConfig.{where}: expected an integer of at least 1, got {r!r}")
+            check_count(f"LoRAConfig.{where}", r, at_least=1)
         for where, a in [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
-            if not isinstance(a, (int, float)) or not math.isfinite(a):
+            if not is_number(a):
                 raise ValueError(f"LoRAConfig.{where}: expected a finite number, got {a!r}")
-        if not 0 <= self.dropout < 1:
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"LoRAConfig.dropout: expected 0 <= p < 1, got {self.dropout!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"LoRAConfig.bias: expected none, all or lora_only, got {self.bias!r}")
         if self.init not in ("uniform", "normal"):
             raise ValueError(f"LoRAConfig.init: expected uniform or normal, got {self.init!r}")
-        if not (math.isfinite(self.sigma) and self.sigma > 0):
+        if not (is_number(self.sigma) and self.sigma > 0):
             raise ValueError(f"LoRAConfig.sigma: expected a positive number, got {self.sigma!r}")
 
     def _check_targets(self) -> None:
@@ -115,7 +116,10 @@ class Adapter:
     params: Mapping[str, Array]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "params", {name: xp.asarray(value) for name, value in self.params.items()})
+        expect("Adapter: config", self.config, LoRAConfig, "a LoRAConfig")
+        expect("Adapter: params", self.params, Mapping, "a dict of arrays")
+        params = {name: as_array(f"Adapter: {name}", value) for name, value in self.params.items()}
+        object.__setattr__(self, "params", params)
         for name in self.params:
             stem, _, factor = name.rpartition(".")
             if factor in ("A", "B") and f"{stem}.{'B' if factor == 'A' else 'A'}" not in self.params:
@@ -127,6 +131,11 @@ class Adapter:
                     f"Adapter: {name}: expected A ({r}, in) and B (out, {r}), as the configuration's rank is {r}; "
                     f"got A {A.shape} and B {B.shape}"
                 )
+
+    def __repr__(self) -> str:
+        c, size = self.config, sum(value.size for value in self.params.values())
+        dtypes = " ".join(sorted({str(value.dtype) for value in self.params.values()}))
+        return f"Adapter(r={c.r}, alpha={c.alpha}, targets={c.targets}, {size:,} parameters, {dtypes})"
 
     @property
     def matrices(self) -> list[str]:
@@ -187,6 +196,8 @@ def adapted_shapes(config: Config) -> dict[str, tuple[int, int]]:
 
 def check_adapter(model: Model, adapter: Adapter) -> None:
     """A TypeError or ValueError unless every parameter of the adapter has its place in the model."""
+    check_model(model)
+    expect("adapter", adapter, Adapter, "an Adapter")
     shapes = adapted_shapes(model.config)
     for name in adapter.matrices:
         if name not in shapes:
@@ -211,6 +222,8 @@ def check_adapter(model: Model, adapter: Adapter) -> None:
 
 def _adapted(config: Config, lora_config: LoRAConfig) -> dict[str, tuple[int, int]]:
     """(out, in) of the matrices that lora_config adapts, by name; a ValueError if a name of it matches nothing."""
+    expect("config", config, Config, "a Config")
+    expect("lora_config", lora_config, LoRAConfig, "a LoRAConfig")
     if lora_config.layers is not None and not set(lora_config.layers) <= set(range(config.n_layer)):
         raise ValueError(f"LoRAConfig.layers: expected layers in 0..{config.n_layer - 1}, got {lora_config.layers}")
     targeted = {name: shape for name, shape in adapted_shapes(config).items() if target_of(name) in lora_config.targets}
@@ -251,9 +264,11 @@ def init_adapter(model: Model, lora_config: LoRAConfig, *, seed: int) -> Adapter
 
     Same seed, same bits. A ValueError says which target, rank or pattern does not fit the model.
     """
+    check_model(model)
+    check_count("seed", seed, at_least=0)
+    adapted = _adapted(model.config, lora_config)
     rng, sigma = np.random.default_rng(seed), lora_config.sigma if lora_config.init == "normal" else None
     params: dict[str, Array] = {}
-    adapted = _adapted(model.config, lora_config)
     for name, (n_out, n_in) in adapted.items():
         try:
             A, B = init_factors(rng, n_out, n_in, lora_config.rank(name), model.dtype, sigma=sigma)
@@ -294,7 +309,7 @@ def check_weights(adapters: Sequence[object], weights: Sequence[float], what: st
     """A ValueError unless there is a finite weight for each adapter."""
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"{what}: expected a weight for each adapter, got {len(adapters)} and {len(weights)}")
-    if not all(math.isfinite(w) for w in weights):
+    if not all(is_number(w) for w in weights):
         raise ValueError(f"{what}: expected finite weights, got {' '.join(map(str, weights))}")
 
 
@@ -355,8 +370,10 @@ def unmerge(merged: Model, adapter: Adapter) -> Model:
 
     A ValueError if the model was not merged in this process, or was last merged with another adapter.
     """
+    check_model(merged)
+    expect("adapter", adapter, Adapter, "an Adapter")
     if merged.merged_from is None or merged.merged_adapter is None:
-        raise ValueError("unmerge: expected a model that merge made in this process; this one was not merged")
+        raise ValueError("unmerge: expected a model that merge made in this process; this one was not, or is a copy")
     if not _same(merged.merged_adapter, adapter):
         raise ValueError("unmerge: the model was last merged with another adapter")
     return merged.merged_from
@@ -380,10 +397,14 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int 
     nearest of its rank in Frobenius norm, computed in float64 without forming any dW. A ValueError if the adapters
     train anything but A and B, or do not fit together.
     """
+    expect("combine: adapters", adapters, Iterable, "a list of adapters")
+    expect("combine: weights", weights, Iterable, "a list of numbers")
+    adapters, weights = list(adapters), list(weights)
     check_weights(adapters, weights, "combine")
-    if rank is not None and rank < 1:
-        raise ValueError(f"combine: rank: expected at least 1, got {rank}")
+    if rank is not None:
+        check_count("combine: rank", rank, at_least=1)
     for adapter in adapters:
+        expect("combine: adapters", adapter, Adapter, "Adapters")
         if adapter.whole:
             raise ValueError(f"combine: expected A and B alone, got {next(iter(adapter.whole))} trained whole")
     params: dict[str, Array] = {}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import Array, asnumpy, xp
+from .backend import Array, as_array, asnumpy
 from .lora import singular_directions
 from .ops import widened
 
@@ -19,6 +19,7 @@ def subspace_similarity(A: Array, other: Array) -> Array:
     -> (r, q) on the host, float64: phi(i, j) at [i-1, j-1]. Where singular values are equal, which of their directions
     lead is left to rounding. A ValueError says which shape does not fit.
     """
+    A, other = as_array("subspace_similarity: A", A), as_array("subspace_similarity: other", other)
     if A.ndim != 2 or other.ndim != 2 or A.shape[1] != other.shape[1]:
         raise ValueError(f"subspace_similarity: expected (r, in) and (q, in), got {A.shape} and {other.shape}")
     for factor in (A, other):
@@ -69,15 +70,16 @@ def amplification(W: Array, A: Array, B: Array, s: float) -> Amplification:
     norm_F(W)^2 / (out in).
     A ValueError says which shape does not fit, or that dW is zero, and so has no directions.
     """
+    W, A, B = (as_array(f"amplification: {name}", a) for name, a in (("W", W), ("A", A), ("B", B)))
     if W.ndim != 2 or A.ndim != 2 or W.shape[1] != A.shape[1] or B.shape != (W.shape[0], A.shape[0]):
         raise ValueError(
             f"amplification: expected W (out, in), A (r, in), B (out, r), got {W.shape}, {A.shape}, {B.shape}"
         )
-    U, sigma, V = (asnumpy(factor) for factor in singular_directions(xp.asarray(A), xp.asarray(B)))
+    U, sigma, V = (asnumpy(factor) for factor in singular_directions(A, B))
     update = abs(s) * float(np.linalg.norm(sigma))
     if update == 0:
         raise ValueError("amplification: expected a trained update, got s B A = 0")
-    W = asnumpy(widened(xp.asarray(W))).astype(np.float64)
+    W = asnumpy(widened(W)).astype(np.float64)
     r = len(sigma)
     weight = float(np.linalg.norm(W))
     return Amplification(

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .backend import Array, asnumpy
+from .backend import Array, as_array
 from .model import Config
 
 IGNORED = -100  # a target that is not counted
@@ -55,9 +55,10 @@ class Batch:
 
 def check_inputs(config: Config, tokens: Any, mask: Any, token_types: Any) -> Batch:
     """The inputs of a forward as host arrays; a ValueError or TypeError says what is wrong, and where."""
-    tokens = asnumpy(tokens)
+    tokens = as_array("tokens", tokens, host=True)
     if tokens.ndim != 2 or tokens.size == 0:
-        raise ValueError(f"tokens: expected shape (N, T) with N, T >= 1, got {tokens.shape}")
+        hint = "; one sequence is a batch as [tokens]" if tokens.ndim == 1 else ""
+        raise ValueError(f"tokens: expected shape (N, T) with N, T >= 1, got {tokens.shape}{hint}")
     _check_ids("tokens", tokens, config.vocab_size)
     if tokens.shape[1] > config.longest:
         raise ValueError(f"tokens: expected at most {config.longest} tokens a sequence, got {tokens.shape[1]}")
@@ -72,7 +73,7 @@ def check_batch(config: Config, tokens: Any, targets: Any, mask: Any, token_type
     batch = check_inputs(config, tokens, mask, token_types)
     if config.head == "none":
         raise ValueError("targets: expected a model with a head; this one's Config has head='none'")
-    targets = asnumpy(targets)
+    targets = as_array("targets", targets, host=True)
     N, T = batch.tokens.shape
     expected = (N,) if config.head == "classify" else (N, T)
     if targets.shape != expected:
@@ -109,7 +110,7 @@ def _check_mask(mask: Any, shape: tuple[int, ...]) -> Array | None:
     """mask as a host array (N,T) of bool, or None where every token counts."""
     if mask is None:
         return None
-    mask = asnumpy(mask)
+    mask = as_array("mask", mask, host=True)
     if mask.shape != shape:
         raise ValueError(f"mask: expected the shape of tokens, {shape}, got {mask.shape}")
     if mask.dtype != bool:
@@ -127,7 +128,7 @@ def _check_types(config: Config, token_types: Any, shape: tuple[int, ...]) -> Ar
         return None
     if token_types is None:
         return np.zeros(shape, dtype=np.int64)
-    token_types = asnumpy(token_types)
+    token_types = as_array("token_types", token_types, host=True)
     if token_types.shape != shape:
         raise ValueError(f"token_types: expected the shape of tokens, {shape}, got {token_types.shape}")
     _check_ids("token_types", token_types, config.n_types)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from .adapter import Adapter, check_adapter, matrix_updates
 from .backend import Array, xp
@@ -78,6 +78,24 @@ def _depth(config: Config, name: str) -> tuple[int, int]:
     kind = "norm" if part[2].startswith("norm") else "out" if part[3] in ("o", "down") else "in"
     order = ("norm", "in", "out") if config.norm_first else ("in", "out", "norm")
     return 2 * int(part[1]) + (part[2] in ("norm2", "mlp")), order.index(kind)
+
+
+def is_adapter(given: object) -> bool:
+    """Whether an argument is an adapter, none, or a list of these: not data."""
+    rows = given if isinstance(given, (list, tuple)) and len(given) else [given]
+    return all(row is None or isinstance(row, Adapter) for row in rows)
+
+
+def data_first(*given: Any) -> tuple[Any, ...]:
+    """Data, and then the adapter: as given, or where the adapter was given first."""
+    adapter, *data = given
+    return (*data, adapter) if is_adapter(adapter) and not is_adapter(data[-1]) else given
+
+
+def adapter_first(*given: Any) -> tuple[Any, ...]:
+    """The adapter, and then the data: as given, or where the adapter was given last."""
+    *data, adapter = given
+    return (adapter, *data) if is_adapter(adapter) and not is_adapter(data[0]) else given
 
 
 def bind(model: Model, adapter: AnyAdapter, *, rows: int, trainable: Trainable = "adapter") -> AdaptedModel:

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, asnumpy, xp
+from .backend import Array, asnumpy, check_count, is_number, xp
 from .batch import Batch, check_inputs
-from .binding import AdaptedModel, AnyAdapter, bind, frozen
+from .binding import AdaptedModel, AnyAdapter, bind, data_first, frozen
 from .layout import Cache
 from .loss import layouts
-from .model import Config, Model
+from .model import Config, Model, check_model
 from .transformer import project, states
 
 
@@ -62,16 +62,18 @@ def choose(
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> None:
-    if not temperature >= 0:
+    if not (is_number(temperature) and temperature >= 0):
         raise ValueError(f"generate: temperature: expected 0 or more, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k: expected at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_k is not None:
+        check_count("generate: top_k", top_k, at_least=1)
+    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
         raise ValueError(f"generate: top_p: expected 0 < top_p <= 1, got {top_p}")
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise ValueError("generate: top_k and top_p need a temperature above 0: at 0 the likeliest token is taken")
     if temperature > 0 and seed is None:
         raise ValueError("generate: a temperature above 0 needs a seed")
+    if seed is not None:
+        check_count("generate: seed", seed, at_least=0)
 
 
 def generate(
@@ -92,11 +94,12 @@ def generate(
     given tokens first. A ValueError if the model is no language model, T + n passes its longest sequence, or a logit is
     no finite number.
     """
+    check_model(model)
+    tokens, adapter = data_first(tokens, adapter)
     config = model.config
     if config.head != "lm" or not config.causal:
         raise ValueError("generate: expected a causal language model (head='lm', causal=True)")
-    if n < 0:
-        raise ValueError(f"generate: n: expected 0 or more, got {n}")
+    check_count("generate: n", n, at_least=0)
     _check_sampling(temperature, top_k, top_p, seed)
     batch = check_inputs(config, tokens, mask, None)
     (N, T), mask = batch.tokens.shape, batch.mask

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from .adapter import Adapter, fuse_grads
-from .backend import Array, xp
+from .backend import Array, check_count, xp
 from .batch import Batch, check_batch, check_inputs
-from .binding import AdaptedModel, AnyAdapter, Trainable, bind, check_rows, frozen
+from .binding import AdaptedModel, AnyAdapter, Trainable, adapter_first, bind, check_rows, data_first, frozen
 from .layout import Cache, Layout, lay_out
-from .model import DTYPE_OF, Model
+from .model import DTYPE_OF, Model, check_model
 from .ops import activation_backward, cross_entropy, cross_entropy_backward, pick, tanh
 from .transformer import Activations, Grads, project, project_backward, states, states_backward
 
@@ -127,6 +127,8 @@ def forward(
     -> (N,T,V) for a language model, (N,labels) for a classifier, (N,T,labels) for a tagger, (N,T,D) without a head.
     What stands at padding has no meaning. A ValueError or TypeError says what was expected, what came, and where.
     """
+    check_model(model)
+    tokens, adapter = data_first(tokens, adapter)
     batch = check_inputs(model.config, tokens, mask, token_types)
     adapted = frozen(bind(model, adapter, rows=len(batch.tokens)))
     at, last = layouts(adapted, batch)
@@ -150,6 +152,8 @@ def loss(
     targets (N,T) for a language model or tagger, (N,) for a classifier: targets[n,t] is what logits[n,t] is scored
     against, -100 is left out. A ValueError or TypeError says what was expected, what came, and where.
     """
+    check_model(model)
+    tokens, targets, adapter = data_first(tokens, targets, adapter)
     batch = check_batch(model.config, tokens, targets, mask, token_types)
     parts = [(adapter, batch)]
     if isinstance(adapter, (list, tuple)):
@@ -200,12 +204,16 @@ def step_of(
     recompute: bool,
 ) -> tuple[AdaptedModel, Batch]:
     """The model and batch of a training step, checked: it is either one adapter or all weights that are trained."""
+    check_model(model)
+    adapter, tokens, targets = adapter_first(adapter, tokens, targets)
     batch = check_batch(model.config, tokens, targets, mask, token_types)
+    if dropout_seed is not None:
+        check_count("dropout_seed", dropout_seed, at_least=0)
     if trainable not in ("adapter", "all"):
         raise ValueError(f"trainable: expected adapter or all, got {trainable!r}")
     if (adapter is None) != (trainable == "all"):
         raise ValueError("expected an adapter to train, or None and trainable='all' to train every weight")
-    if adapter is not None and not isinstance(adapter, Adapter):
+    if isinstance(adapter, (list, tuple)):
         raise TypeError(f"adapter: one adapter is trained at a time, got {type(adapter).__name__}")
     adapted = bind(model, adapter, rows=len(batch.tokens), trainable=trainable)
     return replace(adapted, dropout_seed=dropout_seed, recompute=recompute), batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import zlib
 from collections.abc import Collection, Mapping
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .backend import Array, blocks, read_only
+from .backend import Array, as_array, blocks, check_count, expect, few, is_number, read_only
 
 
 @dataclass(frozen=True)
@@ -66,33 +67,30 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "d_model", "d_ff"):
-            self._check_count(name, at_least=1)
+            check_count(f"Config.{name}", getattr(self, name), at_least=1)
         for name in ("n_types", "position_offset", "prefix"):
-            self._check_count(name, at_least=0)
+            check_count(f"Config.{name}", getattr(self, name), at_least=0)
+        for name in ("n_kv_head", "n_labels"):
+            if getattr(self, name) is not None:
+                check_count(f"Config.{name}", getattr(self, name), at_least=1)
+        for name in ("norm_first", "causal", "tie_head", "bias", "pooler_in_head", "disentangled"):
+            expect(f"Config.{name}", getattr(self, name), bool, "True or False")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Config.{name}: expected one of {' '.join(allowed)}, got {getattr(self, name)!r}")
         if self.d_model % self.n_head:
             raise ValueError(f"Config: d_model = {self.d_model} is not a multiple of n_head = {self.n_head}")
-        if self.n_kv_head is not None:
-            self._check_count("n_kv_head", at_least=1)
-            if self.n_head % self.n_kv_head:
-                raise ValueError(f"Config: n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"Config: n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"Config: rotary positions turn pairs, but a head's width is odd: {self.head_width}")
-        if self.head in ("classify", "tag"):
-            if self.n_labels is None:
-                raise ValueError(f"Config: head={self.head!r} needs n_labels")
-            self._check_count("n_labels", at_least=1)
+        if self.head in ("classify", "tag") and self.n_labels is None:
+            raise ValueError(f"Config: head={self.head!r} needs n_labels")
         if self.longest < 1:
             raise ValueError(f"Config: n_positions = {self.n_positions} leaves no place after position_offset")
-        if not (self.eps > 0 and self.rope_theta > 0):
-            raise ValueError(f"Config: expected eps and rope_theta above 0, got {self.eps!r} and {self.rope_theta!r}")
-
-    def _check_count(self, name: str, *, at_least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
-            raise ValueError(f"Config.{name}: expected an integer of at least {at_least}, got {value!r}")
+        for name in ("eps", "rope_theta"):
+            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"Config.{name}: expected a number above 0, got {getattr(self, name)!r}")
 
     @property
     def head_width(self) -> int:
@@ -202,8 +200,18 @@ _ROBERTA: dict[str, Any] = {
     "n_positions": 514, "n_types": 1, "position_offset": 2, "eps": 1e-5, "pooler_in_head": True,
 }  # fmt: skip
 
+
+class _Presets(dict[str, Config]):
+    """Configurations by name; for another name a KeyError says the nearest ones, or all."""
+
+    def __missing__(self, name: object) -> Config:
+        near = difflib.get_close_matches(str(name).lower(), self, cutoff=0.4)
+        hint = f"nearest are {', '.join(near)}" if near else f"there are {', '.join(self)}"
+        raise KeyError(f"PRESETS: no {name!r}; {hint}")
+
+
 PRESETS: Mapping[str, Config] = MappingProxyType(
-    {
+    _Presets({
         "gpt2": _gpt2(12, 12, 768),
         "gpt2-medium": _gpt2(24, 16, 1024),
         "gpt2-large": _gpt2(36, 20, 1280),
@@ -217,7 +225,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
             49152, 8192, 30, 9, 576, 1536, n_kv_head=3, norm="rms", positions="rotary", activation="silu_gated",
             rope_theta=100000.0, bias=False,
         ),
-    }
+    })
 )  # fmt: skip
 
 
@@ -240,11 +248,13 @@ class Model:
     merged_adapter: Any = field(default=None, init=False, repr=False)  # an Adapter, which a model knows nothing of
 
     def __post_init__(self) -> None:
+        expect("Model: config", self.config, Config, "a Config")
+        expect("Model: weights", self.weights, Mapping, "a dict of arrays")
         shapes = self.config.weight_shapes()
-        missing, unknown = sorted(shapes.keys() - self.weights.keys()), sorted(self.weights.keys() - shapes.keys())
+        missing, unknown = few(shapes.keys() - self.weights.keys()), few(self.weights.keys() - shapes.keys())
         if missing or unknown:
             raise ValueError(f"Model: weights missing: {missing or 'none'}; not known: {unknown or 'none'}")
-        weights = {name: read_only(self.weights[name]) for name in shapes}
+        weights = {name: read_only(as_array(f"Model: {name}", self.weights[name])) for name in shapes}
         for name, shape in shapes.items():
             if weights[name].shape != shape:
                 raise ValueError(f"Model: {name}: expected shape {shape}, got {weights[name].shape}")
@@ -256,10 +266,24 @@ class Model:
             raise TypeError(f"Model: expected float32 or float64 weights, got {weights[DTYPE_OF].dtype}")
         object.__setattr__(self, "weights", MappingProxyType(weights))
 
+    def __repr__(self) -> str:
+        size, c = sum(w.size for w in self.weights.values()), self.config
+        merged = "" if self.merged_from is None else ", merged"
+        return f"Model({c.n_layer} layers, d_model {c.d_model}, head {c.head}, {size:,} weights, {self.dtype}{merged})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle: frozen too, and no merged model: what that was made of is known in its process alone."""
+        return type(self), (self.config, dict(self.weights))
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """The one dtype of all weights, however they are held."""
         return self.weights[DTYPE_OF].dtype
+
+
+def check_model(model: object) -> None:
+    """A TypeError unless it is a Model: its weights alone are none."""
+    expect("model", model, Model, "a Model, as Model(config, weights) makes it")
 
 
 def init_weights(
@@ -271,7 +295,9 @@ def init_weights(
     the sum of 2 n_layer of them keeps its size. dtype: float32 or float64. names: only these, the same bits as among
     all: each weight is drawn from the seed and its own name. -> {name: array} of config.weight_shapes().
     """
-    if str(np.dtype(dtype)) not in ("float32", "float64"):
+    expect("config", config, Config, "a Config")
+    check_count("seed", seed, at_least=0)
+    if dtype not in ("float32", "float64"):
         raise ValueError(f"init_weights: dtype: expected float32 or float64, got {dtype!r}")
     shapes = config.weight_shapes()
     if names is not None and not set(names) <= shapes.keys():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from .backend import Array, xp
+from .backend import Array, as_array, expect, few, is_number, xp
 
 Arrays: TypeAlias = Mapping[str, Array]
 
@@ -18,6 +18,9 @@ class AdamWState(NamedTuple):
     m: dict[str, Array]
     v: dict[str, Array]
 
+    def __repr__(self) -> str:
+        return f"AdamWState(step {self.step}, {sum(m.size for m in self.m.values()):,} parameters)"
+
 
 def adamw(
     params: Arrays,
@@ -25,7 +28,7 @@ def adamw(
     state: AdamWState | None,
     *,
     lr: float | Mapping[str, float],
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> tuple[dict[str, Array], AdamWState]:
@@ -37,31 +40,52 @@ def adamw(
     params, grads: the same names and shapes. state: None at the start, then what the last step gave. lr: one rate, or
     one by name (`learning_rates`). -> new params and state, of the params' dtypes. A ValueError says what does not fit.
     """
-    if params.keys() != grads.keys():
-        raise ValueError(f"adamw: parameters and gradients differ in {sorted(params.keys() ^ grads.keys())}")
+    params, grads = _arrays("adamw: params", params), _arrays("adamw: grads", grads)
+    _check_numbers(lr, betas, eps, weight_decay)
     b1, b2 = betas
-    if not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0 and weight_decay >= 0):
-        raise ValueError(
-            f"adamw: expected 0 <= betas < 1, eps > 0, weight_decay >= 0, got {betas}, {eps}, {weight_decay}"
-        )
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
     if state is None:
         state = AdamWState(
             0,
             {name: xp.zeros_like(p) for name, p in params.items()},
             {name: xp.zeros_like(p) for name, p in params.items()},
         )
+    expect("adamw: state", state, AdamWState, "the state that the last step gave, or None")
+    for what, found in (("grads", grads), ("state", state.m), ("lr", rates)):
+        if found.keys() != params.keys():
+            raise ValueError(f"adamw: params and {what} differ in {few(found.keys() ^ params.keys())}")
     t = state.step + 1
     new, m, v = {}, {}, {}
     for name, p in params.items():
         g = grads[name]
         if g.shape != p.shape:
             raise ValueError(f"adamw: {name}: expected a gradient of shape {p.shape}, got {g.shape}")
-        rate = lr if isinstance(lr, (int, float)) else lr[name]
+        rate = float(rates[name])
         m[name] = b1 * state.m[name] + (1 - b1) * g
         v[name] = b2 * state.v[name] + (1 - b2) * (g * g)
         scale = xp.sqrt(v[name]) * (1 / math.sqrt(1 - b2**t)) + eps
         new[name] = p * (1 - rate * weight_decay) - (rate / (1 - b1**t)) * (m[name] / scale)
     return new, AdamWState(t, m, v)
+
+
+def _arrays(what: str, given: Arrays) -> dict[str, Array]:
+    """A dict of arrays; a TypeError says what it is, or which of its values is no array."""
+    expect(what, given, Mapping, "a dict of arrays (an adapter's are adapter.params)")
+    return {name: as_array(f"{what}: {name}", a) for name, a in given.items()}
+
+
+def _check_numbers(lr: float | Mapping[str, float], betas: Sequence[float], eps: float, weight_decay: float) -> None:
+    """A ValueError unless AdamW's settings are numbers that it is defined for."""
+    if not all(is_number(rate) and rate >= 0 for rate in (lr.values() if isinstance(lr, Mapping) else [lr])):
+        raise ValueError(f"adamw: lr: expected a number of at least 0, or one for each parameter, got {lr!r}")
+    b = list(betas) if isinstance(betas, Iterable) else []
+    if not (
+        len(b) == 2 and all(map(is_number, (*b, eps, weight_decay)))
+        and min(b) >= 0 and max(b) < 1 and eps > 0 and weight_decay >= 0
+    ):  # fmt: skip
+        raise ValueError(
+            f"adamw: expected 0 <= betas < 1, eps > 0, weight_decay >= 0, got {betas}, {eps}, {weight_decay}"
+        )
 
 
 def learning_rates(params: Arrays, lr: float, *, b_ratio: float = 1.0) -> dict[str, float]:
@@ -83,8 +107,9 @@ def clip(grads: Arrays, max_norm: float) -> tuple[dict[str, Array], Array]:
 
     -> gradients, and the norm that they had (a 0-d float64 array, on the device).
     """
-    if not max_norm > 0:
-        raise ValueError(f"clip: expected max_norm above 0, got {max_norm}")
+    if not (is_number(max_norm) and max_norm > 0):
+        raise ValueError(f"clip: expected max_norm above 0, got {max_norm!r}")
+    grads = _arrays("clip: grads", grads)
     total = xp.zeros((), dtype=xp.float64)
     for g in grads.values():
         wide = g.astype(xp.float64)

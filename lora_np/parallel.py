@@ -78,8 +78,8 @@ def nodes(
 ) -> Generator[Node, None, None]:
     """O4: the loss (a 0-d array) and the gradients of each shard of a batch, or of a rank's own shards, in order."""
     N = len(batch.tokens)
-    if not 1 <= shards <= N:
-        raise ValueError(f"shards: expected 1 to {N}, the rows of the batch, got {shards}")
+    if not (isinstance(shards, int) and 1 <= shards <= N):
+        raise ValueError(f"shards: expected 1 to {N}, the rows of the batch, got {shards!r}")
     rows, count = cut(N, shards), len(batch.counted)
 
     def one(shard: int) -> Node:

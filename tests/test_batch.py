@@ -29,7 +29,7 @@ MASK = [[True, True, False], [True, True, True]]
         (replace(LM, position_offset=2), {"tokens": [[0] * 5]}, ValueError, "at most 4 tokens a sequence, got 5"),
         (LM, {"mask": [[True, True]]}, ValueError, r"mask: expected the shape of tokens, \(2, 3\), got \(1, 2\)"),
         (LM, {"mask": [[1, 2, 0], [1, 1, 1]]}, TypeError, "mask: expected booleans, or 0 and 1, got int64"),
-        (LM, {"mask": [["a"] * 3] * 2}, TypeError, "mask: expected booleans"),
+        (LM, {"mask": [["a"] * 3] * 2}, TypeError, "mask: expected an array of numbers, got text"),
         (CLASSIFIER, {"mask": [[True] * 3, [False] * 3]}, ValueError, "mask: row 1 has no true token"),
         (LM, {"token_types": [[0] * 3] * 2}, ValueError, "token_types: this model has none"),
         (TYPES, {"token_types": [[0] * 2] * 2}, ValueError, r"token_types: expected the shape of tokens, \(2, 3\)"),

@@ -248,14 +248,14 @@ def test_sampling_from_the_likeliest_alone_is_greedy(case, seed):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": -1}, "n: expected 0 or more, got -1"),
+        ({"n": -1}, "n: expected an integer of at least 0, got -1"),
         ({"n": 9}, r"2 \+ 9 tokens pass the model's longest sequence, 10"),
         ({"temperature": -1.0}, "temperature: expected 0 or more"),
         ({"temperature": math.nan, "seed": 0}, "temperature: expected 0 or more"),
         ({"temperature": 1.0}, "needs a seed"),
         ({"top_k": 3}, "need a temperature above 0"),
         ({"top_p": 0.5}, "need a temperature above 0"),
-        ({"temperature": 1.0, "seed": 0, "top_k": 0}, "top_k: expected at least 1"),
+        ({"temperature": 1.0, "seed": 0, "top_k": 0}, "top_k: expected an integer of at least 1"),
         ({"temperature": 1.0, "seed": 0, "top_p": 0.0}, "top_p: expected 0 < top_p <= 1"),
         ({"temperature": 1.0, "seed": 0, "top_p": 1.1}, "top_p: expected 0 < top_p <= 1"),
         ({"mask": [[True, False]]}, "pad on the left"),

@@ -1,5 +1,7 @@
 """What a model is: its configuration, the names and shapes of its weights, and that they are frozen."""
 
+import copy
+import pickle
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import configs, device, dtypes, host_weights, random_model, same_bits, seeds
 
 import lora_np as ln
+from lora_np import ops
 from lora_np.backend import asnumpy, backend_name, xp
 
 SMALL = ln.Config(7, 8, 2, 2, 8, 6)
@@ -45,6 +48,22 @@ def test_presets_cannot_be_changed():
         ln.PRESETS["gpt2"] = SMALL
     with pytest.raises(FrozenInstanceError):
         ln.PRESETS["gpt2"].n_layer = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("gpt-2", "gpt2"), ("GPT2-Medium", "gpt2-medium"), ("smollm", "smollm2-135m"), ("roberta", "roberta-base")],
+)
+def test_an_unknown_preset_is_told_with_its_nearest_names(name, nearest):
+    with pytest.raises(KeyError, match=f"PRESETS: no '{name}'; nearest are {nearest}"):
+        ln.PRESETS[name]
+
+
+def test_where_no_preset_is_near_all_are_told():
+    with pytest.raises(KeyError, match=f"PRESETS: no 3; there are {', '.join(ln.PRESETS)}"):
+        ln.PRESETS[3]
+    assert 3 not in ln.PRESETS
+    assert ln.PRESETS.get("gpt-2") is None
 
 
 @pytest.mark.parametrize(
@@ -93,8 +112,8 @@ def test_derived_sizes():
         ({"head": "tag"}, "head='tag' needs n_labels"),
         ({"head": "classify", "n_labels": 0}, "Config.n_labels: expected an integer of at least 1"),
         ({"position_offset": 8}, "leaves no place"),
-        ({"eps": 0.0}, "expected eps and rope_theta above 0"),
-        ({"rope_theta": -1.0}, "expected eps and rope_theta above 0"),
+        ({"eps": 0.0}, "Config.eps: expected a number above 0, got 0.0"),
+        ({"rope_theta": -1.0}, "Config.rope_theta: expected a number above 0, got -1.0"),
     ],
     ids=str,
 )
@@ -188,8 +207,8 @@ def test_a_model_has_the_weights_in_the_order_of_its_configuration():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"norm.bias": None}, ValueError, r"weights missing: \['norm.bias'\]; not known: none"),
-        ({"head.weight": np.zeros(3)}, ValueError, r"weights missing: none; not known: \['head.weight'\]"),
+        ({"norm.bias": None}, ValueError, "weights missing: norm.bias; not known: none"),
+        ({"head.weight": np.zeros(3)}, ValueError, "weights missing: none; not known: head.weight"),
         ({"norm.bias": np.zeros(3)}, ValueError, r"norm.bias: expected shape \(8,\), got \(3,\)"),
         (
             {"norm.bias": np.zeros(8, "float32")},
@@ -222,3 +241,52 @@ def test_halves_stand_for_float32_matrices_alone():
     double = {name: w.astype("float64") for name, w in weights.items()}
     with pytest.raises(TypeError, match=r"embed.tokens: expected float64"):
         ln.Model(config, {**double, "embed.tokens": halves})
+
+
+# ---- shown and copied ----
+
+
+def test_a_model_is_shown_in_a_line():
+    config = replace(SMALL, head="classify", n_labels=2, causal=False)
+    model = ln.Model(config, ln.init_weights(config, seed=0))
+    size = sum(int(np.prod(shape)) for shape in config.weight_shapes().values())
+    assert repr(model) == f"Model(2 layers, d_model 8, head classify, {size:,} weights, float32)"
+    adapter = ln.init_adapter(model, ln.LoRAConfig(r=2), seed=0)
+    assert repr(ln.merge(model, adapter)).endswith("weights, float32, merged)")
+
+
+def copies(value):
+    """What each way to copy a value gives: as a whole, or by way of a file."""
+    return [copy.copy(value), copy.deepcopy(value), pickle.loads(pickle.dumps(value))]
+
+
+@pytest.mark.parametrize("value", [SMALL, ln.LoRAConfig(rank_pattern={"q": 2}, layers=range(2))])
+def test_configurations_are_copied(value):
+    assert copies(value) == [value] * 3
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_copies_of_a_model_have_its_bits_and_are_frozen(narrow):
+    weights = {name: device(w) for name, w in ln.init_weights(SMALL, seed=0).items()}
+    if narrow:
+        weights |= {"embed.tokens": ops.narrowed(device(asnumpy(weights["embed.tokens"]).round()))}
+    model = ln.Model(SMALL, weights)
+    for other in copies(model):
+        assert (other.config, list(other.weights)) == (SMALL, list(model.weights))
+        assert same_bits(dict(other.weights), dict(model.weights))
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            other.weights["norm.bias"] = 0
+        if backend_name == "numpy":
+            assert not any(w.flags.writeable for w in other.weights.values())
+    assert not np.shares_memory(asnumpy(copy.deepcopy(model).weights["norm.bias"]), asnumpy(weights["norm.bias"]))
+
+
+def test_a_copy_of_a_merged_model_has_its_bits_and_is_not_unmerged():
+    model = random_model(SMALL, seed=0)
+    adapter = ln.init_adapter(model, ln.LoRAConfig(r=2), seed=0)
+    merged = ln.merge(model, adapter)
+    for other in copies(merged):
+        assert same_bits(dict(other.weights), dict(merged.weights))
+        with pytest.raises(ValueError, match="merge made in this process; this one was not, or is a copy"):
+            ln.unmerge(other, adapter)
+    assert ln.unmerge(merged, adapter) is model

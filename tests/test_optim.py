@@ -147,7 +147,7 @@ def test_a_wrong_setting_is_refused(fields):
 
 def test_gradients_that_do_not_fit_are_refused():
     params, grads = drawn(0, 2)
-    with pytest.raises(ValueError, match=r"differ in \['a.B'\]"):
+    with pytest.raises(ValueError, match=r"adamw: params and grads differ in a\.B"):
         ln.adamw(params, {"a.A": grads["a.A"]}, None, lr=0.1)
     with pytest.raises(ValueError, match=r"a.B: expected a gradient of shape \(4,\), got \(3,\)"):
         ln.adamw(params, {**grads, "a.B": grads["a.B"][:3]}, None, lr=0.1)

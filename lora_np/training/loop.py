@@ -67,6 +67,9 @@ class State(NamedTuple):
     params: Mapping[str, Array]
     optimizer: AdamWState | None
 
+    def __repr__(self) -> str:
+        return f"State(step {self.step}, {sum(p.size for p in self.params.values()):,} parameters)"
+
 
 class Score(NamedTuple):
     """The mean loss, in nats, over all counted targets, and the part of them whose logit is the largest."""
