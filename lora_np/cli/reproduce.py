@@ -51,38 +51,35 @@ def _measured(out: Path, plan: Plan, todo: list[Part], kept: Kept, bar: Bar) -> 
 
     there = {part.id: kept.section(part.id) for part in todo}
     missing = [part for part in todo if there[part.id] is None]
-    if len(missing) < len(todo):
-        bar.note(
-            f"{out}: {len(todo) - len(missing)} of {len(todo)} sections are there, of the same version and settings"
-        )
+    before = len(todo) - len(missing)
+    if before:
+        bar.note(f"{out}: {before} of {len(todo)} sections are there, of the same version and settings")
     if missing:
-        bar.note(f"{out}: {len(missing)} sections to measure, {_duration([part.seconds for part in missing])}")
-    for number, part in enumerate(missing, 1):
-        bar.note(f"{number} of {len(missing)}: {part.title}: {_duration([part.seconds])}")
+        bar.note(f"{out}: {len(missing)} sections to measure, {_duration(missing)}")
+    for n, part in enumerate(missing):
+        bar.note(f"{n + 1} of {len(missing)}: {part.title}: {_duration([part])}")
         began = time.perf_counter()
         try:
             section = part.make()
         except KeyboardInterrupt:
-            bar.note(f"{out}: {len(todo) - len(missing) + number - 1} of {len(todo)} sections are done; the same "
-                     "command goes on from there")  # fmt: skip
+            bar.note(f"{out}: {before + n} of {len(todo)} sections are done; the same command goes on from there")
             raise
         section = as_quick(section) if plan.name == "quick" else section
-        there[part.id] = Done(section, time.perf_counter() - began, report.today())
-        kept.keep_section(there[part.id])
-        report.write(
-            out, plan, [done for done in there.values() if done is not None],
-            left=[part.title for part in missing[number:]], pictures=_can_draw(),
-        )  # fmt: skip
-    return [done for done in there.values() if done is not None]
+        made = Done(section, time.perf_counter() - began, report.today())
+        kept.keep_section(made)
+        there[part.id] = made
+        left = [one.title for one in missing[n + 1 :]]
+        report.write(out, plan, list(filter(None, there.values())), left=left, pictures=_can_draw())
+    return list(filter(None, there.values()))
 
 
-def _duration(seconds: list[float | None]) -> str:
-    """About how long work takes, in words; parts of which that is not known are said to come on top."""
-    total = sum(known for known in seconds if known is not None)
-    if total == 0:
-        return "for how long depends on the base and the data"
-    words = f"about {round(total / 60)} minutes" if total >= 90 else f"about {max(1, round(total))} seconds"
-    return f"{words} on two cores" + (", and more for the real base" if None in seconds else "")
+def _duration(parts: list[Part]) -> str:
+    """How long sections take, in words: not known where a base and data are the user's."""
+    seconds = sum(part.seconds or 0 for part in parts)
+    if seconds == 0:
+        return "how long depends on the base and the data"
+    words = f"about {seconds / 60:.0f} minutes" if seconds >= 90 else f"about {seconds:.0f} s"
+    return f"{words} on two cores" + (", and the real base's" if any(part.seconds is None for part in parts) else "")
 
 
 def _can_draw() -> bool:
