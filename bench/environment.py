@@ -6,12 +6,12 @@ import datetime
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_np.backend import backend_name, xp
+from lora_np.reproduce.report import processor
 
 PACKAGES = ("cupy", "torch", "peft", "transformers", "loralib")
 SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_NUM_THREADS")
@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
     settings = {name: os.environ.get(name) for name in SETTINGS}
     found = {
         "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory": _memory(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -44,17 +44,6 @@ def _version(package: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _processor() -> str:
-    """The processor's name, where the system says it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def _memory() -> str | None:

@@ -20,7 +20,7 @@ def run_spec(args: argparse.Namespace) -> int:
 
     expect_new(args.out)
     document = gather(list(derivatives.table()) if args.gradcheck else None)
-    path = page.write(args.out, page.render(document))
+    path = page.write(args.out, page.pages(document))
     failed = [clause.id for clause in document.clauses if clause.failed]
     unstated = [clause.id for clause in document.clauses if not (clause.here or clause.elsewhere)]
     result = {
@@ -39,7 +39,7 @@ def run_spec(args: argparse.Namespace) -> int:
 def add_commands(command: AddCommand) -> None:
     """The command of this file, and its arguments."""
     p = command("spec", run_spec, "the specification as a page: each statement with its source, tests and errors")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for index.html")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for index.html and api.html")
     p.add_argument(
         "--no-gradcheck", dest="gradcheck", action="store_false", help="leave out the errors measured here: faster"
     )

@@ -57,7 +57,7 @@ def table_claim(rows: list[Printed]) -> Claim:
         found += "; not " + listed([f"{p.model}: printed {p.millions}M, counted {p.counted:,}" for p in differ])
     return Claim(
         "LoRA on W_q and W_v trains so many parameters", "paper, tables 2 to 4", found,
-        graded(not differ, len(differ) < len(rows)),
+        graded(not differ, len(differ) < len(rows)), exact=True,
     )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ def checkpoint_claim(base_gb: float, adapter_mb: float) -> Claim:
         "a checkpoint of GPT-3 shrinks from 350 GB to 35 MB (r = 4, W_q and W_v)", "paper, 4.2",
         f"{base_gb:.1f} GB and {adapter_mb:.1f} MB, in float16",
         graded(about(350, base_gb) and about(35, adapter_mb), about(350, base_gb) or about(35, adapter_mb)),
+        exact=True,
     )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def fewer_claim(times: float) -> Claim:
     """10,000 times fewer."""
     return Claim(
         "trained parameters are reduced 10,000 times", "paper, abstract and 4.2",
-        f"{times:,.0f} times fewer on GPT-3 with r = 4", graded(about(10_000, times), False),
+        f"{times:,.0f} times fewer on GPT-3 with r = 4", graded(about(10_000, times), False), exact=True,
     )  # fmt: skip
 
 

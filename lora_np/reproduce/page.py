@@ -5,12 +5,17 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from html import escape
 from typing import Any
 
 from .section import Claim, Picture, Section, Table
 
 TITLE = "LoRA's claims, checked"
+QUICK_FORM = (
+    "Quick form: trained for ten steps and timed once, to show that all runs. What training or timing decides has no "
+    "verdict here; leave out --quick for that."
+)
 WITHOUT = "Pictures are left out: they need matplotlib, pip install 'lora-np[plot]'."
 
 STYLE = """
@@ -29,34 +34,51 @@ ul.claims li { display: grid; grid-template-columns: 8.5rem 1fr; gap: 0 1rem; pa
   border-top: 1px solid var(--line) }
 .verdict { font-weight: 600 } .holds { color: var(--holds) } .part { color: var(--part) } .fails { color: var(--fails) }
 .unchecked { color: var(--dim) } .claim { font-weight: 600 } .source { color: var(--dim); font-size: .875rem }
-.scroll { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; font-size: .9rem }
-caption { text-align: left; padding: .25rem 0 } th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left; padding-left: 0 } thead th { border-bottom-width: 2px }
+.table { margin: 1rem 0 } .table p { color: var(--dim); font-size: .9rem; margin: .25rem 0 }
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--page) 60%, transparent) left,
+  linear-gradient(to left, var(--page) 60%, transparent) right, linear-gradient(to right, var(--dim), transparent) left,
+  linear-gradient(to left, var(--dim), transparent) right; background-repeat: no-repeat;
+  background-size: 2.5rem 100%, 2.5rem 100%, .6rem 100%, .6rem 100%;
+  background-attachment: local, local, scroll, scroll }
+table { border-collapse: collapse; font-size: .9rem } th, td { padding: .3rem .7rem; text-align: right;
+  font-variant-numeric: tabular-nums; border-bottom: 1px solid var(--line) } td { white-space: nowrap }
+th { vertical-align: bottom } th:first-child, td:first-child { text-align: left; padding-left: 0 }
+td:first-child { white-space: normal; min-width: 6.5rem } thead th { border-bottom-width: 2px }
+code { font-size: .9em } .note { border-left: 4px solid var(--part); padding-left: .7rem }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0; flex: 0 1 28rem; min-width: 0 }
 figure img { display: block; width: 100%; height: auto } figcaption { font-size: .875rem }
 nav a { margin-right: 1rem }
-@media (max-width: 36rem) { ul.claims li { grid-template-columns: 1fr } }
-@media print { body { max-width: none } nav { display: none } figure, ul.claims li, table { break-inside: avoid } }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: 1rem 0; font-size: .9rem }
+dt { color: var(--dim) } dd { margin: 0; overflow-wrap: anywhere }
+@media (max-width: 36rem) { ul.claims li { grid-template-columns: 1fr } th, td { padding: .3rem .45rem } }
+@media print { body { max-width: none } nav { display: none } figure, ul.claims li, table { break-inside: avoid }
+  .scroll { overflow: visible; background: none } }
 """
 
-CLASSES = {"holds": "holds", "holds in part": "part", "does not hold": "fails", "not checked": "unchecked"}
+CLASSES = {"holds": "holds", "holds in part": "part", "does not hold": "fails", "not decided": "unchecked",
+           "not checked": "unchecked"}  # fmt: skip
 
 
-def page(sections: Sequence[Section], environment: Mapping[str, Any], *, pictures: bool) -> str:
-    """The whole page. pictures: whether there is matplotlib to draw them."""
+def page(
+    sections: Sequence[Section], environment: Mapping[str, Any], *, left: Sequence[str] = (), pictures: bool
+) -> str:
+    """The whole page. left: what is still to be measured; pictures: whether there is matplotlib to draw them."""
     links = " ".join(f'<a href="#{escape(s.id)}">{_text(s.title)}</a>' for s in sections)
-    about = ", ".join(f"{key} {value}" for key, value in environment.items())
+    facts = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in environment.items())
+    notes = [QUICK_FORM] if environment.get("form") == "quick" else []
+    if left:
+        notes.append(f"Not finished. Still to be measured: {'; '.join(left)}. The same command goes on from here.")
     parts = [
         f"<h1>{escape(TITLE)}</h1>",
         "<p>LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), by its own measures, on models small "
         "enough for any machine. A claim that does not hold here may hold for a model a thousand times the size; each "
         "verdict is about the figure beside it.</p>",
+        f"<dl>{facts}</dl>",
+        *(f'<p class="note">{escape(note)}</p>' for note in notes),
         f"<p>{escape(tally(sections))}</p>",
         *([] if pictures else [f"<p>{escape(WITHOUT)}</p>"]),
         f"<nav>{links}</nav>",
         *(_section(section, pictures) for section in sections),
-        f'<h2>Measured with</h2><p class="dim">{escape(about)}</p>',
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -75,11 +97,13 @@ def tally(sections: Sequence[Section]) -> str:
 
 
 def _text(words: str) -> str:
-    """Words as HTML: W_q with its index, phi and U^T as they are printed."""
+    """Words as HTML: W_q with its index, phi and U^T as they are printed, `code` as code."""
     words = re.sub(r"\bW_([qkvo])\b", r"<i>W</i><sub>\1</sub>", escape(words))
+    words = re.sub(r"`([^`]+)`", r"<code>\1</code>", words)
     return words.replace("phi(", "φ(").replace("^T", "<sup>T</sup>")
 
 
+@cache  # drawing takes longest, and the page is written again after each section
 def _section(section: Section, pictures: bool) -> str:
     parts = [
         f'<h2 id="{escape(section.id)}">{_text(section.title)}</h2>',
@@ -106,8 +130,9 @@ def _table(table: Table) -> str:
 
     body = "".join(row(cells, "td") for cells in table.rows)
     return (
-        f'<div class="scroll"><table><caption>{_text(table.caption)}</caption>'
-        f"<thead>{row(table.head, 'th')}</thead><tbody>{body}</tbody></table></div>"
+        f'<div class="table"><p>{_text(table.caption)}</p><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escape(table.caption)}"><table><thead>{row(table.head, "th")}</thead>'
+        f"<tbody>{body}</tbody></table></div></div>"
     )
 
 

@@ -1,36 +1,76 @@
-"""The report in its folder: index.html for people, results.json for programs."""
+"""The report in its folder: index.html for people, results.json for programs, and the parts that a run goes on from."""
 
 from __future__ import annotations
 
-import json
+import datetime
+import hashlib
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from ..backend import backend_name
-from ..formats.files.atomic import new_folder
+from ..formats.files.atomic import replaced_files
+from ..formats.files.json_file import write_json
+from .kept import PARTS, Done
 from .page import page
+from .run import Plan
 from .section import Section
 
 HTML, JSON = "index.html", "results.json"
+PACKAGE = Path(__file__).parents[1]
+NOT_MEASURING = ("page.py", "report.py")  # of this folder: they say what was found, and find nothing
+
+
+def today() -> str:
+    """The date, as 2026-01-31."""
+    return datetime.date.today().isoformat()
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the figures depend on, beside the plan."""
     return {
-        "backend": backend_name, "machine": platform.machine(), "cores": os.cpu_count(),
-        "Python": platform.python_version(), "NumPy": np.__version__,
+        "lora_np": __version__, "NumPy": np.__version__, "Python": platform.python_version(), "backend": backend_name,
+        "processor": processor(), "cores": os.cpu_count(),
     }  # fmt: skip
 
 
-def as_data(sections: Sequence[Section], about: Mapping[str, Any]) -> dict[str, Any]:
+def processor() -> str:
+    """The processor's name, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def key(plan: Plan, real: Sequence[str] = ()) -> str:
+    """What stands for all that figures depend on: the plan, the environment, this package's source, and real data.
+
+    real: what stands for a real base and its data. -> 16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(f"{plan} {environment()} {list(real)}".encode())
+    for path in sorted(p for part in ("*.py", "training/*.py", "reproduce/*.py") for p in PACKAGE.glob(part)):
+        if path.name not in NOT_MEASURING:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def expect_report(folder: Path, there: Sequence[str]) -> None:
+    """A FileExistsError if there is something in a folder, and no report to go on with."""
+    if there and PARTS not in there:
+        raise FileExistsError(f"{folder}: exists already, and holds no report to go on with; it is not written over")
+
+
+def as_data(sections: Sequence[Section], about: dict[str, Any]) -> dict[str, Any]:
     """The report as plain data."""
     return {
-        "environment": dict(about),
+        "environment": about,
         "sections": [
             {
                 "id": s.id, "title": s.title, "claims": [claim._asdict() for claim in s.claims],
@@ -41,10 +81,24 @@ def as_data(sections: Sequence[Section], about: Mapping[str, Any]) -> dict[str, 
     }  # fmt: skip
 
 
-def write(out: Path, sections: Sequence[Section], about: Mapping[str, Any], *, pictures: bool) -> None:
-    """Both files, in a new folder `out`: all is written, or nothing. A FileExistsError if it is there already."""
-    html = page(sections, about, pictures=pictures)
-    data = json.dumps(as_data(sections, about))
-    with new_folder(out) as folder:
-        (folder / HTML).write_text(html, encoding="utf-8")
-        (folder / JSON).write_text(data + "\n", encoding="utf-8")
+def about(plan: Plan, done: Sequence[Done]) -> dict[str, Any]:
+    """The form, the days and the seconds of what is done, and what it depends on."""
+    days = sorted({one.day for one in done})
+    return {
+        "form": plan.name, "date": " to ".join(dict.fromkeys([*days[:1], *days[-1:]])), **environment(),
+        "seconds": round(sum(one.seconds for one in done)),
+    }  # fmt: skip
+
+
+def write(out: Path, plan: Plan, done: Sequence[Done], *, left: Sequence[str], pictures: bool) -> dict[str, Any]:
+    """Both files, in the place of those that are there: whole at any time. left: titles of what is still to be done.
+
+    -> the report as plain data.
+    """
+    sections, facts = [one.section for one in done], about(plan, done)
+    data = as_data(sections, facts)
+    (out / PARTS).mkdir(exist_ok=True)  # first: by it a folder is known as a report's
+    with replaced_files(out, last=JSON) as folder:
+        (folder / HTML).write_text(page(sections, facts, left=left, pictures=pictures), encoding="utf-8")
+        write_json(folder / JSON, data)
+    return data

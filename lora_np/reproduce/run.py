@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..adapter import Adapter
 from ..batch import BatchDict
@@ -20,6 +22,7 @@ from .amplification import amplification
 from .amplification import wanted as for_amplification
 from .cost import Measured, cost
 from .counts import counts, size
+from .kept import Kept
 from .latency import Shape, latency
 from .orthogonality import orthogonality
 from .rank import rank
@@ -40,6 +43,7 @@ TASK_SEED = 2  # of the other tasks' adapters: none that they are compared with 
 class Plan:
     """The sizes of a report.
 
+    name       of its form
     base       the embedded base, and the rows of a batch
     ranks      of the grid, up to the paper's 64
     seeds      of each choice of matrices and rank
@@ -47,7 +51,10 @@ class Plan:
     windows    of a text, held out
     heavy      the model whose weights outweigh its activations (`cost`)
     passes     the model whose forward pass is timed, the batches, and the rounds
+    seconds    that a section takes on two cores, by its id; no part of what figures depend on
     """
+
+    name: str
 
     base: embedded.Recipe
     ranks: tuple[int, ...]
@@ -59,6 +66,7 @@ class Plan:
     passes: Config
     shapes: tuple[Shape, ...]
     rounds: int
+    seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
 
 
 TABLE_1 = (Shape(32, 512), Shape(16, 256), Shape(1, 128))  # the batches of the paper's table 1
@@ -66,6 +74,7 @@ _GPT2 = replace(PRESETS["gpt2"], vocab_size=256, n_positions=512, head="none", t
 _SMALL = replace(_GPT2, n_layer=1, n_head=2, d_model=64, d_ff=256)
 
 STANDARD = Plan(
+    name="standard",
     base=embedded.STANDARD,
     ranks=(1, 2, 4, 8, 64),
     seeds=(0, 1, 2),
@@ -76,10 +85,21 @@ STANDARD = Plan(
     passes=replace(_GPT2, n_layer=2, n_head=4, d_model=256, d_ff=1024),
     shapes=TABLE_1,
     rounds=5,
+    seconds={
+        "counts": 1,
+        "cost": 10,
+        "rank-embedded": 180,
+        "subspaces-embedded": 10,
+        "amplification-embedded": 1,
+        "latency": 60,
+        "switching": 5,
+        "orthogonality": 20,
+    },
 )
-FULL = replace(STANDARD, passes=_GPT2)
+FULL = replace(STANDARD, name="full", passes=_GPT2)
 QUICK = replace(
     STANDARD,
+    name="quick",
     base=embedded.QUICK,
     ranks=(1, 8, 16),
     seeds=(0, 1),
@@ -97,21 +117,90 @@ LABELLED_ROWS, LABELLED_LONGEST = 32, 64
 TRAIN, DEV = "train.tsv", "dev.tsv"
 
 
-def sections(plan: Plan, report: Callable[[Progress], None], real: Study | None = None) -> Iterator[Section]:
-    """Each section as soon as it is known. real: a study of a real base on real data beside the embedded one."""
-    yield counts()
-    base = load_model(embedded.base_folder(report, plan.base)[0])
-    T = plan.base.config.n_positions
-    yield cost(plan.heavy, Measured("the embedded base", base.config, plan.base.rows, T), plan.rounds)
-    study = text_study(plan, base, SOURCE, standard_library())
-    trainings = train_all(study, wanted(plan), report)
-    tasks = _tasks(plan, study, trainings, report)
-    yield from _of_study(plan, study, trainings, tasks[1].adapter)
+class Part(NamedTuple):
+    """A section to be: its id, its title, about how many seconds it takes on two cores (None: that depends on the base
+    and the data), and what makes it."""
+
+    id: str
+    title: str
+    seconds: float | None
+    make: Callable[[], Section]
+
+
+@dataclass
+class _Shared:
+    """What several sections rest on; each is made when the first section asks for it."""
+
+    plan: Plan
+    report: Callable[[Progress], None]
+    kept: Kept
+
+    @cached_property
+    def base(self) -> Model:
+        return load_model(embedded.base_folder(self.report, self.plan.base)[0])
+
+    @cached_property
+    def study(self) -> Study:
+        return text_study(self.plan, self.base, SOURCE, standard_library())
+
+    @cached_property
+    def trainings(self) -> Trainings:
+        return train_all(self.study, wanted(self.plan), self.report, self.kept)
+
+    @cached_property
+    def tasks(self) -> Sequence[Task]:
+        """Three tasks with their adapters: the study's own, and two more texts."""
+        setting = Setting(QV, LOW, TASK_SEED)
+        others = {name: text_study(self.plan, self.base, name, text()) for name, text in OTHER_TEXTS.items()}
+        trained = {name: train_all(of, [setting], self.report, self.kept)[setting] for name, of in others.items()}
+        return [
+            Task(SOURCE, adapter_of(self.trainings[Setting(QV, LOW, 0)]), self.study.held_out),
+            *(Task(name, adapter_of(found), others[name].held_out) for name, found in trained.items()),
+        ]
+
+
+def parts(plan: Plan, report: Callable[[Progress], None], kept: Kept, real: Study | None = None) -> list[Part]:
+    """The sections to be, in order. real: a study of a real base on real data beside the embedded one."""
+    shared = _Shared(plan, report, kept)
+    seconds = plan.seconds
+
+    def light() -> Measured:
+        return Measured("the embedded base", shared.base.config, plan.base.rows, plan.base.config.n_positions)
+
+    def part(id: str, title: str, make: Callable[[], Section]) -> Part:
+        return Part(id, title, seconds.get(id), make)
+
+    def of_study(
+        id: str, study: Callable[[], Study], trainings: Callable[[], Trainings], other: Callable[[], Adapter | None]
+    ) -> list[Part]:
+        high, name = plan.ranks[-1], f"{id} base"
+
+        def ranked() -> Section:
+            return rank(study(), trainings(), plan.ranks, evaluate(study().model, None, study().held_out))
+
+        return [
+            part(f"rank-{id}", f"Which rank, which matrices: {name}, {len(set(wanted(plan)))} trainings", ranked),
+            part(f"subspaces-{id}", f"What updates have in common: {name}",
+                 lambda: subspaces(study(), trainings(), high, other())),
+            part(f"amplification-{id}", f"What an update amplifies: {name}",
+                 lambda: amplification(study(), trainings(), high)),
+        ]  # fmt: skip
+
+    found = [
+        part("counts", "How many parameters are trained", counts),
+        part("cost", "What training costs", lambda: cost(plan.heavy, light(), plan.rounds)),
+        *of_study("embedded", lambda: shared.study, lambda: shared.trainings, lambda: shared.tasks[1].adapter),
+    ]
     if real is not None:
-        yield from _of_study(plan, real, train_all(real, wanted(plan), report), None)
-    yield latency(plan.passes, plan.shapes, plan.rounds)
-    yield switching(base, tasks)
-    yield orthogonality(study, trainings, plan.seeds, report)
+        trained = cache(lambda: train_all(real, wanted(plan), report, kept))
+        found += of_study("real", lambda: real, trained, lambda: None)
+    found += [
+        part("latency", "Inference latency", lambda: latency(plan.passes, plan.shapes, plan.rounds)),
+        part("switching", "Several tasks on one base", lambda: switching(shared.base, shared.tasks)),
+        part("orthogonality", "Together with prefix tuning",
+             lambda: orthogonality(shared.study, shared.trainings, plan.seeds, report)),
+    ]  # fmt: skip
+    return found
 
 
 def wanted(plan: Plan) -> list[Setting]:
@@ -120,11 +209,11 @@ def wanted(plan: Plan) -> list[Setting]:
     return [*for_rank(plan.ranks, plan.seeds), *for_subspaces(high), *for_amplification(high)]
 
 
-def _of_study(plan: Plan, study: Study, trainings: Trainings, other_task: Adapter | None) -> Iterator[Section]:
-    high = plan.ranks[-1]
-    yield rank(study, trainings, plan.ranks, evaluate(study.model, None, study.held_out))
-    yield subspaces(study, trainings, high, other_task)
-    yield amplification(study, trainings, high)
+def data_hash(data: Path) -> str:
+    """What stands for the files of `labelled_study`: the SHA-256 of both. -> 64 hexadecimal digits."""
+    return hashlib.sha256(
+        b"".join(hashlib.sha256((data / name).read_bytes()).digest() for name in (TRAIN, DEV))
+    ).hexdigest()
 
 
 def text_study(plan: Plan, base: Model, name: str, text: str) -> Study:
@@ -161,14 +250,3 @@ def labelled_study(base: Path, data: Path, tokenizer_of: Callable[[Path, Config]
     name = f"base of {size(model.config) / 1e6:.1f}M parameters, {data.resolve().name}"
     lora: dict[str, Any] = {"train_head": True, "dropout": 0.1}
     return Study("real", name, "nats a text", model, batch, held_out, settings, LABELLED_FULL_LR, lora)
-
-
-def _tasks(plan: Plan, study: Study, trainings: Trainings, report: Callable[[Progress], None]) -> Sequence[Task]:
-    """Three tasks with their adapters: the study's own, and two more texts."""
-    setting = Setting(QV, LOW, TASK_SEED)
-    others = {name: text_study(plan, study.model, name, text()) for name, text in OTHER_TEXTS.items()}
-    trained = {name: train_all(other, [setting], report)[setting] for name, other in others.items()}
-    return [
-        Task(SOURCE, adapter_of(trainings[Setting(QV, LOW, 0)]), study.held_out),
-        *(Task(name, adapter_of(found), others[name].held_out) for name, found in trained.items()),
-    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -9,13 +11,16 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ..adapter import Adapter, LoRAConfig, init_adapter
+from ..backend import Array
 from ..batch import BatchDict
 from ..model import Model
 from ..training.loop import Progress, Score, Settings, evaluate, placed, train
+from .kept import Kept
 
 Targets: TypeAlias = tuple[str, ...]
 Q, QV, QKVO = ("q",), ("q", "v"), ("q", "k", "v", "o")
 ALPHA = 16  # the same for every rank, as in the paper (4.1)
+ERRORS = 2.0  # a difference of fewer standard errors is none that is told
 
 
 class Setting(NamedTuple):
@@ -63,12 +68,35 @@ class Study:
     lora: Mapping[str, Any] = field(default_factory=dict)
 
 
-def train_all(study: Study, wanted: Iterable[Setting], report: Callable[[Progress], None]) -> dict[Setting, Trained]:
-    """Trains one adapter for each setting, each setting once."""
-    todo = list(dict.fromkeys(wanted))
-    return {
-        setting: _train(study, setting, counted(report, study, done, len(todo))) for done, setting in enumerate(todo)
-    }
+def train_all(
+    study: Study, wanted: Iterable[Setting], report: Callable[[Progress], None], kept: Kept | None = None
+) -> dict[Setting, Trained]:
+    """Trains one adapter for each setting, each setting once. kept: where those of before are, and new ones go."""
+    settings = list(dict.fromkeys(wanted))
+    found = {} if kept is None else {s: kept.training(_name(study, s)) for s in settings}
+    there = {s: _trained(study, s, *training) for s, training in found.items() if training is not None}
+    todo = [setting for setting in settings if setting not in there]
+    for done, setting in enumerate(todo):
+        there[setting] = trained = _train(study, setting, counted(report, study, done, len(todo)))
+        if kept is not None:
+            params = {} if trained.adapter is None else trained.adapter.params
+            kept.keep_training(_name(study, setting), params, trained.score)
+    return {setting: there[setting] for setting in settings}
+
+
+def _name(study: Study, setting: Setting) -> str:
+    """What a training's file is called."""
+    name = f"{study.name} {'-'.join(setting.targets) or 'all'} r{setting.r} seed{setting.seed}"
+    return re.sub(r"[^\w-]+", "_", name)
+
+
+def _trained(study: Study, setting: Setting, params: Mapping[str, Array], score: Score) -> Trained:
+    """A training as it was kept."""
+    return Trained(Adapter(_lora(study, setting), params) if setting.targets != FULL else None, score)
+
+
+def _lora(study: Study, setting: Setting) -> LoRAConfig:
+    return LoRAConfig(r=setting.r, alpha=ALPHA, targets=setting.targets, **study.lora)
 
 
 def counted(report: Callable[[Progress], None], study: Study, done: int, trainings: int) -> Callable[[Progress], None]:
@@ -83,11 +111,15 @@ def _train(study: Study, setting: Setting, report: Callable[[Progress], None]) -
     if setting.targets == FULL:
         settings = replace(settings, lr=study.full_lr)
     else:
-        lora = LoRAConfig(r=setting.r, alpha=ALPHA, targets=setting.targets, **study.lora)
-        adapter = init_adapter(study.model, lora, seed=setting.seed)
+        adapter = init_adapter(study.model, _lora(study, setting), seed=setting.seed)
     state = train(study.model, adapter, lambda step: study.batch(step, setting.seed), settings, report=report)
     model, adapter = placed(study.model, adapter, state)
     return Trained(adapter, evaluate(model, adapter, study.held_out))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of some values; of one alone 0."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 class Spread(NamedTuple):

@@ -74,7 +74,7 @@ def switch_claim(same_bits: bool, base_unchanged: bool, update: int, whole: int)
         f"{update:,} bytes beside {whole:,} of the base; once round and back, beside the base and merged into it, the "
         f"logits {'have the same bits' if same_bits else 'differ'}, and the base's bytes are "
         f"{'what they were' if base_unchanged else 'other ones'}",
-        graded(same_bits and base_unchanged, base_unchanged),
+        graded(same_bits and base_unchanged, base_unchanged), exact=True,
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def mixed_claim(apart: float) -> Claim:
     return Claim(
         "one batch may hold inputs of several tasks, unmerged", "paper, 4.2",
         f"an adapter, or none, for each row: logits as of each alone, to {apart:.1e} of the largest, in float64",
-        graded(apart <= ROUNDING, False),
+        graded(apart <= ROUNDING, False), exact=True,
     )  # fmt: skip
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 from .statements import STATEMENTS
@@ -22,7 +23,7 @@ _HEAD = re.compile(rf"((?:{_NAMES})\b(?:(?:, | or | and | to )(?:{_NAMES})\b)*)(
 class Proof(NamedTuple):
     """A test, and the ids that its marker @proves(...) says; None where it has none."""
 
-    path: Path
+    path: PurePath
     test: str
     ids: tuple[str, ...] | None
 
@@ -47,6 +48,22 @@ def proofs(tests: Path) -> Iterator[Proof]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 yield Proof(path.relative_to(tests), node.name, _marked(node))
+
+
+def kept(proofs: Iterable[Proof]) -> str:
+    """The proofs that name ids as JSON: by file and test, the ids."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for proof in proofs:
+        if proof.ids:
+            found.setdefault(proof.path.as_posix(), {})[proof.test] = list(proof.ids)
+    return json.dumps(found, indent=0) + "\n"
+
+
+def read_kept(text: str) -> Iterator[Proof]:
+    """The proofs that such a text holds."""
+    for path, tests in json.loads(text).items():
+        for test, ids in tests.items():
+            yield Proof(PurePosixPath(path), test, tuple(ids))
 
 
 def _marked(node: ast.FunctionDef) -> tuple[str, ...] | None:

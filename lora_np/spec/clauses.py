@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..vectors.derivatives import Row
-from .citations import Proof, proofs, stated
+from .citations import Proof, proofs, read_kept, stated
+from .conformance import Asked, asked
 from .definitions import PACKAGE, Definition, Module, read_package
 from .statements import PARTS, STATEMENTS, Statement
 
-TESTS = PACKAGE.parent / "tests"  # where a clone has them; an installed package has none
+TESTS = PACKAGE.parent / "tests"  # where a clone has them; an installed package has their list alone
+KEPT = Path(__file__).with_name("tests.json")  # that list; `python -m lora_np.spec` writes it
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +24,7 @@ class Clause:
     elsewhere  those that state it too, and stand in another clause
     proofs     the tests that are marked with it
     rows       the errors measured
+    asked      what the test vectors ask for
     """
 
     id: str
@@ -30,6 +33,7 @@ class Clause:
     elsewhere: Sequence[Definition]
     proofs: Sequence[Proof]
     rows: Sequence[Row]
+    asked: Sequence[Asked] = ()
 
     @property
     def worst(self) -> Row | None:
@@ -50,14 +54,12 @@ class Document:
     parts     by letter, with the clauses of each
     annex     by module, the definitions that the clauses' source rests on and that no clause states
     modules   those of the package; what is imported stands before what imports it
-    tested    whether there were tests to be read
     measured  whether errors were measured
     """
 
     parts: Mapping[str, tuple[Statement, Sequence[Clause]]]
     annex: Mapping[str, Sequence[Definition]]
     modules: Mapping[str, Module]
-    tested: bool
     measured: bool
 
     @property
@@ -77,8 +79,8 @@ def gather(rows: Sequence[Row] | None, tests: Path = TESTS) -> Document:
     modules = read_package()
     every = {d.key: d for module in modules.values() for d in module.definitions.values()}
     ids = {key: stated(d.docstring) for key, d in every.items()}
-    tested = (tests / "test_ids.py").is_file()
-    found = list(proofs(tests)) if tested else []
+    found = list(proofs(tests) if (tests / "test_ids.py").is_file() else read_kept(KEPT.read_text(encoding="utf-8")))
+    vectors = asked()
 
     def clause(name: str) -> Clause:
         return Clause(
@@ -88,6 +90,7 @@ def gather(rows: Sequence[Row] | None, tests: Path = TESTS) -> Document:
             [d for key, d in every.items() if name in ids[key][1:]],
             [proof for proof in found if name in (proof.ids or ())],
             [row for row in rows or () if row.id == name],
+            vectors.get(name, ()),
         )
 
     parts = {
@@ -99,9 +102,7 @@ def gather(rows: Sequence[Row] | None, tests: Path = TESTS) -> Document:
         name: [d for d in module.definitions.values() if d.key in needed and not ids[d.key]]
         for name, module in modules.items()
     }
-    return Document(
-        parts, {name: part for name, part in annex.items() if part}, modules, tested=tested, measured=rows is not None
-    )
+    return Document(parts, {name: part for name, part in annex.items() if part}, modules, measured=rows is not None)
 
 
 def refusing(definition: Definition, printed: Mapping[str, Definition]) -> list[Definition]:

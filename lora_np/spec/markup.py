@@ -25,6 +25,8 @@ Anchor: TypeAlias = Callable[[str], str | None]  # of what a name stands for; No
 _SIZE = r"(?:&lt;= )?[\w*+/]+"
 SHAPE = re.compile(rf"\((?:\.\.\.|{_SIZE},|(?:\.\.\.|{_SIZE})(?:, ?{_SIZE})+)\)")
 
+ARROW = re.compile(r"-&gt;\s*")  # in a text, where a line must not end within it or behind it
+
 COLOURED = {
     token.Keyword: "k", token.Operator.Word: "k", token.Name.Function: "f", token.Name.Class: "f",
     token.Name.Decorator: "f", token.String: "s", token.Number: "m", token.Comment: "c",
@@ -75,7 +77,7 @@ def _text(_: RendererProtocol, tokens: Sequence[Token], i: int, __: Any, ___: Mu
         return m[0] if ID.search(m[0]) else f'<span class="shape">{m[0]}</span>'
 
     text = SHAPE.sub(shape, escape(tokens[i].content, quote=False))
-    return _linked(text)
+    return ARROW.sub("→\N{NO-BREAK SPACE}", _linked(text))
 
 
 def _code(_: RendererProtocol, tokens: Sequence[Token], i: int, __: Any, env: MutableMapping[str, Any]) -> str:
@@ -86,19 +88,22 @@ def _code(_: RendererProtocol, tokens: Sequence[Token], i: int, __: Any, env: Mu
 
 def _block(_: RendererProtocol, tokens: Sequence[Token], i: int, __: Any, ___: MutableMapping[str, Any]) -> str:
     """A block that is set further in, as it stands."""
-    return f"<pre><code>{_linked(escape(tokens[i].content, quote=False))}</code></pre>\n"
+    return f'<pre tabindex="0"><code>{_linked(escape(tokens[i].content, quote=False))}</code></pre>\n'
 
 
 def _markdown(parser: MarkdownIt) -> Callable[[str, Anchor], Markup]:
     parser.add_render_rule("text", _text)
     parser.add_render_rule("code_inline", _code)
     parser.add_render_rule("code_block", _block)
+    parser.add_render_rule("fence", _block)
+    parser.add_render_rule("table_open", lambda *_: '<div class="wide" tabindex="0"><table>\n')
+    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
     return lambda text, anchor: Markup(parser.render(text, {"anchor": anchor}))
 
 
 # A statement is Markdown with formulas. A docstring is plain: paragraphs, `code`, and blocks that are set further in.
 statement_html = _markdown(
-    MarkdownIt("commonmark", {"html": False}).use(dollarmath_plugin, renderer=math, allow_labels=False)
+    MarkdownIt("commonmark", {"html": False}).enable("table").use(dollarmath_plugin, renderer=math, allow_labels=False)
 )
 docstring_html = _markdown(MarkdownIt("zero").enable(["backticks", "code"]))
 

@@ -10,19 +10,29 @@ from typing import NamedTuple
 
 
 class Statement(NamedTuple):
-    """A part of the specification, or a statement: its title, and what it says, in Markdown with LaTeX in dollars."""
+    """A part of the specification, or a statement: its title, and what it says, in Markdown with LaTeX in dollars.
+
+    notes: what is said beside it, likewise, by its title.
+    """
 
     title: str
     text: str
+    notes: Mapping[str, str] = MappingProxyType({})
 
 
 def _read(path: Path) -> dict[str, Statement]:
     """What stands under each heading "# L: title" or "## L1: title", by letter or id."""
     _, *rest = re.split(r"^##? (\w+): (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {
-        name: Statement(title, text.strip())
+        name: Statement(title, *_with_notes(text))
         for name, title, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True)
     }
+
+
+def _with_notes(text: str) -> tuple[str, Mapping[str, str]]:
+    """A statement's own text, and what stands under each heading "### title"."""
+    own, *rest = re.split(r"^### (.+)$", text, flags=re.MULTILINE)
+    return own.strip(), {title: note.strip() for title, note in zip(rest[::2], rest[1::2], strict=True)}
 
 
 _ALL = _read(Path(__file__).with_suffix(".md"))

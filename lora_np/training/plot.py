@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..backend import Array
 from ..formats.files.atomic import replaced_files
 
@@ -108,11 +110,12 @@ def spread_points(points: Mapping[str, tuple[float, float, float]], x: str, dark
         return _svg(figure)
 
 
-def heat_maps(panels: Mapping[str, Array], x: str, y: str, dark: bool) -> str:
+def heat_maps(panels: Mapping[str, Array | Sequence[Sequence[float]]], x: str, y: str, dark: bool) -> str:
     """Matrices of numbers from 0 to 1 beneath each other, on one scale of colours; rows and columns from 1. -> SVG."""
     with _theme(dark):
         figure, all_axes = _figure(1.3 * len(panels) + 0.6, panels=len(panels))
-        for axes, (title, values) in zip(all_axes, panels.items(), strict=True):
+        for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):
+            values = np.asarray(rows)
             extent = (0.5, values.shape[1] + 0.5, values.shape[0] + 0.5, 0.5)
             image = axes.imshow(values, vmin=0, vmax=1, aspect="auto", extent=extent, interpolation="nearest")
             axes.grid(False)

@@ -1,0 +1,79 @@
+"""The clause on conformance, conformance.md: what the test vectors are, and one case of them written out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from ..backend import Array
+from ..vectors.answers import answers
+from ..vectors.cases import Case, all_cases
+from ..vectors.files import LAYOUT
+from ..vectors.operations import OPERATIONS, Operation
+
+WRITTEN = ("L4", "one-token")  # the case that is written out: small, and with everything in it
+COLUMNS = 6  # numbers in a line
+
+
+class Asked(NamedTuple):
+    """What the vectors of a clause ask for: an operation, and its cases."""
+
+    operation: Operation
+    cases: Sequence[Case]
+
+
+class Written(NamedTuple):
+    """A case, and its tensors in lines of text, inputs and what is expected."""
+
+    case: Case
+    operation: Operation
+    scalars: str
+    inputs: str
+    expected: str
+
+
+def text() -> str:
+    """The clause, in Markdown."""
+    layout = ["Tensors are:", "", "| name | tensor |", "| --- | --- |"]
+    layout += [f"| `{name}` | {what} |" for name, what in LAYOUT.items() if name != "results"]
+    return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").replace("{layout}", "\n".join(layout))
+
+
+def asked() -> dict[str, list[Asked]]:
+    """What the vectors ask for, by the clause's id."""
+    found: dict[str, list[Asked]] = {}
+    for (id, name), cases in groupby(all_cases(), key=lambda case: (case.id, case.operation)):
+        found.setdefault(id, []).append(Asked(OPERATIONS[name], list(cases)))
+    return found
+
+
+def written() -> Written:
+    """The case WRITTEN."""
+    case = next(case for case in all_cases() if (case.id, case.name) == WRITTEN)
+    inputs = (line for name, a in case.inputs.items() for line in _lines(f"{case.name}/in/{name}", a))
+    expected = (
+        line for name, (value, bound) in answers(case).items() for line in _lines(f"{case.name}/{name}", value, bound)
+    )
+    return Written(
+        case, OPERATIONS[case.operation], json.dumps(dict(case.scalars)), "\n".join(inputs), "\n".join(expected)
+    )
+
+
+def _lines(name: str, values: Array, bounds: Array | None = None) -> Iterator[str]:
+    """A tensor: its name and shape, then its numbers, a row or a part of one a line. Inputs are exact.
+
+    Of what is expected so many digits are shown as do not depend on the machine, with its bound behind it.
+    """
+    yield f"{name}  {values.shape}"
+    if bounds is None:
+        cells = [f"{value!r:>13}" for value in values.ravel().tolist()]
+    else:
+        pairs = zip(values.ravel().tolist(), bounds.ravel().tolist(), strict=True)
+        cells = [f"{value:14.9f} ± {bound:.2e}" for value, bound in pairs]
+    columns = min(values.shape[-1], COLUMNS if bounds is None else COLUMNS // 2)
+    for row in range(0, len(cells), values.shape[-1]):
+        for start in range(row, row + values.shape[-1], columns):
+            yield "  " + " ".join(cells[start : min(start + columns, row + values.shape[-1])])
