@@ -16,6 +16,7 @@ from ..model import Model
 from ..parallel import default_shards
 from ..training import finetune, plot, tasks
 from ..training.examples import Tokens
+from ..training.job import Job
 from ..training.loop import Progress, Score, Settings, TrainingError, evaluate
 from ..training.ranks import Ranks, world
 from ..training.records import FORMATS
@@ -126,7 +127,7 @@ def _fitting(args: argparse.Namespace, task: Task, model: Model, path: Path) -> 
     return task if args.window is not None else replace(task, longest=min(task.longest, model.config.longest))
 
 
-def _job(args: argparse.Namespace, task: Task, epoch: int | None) -> finetune.Job:
+def _job(args: argparse.Namespace, task: Task, epoch: int | None) -> Job:
     """What to do; what is not said follows from the base and the data."""
     if args.epochs is not None and epoch is None:
         raise ValueError("--epochs: windows of a plain text are drawn at random; name --steps")
@@ -137,7 +138,7 @@ def _job(args: argparse.Namespace, task: Task, epoch: int | None) -> finetune.Jo
     if every is None:
         every = EVERY if epoch is None else epoch
     lr = (1e-2 if args.base is None else 1e-3) if args.lr is None else args.lr
-    return finetune.Job(
+    return Job(
         task=task,
         lora=LoRAConfig(
             r=args.r, alpha=args.alpha, targets=tuple(args.targets), dropout=args.dropout, train_head=task.name != "lm"
