@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,14 +17,13 @@ from ..formats.files.lock import occupied
 from ..formats.models.folder import weights_hash
 from ..model import Model
 from .checkpoint import load_checkpoint, save_checkpoint
+from .curve import Curve
 from .job import Job, differences, identity
 from .loop import Progress, Score, State, TrainingError, evaluate, placed, train
 from .ranks import ALONE, Ranks
 from .tasks import Data
 
 CHECKPOINT = "checkpoint.npz"
-
-Curve: TypeAlias = dict[int, Score]  # what the adapter is worth on held-out data, after some steps
 
 
 class Result(NamedTuple):
@@ -49,10 +48,12 @@ def finetune(
     report: Callable[[Progress], None],
     ranks: Ranks = ALONE,
     start: Adapter | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Trains an adapter and writes it to the folder `out`, in PEFT's format, with task.json beside it.
 
     start: the adapter that training starts from, whose configuration is job.lora; None: a new one, from the seed.
+    report: told each step; note: told from which checkpoint training goes on.
 
     Meanwhile `out` holds a checkpoint, made anew every job.every steps; with resume, training goes on from it, to the
     same bits as without the break, on any number of ranks; where there is none yet, from the start. The job may then
@@ -72,8 +73,9 @@ def finetune(
         state, curve = State(0, adapter.params, None), Curve()
         reached = _Reached()
         if ranks.of_first(lambda: _resumes(out, found, resume)):
-            state, curve = ranks.of_first(lambda: _resume(out / CHECKPOINT, adapter, about, job.settings.steps))
+            state, curve, before = ranks.of_first(lambda: _resume(out / CHECKPOINT, adapter, about, job.settings.steps))
             reached = _Reached(state.step, state.step)
+            note(_going_on(out, state.step, before, job.settings.steps))
         steps = job.settings.steps - state.step
 
         def after_step(r: Progress) -> None:
@@ -135,23 +137,36 @@ def _telling(out: Path, job: Job, reached: _Reached) -> Iterator[None]:
 
 def _resumes(out: Path, found: list[str], resume: bool) -> bool:
     """Whether there is a checkpoint to go on from; a FileExistsError if there is anything else, or is not to resume."""
-    if found and not (resume and CHECKPOINT in found):
-        if resume and {CONFIG, WEIGHTS}.issubset(found):
-            raise FileExistsError(
-                f"{out}: training is finished: there is no checkpoint to go on from; to train its adapter further: "
-                f"finetune --adapter {out} --out OTHER"
-            )
-        hint = "there is no checkpoint to go on from" if resume else "or go on with --resume"
-        raise FileExistsError(f"{out}: the folder is not empty; name another, {hint}")
-    return bool(found)
+    if not found or (resume and CHECKPOINT in found):
+        return bool(found)
+    what = "the folder is not empty; name another"
+    if CHECKPOINT in found:
+        what += ", or go on with --resume"
+    elif {CONFIG, WEIGHTS}.issubset(found):
+        finished = "training is finished: there is no checkpoint to go on from"
+        what = f"{finished if resume else what}; to go on from its adapter: finetune --adapter {out} --out OTHER"
+    elif resume:
+        what += ", there is no checkpoint to go on from"
+    raise FileExistsError(f"{out}: {what}")
 
 
-def _resume(path: Path, adapter: Adapter, about: dict[str, Any], steps: int) -> tuple[State, Curve]:
-    """The state and the scores of a checkpoint; a ValueError names what differs from this job, or is not of one."""
-    state, found = load_checkpoint(path, adapter.params)
-    differing = differences(found, about)
-    if differing:
-        raise ValueError(f"{path}: of another job (the checkpoint's -> this one's): {', '.join(differing)}")
+def _going_on(out: Path, step: int, before: int, steps: int) -> str:
+    line = f"{out}: goes on from its checkpoint, of step {step}"
+    return line if before == steps else f"{line} of {before}; the learning rate is the one for {steps} steps from here"
+
+
+def _resume(path: Path, adapter: Adapter, about: dict[str, Any], steps: int) -> tuple[State, Curve, int]:
+    """The state and the scores of a checkpoint, and its job's steps, which may be fewer than this job's.
+
+    A ValueError names what differs from this job, or is not of one.
+    """
+
+    def check(found: Mapping[str, Any]) -> None:
+        differing = differences(found, about)
+        if differing:
+            raise ValueError(f"{path}: of another job (the checkpoint's -> this one's): {', '.join(differing)}")
+
+    state, found = load_checkpoint(path, adapter.params, check)
     if state.step > steps:
         raise ValueError(f"{path}: expected at most this job's {steps} steps, got {state.step!r:.60}")
     try:
@@ -160,4 +175,4 @@ def _resume(path: Path, adapter: Adapter, about: dict[str, Any], steps: int) -> 
         curve = {}
     if list(curve) != sorted({0, *curve, state.step}) or not np.isfinite(list(curve.values())).all():
         raise ValueError(f"{path}: curve: expected step, loss and accuracy of each score up to step {state.step}")
-    return state, curve
+    return state, curve, found["settings"]["steps"]
