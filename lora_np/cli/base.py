@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 from ..adapter import Adapter
 from ..formats.adapters.adapter import load_adapter
 from ..formats.adapters.base import load_base_for
+from ..formats.adapters.head import brought_by
+from ..formats.adapters.peft import CONFIG
+from ..formats.files.json_file import read_json
+from ..formats.files.messages import shown
 from ..formats.models.folder import load_model
 from ..formats.models.tokenizer import TOKENIZER, load_tokenizer
 from ..model import Config, Model
@@ -78,8 +83,36 @@ def adapted(args: argparse.Namespace, path: Path) -> tuple[Model, Adapter | None
     """The base in `path`, with the head that --adapter brings, and that adapter, if there is one."""
     if args.adapter is None:
         return load_model(path, storage=args.storage), None
-    model = load_base_for(args.adapter, path, storage=args.storage)
-    return model, load_adapter(args.adapter, model)
+    with fitting(args, args.adapter):
+        model = load_base_for(args.adapter, path, storage=args.storage)
+        return model, load_adapter(args.adapter, model)
+
+
+@contextmanager
+def fitting(args: argparse.Namespace, *adapters: Path) -> Iterator[None]:
+    """A ValueError within, of whole adapters on a base that is not said, tells which base that was, and theirs."""
+    try:
+        yield
+    except ValueError as error:
+        theirs = None if args.base is not None else _bases_of(adapters)
+        if theirs is None:
+            raise
+        names = f"; made for {' and '.join(theirs)}" if theirs else ""
+        error.args = (f"{error}; no --base was given, so its base is taken for the embedded model of bytes{names}",)
+        raise
+
+
+def _bases_of(adapters: Sequence[Path]) -> list[str] | None:
+    """The names that adapters give to their bases, where they do; None if one is damaged, and would fit no base."""
+    names = []
+    try:
+        for adapter in adapters:
+            brought_by(adapter)
+            if adapter.is_dir():
+                names.append(read_json(adapter / CONFIG).get("base_model_name_or_path"))
+    except (OSError, ValueError):
+        return None
+    return [shown(name) for name in dict.fromkeys(names) if isinstance(name, str) and name]
 
 
 def tokenizer_of(path: Path, config: Config) -> Tokens:

@@ -11,7 +11,7 @@ from ..formats.adapters.peft import records_base
 from ..formats.files.atomic import expect_new
 from ..formats.merged.conversion import convert_by_name, fits_as_it_is
 from ..formats.models.folder import can_run
-from .base import AddCommand, add_base, base_path
+from .base import AddCommand, add_base, base_path, fitting
 from .output import Bar, emit
 
 
@@ -21,13 +21,14 @@ def run_convert(args: argparse.Namespace) -> int:
         path = base_path(args, bar)
     result = {"out": str(args.out), "from": kind_of(args.adapter), "to": kind_of(args.out)}
     line = "{out}: {to}'s format, from {from}'s".format(**result)
-    if _is_by_name(args, path):
-        remarks = convert_by_name(path, args.adapter, args.out)
-        emit(args, {**result, "remarks": remarks}, [line, *(f"the old one: {remark}" for remark in remarks)])
-        return 0
-    model = load_base_for(args.adapter, path)
-    adapter = load_adapter(args.adapter, model, alpha=args.alpha, enabled=args.enabled)
-    save_adapter(args.out, adapter, model)
+    with fitting(args, args.adapter):
+        if _is_by_name(args, path):
+            remarks = convert_by_name(path, args.adapter, args.out)
+            emit(args, {**result, "remarks": remarks}, [line, *(f"the old one: {remark}" for remark in remarks)])
+            return 0
+        model = load_base_for(args.adapter, path)
+        adapter = load_adapter(args.adapter, model, alpha=args.alpha, enabled=args.enabled)
+        save_adapter(args.out, adapter, model)
     emit(args, result, [line])
     return 0
 

@@ -13,7 +13,7 @@ from ..formats.merged.folder import merge_folder
 from ..formats.merged.gguf import merge_gguf
 from ..formats.merged.norms import base_norms
 from ..formats.merged.survey import Module, Survey, survey
-from .base import AddCommand, add_base, base_path
+from .base import AddCommand, add_base, base_path, fitting
 from .output import Bar, emit, table
 
 SHOWN = 5  # names in one line
@@ -30,7 +30,8 @@ def run_merge(args: argparse.Namespace) -> int:
         line = f"the merged model is {args.out}: {merged.made} tensors are new, {merged.kept} are the base's bytes"
         emit(args, {"out": str(args.out), **merged._asdict()}, [line])
         return 0
-    done = merge_folder(base, args.adapter, weights, args.out)
+    with fitting(args, *args.adapter):
+        done = merge_folder(base, args.adapter, weights, args.out)
     lines = [
         f"the merged model is in {args.out}: {done.made} tensors are new, {done.kept} are the base's bytes",
         *(f"left out, as it has the weights of the base: {name}" for name in done.left_out),

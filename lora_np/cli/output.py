@@ -6,7 +6,9 @@ Names and texts come from files that anyone may have written, so every line is `
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,9 @@ from .streams import show
 # What is said in one line.
 FAILURES = (TrainingError, ValueError, TypeError, OSError, ImportError, MemoryError, KeyboardInterrupt)
 GRACE = 1.0  # seconds
+WITHOUT_BAR = "{desc}: {n_fmt}/{total_fmt} {remaining}{postfix}"  # tqdm's own, with all that it tells, is too long
+WITH_BAR = WITHOUT_BAR.replace(" {rem", " |{bar}| {rem")
+LEAST_BAR = 4  # characters
 
 
 class Bar:
@@ -48,6 +53,9 @@ class Bar:
         if stage != self.stage:
             self._start(stage, steps)
         if self.bar is not None:
+            columns = self.bar.format_dict["ncols"] or MAX_LINE
+            used = len(f"{stage}: {step}/{steps} || 0:00:00, {text}")
+            self.bar.bar_format = WITH_BAR if used + LEAST_BAR < columns else WITHOUT_BAR
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
         elif step == steps or time.monotonic() - self.last_line > 5:
@@ -69,13 +77,13 @@ class Bar:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self.bar = tqdm(total=steps, desc=stage, file=sys.stderr, leave=True)
+            self.bar = tqdm(total=steps, desc=stage, file=sys.stderr, dynamic_ncols=True, bar_format=WITH_BAR)
 
 
 def failure(error: BaseException) -> tuple[int, str]:
     """The exit status, and what is said: a line, or the traceback of what should not happen."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; what was written is whole"
+        return 130, shown(str(error), MAX_LINE) or "interrupted; what was written is whole"
     if isinstance(error, TrainingError):
         return 1, shown(str(error), MAX_LINE)
     if isinstance(error, MemoryError):
@@ -84,6 +92,19 @@ def failure(error: BaseException) -> tuple[int, str]:
         return 2, shown(str(error), MAX_LINE)
     lines = "".join(traceback.format_exception(error)).split("\n")
     return 1, "\n".join(shown(line, MAX_LINE) for line in lines)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, with which mpirun passes Ctrl-C on to its ranks, is a KeyboardInterrupt meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

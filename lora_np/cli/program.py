@@ -77,19 +77,9 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
     print(f"lora-np: {message}", file=sys.stderr)
 
 
-def _without_base(args: argparse.Namespace, text: str) -> str:
-    """What to add where an adapter does not fit, and no base was given to fit it to."""
-    adapter = getattr(args, "adapter", None)
-    named = adapter if isinstance(adapter, list) else [adapter]
-    if getattr(args, "base", "") is not None or not any(one is not None and str(one) in text for one in named):
-        return ""
-    return "; no --base was given, so its base is taken for the embedded model of bytes"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. -> the exit status."""
     streams.prepare()
-    args = argparse.Namespace()
     try:
         early.allow_interrupts()
         args = _parser().parse_args(argv)
@@ -100,5 +90,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(args.run(args))
     except FAILURES as error:
         status, text = failure(error)
-        print(f"lora-np: {text}{_without_base(args, text)}", file=sys.stderr)
+        print(f"lora-np: {text}", file=sys.stderr)
         return status

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,21 @@ def save_checkpoint(path: str | Path, state: State, about: Mapping[str, Any]) ->
 
 
 @named
-def load_checkpoint(path: str | Path, like: Mapping[str, Array]) -> tuple[State, dict[str, Any]]:
+def load_checkpoint(
+    path: str | Path, like: Mapping[str, Array], check: Callable[[Mapping[str, Any]], None] = lambda _: None
+) -> tuple[State, dict[str, Any]]:
     """Reads what save_checkpoint wrote: the state, and what the caller wrote about it.
 
     like: the parameters that are trained; a file that holds others, or other shapes or dtypes, is a ValueError, and so
-    is one that is damaged. Nothing in the file is executed, and no more memory taken than the file is long.
+    is one that is damaged. check: called first, with what it is about. Nothing in the file is executed, and no more
+    memory taken than the file is long.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     with open_arrays(path) as file:
         step, about = _read_header(file, f"{path}: {HEADER}")
+        check(about)
         groups = GROUPS if step else GROUPS[:1]
         expected = {f"{group}/{name}": p for group in groups for name, p in like.items()}
         for name in file.members:

@@ -65,13 +65,18 @@ class Data(NamedTuple):
 
 def task_of(name: str, path: Path, longest: int, format: str | None = None) -> Task:
     """The task of this name, with the labels that the file has."""
-    labels: tuple[str, ...] = ()
-    if name != "lm":
-        found = read_records(path, name, format)
-        assert found is not None
-        labels = label_names([label for one in found.found for label in _labels_of(name, one)])
+    labels = labels_in(path, name, format)
     with naming(path):
         return Task(name, labels, longest)  # type: ignore[arg-type]
+
+
+def labels_in(path: Path, name: str, format: str | None = None) -> tuple[str, ...]:
+    """The labels that a file has for a task of this name, in order; none for a language model."""
+    if name == "lm":
+        return ()
+    found = read_records(path, name, format)
+    assert found is not None
+    return label_names([label for one in found.found for label in _labels_of(name, one)])
 
 
 def _labels_of(name: str, record: Any) -> list[str]:

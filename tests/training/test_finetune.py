@@ -11,6 +11,7 @@ from lora_np.backend import asnumpy
 from lora_np.formats.adapters.task import Task, load_task, save_task
 from lora_np.formats.files.lock import LOCK
 from lora_np.training import finetune, tasks
+from lora_np.training.job import Job
 from lora_np.training.loop import Settings, TrainingError, evaluate
 from lora_np.training.text import ByteTokenizer
 
@@ -46,7 +47,7 @@ def learn(files, name, out, *, steps=60, resume=False, report=lambda seen: None,
     data = tasks.learn_from(files / name, dev, task, ByteTokenizer(), N=16, held_out=0.2, seed=0)
     targets = ("q", "v", "up", "down", *(["embed", "head"] if name == "lm" else []))
     lora = ln.LoRAConfig(r=4, targets=targets, train_head=name != "lm")
-    job = finetune.Job(task, lora, Settings(steps=steps, lr=lr, **settings), every=20)
+    job = Job(task, lora, Settings(steps=steps, lr=lr, **settings), every=20)
     return model, data, finetune.finetune(model, data, out, job, resume=resume, report=report)
 
 
@@ -74,7 +75,7 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(files, tmp_path):
     with pytest.raises(Stopped):
         learn(files, "classify", tmp_path / "stopped", report=stop)
     assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
-    with pytest.raises(ValueError, match="settings differs"):
+    with pytest.raises(ValueError, match=r"of another job \(the checkpoint's -> this one's\): seed: 0 -> 5$"):
         learn(files, "classify", tmp_path / "stopped", resume=True, seed=5)
     _, _, resumed = learn(files, "classify", tmp_path / "stopped", resume=True, recompute=True)  # on less memory
     _, _, straight = learn(files, "classify", tmp_path / "straight")

@@ -33,7 +33,8 @@ from lora_np.formats.adapters.task import Task
 from lora_np.formats.files.lock import LOCK
 from lora_np.training import finetune as finetuning
 from lora_np.training import loop as training
-from lora_np.training.finetune import Job, finetune
+from lora_np.training.finetune import finetune
+from lora_np.training.job import Job
 from lora_np.training.loop import Settings, TrainingError, evaluate, train
 from lora_np.training.ranks import ALONE, LAUNCHERS, Ranks, thread_share, world
 from lora_np.training.tasks import Data
