@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..adapter import Adapter
-from ..formats.adapters.adapter import load_adapter
+from ..formats.adapters.adapter import kind_of, load_adapter
 from ..formats.adapters.base import load_base_for
+from ..formats.adapters.peft import expect_adapter
+from ..formats.files.regular import expect_file
 from ..formats.models.folder import load_model
 from ..formats.models.tokenizer import TOKENIZER, load_tokenizer
 from ..model import Config, Model
@@ -24,6 +26,7 @@ Run: TypeAlias = Callable[[argparse.Namespace], int]  # a command: its arguments
 AddCommand: TypeAlias = Callable[[str, Run, str], argparse.ArgumentParser]
 
 
+STANDARD_INPUT = Path("-")
 MOST = 2**48  # of a number in an option: more than any computation here could take
 
 
@@ -68,10 +71,26 @@ def _seed(text: str) -> int:
 
 
 def base_path(args: argparse.Namespace, bar: Bar) -> Path:
-    """--base, or the folder of the embedded base, which is made first if need be."""
+    """--base, or the folder of the embedded base, which is made first if need be.
+
+    That takes a while, so what is wrong with the names of the files to be read is said before.
+    """
+    _expect_named(args)
     if args.base is not None:
         return Path(args.base)
     return embedded.base_folder(shown_on(bar), embedded.STANDARD)[0]
+
+
+def _expect_named(args: argparse.Namespace) -> None:
+    """An error unless what is named to be read is there: adapters, and files."""
+    adapters = getattr(args, "adapter", None)
+    for path in adapters if isinstance(adapters, list) else [adapters]:
+        if path is not None and kind_of(path) == "peft":
+            expect_adapter(path)
+    for option in ("data", "dev", "prompts", "chat_template"):
+        path = getattr(args, option, None)
+        if path is not None and path != STANDARD_INPUT:
+            expect_file(path)
 
 
 def adapted(args: argparse.Namespace, path: Path) -> tuple[Model, Adapter | None]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backend import backend_name
+from ..formats.adapters.peft import NotAnAdapter
 from . import conformance, convert, demonstrate, derive, early, files, learn, reproduce, spec, streams, use, verify
 from .base import Run
 from .output import FAILURES, failure
@@ -62,8 +63,10 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
     print(f"lora-np: {message}", file=sys.stderr)
 
 
-def _without_base(args: argparse.Namespace, text: str) -> str:
+def _without_base(args: argparse.Namespace, error: BaseException, text: str) -> str:
     """What to add where an adapter does not fit, and no base was given to fit it to."""
+    if isinstance(error, (FileNotFoundError, NotAnAdapter)):
+        return ""
     adapter = getattr(args, "adapter", None)
     named = adapter if isinstance(adapter, list) else [adapter]
     if getattr(args, "base", "") is not None or not any(one is not None and str(one) in text for one in named):
@@ -85,5 +88,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(args.run(args))
     except FAILURES as error:
         status, text = failure(error)
-        print(f"lora-np: {text}{_without_base(args, text)}", file=sys.stderr)
+        print(f"lora-np: {text}{_without_base(args, error, text)}", file=sys.stderr)
         return status

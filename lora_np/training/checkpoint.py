@@ -47,8 +47,6 @@ def load_checkpoint(path: str | Path, like: Mapping[str, Array]) -> tuple[State,
     is one that is damaged. Nothing in the file is executed, and no more memory taken than the file is long.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
     with open_arrays(path) as file:
         step, about = _read_header(file, f"{path}: {HEADER}")
         groups = GROUPS if step else GROUPS[:1]

@@ -14,6 +14,7 @@ import numpy as np
 from ..adapter import Adapter, LoRAConfig, count_parameters, init_adapter
 from ..formats.adapters.peft import CONFIG, WEIGHTS, save_adapter
 from ..formats.adapters.task import Task, save_task
+from ..formats.adapters.unfinished import CHECKPOINT
 from ..formats.files.json_file import to_json
 from ..formats.files.lock import occupied
 from ..formats.files.messages import shown
@@ -23,8 +24,6 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .loop import Progress, Score, Settings, State, TrainingError, evaluate, placed, start, train
 from .ranks import ALONE, Ranks
 from .tasks import Data
-
-CHECKPOINT = "checkpoint.npz"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..backend import Array
+from ..formats.files.regular import expect_file
 
 BYTES = 256  # the byte tokenizer's vocabulary
 
@@ -63,8 +64,7 @@ class ByteTokenizer:
 def read_text(path: str | Path) -> str:
     """A file's text, without a byte order mark. Errors say if there is none, it is empty, or is not UTF-8."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    expect_file(path)
     try:
         text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:

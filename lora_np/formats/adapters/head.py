@@ -14,7 +14,7 @@ from ..models.shards import stored_tensors
 from .adapter import kind_of
 from .header import KEY, read_about
 from .keys import PREFIX
-from .peft import CONFIG, WEIGHTS
+from .peft import CONFIG, WEIGHTS, expect_adapter
 from .task import TASK, load_task
 
 # What PEFT's files call the modules of a head, and RoBERTa's pooler, which is a part of its own; ours: head, pooler.
@@ -65,6 +65,8 @@ def _read(path: Path) -> Brought:
             doubles = any(member.dtype == "float64" for member in arrays.members.values())
             shapes = {name: member.shape for name, member in arrays.members.items()}
             return Brought(about.get("head"), shapes, doubles)
+    if kind == "peft":
+        expect_adapter(path)
     raw = read_json(path / CONFIG) if kind == "peft" else {}
     tensors = stored_tensors(path, WEIGHTS) if kind == "peft" else stored_tensors(path.parent, path.name)
     metadata = next((stored.file.metadata for stored in tensors.values()), {})
