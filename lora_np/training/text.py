@@ -65,8 +65,13 @@ def read_text(path: str | Path) -> str:
     """A file's text, without a byte order mark. Errors say if there is none, it is empty, or is not UTF-8."""
     path = Path(path)
     expect_file(path)
+    return decoded(path.read_bytes(), path)
+
+
+def decoded(raw: bytes, path: Path) -> str:
+    """The text of a file's bytes; errors, which name it, as of `read_text`."""
     try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text; byte {error.start} is not") from error
     if not text:
