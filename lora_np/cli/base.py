@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -18,6 +19,7 @@ from ..formats.models.tokenizer import TOKENIZER, load_tokenizer
 from ..model import Config, Model
 from ..training import embedded
 from ..training.examples import Tokens
+from ..training.inputs import STANDARD_INPUT, input_name
 from ..training.loop import Progress
 from ..training.text import BYTES, ByteTokenizer
 from .output import Bar
@@ -26,7 +28,6 @@ Run: TypeAlias = Callable[[argparse.Namespace], int]  # a command: its arguments
 AddCommand: TypeAlias = Callable[[str, Run, str], argparse.ArgumentParser]
 
 
-STANDARD_INPUT = Path("-")
 MOST = 2**48  # of a number in an option: more than any computation here could take
 
 
@@ -91,6 +92,13 @@ def _expect_named(args: argparse.Namespace) -> None:
         path = getattr(args, option, None)
         if path is not None and path != STANDARD_INPUT:
             expect_file(path)
+
+
+def awaited(path: Path, bar: Bar) -> Path:
+    """A file to be read; where it is standard input, and somebody sits before it, a line says so."""
+    if path == STANDARD_INPUT and sys.stdin is not None and sys.stdin.isatty():
+        bar.note(f"{input_name(path)}: a line each, up to the end of the file (Ctrl-D)")
+    return path
 
 
 def adapted(args: argparse.Namespace, path: Path) -> tuple[Model, Adapter | None]:

@@ -14,7 +14,21 @@ from collections.abc import Sequence
 from .. import __version__
 from ..backend import backend_name
 from ..formats.adapters.peft import NotAnAdapter
-from . import conformance, convert, demonstrate, derive, early, files, learn, reproduce, spec, streams, use, verify
+from . import (
+    conformance,
+    convert,
+    demonstrate,
+    derive,
+    early,
+    files,
+    learn,
+    predict,
+    reproduce,
+    spec,
+    streams,
+    use,
+    verify,
+)
 from .base import Run
 from .output import FAILURES, failure
 
@@ -25,6 +39,7 @@ examples:
   mpirun -n 4 lora-np finetune ...                     the same adapter from four processes, or machines (extra mpi)
   lora-np eval --data notes.txt --adapter adapter      its loss, with the adapter and without
   lora-np generate --adapter adapter --prompt "The "   text from it
+  lora-np predict --adapter labels < texts.txt         a label for each line, with its probability
   lora-np inspect adapter                              what is in it
   lora-np merge --adapter adapter --out merged         base and adapter as one model
   lora-np verify --base DIR --adapter adapter          does it fit, is it trained, what does it change
@@ -53,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="the result as JSON")
         return sub
 
-    for part in (demonstrate, learn, use, files, derive, convert, verify, spec, conformance, reproduce):
+    for part in (demonstrate, learn, use, predict, files, derive, convert, verify, spec, conformance, reproduce):
         part.add_commands(command)
     return parser
 
