@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 from ..adapter import Adapter
-from ..formats.adapters.adapter import load_adapter
+from ..formats.adapters.adapter import kind_of, load_adapter
 from ..formats.adapters.base import load_base_for
 from ..formats.adapters.head import brought_by
-from ..formats.adapters.peft import CONFIG
+from ..formats.adapters.peft import CONFIG, expect_adapter
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import shown
+from ..formats.files.regular import expect_file
 from ..formats.models.folder import load_model
 from ..formats.models.tokenizer import TOKENIZER, load_tokenizer
 from ..model import Config, Model
 from ..training import embedded
 from ..training.examples import Tokens
+from ..training.inputs import STANDARD_INPUT, input_name
 from ..training.loop import Progress
 from ..training.text import BYTES, ByteTokenizer
 from .output import Bar
@@ -73,10 +76,33 @@ def _seed(text: str) -> int:
 
 
 def base_path(args: argparse.Namespace, bar: Bar) -> Path:
-    """--base, or the folder of the embedded base, which is made first if need be."""
+    """--base, or the folder of the embedded base, which is made first if need be.
+
+    That takes a while, so what is wrong with the names of the files to be read is said before.
+    """
+    _expect_named(args)
     if args.base is not None:
         return Path(args.base)
     return embedded.base_folder(shown_on(bar), embedded.STANDARD)[0]
+
+
+def _expect_named(args: argparse.Namespace) -> None:
+    """An error unless what is named to be read is there: adapters, and files."""
+    adapters = getattr(args, "adapter", None)
+    for path in adapters if isinstance(adapters, list) else [adapters]:
+        if path is not None and kind_of(path) == "peft":
+            expect_adapter(path)
+    for option in ("data", "dev", "prompts", "chat_template"):
+        path = getattr(args, option, None)
+        if path is not None and path != STANDARD_INPUT:
+            expect_file(path)
+
+
+def awaited(path: Path, bar: Bar) -> Path:
+    """A file to be read; where it is standard input, and somebody sits before it, a line says so."""
+    if path == STANDARD_INPUT and sys.stdin is not None and sys.stdin.isatty():
+        bar.note(f"{input_name(path)}: a line each, up to the end of the file (Ctrl-D)")
+    return path
 
 
 def adapted(args: argparse.Namespace, path: Path) -> tuple[Model, Adapter | None]:

@@ -35,7 +35,7 @@ def run_merge(args: argparse.Namespace) -> int:
     lines = [
         f"the merged model is in {args.out}: {done.made} tensors are new, {done.kept} are the base's bytes",
         *(f"left out, as it has the weights of the base: {name}" for name in done.left_out),
-        *(f"the tokenizer's, from the adapter: {name}" for name in done.taken),
+        *(f"from the adapter's folder: {name}" for name in done.taken),
         *(f"but {remark}" for remark in done.remarks),
     ]
     emit(args, {"out": str(args.out), **done._asdict()}, lines)

@@ -21,6 +21,7 @@ from . import (
     early,
     files,
     learn,
+    predict,
     reproduce,
     sample,
     spec,
@@ -39,6 +40,7 @@ examples:
   mpirun -n 4 lora-np finetune ...                     the same adapter from four processes, or machines (extra mpi)
   lora-np eval --data notes.txt --adapter adapter      its loss, with the adapter and without
   lora-np generate --adapter adapter --prompt "The "   text from it
+  lora-np predict --adapter labels < texts.txt         a label for each line, with its probability
   lora-np inspect adapter                              what is in it
   lora-np merge --adapter adapter --out merged         base and adapter as one model
   lora-np verify --base DIR --adapter adapter          does it fit, is it trained, what does it change
@@ -67,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="the result as JSON")
         return sub
 
-    for part in (demonstrate, sample, learn, use, files, derive, convert, verify, spec, conformance, reproduce):
+    learning, using = (demonstrate, sample, learn), (use, predict)
+    for part in (*learning, *using, files, derive, convert, verify, spec, conformance, reproduce):
         part.add_commands(command)
     return parser
 

@@ -50,8 +50,6 @@ def load_checkpoint(
     memory taken than the file is long.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
     with open_arrays(path) as file:
         step, about = _read_header(file, f"{path}: {HEADER}")
         check(about)

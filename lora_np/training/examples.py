@@ -212,6 +212,11 @@ def bucketed(examples: Sequence[Example], *, N: int, seed: int, step: int) -> Ba
 
 def in_order(examples: Sequence[Example], *, N: int) -> Iterator[BatchDict]:
     """All examples, the shortest first, N at a time: for evaluation."""
-    by_length = sorted(examples, key=lambda example: len(example.tokens))
-    for first in range(0, len(by_length), N):
-        yield padded(by_length[first : first + N])
+    order = by_length(examples)
+    for first in range(0, len(order), N):
+        yield padded([examples[n] for n in order[first : first + N]])
+
+
+def by_length(examples: Sequence[Example]) -> list[int]:
+    """Which example comes first, second and so on, the shortest first."""
+    return sorted(range(len(examples)), key=lambda n: len(examples[n].tokens))

@@ -13,8 +13,9 @@ import numpy as np
 from ..adapter import Adapter, init_adapter
 from ..formats.adapters.peft import CONFIG, WEIGHTS, save_adapter
 from ..formats.adapters.task import save_task
+from ..formats.adapters.unfinished import CHECKPOINT
 from ..formats.files.lock import occupied
-    import_safetensors()  # which writes the adapter: before the work, not after it
+from ..formats.files.safetensors_file import import_safetensors
 from ..formats.models.folder import weights_hash
 from ..model import Model
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -23,8 +24,6 @@ from .job import Job, differences, identity
 from .loop import Progress, Score, State, TrainingError, evaluate, placed, train
 from .ranks import ALONE, Ranks
 from .tasks import Data
-
-CHECKPOINT = "checkpoint.npz"
 
 
 class Result(NamedTuple):
@@ -63,16 +62,11 @@ def finetune(
     of another job, or if the ranks have different jobs, or different bits, as machines of different kinds may; a
     TrainingError as of `train`. That and a KeyboardInterrupt say at which step the checkpoint is.
     """
-<<<<<<< HEAD
     import_safetensors()  # which writes the adapter: before the work, not after it
-    adapter = init_adapter(model, job.lora, seed=job.settings.seed)
-    about = _identity(model, data, job)
-=======
     adapter = init_adapter(model, job.lora, seed=job.settings.seed) if start is None else start
     if adapter.config != job.lora:
         raise ValueError(f"start: expected an adapter of job.lora, {job.lora}, got one of {adapter.config}")
     about = identity(model, data, job, start)
->>>>>>> runs
     for name, value in about.items():
         ranks.check_same(name, value)
     holding: AbstractContextManager[list[str]] = occupied(out) if ranks.is_first else nullcontext([])

@@ -17,9 +17,10 @@ from .rows import BLANK, DELIMITERS, Row, json_rows, mostly_objects, numbered, p
 from .text import read_text
 
 FORMATS = ("json", "csv", "tsv", "bars", "labelled", "conll", "text")
-# The kinds of records that each task has, with their fields, and under which names files have these. The first kind
-# whose fields are all there is a file's.
-KINDS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
+# Kinds of records, with their fields, and under which names files have these. The first kind whose fields are all there
+# is a file's.
+Kinds: TypeAlias = Mapping[str, Mapping[str, tuple[str, ...]]]
+KINDS: Mapping[str, Kinds] = {
     "lm": {
         "conversations": {"messages": ("messages", "conversations")},
         "pairs": {"prompt": ("prompt", "question"), "completion": ("completion", "response", "answer")},
@@ -39,6 +40,10 @@ ALPACA = {
     False: "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
 }
+
+
+# What makes a record of its fields, of the whole row, and of the place that errors name.
+Maker: TypeAlias = "Callable[[Mapping[str, Any], Mapping[str, Any], str], Any]"
 
 
 class Pair(NamedTuple):
@@ -96,8 +101,14 @@ def read_records(path: Path, task: str, format: str | None = None) -> Records | 
         _check_task(path, format, "tag", task)
         sentences = list(_sentences(text, path))
         return Records("tagged", [n for n, _ in sentences], [one for _, one in sentences])
-    rows = json_rows(text, lines, path) if format == "json" else table_rows(text, format, path)
-    return _of_rows(rows, task, path)
+    return records_of(rows_of(text, format, path), KINDS[task], _MAKERS, path)
+
+
+def rows_of(text: str, format: str, path: Path) -> Iterator[Row]:
+    """The rows of a text in a format whose fields have names: json, csv or tsv."""
+    if format != "json":
+        return table_rows(text, format, path)
+    return json_rows(text, [(number, line) for number, line in numbered(text) if line.strip(BLANK)], path)
 
 
 def _check_task(path: Path, format: str, of: str, task: str) -> None:
@@ -111,20 +122,37 @@ def _check_task(path: Path, format: str, of: str, task: str) -> None:
 def find_format(text: str, task: str) -> str:
     """The format of a file's text: one of FORMATS.
 
+    Lines of a||b: half of them at least have the bars. So a file with some lines wrong is of the format that the others
+    have.
+    """
+    named = find_named_format(text, KINDS[task])
+    if named is not None:
+        return named
+    if task != "lm":
+        return {"classify": "labelled", "tag": "conll"}[task]
+    return "bars" if has_bars(text) else "text"
+
+
+def find_named_format(text: str, kinds: Kinds) -> str | None:
+    """The format of a text whose fields have names; None if it has none.
+
     JSON: the text begins with an object, or an array of them, or half of its lines at least begin as objects do. CSV
-    and TSV: the first line names the fields of one of the task's kinds. Lines of a||b: half of them at least have the
-    bars. So a file with some lines wrong is of the format that the others have.
+    and TSV: the first line names the fields of one of the kinds.
     """
     lines = [line for _, line in numbered(text) if line.strip(BLANK)]
     if _is_json(text, lines):
         return "json"
     if lines:
         for format, delimiters in DELIMITERS.items():
-            if any(_kind_of(_header(lines[0], delimiter), task) for delimiter in delimiters):
+            if any(_kind_of(_header(lines[0], delimiter), kinds) for delimiter in delimiters):
                 return format
-    if task != "lm":
-        return {"classify": "labelled", "tag": "conll"}[task]
-    return "bars" if lines and 2 * sum("||" in line for line in lines) >= len(lines) else "text"
+    return None
+
+
+def has_bars(text: str) -> bool:
+    """Whether half of the lines at least, but for empty ones, have the bars of a||b."""
+    lines = [line for _, line in numbered(text) if line.strip(BLANK)]
+    return bool(lines) and 2 * sum("||" in line for line in lines) >= len(lines)
 
 
 def _is_json(text: str, lines: Sequence[str]) -> bool:
@@ -145,9 +173,9 @@ def _header(line: str, delimiter: str) -> list[str]:
     return [name.strip(BLANK + '"').lower() for name in line.split(delimiter)]
 
 
-def _kind_of(names: Sequence[str], task: str) -> tuple[str, dict[str, str]] | None:
+def _kind_of(names: Sequence[str], kinds: Kinds) -> tuple[str, dict[str, str]] | None:
     """The kind of records that have fields of these names, and which name each field has; None: it is none."""
-    for kind, fields in KINDS[task].items():
+    for kind, fields in kinds.items():
         found = {field: next((name for name in known if name in names), "") for field, known in fields.items()}
         if all(found.values()):
             return kind, found
@@ -157,17 +185,17 @@ def _kind_of(names: Sequence[str], task: str) -> tuple[str, dict[str, str]] | No
 # --- Records ---------------------------------------------------------------------------------------------------------
 
 
-def _of_rows(rows: Iterator[Row], task: str, path: Path) -> Records:
-    """The records that rows are, all of the kind that the first is."""
+def records_of(rows: Iterator[Row], kinds: Kinds, makers: Mapping[str, Maker], path: Path) -> Records:
+    """The records that rows are, all of the kind that the first is; makers: what makes a record of its fields."""
     kind: tuple[str, dict[str, str]] | None = None
     lines, found = [], []
     for number, row in rows:
         where = f"{path}:{number}"
         if kind is None:
-            kind = _kind_of(list(row), task)
+            kind = _kind_of(list(row), kinds)
             if kind is None:
                 raise ValueError(
-                    f"{where}: expected an object or a header with {_expected(task)}, got {list(row)!r:.80}"
+                    f"{where}: expected an object or a header with {_expected(kinds)}, got {list(row)!r:.80}"
                 )
             if kind[0] == "pairs" and isinstance(row[kind[1]["prompt"]], list):
                 kind = "turns", kind[1]
@@ -176,16 +204,16 @@ def _of_rows(rows: Iterator[Row], task: str, path: Path) -> Records:
             raise ValueError(f"{where}: expected {' and '.join(kind[1].values())}, got {list(row)!r:.80}")
         fields = {field: row[name] for field, name in kind[1].items()}
         lines.append(number)
-        found.append(_MAKERS[kind[0]](fields, row, where))
-    name = next(iter(KINDS[task])) if kind is None else kind[0]
+        found.append(makers[kind[0]](fields, row, where))
+    name = next(iter(kinds)) if kind is None else kind[0]
     return Records("conversations" if name == "turns" else name, lines, found)
 
 
-def _expected(task: str) -> str:
-    return ", or ".join(" and ".join(fields) for fields in KINDS[task].values())
+def _expected(kinds: Kinds) -> str:
+    return ", or ".join(" and ".join(fields) for fields in kinds.values())
 
 
-def _text(value: Any, name: str, where: str) -> str:
+def text_of(value: Any, name: str, where: str) -> str:
     """A field that is a text: a string that UTF-8 can hold."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name}: expected a string, got {value!r:.60}")
@@ -200,29 +228,33 @@ def _label(value: Any, where: str) -> str:
     """A label: a name, or a number."""
     if isinstance(value, (int, bool)):
         return json.dumps(value)
-    name = _text(value, "label", where).strip(BLANK)
+    name = text_of(value, "label", where).strip(BLANK)
     if not name:
         raise ValueError(f"{where}: expected a label, got none")
     return name
 
 
 def _pair(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Pair:
-    return Pair(*(_text(fields[name], name, where) for name in ("prompt", "completion")))
+    return Pair(*(text_of(fields[name], name, where) for name in ("prompt", "completion")))
 
 
 def _instruction(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Pair:
+    return Pair(instruction_of(fields, row, where), text_of(fields["output"], "output", where))
+
+
+def instruction_of(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> str:
+    """Stanford Alpaca's prompt of an instruction, with its input if there is one."""
     given = next((row[name] for name in INPUT if row.get(name)), "")
-    instruction, output = (_text(fields[name], name, where) for name in ("instruction", "output"))
-    prompt = ALPACA[bool(given)].format(instruction=instruction, input=_text(given, "input", where))
-    return Pair(prompt, output)
+    instruction = text_of(fields["instruction"], "instruction", where)
+    return ALPACA[bool(given)].format(instruction=instruction, input=text_of(given, "input", where))
 
 
 def _alone(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Pair:
-    return Pair("", _text(fields["text"], "text", where))
+    return Pair("", text_of(fields["text"], "text", where))
 
 
 def _labelled(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Labelled:
-    text = _text(fields["text"], "text", where)
+    text = text_of(fields["text"], "text", where)
     if not text.strip(BLANK):
         raise ValueError(f"{where}: expected a text, got {text!r:.60}")
     return Labelled(text, _label(fields["label"], where))
@@ -232,23 +264,22 @@ def _tagged(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Ta
     words, tags = fields["tokens"], fields["tags"]
     if not (isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags) and words):
         raise ValueError(f"{where}: expected lists of as many tags as words, got {words!r:.40} and {tags!r:.40}")
-    return Tagged([_text(word, "word", where) for word in words], [_label(tag, where) for tag in tags])
+    return Tagged([text_of(word, "word", where) for word in words], [_label(tag, where) for tag in tags])
 
 
 def _conversation(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Conversation:
-    return Conversation(_messages(fields["messages"], "messages", where), _tools(row, where))
+    return Conversation(_messages(fields["messages"], "messages", where), tools_of(row, where))
 
 
 def _turns(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Conversation:
     """A prompt and a completion that are lists of messages: one conversation, of which the completion is scored."""
-    prompt, completion = fields["prompt"], fields["completion"]
-    if not isinstance(prompt, list) or not all(isinstance(one, dict) for one in prompt):
-        raise ValueError(f"{where}: prompt: expected a list of objects with role and content, got {prompt!r:.60}")
-    said = _messages(completion, "completion", where)
-    return Conversation([*(_message(one, where) for one in prompt), *said], _tools(row, where), len(prompt))
+    prompt = messages_of(fields["prompt"], "prompt", where)
+    said = _messages(fields["completion"], "completion", where)
+    return Conversation([*prompt, *said], tools_of(row, where), len(prompt))
 
 
-def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
+def tools_of(row: Mapping[str, Any], where: str) -> list[Any] | None:
+    """The tools that a conversation may call."""
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"{where}: tools: expected a list, got {tools!r:.60}")
@@ -257,18 +288,23 @@ def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
 
 def _messages(messages: Any, name: str, where: str) -> list[dict[str, Any]]:
     """Messages, of which one at least is the assistant's."""
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-        raise ValueError(f"{where}: {name}: expected a list of objects with role and content, got {messages!r:.60}")
-    found = [_message(one, where) for one in messages]
+    found = messages_of(messages, name, where)
     if not any(one["role"] == "assistant" for one in found):
         raise ValueError(f"{where}: {name}: expected one of the assistant at least, got none")
     return found
 
 
+def messages_of(messages: Any, name: str, where: str) -> list[dict[str, Any]]:
+    """Messages, each with its role and content."""
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        raise ValueError(f"{where}: {name}: expected a list of objects with role and content, got {messages!r:.60}")
+    return [_message(one, where) for one in messages]
+
+
 def _message(one: dict[str, Any], where: str) -> dict[str, Any]:
     """A message with its role and content."""
     if "role" not in one and "from" in one and "value" in one:
-        role = _text(one["from"], "from", where)
+        role = text_of(one["from"], "from", where)
         one = {"role": ROLES.get(role, role), "content": one["value"]}
     if not isinstance(one.get("role"), str):
         raise ValueError(f"{where}: messages: expected role and content in each, got {one!r:.80}")
@@ -277,7 +313,7 @@ def _message(one: dict[str, Any], where: str) -> dict[str, Any]:
     return one
 
 
-_MAKERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], Any]] = {
+_MAKERS: Mapping[str, Maker] = {
     "conversations": _conversation, "turns": _turns, "pairs": _pair, "instructions": _instruction, "texts": _alone,
     "labelled": _labelled, "tagged": _tagged,
 }  # fmt: skip
@@ -300,22 +336,29 @@ def _columns(line: str, where: str) -> Labelled:
 
 
 def _sentences(text: str, path: Path) -> Iterator[tuple[int, Tagged]]:
-    """The sentences of a CoNLL file: a word a line, its tag in the last column, an empty line behind each sentence.
+    """The sentences of a CoNLL file: the word in the first column, its tag in the last."""
+    for lines in conll_sentences(text):
+        for number, columns in lines:
+            if len(columns) < 2:
+                raise ValueError(
+                    f"{path}:{number}: expected a word and, in the last column, its tag, got {' '.join(columns)!r:.80}"
+                )
+        yield lines[0][0], Tagged([columns[0] for _, columns in lines], [columns[-1] for _, columns in lines])
+
+
+def conll_sentences(text: str) -> Iterator[list[tuple[int, list[str]]]]:
+    """The sentences of a CoNLL file, an empty line behind each: the number of each word's line, and its columns.
 
     Spaces and tabs part columns. Lines of -DOCSTART- are left out.
     """
-    begin, words, tags = 0, list[str](), list[str]()
+    sentence: list[tuple[int, list[str]]] = []
     for number, line in [*numbered(text), (0, "")]:
         columns = [column for column in re.split("[ \t]+", line) if column]
         if columns and columns[0] != "-DOCSTART-":
-            if len(columns) < 2:
-                raise ValueError(f"{path}:{number}: expected a word and, in the last column, its tag, got {line!r:.80}")
-            begin = begin if words else number
-            words.append(columns[0])
-            tags.append(columns[-1])
-        elif not columns and words:
-            yield begin, Tagged(words, tags)
-            words, tags = [], []
+            sentence.append((number, columns))
+        elif not columns and sentence:
+            yield sentence
+            sentence = []
 
 
 def label_names(labels: Sequence[str]) -> tuple[str, ...]:

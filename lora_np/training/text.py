@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..backend import Array
+from ..formats.files.regular import expect_file
 
 BYTES = 256  # the byte tokenizer's vocabulary
 
@@ -63,10 +64,14 @@ class ByteTokenizer:
 def read_text(path: str | Path) -> str:
     """A file's text, without a byte order mark. Errors say if there is none, it is empty, or is not UTF-8."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    expect_file(path)
+    return decoded(path.read_bytes(), path)
+
+
+def decoded(raw: bytes, path: Path) -> str:
+    """The text of a file's bytes; errors, which name it, as of `read_text`."""
     try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text; byte {error.start} is not") from error
     if not text:

@@ -198,7 +198,7 @@ def test_generate_goes_on_from_the_prompt_and_repeats_itself(home, capsys):
 def test_generate_says_what_is_wrong_with_a_request(home, capsys):
     for more, message in (
         (["--prompt", ""], "--prompt: expected some text"),
-        (["--prompt", "a", "-n", "-1"], "n: expected 0"),
+        (["--prompt", "a", "-n", "-1"], "n: expected an integer of at least 0"),
     ):
         status, out, err = run(capsys, "generate", "--base", home / "base", *more)
         assert (status, out) == (2, "")

@@ -324,7 +324,7 @@ def test_files_that_are_not_there_or_too_large(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.gguf: no such file"):
         load_tokenizer(tmp_path / "x.gguf")
     (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: no regular file$"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no regular file"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with open(tmp_path / "tokenizer.json", "wb") as file:

@@ -22,7 +22,7 @@ from ..files.messages import named, shown
 from ..files.safetensors_file import UNGATHERED, refuse_pickle
 from ..models.shards import Stored, stored_tensors
 from .keys import adapter_names, read_key
-from .peft import CONFIG, CONVERT, WEIGHTS
+from .peft import CONFIG, CONVERT, WEIGHTS, expect_adapter
 from .peft_config import BY_NAME, PATTERNS, READ, check_keys, endings, expressions_in, resolved
 
 MLX_WEIGHTS = "adapters.safetensors"
@@ -87,10 +87,7 @@ class Contents:
 def read_contents(path: str | os.PathLike[str]) -> Contents:
     """Reads an adapter's folder. A FileNotFoundError or ValueError, in one line, says what is missing or damaged."""
     folder = Path(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected an adapter's folder, with {CONFIG} and {WEIGHTS}, got a file")
+    expect_adapter(folder)
     raw = read_json(folder / CONFIG)
     if "fine_tune_type" in raw:
         return _read_mlx(folder, raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +11,13 @@ from ...model import Config
 from ..files.json_file import read_json
 from ..files.messages import named
 from ..files.npz_file import HEADER, open_arrays
+from ..models.labels import named_labels
 from ..models.shards import stored_tensors
 from .adapter import kind_of
 from .header import KEY, read_about
 from .keys import PREFIX
-from .peft import CONFIG, WEIGHTS
-from .task import TASK, load_task
+from .peft import CONFIG, WEIGHTS, expect_adapter
+from .task import TASK, Task, load_task
 
 # What PEFT's files call the modules of a head, and RoBERTa's pooler, which is a part of its own; ours: head, pooler.
 MODULES = {
@@ -65,6 +67,8 @@ def _read(path: Path) -> Brought:
             doubles = any(member.dtype == "float64" for member in arrays.members.values())
             shapes = {name: member.shape for name, member in arrays.members.items()}
             return Brought(about.get("head"), shapes, doubles)
+    if kind == "peft":
+        expect_adapter(path)
     raw = read_json(path / CONFIG) if kind == "peft" else {}
     tensors = stored_tensors(path, WEIGHTS) if kind == "peft" else stored_tensors(path.parent, path.name)
     metadata = next((stored.file.metadata for stored in tensors.values()), {})
@@ -77,6 +81,20 @@ def _read(path: Path) -> Brought:
     doubles = any(stored.dtype == "F64" for stored in tensors.values())
     task = raw.get("task_type")
     return Brought(about.get("head") or (TASKS.get(task) if isinstance(task, str) else None), shapes, doubles)
+
+
+def task_for(base: Path, adapter: Path | None, config: Config) -> Task:
+    """What a classifier or tagger was trained for: as task.json of the adapter says, or of the base without one.
+
+    Where there is none: the names in the base's config.json, or LABEL_0 and so on, as transformers has them; and texts
+    as long as the model takes them.
+    """
+    task = load_task(base if adapter is None else adapter)
+    if task is not None and label_names(base if adapter is None else adapter, config) is not None:
+        return replace(task, longest=min(task.longest, config.longest))
+    n = config.n_labels or 0
+    labels = named_labels(base, n) or tuple(f"LABEL_{i}" for i in range(n))
+    return Task("tag" if config.head == "tag" else "classify", labels, config.longest)
 
 
 def label_names(adapter: Path, config: Config) -> tuple[str, ...] | None:

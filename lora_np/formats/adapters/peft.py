@@ -30,8 +30,10 @@ from .header import KEY, check_about, check_savable, read_about, write_about
 from .keys import PREFIX, read_key
 from .peft_config import check_keys, check_same, read_config, write_config
 from .peft_tensors import read_params, slots
+from .unfinished import CHECKPOINT, stands_at
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODEL_CONFIG = "config.json"
 CONVERT = "lora-np convert writes a right file"  # where a mending is certain
 
 
@@ -66,11 +68,8 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
     the key or tensor, that is missing, damaged, not supported, or made for another base.
     """
     folder = Path(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder")
+    expect_adapter(folder)
     refuse_pickle(folder, WEIGHTS, is_dict=True)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected an adapter's folder, with {CONFIG} and {WEIGHTS}, got a file")
     where = str(folder / CONFIG)
     raw = read_json(folder / CONFIG)
     check_keys(raw, where)
@@ -89,6 +88,28 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
         matrices = Adapter(stored_config, params).matrices
         check_same(raw, json.loads(to_json(write_config(model.config, stored_config, matrices))), where)
         return Adapter(lora_config, put_together(model.config, params, names, str(file.path)))
+
+
+def expect_adapter(folder: Path) -> None:
+    """A FileNotFoundError or ValueError unless it is a folder that has an adapter's configuration.
+
+    It says what it is instead, if that is known: training's that is not finished, or a model's.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        refuse_pickle(folder, WEIGHTS, is_dict=True)
+        raise ValueError(f"{folder}: expected an adapter's folder, with {CONFIG} and {WEIGHTS}, got a file")
+    if (folder / CONFIG).exists():
+        return
+    if (folder / CHECKPOINT).is_file():
+        raise ValueError(
+            f"{folder}: training is not finished: its checkpoint is at {stands_at(folder)}; the same lora-np finetune "
+            "with --resume goes on from there"
+        )
+    if (folder / MODEL_CONFIG).is_file():
+        raise ValueError(f"{folder}: expected an adapter's folder, with {CONFIG}, got a model's")
+    raise FileNotFoundError(f"{folder / CONFIG}: no such file")
 
 
 def records_base(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .messages import shown
+from .regular import expect_file
 
 MAX_JSON_BYTES = 4 * 2**20  # far more than any configuration needs, far less than would hurt
 
@@ -21,8 +22,7 @@ T = TypeVar("T")
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; a ValueError in one line if it is too large, not JSON, or not an object."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    expect_file(path)
     with open(path, "rb") as file:
         return parse_json(file.read(MAX_JSON_BYTES + 1), str(path))
 

@@ -15,6 +15,7 @@ import numpy as np
 from ...backend import Array
 from .json_file import MAX_JSON_BYTES
 from .messages import shown
+from .regular import expect_file
 
 HEADER = "header"  # the array of bytes that says in JSON what the others are
 
@@ -83,8 +84,7 @@ class ArrayFile:
 @contextmanager
 def open_arrays(path: Path) -> Iterator[ArrayFile]:
     """An .npz file, each array's header checked before any is read."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    expect_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             yield ArrayFile(path, archive)

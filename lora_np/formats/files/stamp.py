@@ -12,6 +12,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
+from .regular import expect_file
+
 
 class Stamp(NamedTuple):
     """What tells a file from what it is after somebody wrote to it, or put another in its place."""
@@ -34,8 +36,7 @@ def open_unchanged(path: Path, known: Stamp | None = None) -> Iterator[BufferedR
 
     known: its stamp when it was opened before, which it must have still.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    expect_file(path)
     with open(path, "rb") as file:
         before = stamp(file) if known is None else known
         if stamp(file) != before:

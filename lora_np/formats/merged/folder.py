@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..adapters.task import TASK
 from ..files.atomic import new_folder
 from ..files.json_file import read_json, write_json
 from ..files.safetensors_writer import write_stream
@@ -26,8 +27,9 @@ OTHER_WEIGHTS = (
     r"([^/]*\.safetensors|pytorch_model[^/]*\.bin|tf_model[^/]*\.h5|flax_model[^/]*\.msgpack)(\.index\.json)?"
 )
 
-# What an adapter's folder may have beside its tensors, as where tokens were added.
-TOKENIZER_FILES = (
+# What an adapter's folder may have beside its tensors: a tokenizer, as where tokens were added, and its labels.
+BESIDE = (
+    TASK,
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
 )  # fmt: skip
@@ -36,7 +38,7 @@ TOKENIZER_FILES = (
 class Merged(NamedTuple):
     """What a merge did: how many tensors it made and kept, and the base's files that it left out.
 
-    taken    files of the tokenizer that are the adapter's
+    taken    files of the tokenizer, and of the labels, that are the adapter's
     remarks  what is wrong with the adapters, though they can be merged
     """
 
@@ -74,20 +76,20 @@ def merge_folder(
         others = list(_other_files(folder))
         read = {CONFIG, *(path.name for path in plan.files), *([INDEX] if plan.sharded else [])}
         left_out = [name for name in others if name not in read and re.fullmatch(OTHER_WEIGHTS, name)]
-        tokenizers = {name: path / name for path in paths for name in TOKENIZER_FILES if (path / name).is_file()}
+        beside = {name: path / name for path in paths for name in BESIDE if (path / name).is_file()}
         for name in others:
             if name not in left_out:
                 _check_link(folder, folder / name)
-            if name not in read and name not in left_out and name not in tokenizers:
+            if name not in read and name not in left_out and name not in beside:
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, new / name)
-        for name, path in tokenizers.items():
+        for name, path in beside.items():
             _check_link(path.parent, path)
             shutil.copyfile(path, new / name)
         _write_tensors(plan, new)
         _write_config(plan, new)  # last: without it, no program takes the folder for a model's
     made = sum(target.kept is None for target in plan.targets)
-    return Merged(made, len(plan.targets) - made, left_out, sorted(map(str, tokenizers.values())), list(plan.remarks))
+    return Merged(made, len(plan.targets) - made, left_out, sorted(map(str, beside.values())), list(plan.remarks))
 
 
 def _other_files(folder: Path) -> Iterator[str]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ..files import bounded
 from ..files.json_file import read_json
 from ..files.messages import named, shown
+from ..files.regular import expect_file
 from .gguf_file import open_gguf
 from .tokenizer import TOKENIZER_CONFIG
 
@@ -127,8 +128,7 @@ def load_chat_template(path: Path, file: Path | None = None) -> ChatTemplate:
 
 
 def _read(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    expect_file(path)
     with open(path, "rb") as file:
         raw = file.read(MAX_TEMPLATE + 1)
     if len(raw) > MAX_TEMPLATE:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..files.json_file import read_json
 from ..files.messages import named, shown
+from ..files.regular import expect_file
 from .gguf_file import GGUFFile, open_gguf
 from .tokenizer_json import Limits, check_merges, check_tokenizer
 
@@ -164,10 +165,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, pre: str | None = None) -> T
 
 def _from_folder(folder: Path) -> Tokenizer:
     path = folder / TOKENIZER
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file():
-        raise ValueError(f"{path}: no regular file")
+    expect_file(path)
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise ValueError(f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, got {path.stat().st_size}")
     tokenizers = import_tokenizers()
