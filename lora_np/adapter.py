@@ -56,7 +56,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str) or not isinstance(self.targets, Iterable):
-            raise TypeError(f"LoRAConfig.targets: expected a sequence of names, got {self.targets!r}")
+            raise TypeError(f"LoRAConfig.targets: expected a sequence of names, as ('q', 'v'), got {self.targets!r}")
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.layers is not None:
             expect("LoRAConfig.layers", self.layers, Iterable, "the layers' numbers, or None")
@@ -87,7 +87,8 @@ class LoRAConfig:
         unknown = [t for t in self.targets if t not in TARGETS]
         if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(
-                f"LoRAConfig.targets: expected names of {' '.join(TARGETS)}, each once, got {self.targets!r}"
+                f"LoRAConfig.targets: expected names of {' '.join(TARGETS)}, each once, got {self.targets!r} "
+                "(q_proj and query are q here, c_attn is qkv, fc1 up, lm_head head)"
             )
         if "qkv" in self.targets and {"q", "k", "v"} & set(self.targets):
             raise ValueError(f"LoRAConfig.targets: qkv stands for q, k and v together, got {self.targets!r}")

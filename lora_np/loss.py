@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -178,7 +179,8 @@ def loss_and_grads(
 ) -> tuple[float, Grads]:
     """L4, T15: the loss and its gradients by what is trained: the adapter's parameters, or with "all" every weight.
 
-    Arguments as for `loss`. dropout_seed: the seed of the dropout masks; None: no dropout. recompute: activation
+    Arguments as for `loss`. dropout_seed: the seed of the dropout masks; None: no dropout, with a UserWarning where the
+    adapter's configuration has some. recompute: activation
     checkpointing: of each half block only the input is kept, and backward computes the rest again: less memory, more
     time, the same bits. -> (float, {name: array like the parameter}), with exactly the names of what is trained. No
     gradient of a frozen weight is formed.
@@ -215,5 +217,7 @@ def step_of(
         raise ValueError("expected an adapter to train, or None and trainable='all' to train every weight")
     if isinstance(adapter, (list, tuple)):
         raise TypeError(f"adapter: one adapter is trained at a time, got {type(adapter).__name__}")
+    if adapter is not None and adapter.config.dropout and dropout_seed is None:
+        warnings.warn("dropout_seed is None: no dropout, though the adapter's configuration has it", stacklevel=3)
     adapted = bind(model, adapter, rows=len(batch.tokens), trainable=trainable)
     return replace(adapted, dropout_seed=dropout_seed, recompute=recompute), batch

@@ -174,7 +174,8 @@ for name, config in architectures().items():
     for N, layers, masked, dropout in [(2, 1, False, None), (2, 3, False, 1), (7, 3, True, None), (7, 1, True, 1)]:
         config = replace(config, n_layer=layers)
         model = ln.Model(config, ln.init_weights(config, seed=0))
-        lora_config = ln.LoRAConfig(r=2, targets=("q", "v", "o", "up", "embed"), dropout=0.1, bias="all")
+        targets, p = ("q", "v", "o", "up", "embed"), 0.1 if dropout else 0.0
+        lora_config = ln.LoRAConfig(r=2, targets=targets, dropout=p, bias="all")
         adapter = ln.init_adapter(model, lora_config, seed=0)
         batch = example_batch(config, N=N, T=5)
         if not masked:

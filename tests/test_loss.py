@@ -311,11 +311,27 @@ DROPOUT = {"dropout": 0.4, "targets": ("q", "v", "o", "up", "down", "head")}
 @proves("T12", "L2")
 def test_dropout_depends_on_its_seed_alone():
     model, adapter, batch, _ = case_of(replace(GPT2, tie_head=False), **DROPOUT)
-    results = [ln.loss_and_grads(model, adapter, **batch, dropout_seed=seed) for seed in (1, 1, 2, None)]
+    results = [ln.loss_and_grads(model, adapter, **batch, dropout_seed=seed) for seed in (1, 1, 2)]
+    with pytest.warns(UserWarning, match="dropout_seed is None"):
+        results.append(ln.loss_and_grads(model, adapter, **batch))
     assert results[0][0] == results[1][0]
     assert same_bits(results[0][1], results[1][1])
     assert len({loss for loss, _ in results}) == 3
     assert results[3][0] == ln.loss(model, adapter=adapter, **batch)
+
+
+@proves("T12")
+@pytest.mark.parametrize("step", [ln.loss_and_grads, ln.sharded_loss_and_grads])
+def test_dropout_that_has_no_seed_is_left_out_and_warned_of_where_the_step_is_called(step):
+    """And nowhere where none is due: with a seed, without dropout, in a loss."""
+    model, adapter, batch, _ = case_of(GPT2, dropout=0.4, targets=("q",))
+    with pytest.warns(UserWarning, match="dropout_seed is None: no dropout, though the adapter's") as warned:
+        step(model, adapter, **batch)
+    assert [one.filename for one in warned] == [__file__]
+    step(model, adapter, **batch, dropout_seed=0)
+    step(model, replace(adapter, config=replace(adapter.config, dropout=0.0)), **batch)
+    step(model, None, **batch, trainable="all")
+    ln.loss(model, adapter=adapter, **batch)
 
 
 @proves("T12", "L3")
@@ -366,7 +382,8 @@ def test_a_fused_pair_shares_its_dropout_mask():
         for j, part in enumerate("qkv"):
             params |= {f"layers.{i}.attn.{part}.A": A, f"layers.{i}.attn.{part}.B": B[j * D : (j + 1) * D]}
     split = ln.Adapter(replace(adapter.config, targets=("q", "k", "v")), params)
-    without = [ln.loss_and_grads(model, a, **batch) for a in (adapter, split)]
+    undropped = [ln.Adapter(replace(a.config, dropout=0.0), a.params) for a in (adapter, split)]
+    without = [ln.loss_and_grads(model, a, **batch) for a in undropped]
     assert without[0][0] == without[1][0]
     for i in range(GPT2.n_layer):
         parts = [asnumpy(without[1][1][f"layers.{i}.attn.{part}.A"]) for part in "qkv"]

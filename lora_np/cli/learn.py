@@ -33,9 +33,8 @@ def run_finetune(args: argparse.Namespace) -> int:
 
 
 def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
-    if args.plot:
-        plot.check_picture(args.plot)
     began = time.perf_counter()
+    ranks.of_first(lambda: _check_outputs(args))
     task = task_of(args)
     head: dict[str, Any] = {}
     if task.name != "lm":
@@ -101,6 +100,15 @@ def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
     emit(args, result, lines)
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Before any work: an error if what comes of it cannot be written."""
+    if args.plot:
+        plot.check_picture(args.plot)
+    if args.adapter is not None and args.out.resolve() == args.adapter.resolve():
+        raise ValueError(f"--out: expected another folder than --adapter, {args.adapter}, which stays as it is")
+    finetune.check_out(args.out, resume=args.resume)
+
+
 def _check_ranks(args: argparse.Namespace, task: Task, ranks: Ranks) -> None:
     """A ValueError where even the largest batch leaves some rank with nothing to do."""
     N, T = args.batch, task.longest
@@ -116,8 +124,6 @@ def _start(args: argparse.Namespace, path: Path, head: dict[str, Any]) -> tuple[
     """The base, and the adapter that training starts from, if --adapter says one."""
     if args.adapter is None:
         return load_model(path, storage=args.storage, **head), None
-    if args.out.resolve() == args.adapter.resolve():
-        raise ValueError(f"--out: expected another folder than --adapter, {args.adapter}, which stays as it is")
     model, start = adapted(args, path)
     assert start is not None
     return model, continued(args, start, model.config)

@@ -17,7 +17,7 @@ from ..formats.adapters.base import load_base_for
 from ..formats.adapters.peft import records_base
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import listed, shown
-from ..formats.merged.comparison import Comparison, compare, is_trained, worst
+from ..formats.merged.comparison import Comparison, Difference, compare, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf import due_updates
 from ..formats.merged.gguf_comparison import compare_gguf
@@ -184,13 +184,21 @@ def _tensor_table(found: Comparison, config: Mapping[str, Any]) -> list[str]:
     wrong = sorted((one for one in found.changed if not one.fits), key=lambda one: (-one.wrong, -one.differing))
     if not wrong:
         return []
-    rows = [["tensor", "differing", "of", "ulps", "times", "looks like"]]
+    rows = [["tensor", "differing", "of", "ulps", "largest", "relative", "times", "looks like"]]
     for one in wrong[:ROWS]:
         times = "" if one.scale is None else f"{one.scale:.3g}"
         text = ", or ".join(looks_like(one, config))
-        rows.append([one.tensor, f"{one.differing:,}", f"{one.elements:,}", f"{one.max_ulps:,}", times, text])
+        rows.append(
+            [one.tensor, f"{one.differing:,}", f"{one.elements:,}", f"{one.max_ulps:,}", *_sizes(one), times, text]
+        )
     more = [f"and {len(wrong) - ROWS} more; --json has all"] if len(wrong) > ROWS else []
-    return [f"  {line}" for line in [*table(rows), *more]]
+    about = "largest: the largest |difference|; relative: that over the largest |element| of W0 + s B A"
+    return [f"  {line}" for line in [*table(rows), *more, about]]
+
+
+def _sizes(one: Difference) -> tuple[str, str]:
+    """The largest difference, absolute and relative."""
+    return f"{one.max_difference:.3g}", "-" if one.relative is None else f"{one.relative:.3g}"
 
 
 def _merged_lines(found: Comparison, seen: str | None, ulps: int, config: Mapping[str, Any]) -> list[str]:
@@ -203,7 +211,8 @@ def _merged_lines(found: Comparison, seen: str | None, ulps: int, config: Mappin
     if furthest is not None and differing:
         lines.append(
             f"  {differing:,} of {elements:,} elements differ from W0 + s B A rounded once; the furthest tensor is "
-            f"{furthest.tensor}, by up to {furthest.max_ulps:,} ulps"
+            f"{furthest.tensor}, by up to {furthest.max_ulps:,} ulps, a difference of "
+            + "{}, {} of its largest element".format(*_sizes(furthest))
             + (", near zero, where W0 and dW cancel" if found.holds and furthest.max_ulps > ulps else "")
         )
         beyond, wrong = (sum(getattr(one, what) for one in found.changed) for what in ("beyond", "wrong"))

@@ -107,6 +107,12 @@ def finetune(
         return Result(trained, curve, sum(p.size for p in trained.params.values()), received)
 
 
+def check_out(out: Path, *, resume: bool) -> None:
+    """Before any work: the errors of `finetune` where `out` is a folder that it will not write into."""
+    with occupied(out) as found:
+        _resumes(out, found, resume)
+
+
 @dataclass
 class _Reached:
     """How far a run has come, and the step of its checkpoint, if there is one."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..backend import Array
 from ..formats.files.atomic import replaced_files
+from ..formats.files.messages import naming
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ def check_picture(path: Path) -> None:
 
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected a name for the picture, got a folder")
-    with replaced_files(path.parent, last=path.name) as folder:
+    with replaced_files(path.parent, last=path.name) as folder, naming(path):
         Figure().savefig(folder / path.name)
         for drawn in folder.iterdir():
             drawn.unlink()

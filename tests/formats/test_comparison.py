@@ -166,6 +166,46 @@ def test_one_element_two_ulps_off_is_found(tmp_path_factory, steps, at):
     assert compare(plan, home / "merged", abs(steps)).holds
 
 
+def test_differences_are_told_as_they_are_and_beside_the_largest_element(home, capsys):
+    """Two planted ones, of which the larger counts; the largest element is of the merge as it should be."""
+    due = load_file(home / "merged" / WEIGHTS)[TOUCHED].astype("float64")
+    planted = {tuple(np.argwhere(abs(due) == part(abs(due)))[0]): d for part, d in ((np.min, 0.125), (np.max, 2.0))}
+
+    def plant_them(tensors):
+        for place, value in planted.items():
+            tensors[TOUCHED][place] = value
+
+    edit_tensors(home / "merged" / WEIGHTS, plant_them)
+    expected = max(abs(value - due[place]) for place, value in planted.items())
+    status, result, text = verify(capsys, home)
+    assert status == 1
+    (off,) = [one for one in result["merged"]["changed"] if one["differing"]]
+    assert (off["tensor"], off["differing"]) == (TOUCHED, 2)
+    assert off["max_difference"] == pytest.approx(expected, rel=1e-6)
+    assert off["relative"] == pytest.approx(expected / abs(due).max(), rel=1e-6)
+    sizes = [f"{off['max_difference']:.3g}", f"{off['relative']:.3g}"]
+    assert f"a difference of {sizes[0]}, {sizes[1]} of its largest element" in text
+    (row,) = [line.split() for line in text.splitlines() if line.split()[0] == TOUCHED]
+    assert row[4:6] == sizes
+    others = [one for one in result["merged"]["changed"] if one["tensor"] != TOUCHED]
+    assert others
+    assert all(one["max_difference"] == one["relative"] == 0 for one in others)
+
+
+def test_a_difference_that_no_number_holds_is_the_largest_and_a_tensor_of_zeros_has_no_relative_one():
+    from lora_np.formats.merged.comparison import difference
+    from lora_np.formats.merged.target import Rows
+
+    def rows(start, merged):
+        return Rows(place=np.array([[merged]]), W0=np.array([[start]]), updates=[])
+
+    with np.errstate(over="ignore"):  # as the command line has it
+        found, _ = difference("a", 1, [rows(-1.7e308, 1.7e308)], 1)
+    assert found.max_difference == np.finfo(np.float64).max
+    found, _ = difference("a", 1, [rows(0.0, 3.0)], 1)
+    assert (found.max_difference, found.relative) == (3.0, None)
+
+
 def one_bit(tensors):
     tensors[UNTOUCHED].view("uint32")[0, 0] ^= 1
 

@@ -105,17 +105,33 @@ def is_partial(path: Path) -> bool:
 @contextmanager
 def _partial(parent: Path, name: str) -> Iterator[Path]:
     """A folder in `parent` that is gone afterwards, with what is still in it. An OSError names a file."""
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f".{name}.{secrets.token_hex(4)}.partial"
-    folder.mkdir()
+    with made(parent):
+        folder = parent / f".{name}.{secrets.token_hex(4)}.partial"
+        folder.mkdir()
+        try:
+            yield folder
+        except OSError as error:
+            if error.filename is None and error.errno is not None:  # a full disk, say
+                error.filename = str(parent)
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """The folder is there meanwhile, and those above it; what was made of them and stays empty is gone afterwards."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    above = new[-1].parent if new else folder
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above}: expected a folder, got a file")
     try:
-        yield folder
-    except OSError as error:
-        if error.filename is None and error.errno is not None:  # a full disk, say
-            error.filename = str(parent)
-        raise
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for one in new:
+            with suppress(OSError):  # there is something in it
+                one.rmdir()
 
 
 def _sync_all(folder: Path) -> None:

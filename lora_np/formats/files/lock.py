@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .atomic import is_partial
+from .atomic import is_partial, made
 
 LOCK = ".lora_np.lock"
 
@@ -23,22 +23,18 @@ def occupied(folder: Path) -> Iterator[list[str]]:
     another process has it, on this machine or, where the file system knows of locks, on another. A process that ends,
     however it does, has it no longer.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / LOCK
-    descriptor = _lock(lock)
-    try:
-        for name in os.listdir(folder):
-            if is_partial(folder / name):
-                shutil.rmtree(folder / name)
-        yield sorted(set(os.listdir(folder)) - {LOCK})
-    finally:
-        with suppress(OSError):  # Windows keeps a file that is open
-            lock.unlink()
-        os.close(descriptor)
-        if made:
-            with suppress(OSError):
-                folder.rmdir()
+    with made(folder):
+        lock = folder / LOCK
+        descriptor = _lock(lock)
+        try:
+            for name in os.listdir(folder):
+                if is_partial(folder / name):
+                    shutil.rmtree(folder / name)
+            yield sorted(set(os.listdir(folder)) - {LOCK})
+        finally:
+            with suppress(OSError):  # Windows keeps a file that is open
+                lock.unlink()
+            os.close(descriptor)
 
 
 def _lock(path: Path) -> int:

@@ -15,7 +15,7 @@ from ...backend import asnumpy, xp
 from ...lora import Update, singular_directions, sum_updates
 from ..adapters.contents import Contents, Pair, read_contents
 from ..adapters.peft_writer import config_of, write_peft
-from ..files.atomic import refuse_existing
+from ..files.atomic import expect_new
 from ..files.messages import shown
 from .extract import Lost
 
@@ -43,7 +43,7 @@ def combine_files(
     check_weights(paths, weights, "combine")
     if rank is not None and rank < 1:
         raise ValueError(f"--rank: expected at least 1, got {rank}")
-    refuse_existing(target)
+    expect_new(target)
     found = [read_contents(path) for path in paths]
     for one in found:
         _check(one)

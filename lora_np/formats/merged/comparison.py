@@ -23,6 +23,7 @@ from .target import Plan, Rows, Target
 from .tied import is_head, is_table
 
 NEWER = {"gamma": "weight", "beta": "bias"}  # names of a norm's parts
+LARGEST = float(np.finfo(np.float64).max)
 NO_MODEL = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "tie_word_embeddings")
 
 
@@ -31,6 +32,8 @@ class Difference(NamedTuple):
 
     differing  elements that are not equal
     max_ulps   the largest difference, in steps of the file's dtype
+    max_difference   the largest |difference| of finite elements
+    relative   that over the largest |element| that should be; None: all should be zero
     beyond     elements that are further apart than is allowed
     wrong      of these, those that no order of summing in the file's own dtype explains either
     not_finite elements that are NaN or infinite, there or in the sum
@@ -47,6 +50,8 @@ class Difference(NamedTuple):
     elements: int
     differing: int
     max_ulps: int
+    max_difference: float
+    relative: float | None
     beyond: int
     wrong: int
     not_finite: int
@@ -215,6 +220,7 @@ def _difference(target: Target, stored: Stored, ulps: int) -> tuple[Difference, 
 def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple[Difference, Sums]:
     """A merged tensor of so many elements beside the sum, block by block, in its own dtype."""
     differing = beyond = wrong = not_finite = furthest = 0
+    off = size_due = 0.0
     sums, near = Sums(), Nearness()
     updates: Sequence[Update] = ()
     dtype = np.dtype(np.float64)
@@ -222,11 +228,14 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
         total, merged = rows.sum(), np.ascontiguousarray(rows.place)
         dtype = merged.dtype
         due = rounded(total, dtype)
-        not_finite += int(np.count_nonzero(~(np.isfinite(due) & np.isfinite(merged))))
+        finite = np.isfinite(due) & np.isfinite(merged)
+        not_finite += int(np.count_nonzero(~finite))
         steps = ulps_apart(merged, due)
         far = steps > ulps
         furthest = max(furthest, int(steps.max(initial=0)))
         differing += int(np.count_nonzero(steps))
+        off = max(off, _largest(merged, due, finite & (steps > 0)))
+        size_due = max(size_due, _largest(due, np.zeros(1), finite))
         beyond += int(np.count_nonzero(far))
         if far.any():
             wrong += int(np.count_nonzero(far & ~(abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows))))
@@ -236,13 +245,20 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
                 sums += sums_of(rows, total, due.astype(np.float64))
                 if steps.any() and near.elements < SAMPLE:
                     near.add(rows, total)
-    rounded_to = near.rounding(dtype)
+    rounded_to, relative = near.rounding(dtype), min(off / size_due, LARGEST) if size_due else None
     s, r = (updates[0].s, len(updates[0].A)) if len(updates) == 1 else (None, None)
     found = Difference(
-        name, size, differing, furthest, beyond, wrong, not_finite, sums.scale, sums.scale_error, sums.is_off,
-        sums.aligned, sums.scale_turned, rounded_to, s, r,
+        name, size, differing, furthest, off, relative, beyond, wrong, not_finite, sums.scale, sums.scale_error,
+        sums.is_off, sums.aligned, sums.scale_turned, rounded_to, s, r,
     )  # fmt: skip
     return found, sums
+
+
+def _largest(one: Array, other: Array, where: Array) -> float:
+    """The largest |one - other| where asked, as float64; LARGEST where that overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        gaps = np.abs(one.astype(np.float64) - other.astype(np.float64))
+    return min(float(gaps.max(initial=0.0, where=where)), LARGEST)
 
 
 def _allowed(rows: Rows) -> Array:

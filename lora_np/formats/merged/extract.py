@@ -19,7 +19,7 @@ from ...lora import nearest_update
 from ..adapters.contents import Pair
 from ..adapters.peft_config import ends_in
 from ..adapters.peft_writer import config_of, write_peft
-from ..files.atomic import refuse_existing
+from ..files.atomic import expect_new
 from ..files.messages import nearest, shown
 from ..files.rounding import NAMES
 from ..models.shards import Stored
@@ -91,7 +91,7 @@ def extract(
     folders, target = (Path(base), Path(tuned)), Path(out)
     if rank < 1:
         raise ValueError(f"--rank: expected at least 1, got {rank}")
-    refuse_existing(target)
+    expect_new(target)
     for folder in folders:
         if target.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{target}: expected a folder outside of {folder}, which is not written into")
