@@ -106,7 +106,9 @@ def as_array(what: str, a: Any, *, host: bool = False) -> Array:
     """`a`, an array or nested lists of one length, on the device, or on the host; a TypeError names what is none."""
     try:
         found = asnumpy(a) if host else xp.asarray(a)
-    except (RuntimeError, TypeError, ValueError) as error:  # a tensor that requires grad; lists of several lengths
+    except ValueError:
+        raise TypeError(f"{what}: expected an array of numbers, got rows of different lengths") from None
+    except (RuntimeError, TypeError) as error:  # which says why: a tensor that requires grad, or is on another device
         raise TypeError(f"{what}: expected an array of numbers, got {type(a).__name__}: {error}") from None
     if found.dtype.kind in "SU":
         hint = "; a tokenizer makes tokens of it (load_tokenizer)" if what == "tokens" else ""
@@ -116,7 +118,7 @@ def as_array(what: str, a: Any, *, host: bool = False) -> Array:
     return found
 
 
-def expect(what: str, value: object, kind: type, wanted: str) -> None:
+def expect(what: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
     """A TypeError unless a value is of the kind that is wanted."""
     if not isinstance(value, kind):
         raise TypeError(f"{what}: expected {wanted}, got {type(value).__name__}")

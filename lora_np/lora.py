@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import Array, DType, blocks, xp
+from .backend import Array, DType, as_array, blocks, expect, is_number, xp
 from .ops import (
     dropout,
     dropout_backward,
@@ -46,9 +46,9 @@ def lora_linear(
     """L2 (paper 4.1, eq. 3): h = x W0^T + b + s ((m * x) A^T) B^T. The product B A is never formed.
 
     x (..., in), W0 (out, in), b (out,) or None, A (r, in), B (out, r); dropout_mask m like x, 0 or 1 / (1 - p).
-    -> h (..., out) of x's dtype. A ValueError says which shape does not fit.
+    -> h (..., out) of x's dtype. A TypeError or ValueError says what is no array of floats, or does not fit.
     """
-    _check_shapes(x, W0, b, A, B, dropout_mask)
+    x, W0, b, A, B, dropout_mask = _checked(x, W0, b, A, B, s, dropout_mask)
     h = linear(x, W0, b)
     if dropout_mask is not None:
         x, _ = dropout(x, dropout_mask)
@@ -63,7 +63,11 @@ def lora_linear_backward(dh: Array, saved: LinearSaved, *, need_dx: bool = True)
 
     dW0 is not formed. -> dx (..., in), dA (r, in), dB (out, r); without need_dx, dx is None and not computed.
     """
+    expect("lora_linear_backward: saved", saved, LinearSaved, "what lora_linear gave with h")
     x, u, W0, A, B, s, dropout_mask = saved
+    dh = as_array("lora_linear_backward: dh", dh)
+    if dh.shape != (*x.shape[:-1], len(B)):
+        raise ValueError(f"lora_linear_backward: dh: expected shape {(*x.shape[:-1], len(B))}, got {dh.shape}")
     v = linear_backward(dh, B)  # (..., out) -> (..., r)
     v *= s
     dA, dB = linear_weight_backward(v, x), linear_weight_backward(dh, u)
@@ -239,6 +243,27 @@ def linear_rounding_bound(x: Array, W0: Array, b: Array | None, A: Array, B: Arr
     underflow = P @ B.T + (1 + n_in * abs(s)) * B.sum(axis=-1) + (2 + r * abs(s)) * x.sum(axis=-1)[..., None]
     underflow += 2 * n_in + r
     return 2 * n / (1 - n) * size + float(info.smallest_subnormal) * underflow
+
+
+def _checked(
+    x: Array, W0: Array, b: Array | None, A: Array, B: Array, s: float, dropout_mask: Array | None
+) -> tuple[Array, Array, Array | None, Array, Array, Array | None]:
+    """The arrays of L2; a TypeError unless they are of floats, a ValueError unless their shapes fit together."""
+    if not is_number(s):
+        raise TypeError(f"lora_linear: s: expected a number, got {type(s).__name__}")
+    x, W0, A, B = _floats("x", x), _floats("W0", W0), _floats("A", A), _floats("B", B)
+    b = None if b is None else _floats("b", b)
+    dropout_mask = None if dropout_mask is None else _floats("dropout_mask", dropout_mask)
+    _check_shapes(x, W0, b, A, B, dropout_mask)
+    return x, W0, b, A, B, dropout_mask
+
+
+def _floats(name: str, a: Array) -> Array:
+    """An array of floats, or a W0 that is held in bfloat16."""
+    a = as_array(f"lora_linear: {name}", a)
+    if a.dtype.kind not in "fc" and not (name == "W0" and a.dtype == "uint16"):
+        raise TypeError(f"lora_linear: {name}: expected floats, got {a.dtype}")
+    return a
 
 
 def _check_shapes(x: Array, W0: Array, b: Array | None, A: Array, B: Array, dropout_mask: Array | None) -> None:

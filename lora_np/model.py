@@ -297,7 +297,7 @@ def init_weights(
     """
     expect("config", config, Config, "a Config")
     check_count("seed", seed, at_least=0)
-    if dtype not in ("float32", "float64"):
+    if dtype not in ("float32", "float64", np.float32, np.float64):
         raise ValueError(f"init_weights: dtype: expected float32 or float64, got {dtype!r}")
     shapes = config.weight_shapes()
     if names is not None and not set(names) <= shapes.keys():

@@ -225,7 +225,7 @@ def test_a_header_that_is_not_ours(folder, values, message):
         ({"n_kv_head": {}}, "Config.n_kv_head: a value of the wrong type: {}"),
         ({"norm": ["layer"]}, "Config.norm: a value of the wrong type: ['layer']"),
         ({"eps": "x"}, "Config.eps: a value of the wrong type: 'x'"),
-        ({"eps": -1}, "Config: expected eps and rope_theta above 0, got -1 and 10000.0"),
+        ({"eps": -1}, "Config.eps: expected a number above 0, got -1"),
         ({"norm_first": "yes"}, "Config.norm_first: a value of the wrong type: 'yes'"),
         ({"activation": "relu"}, "Config.activation: expected one of gelu gelu_tanh silu_gated, got 'relu'"),
         ({"surplus": 1}, "config.json: Config has no field 'surplus'"),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...adapter import Adapter
-from ...model import Model
+from ...backend import expect
+from ...model import Model, check_model
 from ..files.messages import named
 from ..files.safetensors_file import PICKLES, saved_anew
 from ..models.base import Base
@@ -27,6 +28,9 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
 
     All is written, or nothing. A FileExistsError, ValueError or TypeError, in one line, says why not.
     """
+    expect("save_adapter: path", path, (str, os.PathLike), "a path")
+    expect("save_adapter: adapter", adapter, Adapter, "an Adapter")
+    check_model(model)
     _FORMATS[kind_of(path)].save_adapter(path, adapter, model)
 
 
@@ -41,6 +45,7 @@ def load_adapter(
     other way. A FileNotFoundError or ValueError, in one line, names the file, and the key or tensor, that is missing,
     damaged, not supported, or made for another base.
     """
+    expect("model", model, Base, "a Model, as Model(config, weights) makes it")
     kind = kind_of(path)
     if kind == "loralib":
         return loralib.load_adapter(path, model, alpha=alpha, enabled=enabled)

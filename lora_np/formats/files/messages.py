@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from ...backend import expect
+
 MAX_LINE = 4000  # characters: what is said of a file, with paths as long as they may be
 
 Reader = TypeVar("Reader", bound=Callable[..., Any])
@@ -54,6 +56,7 @@ def named(read: Reader) -> Reader:
 
     @wraps(read)
     def reading(path: Any, *args: Any, **kwargs: Any) -> Any:
+        expect(f"{read.__name__}: path", path, (str, os.PathLike), "a path")
         with naming(path):
             return read(path, *args, **kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Wanted(NamedTuple):
     storage: Storage | None
 
 
+@runtime_checkable
 class Base(Protocol):
     """A configuration, the weights by our names, and their one dtype. A Model is one, and so is an Opened."""
 

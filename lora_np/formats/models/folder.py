@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...backend import Array, asnumpy
-from ...model import Config, Model
+from ...backend import Array, asnumpy, expect
+from ...model import Config, Model, check_model
 from ...ops import widened
 from ..files.atomic import new_folder, write_tensors
 from ..files.json_file import from_fields, read_json, to_fields, write_json
@@ -63,6 +63,8 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
     FileExistsError if there is anything at `path`; a TypeError if the weights are complex, a ValueError if one is NaN
     or infinite.
     """
+    expect("save_model: path", path, (str, os.PathLike), "a path")
+    check_model(model)
     if model.dtype.name not in ("float32", "float64"):
         raise TypeError(f"save_model: expected float32 or float64 weights, got {model.dtype}")
     for name, value in model.weights.items():
@@ -100,8 +102,9 @@ def load_model(
     A FileNotFoundError or ValueError, in one line, says which file is missing, of another model type, or damaged, and
     which key or tensor is at fault.
     """
-    if dtype is not None and dtype not in ("float32", "float64"):
+    if dtype is not None and dtype not in ("float32", "float64", np.float32, np.float64):
         raise ValueError(f"load_model: dtype: expected float32 or float64, got {dtype!r}")
+    dtype = None if dtype is None else np.dtype(dtype).name
     folder, wanted = Path(path), Wanted(dtype, head, n_labels, seed, storage)
     if folder.suffix.lower() == ".gguf":
         return load_gguf(folder, wanted)
