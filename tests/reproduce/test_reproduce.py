@@ -113,6 +113,8 @@ def check_the_report(out, text):
     tables = [table for section in result["sections"] for table in section["tables"]]
     assert all(table["caption"].startswith("Quick form. ") for table in tables)
     assert html.count("<p>Quick form. ") == len(tables) > 8
+    words = re.sub(r"<(style|code|dl)>.*?</\1>|<[^>]*>", " ", html, flags=re.DOTALL)
+    assert not re.findall(r"[`$^\\]|\b[A-Za-z]_[A-Za-z]\b|\de[+-]\d|->", words)  # marks that are not set
     assert QUICK_FORM in text
     assert WITHOUT in text
     assert "pip install &#x27;lora-np[plot]&#x27;" in html

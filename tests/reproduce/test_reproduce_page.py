@@ -1,12 +1,16 @@
 """The page: one file that needs nothing else, in which every link leads somewhere, every id comes once."""
 
+import html
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, NONE, browse
 
+from lora_np.reproduce.counts import counts
 from lora_np.reproduce.page import QUICK_FORM, WITHOUT, page, tally
 from lora_np.reproduce.section import (
     Claim,
@@ -91,22 +95,54 @@ def test_everything_is_said_and_nothing_is_taken_for_markup():
 def test_pictures_are_in_the_page_for_light_and_dark(name):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     picture = Picture("A caption.", name, PICTURES[name])
-    html = page([section("one", pictures=[picture])], {}, pictures=True)
-    dark, light = Reader(html).sources
+    text = page([section("one", pictures=[picture])], {}, pictures=True)
+    dark, light = Reader(text).sources
     assert dark != light
     assert all(source.startswith("data:image/svg+xml;base64,") for source in (dark, light))
-    assert WITHOUT not in html
+    assert WITHOUT not in text
     assert picture.draw(False) == picture.draw(False)  # the same bytes each time
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():
-    html = page([section("one")], {}, pictures=False)
-    assert not re.search(r"https?:|url\(|@import|<script", html)
+    text = page([section("one")], {}, pictures=False)
+    assert not re.search(r"https?:|url\(|@import|<script", text)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NONE)
+@pytest.mark.parametrize("width", [390, 1440])
+def test_in_a_browser_nothing_is_wider_than_the_window_and_what_scrolls_shows_it(tmp_path, width):
+    wide = Table("A wide one", ["", *(f"column {i}" for i in range(20))], [["row", *(["0.1234 ± 0.0001"] * 20)]])
+    sections = [counts(), replace(section("one"), tables=[wide])]
+    text = page(sections, {"form": "quick", "date": "2026-01-31"}, pictures=False)
+    (tmp_path / "harness.html").write_text(HARNESS % (width, json.dumps(text).replace("</", "<\\/")))
+    elements, console = browse(tmp_path, tmp_path / "harness.html")
+    assert console == []
+    report = json.loads(html.unescape(re.search(r'<pre id="report">(.*?)</pre>', elements)[1]))
+    assert report["width"] <= width
+    assert report["scrolling"] == [False, False, True]
+    assert report["shown"] == [True] * 3
+
+
+HARNESS = """<!doctype html><iframe id="frame" width="%d" height="800"></iframe><pre id="report"></pre>
+<script>
+const frame = document.getElementById("frame");
+frame.onload = () => {
+  const page = frame.contentDocument, tables = [...page.querySelectorAll(".scroll")];
+  document.getElementById("report").textContent = JSON.stringify({
+    width: page.documentElement.scrollWidth,
+    scrolling: tables.map((e) => e.scrollWidth > e.clientWidth + 1),
+    shown: tables.map((e) => frame.contentWindow.getComputedStyle(e).backgroundImage !== "none" && e.tabIndex === 0),
+  });
+};
+frame.srcdoc = %s;
+</script>"""
 
 
 def test_letters_of_mathematics_are_set_as_such():
-    html = page([replace(section("one"), about="phi(1, 1) of W_q, U^T W V; `a < b`")], {}, pictures=False)
-    assert "φ(1, 1) of <i>W</i><sub>q</sub>, U<sup>T</sup> W V; <code>a &lt; b</code>" in html
+    about = "phi(1, 1) of W_q, U^T W V; `a < b`, 5.7e-16 or 1.0e+03"
+    text = page([replace(section("one"), about=about)], {}, pictures=False)
+    assert "φ(1, 1) of <i>W</i><sub>q</sub>, U<sup>T</sup> W V; <code>a &lt; b</code>, " in text
+    assert "5.7 · 10<sup>−16</sup> or 1.0 · 10<sup>3</sup>" in text
 
 
 def test_the_quick_form_is_marked_at_every_table_and_picture_and_has_the_exact_verdicts_alone():

@@ -6,13 +6,13 @@ import inspect
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
+from browser import CHROMIUM, NONE, browse
 
 pytest.importorskip("jinja2", reason="the page needs the extra spec")
 pytest.importorskip("latex2mathml", reason="the page needs the extra spec")
@@ -236,7 +236,6 @@ def test_the_pages_that_are_kept_are_those_of_this_source():
 
 # --- In a browser --------------------------------------------------------------------------------------------------
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HARNESS = """<!doctype html><iframe id="frame" width="%d" height="800"></iframe><pre id="report"></pre><script>
 const frame = document.getElementById("frame");
 frame.onload = () => {
@@ -268,20 +267,7 @@ frame.srcdoc = %s;
 </script>"""
 
 
-def browse(folder, path):
-    """The page's elements as a browser has them in the end, and what it says on its console."""
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=10000 --dump-dom"
-    )
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", path.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason=NONE)
 @pytest.mark.parametrize("width", [390, 1280, 1440])
 def test_in_a_browser(text, tmp_path, width):
     """No console errors, no dead anchors, nothing wider than the window; formulas are drawn, and the search finds.
@@ -305,7 +291,7 @@ def test_in_a_browser(text, tmp_path, width):
     ]  # fmt: skip
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason=NONE)
 @pytest.mark.parametrize("width", [390, 1440])
 def test_the_public_names_in_a_browser(names, tmp_path, width):
     (tmp_path / "harness.html").write_text(HARNESS % (width, json.dumps(names).replace("</", "<\\/")), encoding="utf-8")
@@ -316,7 +302,7 @@ def test_the_public_names_in_a_browser(names, tmp_path, width):
     assert (report["mode"], report["hidden"], report["first"][2]) == ("CSS1Compat", 0, "#lora_np.lora_linear")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason=NONE)
 def test_an_error_in_the_script_would_be_seen(text, tmp_path):
     (tmp_path / "wrong.html").write_text(text.replace('getElementById("query")', 'getElementById("queri")'))
     _, console = browse(tmp_path, tmp_path / "wrong.html")
