@@ -142,7 +142,14 @@ def test_without_a_folder_it_is_called_report(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "parts", lambda *_: [run.Part("counts", "Counts", 1, run.counts)])
     assert command(capsys, "--quick")[0] == 0
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["index.html", "parts", "results.json"]
+    names = ["index.html", "parts", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == names
+    shutil.rmtree(tmp_path / "report" / "parts")  # as in a repository, which keeps the pages alone
+    assert command(capsys, "--quick")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == names
+    (tmp_path / "report" / "results.json").write_text('{"mine": 1}')
+    shutil.rmtree(tmp_path / "report" / "parts")
+    assert command(capsys, "--quick")[0] == 2
 
 
 @pytest.mark.parametrize("plan", [run.QUICK, run.STANDARD, run.FULL], ids=lambda plan: plan.name)
