@@ -47,7 +47,7 @@ td:first-child { white-space: normal; min-width: 6.5rem } thead th { border-bott
 code { font-size: .9em } .note { border-left: 4px solid var(--part); padding-left: .7rem }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0; flex: 0 1 28rem; min-width: 0 }
 figure img { display: block; width: 100%; height: auto } figcaption { font-size: .875rem }
-nav a { margin-right: 1rem }
+nav a { display: inline-block; margin: 0 1rem .3rem 0 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: 1rem 0; font-size: .9rem }
 dt { color: var(--dim) } dd { margin: 0; overflow-wrap: anywhere }
 @media (max-width: 36rem) { ul.claims li { grid-template-columns: 1fr } table { font-size: .8rem }
