@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .roofline import EACH_CORE, READ, STREAM
 from .step import COMPILED, EAGER, OURS
 
 BLUE, ORANGE, GREEN, GREY = "#0b6e99", "#c2541b", "#4a7c2c", "#777777"
-_OFFSET: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "#444444"}
+_OFFSET: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": "#333333"}
 PEERS = (EAGER, COMPILED, "transformers", "PEFT", "loralib")
 
 
@@ -56,31 +57,59 @@ def roofline(run: Run) -> Any:
     limits = {f.what: f.median for f in run.of("ops") if f.case == "the machine"}
     products = limits[f"products, {EACH_CORE}"]
     memory = max(limits[f"memory, {STREAM}"], limits[f"memory, {READ}"])
-    picture, (axes, bars) = _figure(13, 6.5, 1, 2)
+    names = sorted(points, key=lambda name: (intensity[name], points[name].median))
+    picture, (axes, bars) = _figure(8, 7 + 0.26 * len(names), 2, 1)
     ridge, left, right = products / memory, min(intensity.values()) / 1.6, max(intensity.values()) * 3
     axes.loglog([left, ridge, right], [memory * left, products, products], color=GREY, linewidth=1.5)
-    axes.annotate(f"{products:.0f} GFLOP/s, large products", (right, products), (0, 6), **_OFFSET, ha="right")
-    axes.annotate(f"{memory:.0f} GB/s", (left, memory * left), (-4, 14), **_OFFSET)
-    places = ((5, 3), (5, -10), (-14, 3), (-14, -10))  # where a point's number stands, so that neighbours keep theirs
-    names = sorted(points, key=lambda name: (intensity[name], points[name].median))
-    for number, name in enumerate(names, 1):
-        x, y, spread = intensity[name], points[name].median, [[side] for side in _spread(points[name])]
-        axes.errorbar(x, y, spread, fmt="o", color=_colour(name), markersize=4, linewidth=1)
-        axes.annotate(str(number), (x, y), places[number % 4], **_OFFSET)
+    low = left * (ridge / left) ** 0.25  # both limits are named above them, where no point is
+    axes.annotate(f"{products:.0f} GFLOP/s, large products", (ridge, products), (-4, 4), **_OFFSET, ha="right")
+    axes.annotate(f"{memory:.0f} GB/s", (low, memory * low), (-6, 4), **_OFFSET, ha="right")
+    for name in names:
+        spread = [[side] for side in _spread(points[name])]
+        axes.errorbar(
+            intensity[name], points[name].median, spread, fmt="o", color=_colour(name), markersize=4, linewidth=1
+        )
     axes.set_xlabel("operations a byte (FLOP/B)")
     axes.set_ylabel("speed, all cores together (GFLOP/s)")
     shares = {f.case: f for f in run.of("ops") if f.what == "share of the roofline"}
     spreads = [list(side) for side in zip(*(_spread(shares[name]) for name in names), strict=True)]
-    labels = [f"{number}  {name}" for number, name in enumerate(names, 1)]
     bars.barh(
-        labels, [shares[name].median for name in names], xerr=spreads, color=[_colour(name) for name in names],
-        height=0.6, error_kw={"ecolor": GREY},
+        [f"{number}  {name}" for number, name in enumerate(names, 1)], [shares[name].median for name in names],
+        xerr=spreads, color=[_colour(name) for name in names], height=0.6, error_kw={"ecolor": GREY},
     )  # fmt: skip
     bars.axvline(1, color=GREY, linewidth=1.5)
     bars.margins(y=0.01)
-    bars.tick_params(axis="y", labelsize=8)
+    bars.invert_yaxis()  # from 1 down, as they are read
     bars.set_xlabel("share of the roofline; above 1: data in cache; orange: backward")
+    picture.draw_without_rendering()  # only then is it known where the points stand
+    _number(axes, [(intensity[name], points[name].median) for name in names])
     return picture
+
+
+# Where a number may stand, in points from its own: further and further out, eight ways each.
+_AROUND = [(r * math.cos(turn * math.pi / 4), r * math.sin(turn * math.pi / 4)) for r in (9, 16, 24, 34, 46, 60, 76)
+           for turn in (1, 7, 3, 5, 0, 4, 2, 6)]  # fmt: skip
+_WIDE, _HIGH = 12.0, 9.0  # of a number with two digits, in points
+
+
+def _number(axes: Any, places: Sequence[tuple[float, float]]) -> None:
+    """Numbers the points from 1, so that no number covers another or a point; a line leads to one that stands apart."""
+    points = axes.transData.transform(places) * 72 / axes.figure.dpi
+    taken: list[tuple[float, float, float, float]] = [(x, y, 5.0, 5.0) for x, y in points]  # centre and size
+    for number, (x, y) in enumerate(points, 1):
+        free = (at for at in _AROUND if not any(_meet((x + at[0], y + at[1], _WIDE, _HIGH), other) for other in taken))
+        at = next(free, _AROUND[0])
+        taken.append((x + at[0], y + at[1], _WIDE, _HIGH))
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 4, "shrinkB": 2}
+        axes.annotate(
+            str(number), places[number - 1], at, **_OFFSET, ha="center", va="center",
+            arrowprops=line if math.hypot(*at) > 16 else None,
+        )  # fmt: skip
+
+
+def _meet(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two boxes, by centre and size, have a part in common."""
+    return all(abs(one[i] - other[i]) < (one[i + 2] + other[i + 2]) / 2 for i in (0, 1))
 
 
 def _colour(name: str) -> str:

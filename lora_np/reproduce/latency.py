@@ -144,7 +144,7 @@ def latency(config: Config, shapes: Sequence[Shape], rounds: int) -> Section:
     return Section(
         "latency", "Inference latency",
         f"The forward pass of {config.n_layer} layers, D = {config.d_model}, without a head, in float32; batch x "
-        f"length. Each variant is timed in turn with the base, {rounds} rounds; its ratio to the base is taken "
+        f"length. Each variant is timed in turn with the base, {rounds} times; its ratio to the base is taken "
         'round by round: the median, and the least and the most. "base, again" is the base a second time: what differs '
         "there is noise. Adapter layers are Houlsby's: two bottlenecks a layer, of D / 9 as in the paper's table (11M "
         "on GPT-2 M), or small, of as many parameters as LoRA with r = 8.",

@@ -47,10 +47,11 @@ td:first-child { white-space: normal; min-width: 6.5rem } thead th { border-bott
 code { font-size: .9em } .note { border-left: 4px solid var(--part); padding-left: .7rem }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0; flex: 0 1 28rem; min-width: 0 }
 figure img { display: block; width: 100%; height: auto } figcaption { font-size: .875rem }
-nav a { margin-right: 1rem }
+nav a { display: inline-block; margin: 0 1rem .3rem 0 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: 1rem 0; font-size: .9rem }
 dt { color: var(--dim) } dd { margin: 0; overflow-wrap: anywhere }
-@media (max-width: 36rem) { ul.claims li { grid-template-columns: 1fr } th, td { padding: .3rem .45rem } }
+@media (max-width: 36rem) { ul.claims li { grid-template-columns: 1fr } table { font-size: .8rem }
+  th, td { padding: .3rem .35rem } td:first-child { min-width: 5rem } }
 @media print { body { max-width: none } nav { display: none } figure, ul.claims li, table { break-inside: avoid }
   .scroll { overflow: visible; background: none } }
 """
@@ -97,9 +98,12 @@ def tally(sections: Sequence[Section]) -> str:
 
 
 def _text(words: str) -> str:
-    """Words as HTML: W_q with its index, phi and U^T as they are printed, `code` as code."""
+    """Words as HTML: W_q with its index, phi, U^T and 1e-3 as they are printed, `code` as code."""
     words = re.sub(r"\bW_([qkvo])\b", r"<i>W</i><sub>\1</sub>", escape(words))
     words = re.sub(r"`([^`]+)`", r"<code>\1</code>", words)
+    words = re.sub(
+        r"(?<=\d)e([+-])0*(\d+)\b", lambda m: f" · 10<sup>{m[1].replace('-', '−').strip('+')}{m[2]}</sup>", words
+    )
     return words.replace("phi(", "φ(").replace("^T", "<sup>T</sup>")
 
 

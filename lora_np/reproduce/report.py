@@ -15,7 +15,7 @@ import numpy as np
 from .. import __version__
 from ..backend import backend_name
 from ..formats.files.atomic import replaced_files
-from ..formats.files.json_file import write_json
+from ..formats.files.json_file import read_json, write_json
 from .kept import PARTS, Done
 from .page import page
 from .run import Plan
@@ -62,9 +62,17 @@ def key(plan: Plan, real: Sequence[str] = ()) -> str:
 
 
 def expect_report(folder: Path, there: Sequence[str]) -> None:
-    """A FileExistsError if there is something in a folder, and no report to go on with."""
-    if there and PARTS not in there:
+    """A FileExistsError if there is something in a folder, and no report to go on with or to write anew."""
+    if there and PARTS not in there and not _is_report(folder / JSON):
         raise FileExistsError(f"{folder}: exists already, and holds no report to go on with; it is not written over")
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is the data of a report; the parts of one that is kept in a repository are not kept there."""
+    try:
+        return read_json(path).keys() == as_data([], {}).keys()
+    except (OSError, ValueError):
+        return False
 
 
 def as_data(sections: Sequence[Section], about: dict[str, Any]) -> dict[str, Any]:

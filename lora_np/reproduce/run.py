@@ -87,16 +87,16 @@ STANDARD = Plan(
     rounds=5,
     seconds={
         "counts": 1,
-        "cost": 10,
-        "rank-embedded": 180,
+        "cost": 30,
+        "rank-embedded": 230,
         "subspaces-embedded": 10,
         "amplification-embedded": 1,
-        "latency": 60,
+        "latency": 40,
         "switching": 5,
-        "orthogonality": 20,
+        "orthogonality": 30,
     },
 )
-FULL = replace(STANDARD, name="full", passes=_GPT2)
+FULL = replace(STANDARD, name="full", passes=_GPT2, seconds={**STANDARD.seconds, "latency": 1800})
 QUICK = replace(
     STANDARD,
     name="quick",
@@ -109,6 +109,7 @@ QUICK = replace(
     passes=_SMALL,
     shapes=(Shape(4, 16), Shape(1, 8)),
     rounds=1,
+    seconds={**dict.fromkeys(STANDARD.seconds, 1), "rank-embedded": 6},
 )  # fmt: skip
 
 LABELLED = Settings(steps=20, lr=1e-3, warmup=20)  # of MiniLM on SST-2, but for the steps: an epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -38,8 +39,11 @@ class Written(NamedTuple):
 def text() -> str:
     """The clause, in Markdown."""
     layout = ["Tensors are:", "", "| name | tensor |", "| --- | --- |"]
-    layout += [f"| `{name}` | {what} |" for name, what in LAYOUT.items() if name != "results"]
-    return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").replace("{layout}", "\n".join(layout))
+    for names, what in LAYOUT.items():
+        if names != "results":
+            layout.append(f"| `{names.replace(', ', '`, `')}` | {what.replace('`', '')} |")
+    powers = re.sub(r"2\^(-\d+)", r"$2^{\1}$", "\n".join(layout))
+    return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").replace("{layout}", powers)
 
 
 def asked() -> dict[str, list[Asked]]:

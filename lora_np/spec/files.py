@@ -27,8 +27,8 @@ MEANING: Mapping[str, str] = {
     "layers_to_transform": "the numbers of the layers that are adapted; absent: all",
     "layers_pattern": "the name of the list of layers, before the number",
     "modules_to_save": "modules that are trained whole: the head",
-    "init_lora_weights": "the start of $A$ and $B$ (L3). Starts that change the base (PiSSA, OLoRA, CorDA, LoftQ) make "
-    "the file no update of the base that it names",
+    "init_lora_weights": "the start of $A$ and $B$ (L3). With starts that change the base, as "
+    "PiSSA, OLoRA, CorDA and LoftQ do, the file is no update of the base that it names",
 }
 
 

@@ -27,6 +27,8 @@ SHAPE = re.compile(rf"\((?:\.\.\.|{_SIZE},|(?:\.\.\.|{_SIZE})(?:, ?{_SIZE})+)\)"
 
 ARROW = re.compile(r"-&gt;\s*")  # in a text, where a line must not end within it or behind it
 
+SHORT = 60  # characters of a formula as MathML has them, entities among them: less than a narrow line
+
 COLOURED = {
     token.Keyword: "k", token.Operator.Word: "k", token.Name.Function: "f", token.Name.Class: "f",
     token.Name.Decorator: "f", token.String: "s", token.Number: "m", token.Comment: "c",
@@ -91,6 +93,15 @@ def _block(_: RendererProtocol, tokens: Sequence[Token], i: int, __: Any, ___: M
     return f'<pre tabindex="0"><code>{_linked(escape(tokens[i].content, quote=False))}</code></pre>\n'
 
 
+def _kept(html: str) -> str:
+    """What closes a formula in a line stays with it, unless it is long: no line begins with a comma."""
+
+    def kept(m: re.Match[str]) -> str:
+        return f'<span class="kept">{m[0]}</span>' if len(re.sub("<[^>]*>", "", m[0])) <= SHORT else m[0]
+
+    return re.sub(r'<span class="math inline">(?:(?!<span).)*?</span>[,.;:)]+', kept, html)
+
+
 def _markdown(parser: MarkdownIt) -> Callable[[str, Anchor], Markup]:
     parser.add_render_rule("text", _text)
     parser.add_render_rule("code_inline", _code)
@@ -98,7 +109,7 @@ def _markdown(parser: MarkdownIt) -> Callable[[str, Anchor], Markup]:
     parser.add_render_rule("fence", _block)
     parser.add_render_rule("table_open", lambda *_: '<div class="wide" tabindex="0"><table>\n')
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    return lambda text, anchor: Markup(parser.render(text, {"anchor": anchor}))
+    return lambda text, anchor: Markup(_kept(parser.render(text, {"anchor": anchor})))
 
 
 # A statement is Markdown with formulas. A docstring is plain: paragraphs, `code`, and blocks that are set further in.

@@ -22,7 +22,7 @@ from .markup import Anchor, docstring_html, source_html, statement_html
 
 NAME, API = "index.html", "api.html"
 SETTERS = ("jinja2", "latex2mathml", "markdown-it-py", "mdit-py-plugins", "pygments")
-LONG = 80  # characters of a line of source, beside which a docstring has room
+LONG = 72  # characters of a line of source, beside which a docstring has room
 HERE = Path(__file__).parent
 
 

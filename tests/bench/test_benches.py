@@ -82,6 +82,39 @@ def test_pictures_are_drawn(quick, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"roofline.png", "scaling.png", "memory.png"}  # no peers: none
 
 
+def test_no_number_of_the_roofline_covers_another_or_a_point():
+    """Thirty primitives of which most stand close together, as products and norms do."""
+    pytest.importorskip("matplotlib", reason="pictures: pip install lora-np[plot]")
+    from matplotlib.text import Text
+
+    from bench import plots
+
+    rng = np.random.default_rng(0)
+    found = [
+        figures.Figure("ops", "the machine", what, unit, [value])
+        for what, unit, value in (
+            ("products, one product a core at once", "GFLOP/s", 450.0), ("memory, a = b + c", "GB/s", 60.0),
+            ("memory, reading", "GB/s", 73.0),
+        )
+    ]  # fmt: skip
+    for i in range(30):
+        intensity, speed = (0.5, 6.0) if i < 16 else (80.0, 330.0) if i < 27 else (10.0 ** (i - 29), 1.0)
+        x, y = intensity * rng.uniform(0.7, 1.4), speed * rng.uniform(0.7, 1.4)
+        for what, value in (("operations", y), ("operations a byte", x), ("share of the roofline", 0.5)):
+            found.append(figures.Figure("ops", f"primitive {i}", what, "", [value, value]))
+    picture = plots.roofline(figures.Run({}, found))
+    axes = picture.axes[0]
+    picture.draw_without_rendering()
+    numbers = [text for text in axes.texts if text.get_text().isdecimal()]
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines that lead to points
+    assert [int(text.get_text()) for text in numbers] == list(range(1, 31))
+    assert not [(i, j) for i, one in enumerate(boxes) for j, other in enumerate(boxes[:i]) if one.overlaps(other)]
+    points = axes.transData.transform([line.get_xydata()[0] for line in axes.lines[1:] if line.get_marker() == "o"])
+    assert len(points) == 30
+    assert not [(i, tuple(at)) for i, box in enumerate(boxes) for at in points if box.contains(*at)]
+    assert min(text.get_fontsize() for text in numbers) >= 9
+
+
 @pytest.mark.parametrize("argv", [["nonsense"], ["all", "--rounds", "0"], ["compare", "one.json"], ["table"]])
 def test_what_is_not_understood_is_said(argv, capsys):
     with pytest.raises(SystemExit):

@@ -204,7 +204,7 @@ def test_a_negative_seed_is_refused_by_name(capsys, command):
 @pytest.mark.parametrize("command", ["reproduce", "vectors", "convert"])
 def test_an_output_that_cannot_be_written_is_known_before_the_work(home, tmp_path, capsys, monkeypatch, command):
     (tmp_path / "file").write_text("")
-    for work in ("reproduce.run.sections", "cli.conformance.made", "cli.convert.load_base_for"):
+    for work in ("reproduce.run.parts", "cli.conformance.made", "cli.convert.load_base_for"):
         monkeypatch.setattr(f"lora_np.{work}", lambda *args: pytest.fail("it works for nothing"))
     more = ["--base", f"{home / 'base'}", "--adapter", f"{home / 'expected'}"] if command == "convert" else []
     assert cli.main([command, "--out", f"{tmp_path / 'file' / 'out'}", *more]) == 2

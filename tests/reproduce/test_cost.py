@@ -68,4 +68,11 @@ def test_the_verdict_on_the_optimizers_state(measured, verdict):
     ("median", "verdict"), [(1.4, "holds"), (1.13, "holds"), (1.05, "holds in part"), (0.9, "does not hold")]
 )
 def test_the_verdict_on_speed(median, verdict):
-    assert cost.speed_claim(Ratio(median, median / 2, median * 2)).verdict == verdict
+    assert cost.speed_claim(Ratio(median, median, median)).verdict == verdict
+
+
+def test_a_speed_up_within_the_rounds_spread_is_not_decided():
+    assert cost.speed_claim(Ratio(1.4, 1.1, 1.5)).verdict == "holds"
+    assert cost.speed_claim(Ratio(1.4, 0.9, 1.5)).verdict == "not decided"
+    assert cost.speed_claim(Ratio(1.1, 1.05, 1.3)).verdict == "not decided"
+    assert cost.speed_claim(Ratio(0.7, 0.65, 0.8)).verdict == "does not hold"

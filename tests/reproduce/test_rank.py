@@ -50,21 +50,43 @@ def test_the_verdict_on_a_low_rank(means, verdict, figure):
     assert figure in claim.figure
 
 
-def test_a_difference_within_the_seeds_spread_is_none():
+def test_a_difference_within_the_seeds_spread_is_not_decided():
     """Of 3 seeds each with a deviation of 0.3, two standard errors of the difference are 2 x 0.3 sqrt(2/3) = 0.49."""
-    assert rank.as_good(BEFORE, exactly(2.48, 0.3), exactly(2.0, 0.3), 3)
-    assert not rank.as_good(BEFORE, exactly(2.50, 0.3), exactly(2.0, 0.3), 3)
-    assert not rank.as_good(BEFORE, exactly(2.48, 0.0), exactly(2.0, 0.0), 3)
+    assert rank.as_good(BEFORE, exactly(2.48, 0.3), exactly(2.0, 0.3), 3) is None
+    assert rank.as_good(BEFORE, exactly(2.01, 0.3), exactly(2.0, 0.3), 3) is None
+    assert rank.as_good(BEFORE, exactly(2.50, 0.3), exactly(2.0, 0.3), 3) is False
+    assert rank.as_good(BEFORE, exactly(2.48, 0.0), exactly(2.0, 0.0), 3) is False
+    assert rank.as_good(BEFORE, exactly(2.04, 0.0), exactly(2.0, 0.0), 3) is True
+    assert rank.as_good(BEFORE, exactly(2.0, 0.3), exactly(2.0, 0.3), 3) is True  # the best itself
+
+
+NOISY = 0.3  # a deviation beside which gains of 1 and differences of 0.1 say nothing
+
+
+def test_every_verdict_on_differences_within_the_noise_is_not_decided():
+    noisy = {r: exactly(mean, NOISY) for r, mean in zip((1, 2, 4, 8, 64), (2.1, 2.1, 2.05, 2.05, 2.0), strict=True)}
+    other = {r: exactly(found.mean + 0.1, NOISY) for r, found in noisy.items()}
+    choices = {t: exactly(2.1 if t != rank.QV else 2.0, NOISY) for t in rank.BUDGET}
+    claims = [
+        rank.low_rank_claim(BEFORE, noisy, 3),
+        rank.single_needs_more_claim(BEFORE, other, noisy, 3),
+        rank.pair_claim(BEFORE, {**choices, rank.Q: exactly(1.9, NOISY)}, 3),
+        rank.lone_claim(BEFORE, choices, 3),
+        rank.all_matrices_claim(BEFORE, exactly(2.0, NOISY), exactly(1.9, NOISY), 3),
+        rank.full_claim(BEFORE, exactly(2.1, NOISY), exactly(2.0, NOISY), 3),
+    ]
+    assert [claim.verdict for claim in claims] == ["not decided"] * 6
+    assert "not told from the best: r = 1, 2, 4 and 8" in claims[0].figure
 
 
 def test_the_verdict_on_w_q_alone():
     q, qv = by_rank(2.8, 2.7, 2.6, 2.5, 2.5), by_rank(2.1, 2.0, 2.0, 2.0, 2.0)
-    claim = rank.single_needs_more_claim(BEFORE, q, qv)
+    claim = rank.single_needs_more_claim(BEFORE, q, qv, 3)
     assert claim.verdict == "holds"
     assert "40% of the best rank's gain with {q}, 90% with {q, v}" in claim.figure
-    assert rank.single_needs_more_claim(BEFORE, qv, q).verdict == "does not hold"
+    assert rank.single_needs_more_claim(BEFORE, qv, q, 3).verdict == "does not hold"
     nearly = by_rank(2.52, 2.5, 2.0, 2.0, 2.0)
-    assert rank.single_needs_more_claim(BEFORE, nearly, by_rank(2.5, 2.5, 2.0, 2.0, 2.0)).verdict == "does not hold"
+    assert rank.single_needs_more_claim(BEFORE, nearly, by_rank(2.5, 2.5, 2.0, 2.0, 2.0), 3).verdict == "does not hold"
 
 
 def budget(**changed):
@@ -99,7 +121,7 @@ def test_the_verdict_on_one_matrix_alone(changed, verdict):
 
 @pytest.mark.parametrize(("every", "verdict"), [(1.95, "holds"), (2.2, "holds"), (1.5, "does not hold")])
 def test_the_verdict_on_all_matrices(every, verdict):
-    assert rank.all_matrices_claim(BEFORE, exactly(2.0), exactly(every)).verdict == verdict
+    assert rank.all_matrices_claim(BEFORE, exactly(2.0), exactly(every), 3).verdict == verdict
 
 
 @pytest.mark.parametrize(("lora", "verdict"), [(2.0, "holds"), (1.9, "holds"), (2.04, "holds"), (2.3, "does not hold")])

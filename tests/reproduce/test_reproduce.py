@@ -1,22 +1,27 @@
-"""The whole command in its quick form: every verdict is computed, and both files are written, or neither."""
+"""The whole command in its quick form: every verdict is computed, and a run that is stopped goes on where it was."""
 
 import json
+import platform
+import re
+import shutil
 import sys
 from dataclasses import replace
+from datetime import date
 
 import numpy as np
 import pytest
 
 import lora_np as ln
 from lora_np import cli
-from lora_np.backend import asnumpy
-from lora_np.reproduce import latency, run
+from lora_np.backend import asnumpy, xp
+from lora_np.reproduce import latency, report, run
 from lora_np.reproduce import study as study_module
-from lora_np.reproduce.page import WITHOUT
+from lora_np.reproduce.kept import Done, Kept
+from lora_np.reproduce.page import QUICK_FORM, WITHOUT, page
 from lora_np.reproduce.rank import rank
 from lora_np.reproduce.study import FULL, QV, Setting, adapter_of, train_all
 from lora_np.reproduce.switching import unicode_names
-from lora_np.training.loop import evaluate
+from lora_np.training.loop import Score, evaluate
 from lora_np.training.text import ByteTokenizer
 
 STUDY = ["rank-embedded", "subspaces-embedded", "amplification-embedded"]
@@ -34,28 +39,181 @@ def on_a_still_clock(functions, *, rounds):
     return {name: [1.0] * rounds for name, function in functions.items() if function() is not None}
 
 
-def test_the_quick_form_checks_every_claim_and_writes_both_files(capsys, tmp_path, monkeypatch):
+def stopped(*_):
+    raise KeyboardInterrupt
+
+
+def done(out):
+    """The sections on the page, and whether it is whole."""
+    page = (out / "index.html").read_text()
+    return re.findall(r'<h2 id="([^"]+)">', page), page.endswith("</html>\n")
+
+
+def test_a_run_that_is_stopped_goes_on_and_what_is_done_is_done_once(capsys, tmp_path, monkeypatch):
+    """Stopped within the trainings, and after them; then to the end, and once more."""
     monkeypatch.setenv("LORA_NP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # pictures are tested apart
     monkeypatch.setattr(run, "standard_library", unicode_names)  # which so small a base learns in so few steps
     monkeypatch.setattr(latency, "in_turn", on_a_still_clock)
-    status, out, _ = command(capsys, "--quick", "--out", tmp_path / "report")
+    out = tmp_path / "report"
+    wanted = len(set(run.wanted(run.QUICK)))
+    trained, real = [], study_module._train
+
+    def train_some(study, setting, report):
+        if len(trained) == 5:
+            stopped()
+        trained.append(setting)
+        return real(study, setting, report)
+
+    monkeypatch.setattr(study_module, "_train", train_some)
+    status, text, err = command(capsys, "--quick", "--out", out)
+    assert (status, text, len(trained)) == (130, "", 5)
+    assert done(out) == (SECTIONS[:2], True)
+    assert "2 of 8 sections are done; the same command goes on from there" in err
+    first = {path.name: path.read_bytes() for path in out.glob("parts/*/*.json")}
+
+    trained += [None]  # so that it does not stop there again
+    monkeypatch.setattr(run, "latency", stopped)
+    status, _, err = command(capsys, "--quick", "--out", out)
+    assert (status, len(trained) - 1) == (130, wanted + len(run.OTHER_TEXTS))
+    assert done(out) == (SECTIONS[:5], True)
+    assert "2 of 8 sections are there" in err
+    assert "6 sections to measure, about" in err
+    assert "Still to be measured" in (out / "index.html").read_text()
+    assert {path.name: path.read_bytes() for path in out.glob("parts/*/*.json") if path.name in first} == first
+
+    monkeypatch.setattr(run, "latency", latency.latency)
+    monkeypatch.setattr(study_module, "_train", lambda *_: pytest.fail("it is trained already"))
+    status, text, _ = command(capsys, "--quick", "--out", out)
     assert status == 0
-    result = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert done(out) == (SECTIONS, True)
+    assert not list(out.glob("parts/*/trainings"))
+    check_the_report(out, text)
+
+    monkeypatch.setattr(run, "parts", unmade(run.parts))
+    before = (out / "index.html").read_bytes(), (out / "results.json").read_bytes()
+    assert command(capsys, "--quick", "--out", out)[:2] == (0, text)
+    assert ((out / "index.html").read_bytes(), (out / "results.json").read_bytes()) == before
+
+
+def unmade(parts):
+    """The sections to be, none of which may be made."""
+    return lambda *args: [part._replace(make=lambda: pytest.fail("it is there already")) for part in parts(*args)]
+
+
+def check_the_report(out, text):
+    """Every claim has a verdict, in both files and on the console, and in the quick form only what is exact decides."""
+    result = json.loads((out / "results.json").read_text())
     assert [section["id"] for section in result["sections"]] == SECTIONS
     claims = [claim for section in result["sections"] for claim in section["claims"]]
-    unchecked = [claim["claim"] for claim in claims if claim["verdict"] == "not checked"]
-    assert unchecked == ([] if ln.backend_name == "numpy" else [c["claim"] for c in claims if "GPU" in c["figure"]])
-    assert WITHOUT in out
-    html = (tmp_path / "report" / "index.html").read_text()
+    assert {claim["verdict"] for claim in claims if not claim["exact"]} == {"not decided"}
+    assert {claim["verdict"] for claim in claims if claim["exact"]} <= {"holds", "holds in part"}
+    assert sum(claim["exact"] for claim in claims) == 6
+    html = (out / "index.html").read_text()
+    tables = [table for section in result["sections"] for table in section["tables"]]
+    assert all(table["caption"].startswith("Quick form. ") for table in tables)
+    assert html.count("<p>Quick form. ") == len(tables) > 8
+    words = re.sub(r"<(style|code|dl)>.*?</\1>|<[^>]*>", " ", html, flags=re.DOTALL)
+    assert not re.findall(r"[`$^\\]|\b[A-Za-z]_[A-Za-z]\b|\de[+-]\d|->", words)  # marks that are not set
+    assert QUICK_FORM in text
+    assert WITHOUT in text
     assert "pip install &#x27;lora-np[plot]&#x27;" in html
     for claim in claims:
-        assert claim["verdict"].upper() in out
-        assert claim["claim"] in out
-        assert claim["figure"] in out
-    status, _, err = command(capsys, "--quick", "--out", tmp_path / "report")
-    assert status == 2
-    assert "exists already" in err
+        assert claim["verdict"].upper() in text
+        assert claim["claim"] in text
+        assert claim["figure"] in text
+    for fact in (ln.__version__, np.__version__, platform.python_version(), date.today().isoformat(), "quick"):
+        assert fact in result["environment"].values()
+        assert f"<dd>{fact}</dd>" in html
+
+
+def test_a_folder_that_holds_no_report_is_refused_before_any_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "parts", lambda *_: pytest.fail("it works for nothing"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("mine")
+    status, out, err = command(capsys, "--quick", "--out", tmp_path / "there")
+    assert (status, out) == (2, "")
+    assert err == (f"lora-np: {tmp_path / 'there'}: exists already, and holds no report to go on with; "
+                   "it is not written over\n")  # fmt: skip
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["mine.txt"]
+
+
+def test_without_a_folder_it_is_called_report(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "parts", lambda *_: [run.Part("counts", "Counts", 1, run.counts)])
+    assert command(capsys, "--quick")[0] == 0
+    names = ["index.html", "parts", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == names
+    shutil.rmtree(tmp_path / "report" / "parts")  # as in a repository, which keeps the pages alone
+    assert command(capsys, "--quick")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == names
+    (tmp_path / "report" / "results.json").write_text('{"mine": 1}')
+    shutil.rmtree(tmp_path / "report" / "parts")
+    assert command(capsys, "--quick")[0] == 2
+
+
+@pytest.mark.parametrize("plan", [run.QUICK, run.STANDARD, run.FULL], ids=lambda plan: plan.name)
+def test_each_section_but_those_of_a_real_base_says_how_long_it_takes(tmp_path, plan, labelled):
+    """So many are made as are said to be; those of a base and data of one's own depend on these."""
+    parts = run.parts(plan, lambda _: None, Kept(tmp_path, "key"), labelled)
+    assert [part.id for part in parts if part.seconds is None] == ["rank-real", "subspaces-real", "amplification-real"]
+    assert [part.id for part in parts if part.id in SECTIONS] == SECTIONS
+
+
+def test_another_version_another_plan_and_other_data_have_other_keys(monkeypatch):
+    keys = [report.key(run.QUICK), report.key(run.STANDARD), report.key(replace(run.QUICK, rounds=2)),
+            report.key(run.QUICK, ["a", "b"])]  # fmt: skip
+    monkeypatch.setattr(report, "__version__", "another")
+    keys.append(report.key(run.QUICK))
+    assert len(set(keys)) == len(keys)
+    monkeypatch.undo()
+    assert report.key(run.QUICK) == keys[0] == report.key(replace(run.QUICK, seconds={}))
+
+
+def test_another_source_has_another_key_but_how_the_page_looks_is_no_part_of_it(tmp_path, monkeypatch):
+    shutil.copytree(report.PACKAGE, tmp_path / "lora_np", ignore=shutil.ignore_patterns("__pycache__", "html"))
+    key = report.key(run.QUICK)
+    monkeypatch.setattr(report, "PACKAGE", tmp_path / "lora_np")
+    assert report.key(run.QUICK) == key
+    with (tmp_path / "lora_np" / "reproduce" / "page.py").open("a") as file:
+        file.write("# other\n")
+    assert report.key(run.QUICK) == key
+    with (tmp_path / "lora_np" / "lora.py").open("a") as file:
+        file.write("# other\n")
+    assert report.key(run.QUICK) != key
+
+
+def test_a_section_comes_back_as_it_was_kept(tmp_path):
+    section = run.counts()
+    kept = Kept(tmp_path, "key")
+    assert kept.section("counts") is None
+    kept.keep_section(Done(section, 1.5, "2026-01-31"))
+    back = Kept(tmp_path, "key").section("counts")
+    assert (back.seconds, back.day) == (1.5, "2026-01-31")
+    assert page([back.section], {}, pictures=False) == page([section], {}, pictures=False)
+    assert Kept(tmp_path, "other").section("counts") is None
+    path = tmp_path / "parts" / "key" / "counts.json"
+    for wrong in (path.read_text().replace('"title"', '"titel"'), path.read_text().replace('"holds"', '"is so"'), "{"):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=re.escape(f"{path}: ")):
+            kept.section("counts")
+
+
+def test_a_training_comes_back_as_it_was_kept(tmp_path):
+    kept = Kept(tmp_path, "key")
+    params = {"layers.0.attn.q.A": xp.asarray(np.arange(6, dtype="float32").reshape(2, 3))}
+    assert kept.training("one") is None
+    kept.keep_training("one", params, Score(1.25, 0.1))
+    kept.keep_training("all", {}, Score(2.0, 0.0))
+    back, score = kept.training("one")
+    assert score == Score(1.25, 0.1)
+    assert {name: asnumpy(p).tobytes() for name, p in back.items()} == {
+        name: asnumpy(p).tobytes() for name, p in params.items()
+    }
+    assert kept.training("all") == ({}, Score(2.0, 0.0))
+    kept.discard_trainings()
+    assert kept.training("one") is None
+    kept.discard_trainings()
 
 
 @pytest.mark.parametrize(

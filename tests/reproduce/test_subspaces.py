@@ -53,14 +53,22 @@ def test_the_verdict_on_two_seeds(q, v, verdict):
 )
 def test_the_verdict_on_the_intrinsic_rank(q, v, verdict):
     """More than the other and more than chance, 0.1."""
-    claim = subspaces.intrinsic_rank_claim(8, {"q": [q], "v": [v]}, 0.1)
+    claim = subspaces.intrinsic_rank_claim(8, {"q": [q, q], "v": [v, v]}, 0.1)
     assert claim.verdict == verdict
     assert f"{8 * (q - 0.1):.2f} of W_q's" in claim.figure
 
 
 @pytest.mark.parametrize(("same", "other", "verdict"), [(0.4, 0.1, "holds"), (0.1, 0.4, "does not hold")])
 def test_the_verdict_on_tasks(same, other, verdict):
-    assert subspaces.tasks_claim([same], [other], 0.06).verdict == verdict
+    assert subspaces.tasks_claim([same] * 3, [other] * 3, 0.06).verdict == verdict
+
+
+def test_a_mean_that_is_within_the_layers_spread_is_not_decided():
+    """Differences of 0.3, -0.2 and 0.05, 0.05 on average: the standard error is 0.144."""
+    low, high = [0.2, 0.5, 0.3], [0.5, 0.3, 0.35]
+    assert subspaces.tasks_claim(high, low, 0.06).verdict == "not decided"
+    assert subspaces.intrinsic_rank_claim(8, {"q": high, "v": low}, 0.1).verdict == "not decided"
+    assert subspaces.tasks_claim([v + 0.4 for v in high], low, 0.06).verdict == "holds"
 
 
 def test_adapters_that_are_compared_have_seeds_of_their_own():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_np.spec.citations import ID, Proof, proofs, stated
+from lora_np.spec.citations import ID, Proof, kept, proofs, read_kept, stated
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,12 @@ def test_proofs_are_found_and_nothing_is_run(tmp_path):
     )
     (tmp_path / "helper.py").write_text("@proves('L2')\ndef test_elsewhere(): ...\n")
     one = (tmp_path / "deep" / "test_one.py").relative_to(tmp_path)
-    assert list(proofs(tmp_path)) == [
+    found = list(proofs(tmp_path))
+    again = read_kept(kept(found))
+    assert [(one.as_posix(), *rest) for one, *rest in again] == [
+        (one.as_posix(), *rest) for one, *rest in found if rest[-1]
+    ]
+    assert found == [
         Proof(one, "test_marked", ("L1", "T16")),
         Proof(one, "test_long_hand", ("O1",)),
         Proof(one, "test_unmarked", None),

@@ -1,11 +1,12 @@
 """What the document holds: everything that states something, everything that this rests on, each once."""
 
+import json
 import math
 
 import pytest
 
 from lora_np.spec.citations import stated
-from lora_np.spec.clauses import Clause, gather, reach, refusing
+from lora_np.spec.clauses import TESTS, Clause, gather, reach, refusing
 from lora_np.spec.definitions import read_package
 from lora_np.spec.statements import STATEMENTS
 from lora_np.vectors.derivatives import Row
@@ -70,17 +71,29 @@ def test_an_error_beyond_its_bound_or_no_number_fails(error, failed):
 
 
 def test_proofs_are_those_marked_with_the_id():
-    assert DOCUMENT.tested
     clauses = {clause.id: clause for clause in DOCUMENT.clauses}
     for name, clause in clauses.items():
         assert all(name in proof.ids for proof in clause.proofs)
     assert all(clause.proofs for clause in DOCUMENT.clauses if clause.here)
 
 
-def test_a_package_without_its_tests_has_no_proofs(tmp_path):
-    document = gather(None, tests=tmp_path / "tests")
-    assert not document.tested
-    assert not any(clause.proofs for clause in document.clauses)
+def test_a_package_without_its_tests_has_their_list(tmp_path):
+    """As in a clone: each clause with the same tests, in the same order."""
+
+    def listed(document):
+        return [[(proof.path.as_posix(), proof.test, proof.ids) for proof in c.proofs] for c in document.clauses]
+
+    assert listed(gather(None, tests=tmp_path / "tests")) == listed(DOCUMENT)
+
+
+def test_each_clause_has_what_the_vectors_ask_for():
+    manifest = json.loads((TESTS / "conformance" / "vectors" / "v1" / "manifest.json").read_text())
+    asked = {c.id: [(part.operation.name, case.name) for part in c.asked for case in part.cases]
+             for c in DOCUMENT.clauses}  # fmt: skip
+    wanted = {name: [] for name in STATEMENTS}
+    for case in manifest["cases"]:
+        wanted[case["id"]].append((case["operation"], case["name"]))
+    assert asked == wanted
 
 
 def test_errors_are_found_however_far_down(tmp_path):

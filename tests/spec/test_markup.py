@@ -13,15 +13,22 @@ pytest.importorskip("pygments", reason="the page needs the extra spec")
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_np.spec import conformance, files
 from lora_np.spec.definitions import read_package
 from lora_np.spec.markup import docstring_html, math, source_html, statement_html
-from lora_np.spec.statements import PARTS, STATEMENTS
+from lora_np.spec.statements import PARTS, STATEMENTS, Statement
 
-TEXTS = {**PARTS, **STATEMENTS}
+TEXTS = {
+    **PARTS,
+    **STATEMENTS,
+    "conformance": Statement("", conformance.text()),
+    **{title or "files": Statement(title, text) for title, text in files.sections()},
+}
 FORMULAS = [
     (name, block or inline, bool(block))
     for name, statement in TEXTS.items()
-    for block, inline in re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", statement.text, flags=re.DOTALL)
+    for text in (statement.text, *statement.notes.values())
+    for block, inline in re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", text, flags=re.DOTALL)
 ]
 MATHML = "{http://www.w3.org/1998/Math/MathML}"
 
@@ -55,7 +62,7 @@ def test_bars_know_their_sides():
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_no_formula_of_a_statement_is_left_as_text(name):
-    text = statement_html(TEXTS[name].text, nowhere)
+    text = "".join(statement_html(part, nowhere) for part in (TEXTS[name].text, *TEXTS[name].notes.values()))
     assert text.count("<math ") == sum(1 for other, *_ in FORMULAS if other == name)
     assert "$" not in re.sub(r'alttext="[^"]*"', "", text)
 
@@ -68,7 +75,8 @@ def test_ids_and_names_are_links_and_shapes_are_set_apart():
     )
     assert text == (
         '<p><a href="#T3">T3</a>, <a href="#L8">L8</a> (paper 4.1): <a href="#ops.linear"><code>linear</code></a> of x '
-        '<span class="shape">(..., in)</span>, <code>other</code>, A2 = 3, -&gt; <span class="shape">(N,T,D)</span>, '
+        '<span class="shape">(..., in)</span>, <code>other</code>, A2 = 3, →\N{NO-BREAK SPACE}'
+        '<span class="shape">(N,T,D)</span>, '
         '<span class="shape">(V,)</span>, <span class="shape">(&lt;= r,)</span>, <span class="shape">(...)</span>, '
         '(<a href="#T5">T5</a>, <a href="#T6">T6</a>), (as is).</p>\n'
     )
@@ -81,7 +89,7 @@ def test_a_docstring_is_not_markdown():
     )
     assert text == (
         "<p>m*x) A^T, (m*x\n_one_ &lt;two&gt; [three](four) 1. five</p>\n"
-        '<pre><code>a = b    (<a href="#L1">L1</a>)\nc\n</code></pre>\n<p># six</p>\n'
+        '<pre tabindex="0"><code>a = b    (<a href="#L1">L1</a>)\nc\n</code></pre>\n<p># six</p>\n'
     )
 
 
