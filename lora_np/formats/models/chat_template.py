@@ -47,6 +47,16 @@ class Rendered(NamedTuple):
     unscored: int
 
 
+class Prompted(NamedTuple):
+    """The text of a conversation up to where the assistant begins; and the special token that ends what it says.
+
+    end: None where no special token does.
+    """
+
+    text: str
+    end: str | None
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A chat template's source, and `where` it stands, which errors name."""
@@ -66,12 +76,31 @@ class ChatTemplate:
         are the spans. A ValueError if the template is none, or takes too much time or memory; an ImportError without
         jinja2.
         """
+        answers = self._answers(conversations, variables, special, are_prompts=False)
+        return [answer if isinstance(answer, str) else Rendered(**answer) for answer in answers]
+
+    def prompts(
+        self, conversations: Sequence[Conversation], variables: Mapping[str, str], special: Sequence[str]
+    ) -> list[Prompted | str]:
+        """Each conversation's text with the generation prompt, and what ends the answer; else as `render`."""
+        answers = self._answers(conversations, variables, special, are_prompts=True)
+        return [answer if isinstance(answer, str) else Prompted(**answer) for answer in answers]
+
+    def _answers(
+        self,
+        conversations: Sequence[Conversation],
+        variables: Mapping[str, str],
+        special: Sequence[str],
+        *,
+        are_prompts: bool,
+    ) -> list[Any]:
+        """What the renderer says of each conversation."""
         requests = [_request(one) for one in conversations]
         n = sum(len(messages) for messages, *_ in requests)
         seconds = SECONDS + SECONDS_EACH * n
         request = {
             "source": self.source, "variables": dict(variables), "special": list(special), "path": _jinja(),
-            "seconds": seconds, "memory": MEMORY, "conversations": requests,
+            "seconds": seconds, "memory": MEMORY, "conversations": requests, "are_prompts": are_prompts,
         }  # fmt: skip
         answers = bounded.answers(RENDERER, request, f"{self.where}: not rendered")
         if answers and "refused" in answers[0]:
@@ -80,7 +109,7 @@ class ChatTemplate:
             raise ValueError(
                 f"{self.where}: the chat template takes too long, more than {seconds:g} seconds, or too much memory"
             )
-        return [answer if isinstance(answer, str) else Rendered(**answer) for answer in answers[1:]]
+        return answers[1:]
 
 
 def _request(one: Conversation) -> tuple[list[dict[str, Any]], Any, int, int]:
