@@ -141,6 +141,14 @@ def load_chat_template(path: Path, file: Path | None = None) -> ChatTemplate:
     """
     if file is not None:
         return ChatTemplate(_read(file), str(file))
+    template = find_chat_template(path)
+    if template is None:
+        raise ValueError(f"{path}: this model has no chat template; name one with --chat-template FILE")
+    return template
+
+
+def find_chat_template(path: Path) -> ChatTemplate | None:
+    """The chat template of a model, if it has one; else as `load_chat_template`."""
     found: Any = None
     where = str(path)
     if path.suffix.lower() == ".gguf":
@@ -151,9 +159,7 @@ def load_chat_template(path: Path, file: Path | None = None) -> ChatTemplate:
     elif (path / TOKENIZER_CONFIG).is_file():
         found = read_json(path / TOKENIZER_CONFIG).get("chat_template")
         where = f"{path / TOKENIZER_CONFIG}: chat_template"
-    if found is None:
-        raise ValueError(f"{path}: this model has no chat template; name one with --chat-template FILE")
-    return ChatTemplate(_only(found, where), where)
+    return None if found is None else ChatTemplate(_only(found, where), where)
 
 
 def _read(path: Path) -> str:
