@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -87,12 +88,13 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     mask: Any = None,
+    stop: Collection[int] = (),
 ) -> Array:
     """T16: n tokens after each sequence: greedy at temperature 0, else drawn, from seed.
 
     tokens (N,T); shorter sequences are padded on the left, with mask (N,T) false there. -> (N, T + n), on the host, the
-    given tokens first. A ValueError if the model is no language model, T + n passes its longest sequence, or a logit is
-    no finite number.
+    given tokens first; it ends before where each sequence has got a token of `stop`. A ValueError if the model is no
+    language model, T + n passes its longest sequence, or a logit is no finite number.
     """
     check_model(model)
     tokens, adapter = data_first(tokens, adapter)
@@ -111,8 +113,10 @@ def generate(
     adapted = frozen(bind(model, adapter, rows=N))
     cache = new_cache(config, N=N, longest=T + n, dtype=model.dtype)
     result = batch.tokens
-    new = result
+    new, stopped = result, np.zeros(N, dtype=bool)
     for _ in range(n):
+        if stopped.all():
+            break
         logits = asnumpy(next_logits(adapted, cache, new, mask))
         if not np.isfinite(logits).all():
             raise ValueError(
@@ -120,12 +124,20 @@ def generate(
             )
         new = choose(logits, rng, temperature=temperature, top_k=top_k, top_p=top_p)[:, None].astype(result.dtype)
         result = np.concatenate([result, new], axis=1)  # (N,S) -> (N,S+1)
+        stopped |= np.isin(new[:, 0], [*stop])
         mask = None if mask is None else np.concatenate([mask, np.ones((N, 1), dtype=bool)], axis=1)
     return result
 
 
 def generate_on(
-    model: Model, tokens: Any, adapter: AnyAdapter = None, *, n: int, seed: int | None = None, **sampling: Any
+    model: Model,
+    tokens: Any,
+    adapter: AnyAdapter = None,
+    *,
+    n: int,
+    seed: int | None = None,
+    stop: Collection[int] = (),
+    **sampling: Any,
 ) -> Array:
     """T16, past the longest sequence: when that is full, its last half is the prompt for what follows.
 
@@ -134,12 +146,14 @@ def generate_on(
     tokens = asnumpy(tokens)
     room = model.config.longest
     seeds = np.random.SeedSequence(0 if seed is None else seed)
+    stopped = np.zeros(len(tokens), dtype=bool)
     while True:
         prompt = tokens if tokens.shape[-1] < room else tokens[:, -max(1, room // 2) :]
         step = min(n, max(1, room - prompt.shape[-1]))
         part_seed = None if seed is None else int(seeds.spawn(1)[0].generate_state(1)[0])
-        new = generate(model, prompt, adapter, n=step, seed=part_seed, **sampling)[:, prompt.shape[-1] :]
+        new = generate(model, prompt, adapter, n=step, seed=part_seed, stop=stop, **sampling)[:, prompt.shape[-1] :]
         tokens = np.concatenate([tokens, new], axis=1)  # (N,S) -> (N,S+step)
         n -= step
-        if n <= 0:
+        stopped |= np.isin(new, [*stop]).any(axis=1)
+        if n <= 0 or stopped.all():
             return tokens

@@ -147,7 +147,8 @@ def tokenizer_of(path: Path, config: Config) -> Tokens:
         return ByteTokenizer()
     if path.is_dir() and not (path / TOKENIZER).exists():
         raise FileNotFoundError(
-            f"{path}: expected a model of bytes, or one with its tokenizer; there is no {TOKENIZER}"
+            f"{path}: expected a model of bytes, or one with its tokenizer; there is no {TOKENIZER}: copy that of its "
+            "base into the folder, or save the model with save_model(path, model, tokenizer=BASE)"
         )
     return load_tokenizer(path)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ..formats.adapters.adapter import kind_of, load_adapter, save_adapter
 from ..formats.adapters.base import load_base_for
-from ..formats.adapters.peft import records_base
+from ..formats.adapters.peft import is_model, records_base
 from ..formats.files.atomic import expect_new
 from ..formats.merged.conversion import convert_by_name, fits_as_it_is
+from ..formats.merged.folder import GGUF_OF_FOLDER
 from ..formats.models.folder import can_run
 from .base import AddCommand, add_base, base_path, fitting
 from .output import Bar, emit
@@ -17,6 +18,8 @@ from .output import Bar, emit
 
 def run_convert(args: argparse.Namespace) -> int:
     expect_new(args.out)
+    if args.out.suffix.lower() == ".gguf" and is_model(args.adapter):
+        raise ValueError(f"{args.adapter}: expected an adapter, got a model's folder: {GGUF_OF_FOLDER}")
     with Bar() as bar:
         path = base_path(args, bar)
     result = {"out": str(args.out), "from": kind_of(args.adapter), "to": kind_of(args.out)}

@@ -110,7 +110,7 @@ def _labels(args: argparse.Namespace, used: Used) -> tuple[list[dict[str, Any]],
         (behind_tab, f"{behind_tab:,} with a tab: what is behind it, a label, is left out"),
         (len(found) - len(texts), f"{len(found) - len(texts):,} empty, which stay so"),
     ]
-    return result, lines, [f"{len(texts):,} texts", *(note for count, note in counts if count)]
+    return result, lines, [f"{len(texts):,} text{'s' * (len(texts) != 1)}", *(note for count, note in counts if count)]
 
 
 def _tags(args: argparse.Namespace, used: Used) -> tuple[list[dict[str, Any]], list[str], list[str]]:
@@ -133,7 +133,11 @@ def _tags(args: argparse.Namespace, used: Used) -> tuple[list[dict[str, Any]], l
         (cut, f"{cut:,} longer than {longest} tokens cut"),
         (without, f"{without:,} words without a tag, for which {NONE} stands"),
     ]
-    return result, lines, [f"{len(found):,} sentences", *(note for count, note in counts if count)]
+    return (
+        result,
+        lines,
+        [f"{len(found):,} sentence{'s' * (len(found) != 1)}", *(note for count, note in counts if count)],
+    )
 
 
 def add_commands(command: AddCommand) -> None:

@@ -28,7 +28,7 @@ class Summary:
     cut        those longer than `longest`: their ends, with the end tokens, are left out
     left_out   of which nothing is scored within `longest`: their prompts fill it, or they are empty
     empty      completions without a character
-    endless    conversations whose last answer does not end with the token at which generate stops
+    endless    conversations whose last answer does not end with a special token, at which generate --chat stops
     unscored   answers that the chat template writes otherwise once others follow
     labels     how often each comes
     same       whether all targets are equal
@@ -79,7 +79,7 @@ class Summary:
             (self.left_out, f"{self.left_out:,} left out: nothing to score in the first {self.longest} tokens"),
             (self.empty, f"{self.empty:,} with an empty completion"),
             (self.unscored, f"{self.unscored:,} answers not scored: the template writes them otherwise in the past"),
-            (self.endless, f"{self.endless:,} do not end with the token at which generate stops"),
+            (self.endless, f"{self.endless:,} do not end with a token at which generate --chat stops"),
             (self.same and self.examples > 1, "all targets are equal"),
             (once, f"{'a label occurs' if len(once) == 1 else 'labels occur'} once: {few}"),
         ]

@@ -132,7 +132,9 @@ def _encoded(
                 "answers in a template of your own with {% generation %}, and name it with --chat-template"
             )
         start, end = one.spans[-1]
-        summary.endless += not one.text[start:end].endswith(tokenizer.special().get("eos_token", "\0"))
+        summary.endless += (
+            not one.text[start:end].rstrip().endswith((*tokenizer.whole(), *tokenizer.special().values()))
+        )
         return fit(encode_pieces(tokenizer, pieces_of(one.text, one.spans), task.longest))
 
     encode: Callable[[Any], Example | None]

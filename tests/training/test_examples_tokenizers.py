@@ -173,8 +173,17 @@ def test_tokens_of_a_conversation_are_transformers(tmp_path_factory, around, tur
     prompt = peer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     start = prompt_ids(tokenizer, prompt)
     assert tokens[: len(start)].tolist() == start
-    assert summary.endless == 1  # <|im_end|> is not </s>
+    assert summary.endless == 0
     assert (summary.examples, summary.scored, summary.tokens) == (1, sum(mask), len(ids) - 1)
+
+
+def test_answers_that_no_special_token_ends_are_counted(tmp_path):
+    tokenizer = write(tmp_path, "byte-level", chat_template=PLAIN.replace("<|im_end|>", "<end>"))
+    messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "data").write_text(json.dumps({"messages": messages}))
+    reading = Reading(None, lambda: load_chat_template(tmp_path))
+    _, summary = read_examples(tmp_path / "data", Task("lm", longest=500), tokenizer, reading)
+    assert summary.endless == 1
 
 
 def test_an_answers_first_token_does_not_reach_into_the_prompt(tmp_path):

@@ -107,9 +107,14 @@ def expect_adapter(folder: Path) -> None:
             f"{folder}: training is not finished: its checkpoint is at {stands_at(folder)}; the same lora-np finetune "
             "with --resume goes on from there"
         )
-    if (folder / MODEL_CONFIG).is_file():
+    if is_model(folder):
         raise ValueError(f"{folder}: expected an adapter's folder, with {CONFIG}, got a model's")
     raise FileNotFoundError(f"{folder / CONFIG}: no such file")
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a model's, and no adapter's."""
+    return (folder / MODEL_CONFIG).is_file() and not (folder / CONFIG).exists()
 
 
 def records_base(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from ..files.stamp import changed
 from ..models.base import LazyWeights
 from ..models.folder import CONFIG, own_header, weights_hash
 from ..models.shards import INDEX, stored_tensors
+from ..models.tokenizer_files import TOKENIZER_FILES
 from .base import own_places
 from .plan import plan_merge
 from .target import Plan
@@ -28,11 +29,13 @@ OTHER_WEIGHTS = (
 )
 
 # What an adapter's folder may have beside its tensors: a tokenizer, as where tokens were added, and its labels.
-BESIDE = (
-    TASK,
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-)  # fmt: skip
+BESIDE = (TASK, *TOKENIZER_FILES)
+
+
+GGUF_OF_FOLDER = (
+    "a model's folder is made a .gguf file by llama.cpp's convert_hf_to_gguf.py FOLDER --outfile FILE, which knows the "
+    "metadata and the tokenizer of each architecture"
+)
 
 
 class Merged(NamedTuple):
@@ -68,6 +71,8 @@ def merge_folder(
     and one to a folder.
     """
     target, folder, paths = Path(out), Path(base), [Path(adapter) for adapter in adapters]
+    if target.suffix.lower() == ".gguf":
+        raise ValueError(f"{target}: expected a name for a folder, as the base is one, got .gguf's: {GGUF_OF_FOLDER}")
     for other in (folder, *paths):
         if target.resolve().is_relative_to(other.resolve()):
             raise ValueError(f"{target}: expected a folder outside of {other}, which is not written into")

@@ -139,7 +139,8 @@ def _check(file: GGUFFile, source: Tensor, updates: Sequence[Update]) -> None:
     if kind not in NAMES:
         raise ValueError(
             f"{file.path}: {source.name}: quantised ({kind}): the merged tensor would have to be quantised anew, which "
-            "loses what the adapter learned; merge onto a file in F32, F16 or BF16, or keep the adapter beside this one"
+            "loses what the adapter learned; merge onto a file in F32, F16 or BF16, which llama-quantize "
+            "--allow-requantize makes, or keep the adapter beside this one, in .gguf as lora-np convert writes it"
         )
     for update in updates:
         shape = update.B.shape[0], update.A.shape[1]

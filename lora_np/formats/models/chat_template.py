@@ -47,6 +47,16 @@ class Rendered(NamedTuple):
     unscored: int
 
 
+class Prompted(NamedTuple):
+    """The text of a conversation up to where the assistant begins; and the special token that ends what it says.
+
+    end: None where no special token does.
+    """
+
+    text: str
+    end: str | None
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A chat template's source, and `where` it stands, which errors name."""
@@ -66,12 +76,31 @@ class ChatTemplate:
         are the spans. A ValueError if the template is none, or takes too much time or memory; an ImportError without
         jinja2.
         """
+        answers = self._answers(conversations, variables, special, are_prompts=False)
+        return [answer if isinstance(answer, str) else Rendered(**answer) for answer in answers]
+
+    def prompts(
+        self, conversations: Sequence[Conversation], variables: Mapping[str, str], special: Sequence[str]
+    ) -> list[Prompted | str]:
+        """Each conversation's text with the generation prompt, and what ends the answer; else as `render`."""
+        answers = self._answers(conversations, variables, special, are_prompts=True)
+        return [answer if isinstance(answer, str) else Prompted(**answer) for answer in answers]
+
+    def _answers(
+        self,
+        conversations: Sequence[Conversation],
+        variables: Mapping[str, str],
+        special: Sequence[str],
+        *,
+        are_prompts: bool,
+    ) -> list[Any]:
+        """What the renderer says of each conversation."""
         requests = [_request(one) for one in conversations]
         n = sum(len(messages) for messages, *_ in requests)
         seconds = SECONDS + SECONDS_EACH * n
         request = {
             "source": self.source, "variables": dict(variables), "special": list(special), "path": _jinja(),
-            "seconds": seconds, "memory": MEMORY, "conversations": requests,
+            "seconds": seconds, "memory": MEMORY, "conversations": requests, "are_prompts": are_prompts,
         }  # fmt: skip
         answers = bounded.answers(RENDERER, request, f"{self.where}: not rendered")
         if answers and "refused" in answers[0]:
@@ -80,7 +109,7 @@ class ChatTemplate:
             raise ValueError(
                 f"{self.where}: the chat template takes too long, more than {seconds:g} seconds, or too much memory"
             )
-        return [answer if isinstance(answer, str) else Rendered(**answer) for answer in answers[1:]]
+        return answers[1:]
 
 
 def _request(one: Conversation) -> tuple[list[dict[str, Any]], Any, int, int]:
@@ -112,6 +141,14 @@ def load_chat_template(path: Path, file: Path | None = None) -> ChatTemplate:
     """
     if file is not None:
         return ChatTemplate(_read(file), str(file))
+    template = find_chat_template(path)
+    if template is None:
+        raise ValueError(f"{path}: this model has no chat template; name one with --chat-template FILE")
+    return template
+
+
+def find_chat_template(path: Path) -> ChatTemplate | None:
+    """The chat template of a model, if it has one; else as `load_chat_template`."""
     found: Any = None
     where = str(path)
     if path.suffix.lower() == ".gguf":
@@ -122,9 +159,7 @@ def load_chat_template(path: Path, file: Path | None = None) -> ChatTemplate:
     elif (path / TOKENIZER_CONFIG).is_file():
         found = read_json(path / TOKENIZER_CONFIG).get("chat_template")
         where = f"{path / TOKENIZER_CONFIG}: chat_template"
-    if found is None:
-        raise ValueError(f"{path}: this model has no chat template; name one with --chat-template FILE")
-    return ChatTemplate(_only(found, where), where)
+    return None if found is None else ChatTemplate(_only(found, where), where)
 
 
 def _read(path: Path) -> str:

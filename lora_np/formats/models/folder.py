@@ -21,6 +21,8 @@ from .base import Base, Storage, Wanted, check_layers, held
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
 from .huggingface import MODEL_TYPES, load_huggingface, read_config
+from .tokenizer import Tokenizer
+from .tokenizer_files import write_tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE, FORMAT = "lora_np", 1
@@ -56,12 +58,16 @@ def _unwidened(value: Array, dtype: str) -> Array:
     return narrow if np.array_equal(narrow, value) else value
 
 
-def save_model(path: str | os.PathLike[str], model: Model) -> None:
+def save_model(
+    path: str | os.PathLike[str], model: Model, *, tokenizer: str | os.PathLike[str] | Tokenizer | None = None
+) -> None:
     """Writes a model as a new folder, in its own dtype, bit for bit. `load_model` reads it.
 
+    tokenizer: what `load_tokenizer` gave, or the path that it is given: it is written beside the weights, with its chat
+    template, so that `load_tokenizer` and the commands take the folder; None: none is, as a model of bytes needs none.
     All is written beside it first and renamed at the end: an interrupted write leaves nothing at `path`. A
     FileExistsError if there is anything at `path`; a TypeError if the weights are complex, a ValueError if one is NaN
-    or infinite.
+    or infinite; errors of `load_tokenizer`.
     """
     expect("save_model: path", path, (str, os.PathLike), "a path")
     check_model(model)
@@ -73,6 +79,8 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
     with new_folder(Path(path)) as folder:
         write_tensors(folder / WEIGHTS, {name: asnumpy(widened(value)) for name, value in model.weights.items()})
         write_json(folder / CONFIG, own_header(model.config, model_hash(model)))
+        if tokenizer is not None:
+            write_tokenizer(folder, tokenizer)
 
 
 def own_header(config: Config, base_sha256: str) -> dict[str, Any]:

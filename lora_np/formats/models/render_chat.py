@@ -1,7 +1,8 @@
 """Run by chat_template.py as a process of its own, with jinja2 alone: renders conversations until time or memory is up.
 
 In: one JSON object. Out: for each conversation, in order, a line of JSON: an object with its text, the spans of it that
-the assistant says, and how many of its answers have none; or a string, what is wrong. The process ends at once, with
+the assistant says, and how many of its answers have none; of a prompt its text, and the token that ends the answer; or
+a string, what is wrong. The process ends at once, with
 status 1, when its time is up. The environment is the one that transformers gives a chat template.
 """
 
@@ -116,6 +117,25 @@ class Renderer:
         text = self.render(messages, tools, most)
         return {"text": text, **self.scored(messages, tools, most, given, skipped, text=text)}
 
+    def prompt(self, messages: list[Any], tools: Any, most: int) -> dict[str, Any]:
+        """A conversation's text up to where the assistant begins, and the special token that ends an answer there."""
+        return {"text": self.render(messages, tools, most, prompt=True), "end": self.end(messages, tools, most)}
+
+    def end(self, messages: list[Any], tools: Any, most: int) -> str | None:
+        """The special token with which an answer's span ends, as it is learned; None: with none, or there is no span.
+
+        A line end behind the token may be in the span too.
+        """
+        try:
+            found = self.answer([*messages, {"role": "assistant", "content": "a"}], tools, most, len(messages))
+        except Exception:  # a template may refuse what follows
+            return None
+        if not found["spans"]:
+            return None
+        start, end = found["spans"][-1]
+        tokens = list(self.special.finditer(found["text"], start, end))
+        return tokens[-1].group() if tokens and not found["text"][tokens[-1].end() : end].strip() else None
+
     def scored(
         self, messages: list[Any], tools: Any, most: int, given: int, skipped: int, *, text: str
     ) -> dict[str, Any]:
@@ -148,9 +168,12 @@ class Renderer:
         return [start, end]
 
 
-def answered(renderer: Renderer, messages: list[Any], tools: Any, most: int, given: int) -> Any:
+def answered(renderer: Renderer, request: list[Any], *, is_prompt: bool) -> Any:
     """The answer for a conversation, or what is wrong with it."""
+    messages, tools, most, given = request
     try:
+        if is_prompt:
+            return renderer.prompt(messages, tools, most)
         return renderer.answer(messages, tools, most, given)
     except Exception as error:  # of many types: Jinja's, and whatever Python raises in a template
         return str(error) or type(error).__name__
@@ -168,8 +191,8 @@ def main() -> None:
         print(json.dumps({"refused": str(error) or type(error).__name__}), flush=True)
         return
     print(json.dumps({}), flush=True)
-    for messages, tools, most, given in request["conversations"]:
-        print(json.dumps(answered(renderer, messages, tools, most, given)), flush=True)
+    for one in request["conversations"]:
+        print(json.dumps(answered(renderer, one, is_prompt=request["are_prompts"])), flush=True)
 
 
 if __name__ == "__main__":
