@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ..adapter import Adapter, LoRAConfig, count_parameters, init_adapter
-from ..formats.adapters.peft import CONFIG, WEIGHTS, save_adapter
+from ..formats.adapters.contents import WEIGHTS
+from ..formats.adapters.peft import save_adapter
+from ..formats.adapters.peft_config import CONFIG
 from ..formats.adapters.task import Task, save_task
 from ..formats.files.json_file import to_json
 from ..formats.files.lock import occupied

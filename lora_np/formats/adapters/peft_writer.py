@@ -11,10 +11,9 @@ from ...backend import Array
 from ..files.atomic import new_folder, write_tensors
 from ..files.json_file import write_json
 from ..files.messages import shown
-from .contents import Pair
+from .contents import WEIGHTS, Pair
 from .keys import PREFIX
-from .peft import CONFIG, WEIGHTS
-from .peft_config import most_common
+from .peft_config import CONFIG, most_common
 
 NAME = r"[\w.-]+"  # that no regular expression reads as another
 

@@ -5,15 +5,12 @@ What PEFT would not find, and mlx-lm's, becomes a folder that it loads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import kind_of
-from ..adapters.contents import Contents, Pair, read_contents
-from ..adapters.peft import WEIGHTS
-from ..adapters.peft_config import READ
+from ..adapters.contents import WEIGHTS, Contents, Pair, read_contents
 from ..adapters.peft_writer import config_of, write_peft
 from ..files.messages import shown
 from .any_base import open_any_base
@@ -69,7 +66,7 @@ def _config(adapter: Contents, names: Mapping[str, str], pairs: Mapping[str, lis
     if raw.get("target_parameters"):
         return dict(raw)
     firsts = {name: several[0] for name, several in pairs.items()}
-    alphas = {name: _alpha(pair, raw) for name, pair in firsts.items()}
+    alphas = {name: pair.s * pair.r if pair.alpha is None else pair.alpha for name, pair in firsts.items()}
     said = config_of(firsts)
     alpha = alphas[next(iter(alphas))] if alphas else said["lora_alpha"]
     said |= {"lora_alpha": alpha, "alpha_pattern": {f"^{n}": a for n, a in alphas.items() if a != alpha}}
@@ -84,13 +81,3 @@ def _config(adapter: Contents, names: Mapping[str, str], pairs: Mapping[str, lis
         **raw, **{key: said[key] for key in by_name}, "exclude_modules": None, "layers_to_transform": None,
         "layers_pattern": None,
     }  # fmt: skip
-
-
-def _alpha(pair: Pair, raw: Mapping[str, Any]) -> float:
-    """The alpha of a pair's scale: one that the configuration has, where there is one; mlx-lm has the scale itself."""
-    root = math.sqrt(pair.r) if raw.get("use_rslora") is True else pair.r
-    patterns = raw.get("alpha_pattern") or {}
-    for alpha in (raw.get("lora_alpha", READ["lora_alpha"]), *patterns.values()):
-        if "peft_type" in raw and alpha / root == pair.s:
-            return float(alpha)
-    return pair.s * root

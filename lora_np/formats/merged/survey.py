@@ -13,9 +13,8 @@ import numpy as np
 from ...backend import Array, asnumpy, xp
 from ...lora import singular_directions
 from ..adapters.adapter import kind_of
-from ..adapters.contents import Pair, read_contents
+from ..adapters.contents import WEIGHTS, Pair, read_contents
 from ..adapters.gguf import ALPHA, TABLE, read_updates
-from ..adapters.peft import WEIGHTS
 from ..adapters.targets import mistargeted
 from ..files.messages import named, shown
 from ..models.gguf_file import open_gguf

@@ -1,0 +1,33 @@
+"""Names that differ in one prefix alone: `model.layers...` and `layers...`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+def moved(name: str, away: str, to: str) -> str | None:
+    """A name with the prefix `to` in the place of `away`; None if it does not begin with that."""
+    if away and not name.startswith(f"{away}."):
+        return None
+    rest = name[len(away) + 1 :] if away else name
+    return f"{to}.{rest}" if to else rest
+
+
+def change_of_prefix(names: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
+    """The one prefix in the place of another with which all names are known; None if there is none, or several.
+
+    No number is a part of it: another layer is no mending.
+    """
+    first = next(iter(names))
+    parts = first.split(".")
+    found = set()
+    for other in known:
+        theirs = other.split(".")
+        n = 0
+        while n < min(len(parts), len(theirs)) and parts[-1 - n] == theirs[-1 - n]:
+            n += 1
+        away, to = parts[: len(parts) - n], theirs[: len(theirs) - n]
+        if n and not any(part.isdecimal() for part in (*away, *to)):
+            found.add((".".join(away), ".".join(to)))
+    fitting = [pair for pair in sorted(found) if all(moved(name, *pair) in known for name in names)]
+    return fitting[0] if len(fitting) == 1 else None
