@@ -17,6 +17,7 @@ from ..formats.adapters.base import load_base_for
 from ..formats.adapters.peft import records_base
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import listed, shown
+from ..formats.merged.any_base import open_any_base
 from ..formats.merged.comparison import Comparison, compare, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf import due_updates
@@ -45,7 +46,8 @@ def run_verify(args: argparse.Namespace) -> int:
     in_gguf = _is_gguf(args.base)
     if args.merged is not None and in_gguf != _is_gguf(args.merged):
         raise ValueError("--merged: expected a folder where the base is one, and a .gguf file where it is one")
-    survey_of = survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
+    # What is missing or damaged is bad input; what does not fit is an answer.
+    survey_of = survey(args.adapter, None if in_gguf else open_any_base(args.base))
     runs = _read_base(args.base)
     try:
         plan, run = _fitted(args, runs)

@@ -135,7 +135,8 @@ def read_contents(path: str | os.PathLike[str], known: Collection[str] = ()) -> 
     if strange or not (factors or tokens):
         got = shown((strange or list(tensors))[0])
         raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of each module, got {got}")
-    pairs = _pairs(raw, factors, folder, known)
+    others = _others([*adapted, *tokens], known)
+    pairs = _pairs(raw, factors, folder, others)
     nested = bool(raw.get("target_parameters"))
     proper = {key: found.proper if nested else found.alone for key, found in keys.items()}
     improper = {key: name for key, name in proper.items() if key != name}
@@ -143,7 +144,7 @@ def read_contents(path: str | os.PathLike[str], known: Collection[str] = ()) -> 
         f"lora_bias is not true, so {len(unused)} tensors are left out, as PEFT leaves them: {shown(first)}"
         for first in list(unused)[:1]
     ]
-    return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder), improper, left_out, originals)
+    return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder, others), improper, left_out, originals)
 
 
 def adapter_tensors(folder: Path, raw: Mapping[str, Any]) -> dict[str, Stored]:
@@ -169,9 +170,9 @@ def _pairs(
     raw: Mapping[str, Any],
     factors: Mapping[tuple[str, int], Mapping[str, Stored]],
     folder: Path,
-    known: Collection[str],
+    others: Mapping[str, str],
 ) -> dict[str, list[Pair]]:
-    """A and B of each module, with its scale."""
+    """A and B of each module, with its scale; others: the modules' other names."""
     found: dict[str, list[tuple[Stored, Stored, Stored | None, bool]]] = {}
     for (module, _), parts in sorted(factors.items(), key=lambda item: -item[0][1]):  # the innermost has most wrappers
         is_look_up = "embedding_A" in parts
@@ -184,12 +185,13 @@ def _pairs(
             raise ValueError(f"{A}: expected A (r, in) and B (out, r), got A {A.shape} and B {B.shape}")
         found.setdefault(module, []).append((A, B, parts.get("bias"), is_look_up))
     targets = _targets(raw, str(folder / CONFIG))
-    known_as = {module: _parameters(targets, module, len(several)) for module, several in found.items()}
+    known_as = {module: _parameters(targets, module, others[module], len(several)) for module, several in found.items()}
+    aliases = {name: others[m] + name[len(m) :] for m, several in known_as.items() for name in several}
     ranks: dict[str, list[int]] = {}
     for module, several in found.items():
         for name, (A, *_) in zip(known_as[module], several, strict=True):
             ranks.setdefault(name, []).append(A.shape[0])
-    scales = _scales(raw, ranks, _aliases(known_as, known), str(folder / CONFIG))
+    scales = _scales(raw, ranks, aliases, str(folder / CONFIG))
     return {
         module: [
             Pair(A.read_finite(), B.read_finite(), *scales[name], bias and bias.read_finite(), is_look_up)
@@ -211,13 +213,15 @@ def _targets(raw: Mapping[str, Any], where: str) -> dict[str, set[str]]:
     return found
 
 
-def _parameters(targets: Mapping[str, Collection[str]], module: str, n: int) -> list[str]:
+def _parameters(targets: Mapping[str, Collection[str]], module: str, other: str, n: int) -> list[str]:
     """The names by which PEFT's patterns know a module's n pairs, the innermost first: its own, or its parameters'.
+
+    other: what the configuration may call it besides.
 
     PEFT wraps the parameters of a module in the order in which it has them. One part of a name fits experts alone here:
     an adapter does not tell which other modules have such a parameter.
     """
-    owners = [*endings(module), *([""] if module.endswith("experts") else [])]
+    owners = [*dict.fromkeys((*endings(module), *endings(other))), *([""] if module.endswith("experts") else [])]
     fitting = [targets[owner] for owner in owners if owner in targets]
     if sum(map(len, fitting)) > len(owners) * n:  # more names than pairs, whatever they are
         return [module] * n
@@ -226,15 +230,11 @@ def _parameters(targets: Mapping[str, Collection[str]], module: str, n: int) -> 
     return [f"{module}.{name}" for name in names] if len(names) == n else [module] * n
 
 
-def _aliases(known_as: Mapping[str, Sequence[str]], known: Collection[str]) -> dict[str, str]:
-    """What the configuration may call each pair: by its own name, or by one among `known`, if its prefix is off."""
-    unknown = [module for module in known_as if module not in known] if known else []
+def _others(modules: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """What the configuration may call each module besides: its name among `known`, if a prefix alone is off."""
+    unknown = [module for module in modules if module not in known] if known else []
     change = change_of_prefix(unknown, known) if unknown else None
-    return {
-        name: name if module in known or change is None else str(moved(name, *change))
-        for module, names in known_as.items()
-        for name in names
-    }
+    return {module: module if module in known or change is None else str(moved(module, *change)) for module in modules}
 
 
 def _scales(
@@ -275,15 +275,16 @@ def _resolved(
 
 
 def _token_rows(
-    raw: Mapping[str, Any], tokens: Mapping[str, Array], folder: Path
+    raw: Mapping[str, Any], tokens: Mapping[str, Array], folder: Path, others: Mapping[str, str]
 ) -> dict[str, tuple[list[int], Array]]:
-    """The rows of each table that are trained."""
+    """The rows of each table that are trained; others: their modules' other names."""
     said, where = raw.get("trainable_token_indices"), f"{folder / CONFIG}: trainable_token_indices"
     rows = {}
     for module, values in tokens.items():
         numbers = said
         if isinstance(said, dict):
-            numbers = next((said[name] for name in said if module == name or module.endswith(f".{name}")), None)
+            ends = dict.fromkeys((*endings(module), *endings(others[module])))
+            numbers = next((said[name] for name in said if name in ends), None)
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{where}: expected the tokens of {shown(module)}, got {numbers!r:.60}")
         if len(set(numbers)) < len(numbers):

@@ -92,8 +92,7 @@ def _known(contents: Contents, config: Config, full: Mapping[str, str]) -> Known
     # PEFT knows a language model's output, and a classifier's by its name, which RoBERTa's does not have.
     is_named = contents.raw.get("task_type") == "SEQ_CLS" and output in AUTO_SAVED["SEQ_CLS"]
     linear -= {names["embed.tokens"], *([output] if config.head == "lm" or is_named else [])}
-    adapted = {module: full[module] for module in contents.pairs}
-    return Known(adapted, matrices, matrices - set(adapted.values()), linear)
+    return Known(full, matrices, matrices - {full[module] for module in contents.pairs}, linear)
 
 
 def _one(several: Sequence[Pair], name: str, shape: tuple[int, int], where: str) -> Pair:

@@ -23,7 +23,7 @@ LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_paramet
 class Known(NamedTuple):
     """What a base has.
 
-    names       its name of each module of the adapter
+    names       its name of each module of the adapter, and of each tensor that is trained whole
     modules     all its modules
     candidates  those that could be adapted, and are not
     linears     what "all-linear" is; None: names do not tell
@@ -79,7 +79,8 @@ def mistargeted(adapter: Contents, known: Known | None = None) -> list[str]:
 def excluded_in_vain(adapter: Contents, known: Known) -> list[str]:
     """The names in exclude_modules that no module of a base has, in a line each."""
     names = names_in(adapter.raw, "exclude_modules", str(adapter.path / CONFIG))
-    return _unfit("exclude_modules", {name: name for name in names}, {*known.modules, *known.names.values()})
+    modules = {*known.modules, *(known.names[name] for name in adapter.pairs)}
+    return _unfit("exclude_modules", {name: name for name in names}, modules)
 
 
 def names_in(raw: Mapping[str, Any], key: str, where: str) -> list[str]:
@@ -165,7 +166,7 @@ def _layer(name: str) -> int:
 def _fitting_nothing(adapter: Contents, lists: Mapping[str, list[str]], known: Known | None) -> list[str]:
     """The names in the configuration's lists that nothing has, in the file and in the base."""
     raw, here = adapter.raw, {*adapter.pairs, *adapter.rows}
-    base = {*known.modules, *known.names.values()} if known else set()
+    base = {*known.modules, *(known.names[name] for name in adapter.pairs)} if known else set()
     added = AUTO_SAVED.get(str(raw.get("task_type")), ())
     excluded = set(lists["exclude_modules"])
     targets = {name: name for name in lists["target_modules"] if not ends_in(name, excluded)}
@@ -173,7 +174,8 @@ def _fitting_nothing(adapter: Contents, lists: Mapping[str, list[str]], known: K
     owners = {name: name.rpartition(".")[0] for name in lists["target_parameters"]}
     lines += _unfit("target_parameters", {name: owner for name, owner in owners.items() if owner}, here)
     if not _ties(raw):  # which saves the table in the head's place
-        whole = {name[:i] for name in adapter.whole for i, c in enumerate(name) if c == "."}
+        both = {*adapter.whole, *(known.names[name] for name in adapter.whole)} if known else set(adapter.whole)
+        whole = {name[:i] for name in both for i, c in enumerate(name) if c == "."}
         backwards = sorted(name[::-1] for name in whole)
         absent = [name for name in lists["modules_to_save"] if name not in added and not _ends_one(name, backwards)]
         lines += [  # PEFT asks for no dot before a name

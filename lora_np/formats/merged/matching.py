@@ -64,8 +64,8 @@ def remarks_on(base: AnyBase, adapter: Contents, names: Mapping[str, str]) -> li
         if key.endswith(".weight") and len(stored.shape) == 2
     }
     heads = {key.rpartition(".")[0] for key in base.tied.copies}
-    adapted = {name: names[name] for name in adapter.pairs}
-    known = Known(adapted, base.modules | heads, candidates(adapted.values(), matrices))
+    adapted = {names[name] for name in adapter.pairs}
+    known = Known(names, base.modules | heads, candidates(adapted, matrices))
     return mistargeted(adapter, known) + excluded_in_vain(adapter, known)
 
 

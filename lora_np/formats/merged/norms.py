@@ -35,8 +35,9 @@ def base_norms(
     """
     if "gguf" in (kind_of(adapter), Path(base).suffix.lower()[1:]):
         return _norms_by_our_names(base, adapter, modules)
-    contents = read_contents(adapter)
-    opened = with_new_head(open_any_base(Path(base)), [contents])
+    opened = open_any_base(Path(base))
+    contents = read_contents(adapter, opened.names)
+    opened = with_new_head(opened, [contents])
     keys = base_keys(opened, contents)
     norms: list[float | None] = []
     for module in modules:

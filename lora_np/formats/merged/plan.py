@@ -41,7 +41,7 @@ def _by_name(path: Path, adapter_paths: Sequence[Path]) -> tuple[AnyBase, list[C
     base = open_any_base(path)
     if base.model_type == MODEL_TYPE:
         return None
-    adapters = [read_contents(one) if one.is_dir() else read_gguf(base, one) for one in adapter_paths]
+    adapters = [read_contents(one, base.names) if one.is_dir() else read_gguf(base, one) for one in adapter_paths]
     if base.model_type in MODEL_TYPES and any(_brings_head(adapter, base) for adapter in adapters):
         return None
     return base, adapters

@@ -18,6 +18,7 @@ from ..adapters.gguf import ALPHA, TABLE, read_updates
 from ..adapters.targets import mistargeted
 from ..files.messages import named, shown
 from ..models.gguf_file import open_gguf
+from .any_base import AnyBase
 
 
 class Module(NamedTuple):
@@ -90,12 +91,13 @@ class Read(NamedTuple):
 
 
 @named
-def survey(path: str | os.PathLike[str]) -> Survey:
+def survey(path: str | os.PathLike[str], base: AnyBase | None = None) -> Survey:
     """Reads an adapter's folder, or a .gguf file of one, whose modules have the names of the base's tensors there.
 
+    base: what it is for, where that is known: its names may stand in the configuration where the file has others.
     A FileNotFoundError or ValueError, in one line, says what is missing or damaged.
     """
-    found = read_any(Path(path))
+    found = read_any(Path(path), base)
     modules = []
     for name, pair in found.pairs:
         module = _module(name, pair)
@@ -106,11 +108,11 @@ def survey(path: str | os.PathLike[str]) -> Survey:
     return Survey(dict(found.config), modules, found.whole, found.remarks)
 
 
-def read_any(path: Path) -> Read:
-    """An adapter's folder, or a .gguf file of one, without its base. Errors as in `survey`."""
+def read_any(path: Path, base: AnyBase | None = None) -> Read:
+    """An adapter's folder, or a .gguf file of one. Errors as in `survey`."""
     if kind_of(path) == "gguf":
         return _read_gguf(path)
-    found = read_contents(path)
+    found = read_contents(path, () if base is None else base.names)
     pairs = [(name, pair) for name, several in found.pairs.items() for pair in several]
     return Read(found.raw, pairs, [*found.whole, *found.rows], [*found.remarks, *mistargeted(found)])
 
