@@ -162,6 +162,14 @@ def test_a_prefix_that_is_off_is_mended_where_it_is_certain_and_named(tmp_path_f
         assert line.endswith("; lora-np convert writes a right file")
 
 
+def test_a_module_that_is_there_twice_is_refused(tmp_path):
+    """Under its own name, and under one that would be mended to it: nothing says which is meant."""
+    write_base(tmp_path / "base", np.random.default_rng(0))
+    write_peft(tmp_path / "ad", {Q: (A, B), Q.removeprefix("model."): (A, B)}, r=2, alpha=4)
+    with pytest.raises(ValueError, match="a module is there twice, under names that differ in a prefix"):
+        merge_folder(tmp_path / "base", [tmp_path / "ad"], [1.0], tmp_path / "out")
+
+
 @pytest.mark.proves("L5")
 @given(seed=seeds, s=st.sampled_from([0.5, 2.0, 10.0, 20]))
 def test_mlx_lms_factors_are_turned(tmp_path_factory, seed, s):

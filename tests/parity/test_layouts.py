@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from lora_np import cli
 from lora_np.formats.adapters.contents import read_contents
 from lora_np.formats.adapters.keys import read_key
-from lora_np.formats.adapters.targets import Known, mistargeted
+from lora_np.formats.adapters.targets import Known, candidates, mistargeted
 from lora_np.formats.merged.folder import merge_folder
 
 families = pytest.importorskip("families", reason="pip install lora-np[peers]")
@@ -210,10 +210,10 @@ def test_what_is_targeted_is_what_peft_targets(tmp_path_factory, settings):
     def counted(lines, what):
         return sum(int(line.split()[1]) for line in lines if line.startswith("target_modules: ") and what in line)
 
-    every = Known({name: name for name in FULL}, FULL, FULL)
+    every = Known({name: name for name in FULL}, FULL, candidates(FULL, FULL))
     assert counted(mistargeted(write(FULL), every), "not targeted") == len(set(FULL) - due)
     few = FULL[:1] + FULL[-1:]
-    some = Known({name: name for name in few}, FULL, FULL)
+    some = Known({name: name for name in few}, FULL, candidates(few, FULL))
     assert counted(mistargeted(write(few), some), "targeted of which the file has no") == len(due - set(few))
 
 

@@ -33,6 +33,8 @@ def base_names(base: AnyBase, adapter: Contents) -> tuple[dict[str, str], list[s
                 f"{base.folder} has {shown(change[1] or 'nothing')}: {shown(unknown[0])}, "
                 f"merged as {shown(names[unknown[0]])}; {CONVERT}"
             )
+    if len({names[name] for name in adapter.pairs}) < len(adapter.pairs):
+        raise ValueError(f"{adapter.path}: a module is there twice, under names that differ in a prefix")
     for name in adapter.whole:
         if name not in names:
             other = name if change is None else moved(name, *change)
