@@ -35,7 +35,7 @@ def run_convert(args: argparse.Namespace) -> int:
 def _is_by_name(args: argparse.Namespace, base: Path) -> bool:
     """Whether it goes by its modules' names alone: onto what is not run here, or where PEFT would not find it."""
     kinds = {kind_of(args.adapter), kind_of(args.out)}
-    if not base.is_dir() or not kinds <= {"peft", "gguf"} or records_base(args.adapter):
+    if not base.is_dir() or kind_of(args.out) not in ("peft", "gguf") or records_base(args.adapter):
         return False
     return not can_run(base) or (kinds == {"peft"} and not fits_as_it_is(base, args.adapter))
 

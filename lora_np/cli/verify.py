@@ -64,7 +64,7 @@ def run_verify(args: argparse.Namespace) -> int:
     by_name = plan is not None and plan.config is None
     remarks = list(plan.remarks if plan is not None and by_name else survey_of.remarks)
     holds = changes and (found is None or found.holds) and not not_finite and not remarks
-    has_hash = records_base(args.adapter) if args.adapter.is_dir() else False
+    has_hash = records_base(args.adapter) if args.adapter.is_dir() else kind_of(args.adapter) in ("npz", "loralib")
     seen = None if found is None else explained(found, survey_of.config)
     result: dict[str, Any] = {
         "holds": holds, "fits": True, "base_hash": has_hash, "trained": changes, "remarks": remarks,

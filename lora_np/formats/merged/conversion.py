@@ -15,9 +15,10 @@ from ..adapters.peft_config import MODULES, PATTERNS, endings
 from ..adapters.peft_writer import config_of, write_peft
 from ..adapters.prefix import difference, moved
 from ..files.messages import shown
+from .any_adapter import read_for
 from .any_base import AnyBase, open_any_base
 from .by_name import changes_of
-from .gguf_by_name import read_gguf, write_gguf
+from .gguf_by_name import write_gguf
 from .matching import base_names, proper_names
 from .new_head import with_new_head
 
@@ -31,8 +32,7 @@ def convert_by_name(base_path: Path, adapter_path: Path, out: Path) -> list[str]
     with the configuration beyond names, this does not mend.
     """
     base = open_any_base(base_path)
-    is_gguf = kind_of(adapter_path) == "gguf"
-    adapter = read_gguf(base, adapter_path) if is_gguf else read_contents(adapter_path, base.names)
+    adapter = read_for(base, adapter_path)
     base = with_new_head(base, [adapter])
     remarks = changes_of(base, [adapter], [1.0]).remarks
     if kind_of(out) == "gguf":

@@ -1,4 +1,4 @@
-"""What is in an adapter's folder, or in llama.cpp's file of one, read without its base."""
+"""What is in an adapter's folder or file, read without its base."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ...lora import singular_directions
 from ..adapters.adapter import kind_of
 from ..adapters.contents import WEIGHTS, Pair, read_contents
 from ..adapters.gguf import ALPHA, TABLE, read_updates
+from ..adapters.own_files import read_file
 from ..adapters.targets import mistargeted
 from ..files.messages import named, shown
 from ..models.gguf_file import open_gguf
@@ -92,7 +93,7 @@ class Read(NamedTuple):
 
 @named
 def survey(path: str | os.PathLike[str], base: AnyBase | None = None) -> Survey:
-    """Reads an adapter's folder, or a .gguf file of one, whose modules have the names of the base's tensors there.
+    """Reads an adapter's folder or file by the names that it has: in .gguf those of the base's tensors, in .npz ours.
 
     base: what it is for, where that is known: its names may stand in the configuration where the file has others.
     A FileNotFoundError or ValueError, in one line, says what is missing or damaged.
@@ -109,10 +110,11 @@ def survey(path: str | os.PathLike[str], base: AnyBase | None = None) -> Survey:
 
 
 def read_any(path: Path, base: AnyBase | None = None) -> Read:
-    """An adapter's folder, or a .gguf file of one. Errors as in `survey`."""
-    if kind_of(path) == "gguf":
+    """An adapter's folder or file. Errors as in `survey`."""
+    kind = kind_of(path)
+    if kind == "gguf":
         return _read_gguf(path)
-    found = read_contents(path, () if base is None else base.names)
+    found = read_contents(path, () if base is None else base.names) if kind == "peft" else read_file(path)
     pairs = [(name, pair) for name, several in found.pairs.items() for pair in several]
     return Read(found.raw, pairs, [*found.whole, *found.rows], [*found.remarks, *mistargeted(found)])
 
