@@ -13,8 +13,9 @@ from typing import TypeAlias
 from ..adapter import Adapter
 from ..formats.adapters.adapter import kind_of, load_adapter
 from ..formats.adapters.base import load_base_for
+from ..formats.adapters.expected import expect_adapter
 from ..formats.adapters.head import brought_by
-from ..formats.adapters.peft import CONFIG, expect_adapter
+from ..formats.adapters.peft_config import CONFIG
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import shown
 from ..formats.files.regular import expect_file

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..formats.adapters.adapter import kind_of, load_adapter, save_adapter
 from ..formats.adapters.base import load_base_for
-from ..formats.adapters.peft import is_model, records_base
+from ..formats.adapters.expected import is_model
+from ..formats.adapters.peft import records_base
 from ..formats.files.atomic import expect_new
 from ..formats.merged.conversion import convert_by_name, fits_as_it_is
 from ..formats.merged.folder import GGUF_OF_FOLDER
@@ -39,7 +40,7 @@ def run_convert(args: argparse.Namespace) -> int:
 def _is_by_name(args: argparse.Namespace, base: Path) -> bool:
     """Whether it goes by its modules' names alone: onto what is not run here, or where PEFT would not find it."""
     kinds = {kind_of(args.adapter), kind_of(args.out)}
-    if not base.is_dir() or not kinds <= {"peft", "gguf"} or records_base(args.adapter):
+    if not base.is_dir() or kind_of(args.out) not in ("peft", "gguf") or records_base(args.adapter):
         return False
     return not can_run(base) or (kinds == {"peft"} and not fits_as_it_is(base, args.adapter))
 

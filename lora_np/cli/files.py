@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..formats.files.messages import shown
+from ..formats.merged.any_base import open_any_base
 from ..formats.merged.beside import beside
 from ..formats.merged.folder import merge_folder
 from ..formats.merged.gguf import merge_gguf
@@ -47,7 +48,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         if args.base is not None:
             raise ValueError("--base: expected one adapter beside it, got two")
         return _run_beside(args)
-    found = survey(args.adapter)
+    is_folder = args.base is not None and args.base.is_dir()
+    found = survey(args.adapter, open_any_base(args.base) if is_folder else None)
     untrained = all(module.norm_B == 0 for module in found.modules)
     bases = None if args.base is None else base_norms(args.base, args.adapter, found.modules)
     columns = ["module", "shape", "rank", "effective", "first", "90 %", "99 %", "s", "|A|", "|B|", "|s B A|"]

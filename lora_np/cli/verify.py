@@ -17,6 +17,7 @@ from ..formats.adapters.base import load_base_for
 from ..formats.adapters.peft import records_base
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import listed, shown
+from ..formats.merged.any_base import open_any_base
 from ..formats.merged.comparison import Comparison, Difference, compare, is_trained, worst
 from ..formats.merged.effect import Effect, effect
 from ..formats.merged.gguf import due_updates
@@ -45,7 +46,8 @@ def run_verify(args: argparse.Namespace) -> int:
     in_gguf = _is_gguf(args.base)
     if args.merged is not None and in_gguf != _is_gguf(args.merged):
         raise ValueError("--merged: expected a folder where the base is one, and a .gguf file where it is one")
-    survey_of = survey(args.adapter)  # what is missing or damaged is bad input; what does not fit is an answer
+    # What is missing or damaged is bad input; what does not fit is an answer.
+    survey_of = survey(args.adapter, None if in_gguf else open_any_base(args.base))
     runs = _read_base(args.base)
     try:
         plan, run = _fitted(args, runs)
@@ -62,7 +64,7 @@ def run_verify(args: argparse.Namespace) -> int:
     by_name = plan is not None and plan.config is None
     remarks = list(plan.remarks if plan is not None and by_name else survey_of.remarks)
     holds = changes and (found is None or found.holds) and not not_finite and not remarks
-    has_hash = records_base(args.adapter) if args.adapter.is_dir() else False
+    has_hash = records_base(args.adapter) if args.adapter.is_dir() else kind_of(args.adapter) in ("npz", "loralib")
     seen = None if found is None else explained(found, survey_of.config)
     result: dict[str, Any] = {
         "holds": holds, "fits": True, "base_hash": has_hash, "trained": changes, "remarks": remarks,

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..adapter import Adapter, init_adapter
-from ..formats.adapters.peft import CONFIG, WEIGHTS, save_adapter
+from ..formats.adapters.peft import save_adapter
+from ..formats.adapters.peft_config import CONFIG, WEIGHTS
 from ..formats.adapters.task import save_task
 from ..formats.adapters.unfinished import CHECKPOINT
 from ..formats.files.lock import occupied

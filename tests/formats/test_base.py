@@ -3,12 +3,13 @@
 import json
 import struct
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from hostile import GPT2, LLAMA, OWN, many_tensors, raw_safetensors, steps_of
+from hostile import GPT2, LLAMA, OWN, many_tensors, raw_safetensors, steps_of, write_peft
 
 import lora_np as ln
-from lora_np.formats.adapters.peft_config import read_config
 
 # Each one's own keys for the number of layers; heads and widths of 1.
 CONFIGS = {
@@ -99,23 +100,25 @@ def test_an_adapter_of_many_layers_takes_as_long_as_its_file_is(tmp_path, config
     assert many < 4.5 * few
 
 
-def test_a_configuration_of_many_names_takes_as_long_as_it_is():
+def test_a_configuration_of_many_names_takes_as_long_as_it_is(tmp_path):
     """PEFT's: every module as a target and under patterns of its own, every layer by its number."""
 
     def steps(n):
         config = replace(LLAMA, n_layer=n)
         names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(n) for part in "qv"]
         patterns = {name: 1 + i % 3 for i, name in enumerate(names)}
-        raw = {
-            "peft_type": "LORA", "r": 1, "target_modules": names, "layers_to_transform": list(range(n)),
-            "rank_pattern": patterns, "alpha_pattern": {f"^{name}": value for name, value in patterns.items()},
+        settings = {
+            "target_modules": names, "layers_to_transform": list(range(n)), "rank_pattern": patterns,
+            "alpha_pattern": {f"^{name}": value for name, value in patterns.items()},
             "layers_pattern": ["layers", *map(str, range(n))], "exclude_modules": [f"layers.{i}.mlp" for i in range(n)],
         }  # fmt: skip
-        lora_config, matrices = read_config(raw, config, "x")
-        assert len(matrices) == 2 * n
-        assert [lora_config.rank(name) for name in matrices] == list(patterns.values())
-        assert [lora_config.scale(name) for name in matrices] == [1.0] * (2 * n)
-        return steps_of(lambda: read_config(raw, config, "x"))
+        factors = {name: (np.ones((r, 8)), np.ones((8 if "q_" in name else 4, r))) for name, r in patterns.items()}
+        write_peft(tmp_path / str(n), factors, r=1, alpha=8, **settings)
+        model = SimpleNamespace(config=config, weights={}, dtype=np.dtype("float64"))
+        adapter = ln.load_adapter(tmp_path / str(n), model)
+        assert [adapter.config.rank(name) for name in adapter.matrices] == list(patterns.values())
+        assert [adapter.config.scale(name) for name in adapter.matrices] == [1.0] * (2 * n)
+        return steps_of(lambda: ln.load_adapter(tmp_path / str(n), model))
 
     few, many = steps(20), steps(80)
     assert few > 20

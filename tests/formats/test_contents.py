@@ -162,6 +162,14 @@ def test_a_prefix_that_is_off_is_mended_where_it_is_certain_and_named(tmp_path_f
         assert line.endswith("; lora-np convert writes a right file")
 
 
+def test_a_module_that_is_there_twice_is_refused(tmp_path):
+    """Under its own name, and under one that would be mended to it: nothing says which is meant."""
+    write_base(tmp_path / "base", np.random.default_rng(0))
+    write_peft(tmp_path / "ad", {Q: (A, B), Q.removeprefix("model."): (A, B)}, r=2, alpha=4)
+    with pytest.raises(ValueError, match="a module is there twice, under names that differ in a prefix"):
+        merge_folder(tmp_path / "base", [tmp_path / "ad"], [1.0], tmp_path / "out")
+
+
 @pytest.mark.proves("L5")
 @given(seed=seeds, s=st.sampled_from([0.5, 2.0, 10.0, 20]))
 def test_mlx_lms_factors_are_turned(tmp_path_factory, seed, s):
@@ -270,8 +278,8 @@ def test_the_argument_of_a_start_that_changes_the_base_is_refused_as_that(tmp_pa
         read_contents(tmp_path / "ad")
 
 
-def test_an_adapter_in_shards_is_verified_where_the_model_could_be_run(tmp_path, capsys):
-    """Its effect on outputs is left out, with the reason; converted, it is one file."""
+def test_an_adapter_in_shards_runs_where_the_model_does(tmp_path, capsys):
+    """Its effect is that of the one file that convert makes of it."""
     config = replace(GPT2, n_layer=1)
     write_gpt2(tmp_path / "base", config)
     D, rng, module = config.d_model, np.random.default_rng(0), "transformer.h.0.attn.c_attn"
@@ -281,11 +289,12 @@ def test_an_adapter_in_shards_is_verified_where_the_model_could_be_run(tmp_path,
     write_layout(tmp_path / "ad", pairs, about, rng, **layout)
     folders = ["--base", str(tmp_path / "base"), "--adapter", str(tmp_path / "ad")]
     assert cli.main(["verify", *folders]) == 0
-    assert "effect of the adapter: left out: " in capsys.readouterr().out
+    effect = capsys.readouterr().out
+    assert "the largest change of a logit is" in effect
     assert cli.main(["convert", *folders, "--out", str(tmp_path / "right")]) == 0
     capsys.readouterr()
     assert cli.main(["verify", *folders[:3], str(tmp_path / "right")]) == 0
-    assert "the largest change of a logit is" in capsys.readouterr().out
+    assert capsys.readouterr().out == effect
 
 
 # --- Hostile files ---------------------------------------------------------------------------------------------------

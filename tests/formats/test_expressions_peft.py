@@ -1,18 +1,26 @@
-"""Regular expressions in adapter_config.json take the modules, ranks and scales that they take in PEFT itself."""
+"""Regular expressions in adapter_config.json take the modules, ranks and scales that they take in PEFT itself.
+
+A file of the modules that PEFT adapts, each of PEFT's rank, is read with PEFT's scales. One of another set is refused.
+"""
 
 import copy
 import functools
+import json
 import re
 from dataclasses import replace
+from itertools import count
 
+import numpy as np
 import peers  # skips this file where torch, transformers or peft is missing
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from peers import peft
+from safetensors.numpy import save_file
+from strategies import random_model
 
+import lora_np as ln
 from lora_np.adapter import adapted_shapes
-from lora_np.formats.adapters.peft_config import read_config
 from lora_np.formats.models.names import module_names
 
 IGNORED = [
@@ -22,6 +30,7 @@ IGNORED = [
 ]
 pytestmark = [*peers.FILTERS, *map(pytest.mark.filterwarnings, IGNORED)]
 
+NUMBERS = count()
 CONFIGS = {"gpt2": peers.GPT2, "bert": peers.BERT, "roberta": peers.ROBERTA, "llama": peers.LLAMA}
 CASES = [("gpt2", "lm"), ("gpt2", "tag"), ("bert", "none"), ("bert", "tag"), ("roberta", "classify"), ("llama", "lm")]
 each_family = pytest.mark.parametrize(("family", "head"), CASES, ids=["-".join(case) for case in CASES])
@@ -43,7 +52,7 @@ def known(family, head):
 
 
 def theirs(family, head, **settings):
-    """PEFT's r and s of each module that it adapts and we could; None if it refuses."""
+    """PEFT's r and s of each module that it adapts and we could, and those that we could not; None if it refuses."""
     try:
         adapted = peft.get_peft_model(copy.deepcopy(pair(family, head)[0]), peft.LoraConfig(**settings))
     except ValueError:
@@ -53,15 +62,51 @@ def theirs(family, head, **settings):
         for name, layer in adapted.named_modules()
         if isinstance(layer, peft.tuners.lora.LoraLayer)
     }
-    return {name: value for name, value in layers.items() if name in known(family, head)}
+    ours = {name: value for name, value in layers.items() if name in known(family, head)}
+    return ours, layers.keys() - ours.keys()
 
 
-def ours(family, head, **settings):
-    """The same by our reading of the same settings."""
-    config = pair(family, head)[1]
-    lora, names = read_config({"peft_type": "LORA", **settings}, config, "adapter_config.json")
-    full = module_names(config)
-    return {full[name]: (lora.rank(name), lora.scale(name)) for name in names}
+@functools.cache
+def model(family, head):
+    return random_model(pair(family, head)[1], seed=1)
+
+
+def ours(home, family, head, ranks, **settings):
+    """The same by our reading of a file that has modules of these ranks, with the same settings."""
+    base, tensors = model(family, head), {"base_model.model.x": np.ones(1)} if not ranks else {}
+    full, shapes = module_names(base.config), adapted_shapes(base.config)
+    for name in (name for name in full if full[name] in ranks):
+        (n_out, n_in), r = shapes[name], ranks[full[name]]
+        ends = ("embedding_A", "embedding_B") if name == "embed.tokens" else ("A.weight", "B.weight")
+        for end, shape in zip(ends, ((r, n_in), (n_out, r)), strict=True):
+            tensors[f"base_model.model.{full[name]}.lora_{end}"] = np.ones(shape)
+    saved = [name for name in settings.get("modules_to_save") or () if name == full.get("head", "").split(".")[0]]
+    for name in saved:  # whole, as PEFT saves it
+        tensors |= {
+            f"base_model.model.{full[stem]}.{kind}": np.zeros(base.weights[f"{stem}.{kind}"].shape)
+            for stem in ("pooler", "head") if stem in full and full[stem].split(".")[0] == name
+            for kind in ("weight", "bias") if f"{stem}.{kind}" in base.weights
+        }  # fmt: skip
+    folder = home / f"{next(NUMBERS)}"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **settings}))
+    adapter = ln.load_adapter(folder, base)
+    return {full[name]: (adapter.config.rank(name), adapter.config.scale(name)) for name in adapter.matrices}
+
+
+def check_exact(home, family, head, expected, **settings):
+    """Exactly these modules are read, with these ranks and scales: not one less, and not one more."""
+    ranks = {name: r for name, (r, _) in expected.items()}
+    assert ours(home, family, head, ranks, **settings) == expected
+    first, *_ = ranks
+    others = [name for name in known(family, head) if name not in ranks]
+    if len(ranks) > 1:
+        with pytest.raises(ValueError, match=r"targeted of which the file has no|pattern.*no adapted module fits"):
+            ours(home, family, head, {name: r for name, r in ranks.items() if name != first}, **settings)
+    if others:
+        with pytest.raises(ValueError, match=r"modules of the file are not targeted|expected rank 3, as"):
+            ours(home, family, head, {**ranks, others[0]: 3}, **settings)
 
 
 @st.composite
@@ -84,25 +129,30 @@ def expressions(draw, family, head):
 @pytest.mark.proves("L1")
 @each_family
 @given(data=st.data())
-def test_an_expression_takes_the_modules_that_it_takes_in_peft(family, head, data):
+def test_an_expression_takes_the_modules_that_it_takes_in_peft(tmp_path_factory, family, head, data):
+    home = tmp_path_factory.mktemp("home")
     text = data.draw(expressions(family, head))
     settings = {"target_modules": text, "r": 3, "lora_alpha": 6}
     if data.draw(st.booleans()):
         settings["exclude_modules"] = data.draw(expressions(family, head))
-    expected = theirs(family, head, **settings)
+    expected, others = theirs(family, head, **settings) or (None, ())
     if expected is None:  # nothing fits, or also what PEFT has no LoRA for, such as a norm
         assume(not any(re.fullmatch(text, name) for name in known(family, head)))
     if not expected:
-        with pytest.raises(ValueError, match="no module of this model fits"):
-            ours(family, head, **settings)
+        with pytest.raises(ValueError, match="modules of the file are not targeted"):
+            ours(home, family, head, {known(family, head)[0]: 3}, **settings)
+    elif others:  # a table of positions, a pooler
+        with pytest.raises(ValueError, match=f"{len(others)} modules are targeted of which the file has no tensor"):
+            ours(home, family, head, {name: r for name, (r, _) in expected.items()}, **settings)
     else:
-        assert ours(family, head, **settings) == expected
+        check_exact(home, family, head, expected, **settings)
 
 
 @pytest.mark.proves("L1")
 @each_family
 @given(data=st.data(), rslora=st.booleans())
-def test_patterns_give_the_ranks_and_scales_that_they_give_in_peft(family, head, data, rslora):
+def test_patterns_give_the_ranks_and_scales_that_they_give_in_peft(tmp_path_factory, family, head, data, rslora):
+    home = tmp_path_factory.mktemp("home")
     some = st.dictionaries(expressions(family, head), st.integers(1, 4), max_size=3)
     targets = r".*\d+\..*(c_attn|c_proj|query|value|dense|[qv]_proj|down_proj)"
     settings = {"target_modules": targets, "r": 3, "lora_alpha": 6, "use_rslora": rslora}
@@ -112,9 +162,12 @@ def test_patterns_give_the_ranks_and_scales_that_they_give_in_peft(family, head,
         fitting = {p: v for p, v in drawn.items() if any(re.match(rf"(.*\.)?({p})$", name) for name in adapted)}
         if fitting != drawn:
             with pytest.raises(ValueError, match=f"{key}.*no adapted module fits"):
-                ours(family, head, **settings, **{key: drawn})
+                ours(home, family, head, dict.fromkeys(adapted, 3), **settings, **{key: drawn})
         settings[key] = fitting
-    assert ours(family, head, **settings) == theirs(family, head, **settings)
+    expected, others = theirs(family, head, **settings)
+    assert set(expected) == set(adapted)
+    if not others:
+        check_exact(home, family, head, expected, **settings)
 
 
 @pytest.mark.parametrize("task", [None, "SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"])
@@ -122,15 +175,15 @@ def test_patterns_give_the_ranks_and_scales_that_they_give_in_peft(family, head,
     ("family", "head"), [*CASES, ("gpt2", "classify"), ("bert", "classify"), ("llama", "classify")], ids="-".join
 )
 @pytest.mark.parametrize("excluded", [None, r".*\.1\..*"])
-def test_all_linear_is_what_it_is_in_peft(family, head, task, excluded):
+def test_all_linear_is_what_it_is_in_peft(tmp_path, family, head, task, excluded):
     settings = {"target_modules": "All-Linear", "task_type": task, "exclude_modules": excluded, "r": 3}
     # PEFT trains a classifier's head whole whatever the file says, and then writes that into it.
     settings["modules_to_save"] = ["classifier", "score"] if task in ("SEQ_CLS", "TOKEN_CLS") else None
     try:
-        expected = theirs(family, head, **settings)
+        expected, _ = theirs(family, head, **settings)
     except (AttributeError, TypeError):
         pytest.skip("a task that this model has not")
     if task in ("SEQ_CLS", "TOKEN_CLS") and head in ("lm", "none"):
         pytest.skip("a task that this model has not")
     assert expected
-    assert ours(family, head, **settings) == expected
+    check_exact(tmp_path, family, head, expected, **settings)

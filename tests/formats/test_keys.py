@@ -48,7 +48,12 @@ def test_a_submodule_that_no_sign_shows_to_be_an_adapter_stays():
 
 
 def test_a_copy_of_the_original_is_no_tensor_of_the_adapters():
-    assert read_key(f"{PREFIX}score.original_module.weight") is None
+    assert read_key(f"{PREFIX}score.original_module.weight") == (
+        "score.weight",
+        "original",
+        0,
+        f"{PREFIX}score.original_module.weight",
+    )
 
 
 @pytest.mark.parametrize(

@@ -330,7 +330,11 @@ def test_copies_of_the_bases_table_must_be_copies(tmp_path, model):
         edit_tensors(tmp_path / "a" / WEIGHTS, lambda t, key=key: t.update({f"base_model.model.{key}": table}))
         assert same_bits(dict(ln.load_adapter(tmp_path / "a", model).params), dict(adapter.params))
     edit_tensors(tmp_path / "a" / WEIGHTS, lambda t: t.update({f"base_model.model.{key}": table + 1}))
-    assert f"{key}: expected a copy of" in refusal(tmp_path / "a", model)
+    assert f"{key} is there twice, and not the same" in refusal(tmp_path / "a", model)
+    edit_tensors(tmp_path / "a" / WEIGHTS, lambda t: t.pop("base_model.model.transformer.wte.base_layer.weight"))
+    assert f"{key}: expected a copy of embed.tokens, got other values" in refusal(tmp_path / "a", model)
+    edit_tensors(tmp_path / "a" / WEIGHTS, lambda t: t.update({f"base_model.model.{key}": table[1:]}))
+    assert f"{key}: expected a copy of embed.tokens, got other values" in refusal(tmp_path / "a", model)
 
 
 def test_a_bias_that_peft_writes_three_times(tmp_path):
@@ -346,9 +350,9 @@ def test_a_bias_that_peft_writes_three_times(tmp_path):
     as_peft_writes(tmp_path / "a")
     edit_tensors(tmp_path / "a" / WEIGHTS, lambda t: t.update(copies))
     assert same_bits(dict(ln.load_adapter(tmp_path / "a", model).params), dict(adapter.params))
-    for key, value in copies.items():
+    for (key, value), said in zip(copies.items(), ("is there twice", "expected a copy of head.bias"), strict=True):
         edit_tensors(tmp_path / "a" / WEIGHTS, lambda t, c={**copies, key: value + 1}: t.update(c))
-        assert f"{key}: expected a copy of head.bias" in refusal(tmp_path / "a", model)
+        assert f"classifier.bias{' ' if 'twice' in said else ': '}{said}" in refusal(tmp_path / "a", model)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +361,7 @@ def test_a_bias_that_peft_writes_three_times(tmp_path):
         ({"peft_type": "IA3"}, "peft_type: expected 'LORA', got 'IA3'"),
         ({"peft_type": "A" * 10**5}, "peft_type: expected 'LORA'"),
         ({"a\nb": 1}, "not known"),
-        ({"target_modules": ["a" * 10**5]}, "this model has no such module"),
+        ({"target_modules": ["a" * 10**5]}, "target_modules: 'aaaaa"),
         ({"alpha_pattern": {"c_attn\n": "x"}}, "expected a number"),
         ({"use_dora": True}, "use_dora: not supported"),
         ({"use_dora": None}, "use_dora: not supported"),
@@ -366,37 +370,45 @@ def test_a_bias_that_peft_writes_three_times(tmp_path):
         ({"init_lora_weights": 1}, "init_lora_weights: 1"),
         ({"target_modules": ".*c_attn", "layers_to_transform": [1]}, "regular expression and layers_to_transform"),
         ({"target_modules": ".*c_attn", "layers_pattern": "h"}, "regular expression and layers_to_transform"),
-        ({"target_modules": None}, "no module of this model fits"),
-        ({"target_modules": ["(c_attn|x)"]}, "target_modules: expected a list of names"),
-        ({"target_modules": ["c_attn", "wpe"]}, "target_modules: 'wpe': this model has no such module"),
-        ({"target_modules": ["c_attn", "c_fc"]}, "h.0.mlp.c_fc.lora_A.weight is missing"),
-        ({"target_modules": ["c_fc"]}, "h.0.mlp.c_fc.lora_A.weight is missing"),
+        (
+            {"target_modules": None},
+            "2 modules of the file are not targeted",
+        ),
+        ({"target_modules": ["(c_attn|x)"]}, "target_modules: '(c_attn|x)': no module fits"),
+        ({"target_modules": ["c_attn", "ln_f"]}, "target_modules: 'ln_f': no module fits"),
+        ({"target_modules": ["c_attn", "wpe"]}, "1 modules are targeted of which the file has no tensor"),
+        ({"target_modules": ["c_attn", "c_fc"]}, "at their start: transformer.h.0.mlp.c_fc"),
+        (
+            {"target_modules": ["c_fc"]},
+            "2 modules of the file are not targeted",
+        ),
         ({"target_modules": {"c_attn": 1}}, "target_modules: expected a list"),
         ({"exclude_modules": {"c_attn": 1}}, "exclude_modules: expected a list"),
-        ({"layers_to_transform": [1]}, "h.0.attn.c_attn.lora_A.weight has no place"),
-        ({"layers_to_transform": [7]}, "no module of this model fits"),
+        ({"layers_to_transform": [1]}, "1 modules of the file are not targeted"),
+        ({"layers_to_transform": [7]}, "2 modules of the file are not targeted"),
+        ({"layers_to_transform": [[1]]}, "layers_to_transform: expected a list of integers, got [[1]]"),
         ({"layers_to_transform": "1"}, "layers_to_transform: expected"),
         ({"layers_to_transform": [True]}, "layers_to_transform: expected"),
-        ({"layers_to_transform": [1], "layers_pattern": "layers"}, "no module of this model fits"),
+        ({"layers_to_transform": [1], "layers_pattern": "layers"}, "2 modules of the file are not targeted"),
         ({"rank_pattern": {"c_fc": 4}}, "rank_pattern: 'c_fc': no adapted module"),
         ({"rank_pattern": {"c_attn": [4]}}, "rank_pattern: c_attn: expected a number"),
-        ({"rank_pattern": {"c_attn": 2}}, "expected shape (2, 8), got (4, 8)"),
+        ({"rank_pattern": {"c_attn": 2}}, "h.0.attn.c_attn: expected rank 4, as its tensors have, got 2"),
         ({"rank_pattern": 3}, "rank_pattern: expected an object"),
         ({"alpha_pattern": {"c_attn": "x"}}, "alpha_pattern: c_attn: expected a number"),
-        ({"r": 3}, "expected shape (3, 8), got (4, 8)"),
+        ({"r": 3}, "h.0.attn.c_attn: expected rank 4, as its tensors have, got 3"),
         ({"r": 0}, "r: expected an integer of at least 1"),
-        ({"r": 10**12}, "expected shape"),
+        ({"r": 10**12}, "expected rank 4, as its tensors have, got 1000000000000"),
         ({"r": 4.0}, "LoRAConfig.r: a value of the wrong type"),
-        ({"r": [4]}, "rank_pattern: rank_default: expected a number"),
-        ({"r": True}, "expected a number"),
-        ({"lora_alpha": None}, "expected a number"),
+        ({"r": [4]}, "LoRAConfig.r: a value of the wrong type: [4]"),
+        ({"r": True}, "LoRAConfig.r: a value of the wrong type: True"),
+        ({"lora_alpha": None}, "LoRAConfig.alpha: a value of the wrong type: None"),
         ({"lora_alpha": 10**400}, "no float holds"),
         ({"lora_dropout": 1}, "dropout: expected 0 <= p < 1"),
         ({"lora_dropout": "0"}, "dropout: a value of the wrong type"),
         ({"use_rslora": 1}, "rslora: a value of the wrong type"),
         ({"bias": "some"}, "bias: expected none, all or lora_only"),
-        ({"bias": "lora_only"}, "h.0.attn.c_attn.base_layer.bias is missing"),
-        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is missing"),
+        ({"bias": "lora_only"}, "the tensor transformer.h.0.attn.c_attn.bias is missing"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: 'lm_head': the file has no tensor of it"),
         ({"modules_to_save": ["ln_f"]}, "'ln_f': only the head, lm_head, can be trained whole; lora-np merge takes it"),
         ({"lora_bias": True}, "lora_bias: not supported (expected it to be off, got True); lora-np merge takes it"),
         ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list"),
@@ -411,7 +423,7 @@ def test_what_pefts_configuration_may_not_say(folder, model, values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"target_modules": ".*nothing"}, "no module of this model fits"),
+        ({"target_modules": ".*nothing"}, "target_modules: 2 modules of the file are not targeted"),
         ({"target_modules": "("}, "target_modules: '(': no regular expression"),
         ({"exclude_modules": "(?:.*.*.*.*)*q"}, "exclude_modules: '(?:.*.*.*.*)*q': takes too long to match"),
         ({"rank_pattern": {"c_attn|(": 4}}, "rank_pattern: "),

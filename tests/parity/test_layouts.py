@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from lora_np import cli
 from lora_np.formats.adapters.contents import read_contents
 from lora_np.formats.adapters.keys import read_key
-from lora_np.formats.adapters.targets import Known, mistargeted
+from lora_np.formats.adapters.targets import Known, candidates, mistargeted
 from lora_np.formats.merged.folder import merge_folder
 
 families = pytest.importorskip("families", reason="pip install lora-np[peers]")
@@ -56,6 +56,27 @@ SETTINGS = {
         "alpha_pattern": {"v_proj": 5},
     },
 }
+PATHS = {  # of modules, in full, as PEFT's model has them
+    "target_modules": [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")],
+    "rank_pattern": {"^model.layers.0.self_attn.q_proj": 3, "model.layers.1.self_attn.v_proj": 5},
+    "alpha_pattern": {"model.layers.0.self_attn.v_proj": 9, r"model\.layers\.1\.self_attn\.[q]_proj": 2},
+    "modules_to_save": ["model.norm"],
+    "trainable_token_indices": {"model.embed_tokens": [3, 5]},
+}
+SETTINGS["paths"] = PATHS
+GATE_UP, DOWN = (f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+EXPERTS = {
+    "all": {"target_modules": ["q_proj"], "target_parameters": families.EXPERTS},
+    "paths": {
+        "target_modules": ["model.layers.1.self_attn.q_proj"], "target_parameters": [GATE_UP, DOWN],
+        "rank_pattern": {DOWN: 2, r"q_pro[j]": 3}, "alpha_pattern": {GATE_UP: 5},
+        "modules_to_save": ["model.layers.0.input_layernorm"], "trainable_token_indices": {"model.embed_tokens": [3]},
+    },
+}  # fmt: skip
+CASES = [
+    *((family, settings, name) for family in ("mistral", "llama") for settings in SETTINGS for name in NAMES),
+    *((family, settings, name) for family in ("qwen3_moe", "gpt_oss") for settings in EXPERTS for name in NAMES),
+]
 
 
 def run(*argv):
@@ -63,11 +84,10 @@ def run(*argv):
 
 
 @pytest.mark.proves("L1")
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("family", ["mistral", "llama"])
+@pytest.mark.parametrize(("family", "settings", "name"), CASES)
 def test_convert_writes_what_peft_loads(tmp_path, capsys, family, name, settings):
     """PEFT's model with the folder that was written computes what its model with its own file does."""
+    settings = (EXPERTS if family in ("qwen3_moe", "gpt_oss") else SETTINGS)[settings]
     model = families.make(family, torch.float32, seed=1)
     model.save_pretrained(str(tmp_path / "base"))
     module = families.adapted(model, settings, torch.float32, seed=2)
@@ -190,10 +210,10 @@ def test_what_is_targeted_is_what_peft_targets(tmp_path_factory, settings):
     def counted(lines, what):
         return sum(int(line.split()[1]) for line in lines if line.startswith("target_modules: ") and what in line)
 
-    every = Known({name: name for name in FULL}, FULL, FULL)
+    every = Known({name: name for name in FULL}, FULL, candidates(FULL, FULL))
     assert counted(mistargeted(write(FULL), every), "not targeted") == len(set(FULL) - due)
     few = FULL[:1] + FULL[-1:]
-    some = Known({name: name for name in few}, FULL, FULL)
+    some = Known({name: name for name in few}, FULL, candidates(few, FULL))
     assert counted(mistargeted(write(few), some), "targeted of which the file has no") == len(due - set(few))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,13 @@ from ..files.json_file import from_fields, read_json
 from ..files.messages import named, shown
 from ..files.safetensors_file import UNGATHERED, refuse_pickle
 from ..models.shards import Stored, stored_tensors
+from .expected import expect_adapter
 from .keys import adapter_names, read_key
-from .peft import CONFIG, CONVERT, WEIGHTS, expect_adapter
-from .peft_config import BY_NAME, PATTERNS, READ, check_keys, endings, expressions_in, resolved
+from .peft_config import BY_NAME, CONFIG, PATTERNS, READ, WEIGHTS, Fits, check_keys, endings, expressions_in, resolved
+from .prefix import change_of_prefix, moved
 
 MLX_WEIGHTS = "adapters.safetensors"
+CONVERT = "lora-np convert writes a right file"  # where a mending is certain
 PARAMETERS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # of a layer's experts, in order
 
 
@@ -33,13 +35,15 @@ class Pair(NamedTuple):
     """A and B of one module, as the file has them, in host memory: the update is s B A.
 
     A (r, in), B (out, r); of a look-up A (r, V), B (D, r); of E experts A (E r, in), B (out, r E).
-    r: the rank that the scale s is made of. bias: what is added to the module's bias, times s; None: nothing.
+    r, alpha: what the scale s is made of (L1); alpha None: the file has s alone. bias: what is added to the module's
+    bias, times s; None: nothing.
     """
 
     A: Array
     B: Array
     s: float
     r: int
+    alpha: float | None = None
     bias: Array | None = None
     is_look_up: bool = False
 
@@ -58,6 +62,7 @@ class Contents:
     pairs     A and B of each module; several where several parameters of one module are adapted, the innermost first
     whole     what is trained whole, by the tensor's name
     rows      rows of a table that are trained, by its module: their numbers, and the values (n, D)
+    originals the base's own of what is trained whole, where PEFT kept it, by the tensor's name
     improper  tensors whose keys PEFT would not find: the key there, and PEFT's
     left_out  what PEFT would not load either, in a line each
     """
@@ -69,6 +74,12 @@ class Contents:
     rows: Mapping[str, tuple[list[int], Array]]
     improper: Mapping[str, str]
     left_out: Sequence[str] = ()
+    originals: Mapping[str, Stored] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Path:
+        """The file of its tensors."""
+        return self.path / (MLX_WEIGHTS if _is_mlx(self.raw) else WEIGHTS)
 
     @property
     def remarks(self) -> list[str]:
@@ -84,18 +95,23 @@ class Contents:
 
 
 @named
-def read_contents(path: str | os.PathLike[str]) -> Contents:
-    """Reads an adapter's folder. A FileNotFoundError or ValueError, in one line, says what is missing or damaged."""
+def read_contents(path: str | os.PathLike[str], known: Collection[str] = ()) -> Contents:
+    """Reads an adapter's folder. A FileNotFoundError or ValueError, in one line, says what is missing or damaged.
+
+    known: the base's modules, where there is one. The configuration may have their names where the file's tensors begin
+    with another prefix.
+    """
     folder = Path(path)
     expect_adapter(folder)
     raw = read_json(folder / CONFIG)
-    if "fine_tune_type" in raw:
+    if _is_mlx(raw):
         return _read_mlx(folder, raw)
     check_keys(raw, str(folder / CONFIG), on=BY_NAME)
-    refuse_pickle(folder, WEIGHTS, is_dict=True)
-    tensors = _not_empty(folder / WEIGHTS, "lora_A and lora_B")
+    tensors = adapter_tensors(folder, raw)
     adapters = adapter_names(tensors)
-    keys = {key: found for key in tensors if (found := read_key(key, adapters)) is not None}
+    keys = {key: read_key(key, adapters) for key in tensors}
+    originals = {found.module: tensors[key] for key, found in keys.items() if found.part == "original"}
+    keys = {key: found for key, found in keys.items() if found.part != "original"}
     unused = {key: None for key, found in keys.items() if found.part == "bias" and raw.get("lora_bias") is not True}
     keys = {key: found for key, found in keys.items() if key not in unused}
     factors: dict[tuple[str, int], dict[str, Stored]] = {}
@@ -117,7 +133,8 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     if strange or not (factors or tokens):
         got = shown((strange or list(tensors))[0])
         raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of each module, got {got}")
-    pairs = _pairs(raw, factors, folder)
+    others = _others([*adapted, *tokens], known)
+    pairs = _pairs(raw, factors, folder, others)
     nested = bool(raw.get("target_parameters"))
     proper = {key: found.proper if nested else found.alone for key, found in keys.items()}
     improper = {key: name for key, name in proper.items() if key != name}
@@ -125,14 +142,16 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         f"lora_bias is not true, so {len(unused)} tensors are left out, as PEFT leaves them: {shown(first)}"
         for first in list(unused)[:1]
     ]
-    return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder), improper, left_out)
+    return Contents(folder, raw, pairs, whole, _token_rows(raw, tokens, folder, others), improper, left_out, originals)
 
 
-def _not_empty(path: Path, factors: str) -> dict[str, Stored]:
+def adapter_tensors(folder: Path, raw: Mapping[str, Any]) -> dict[str, Stored]:
     """The tensors of a file, or of its shards; a ValueError if there are none, or one has no element."""
-    tensors = stored_tensors(path.parent, path.name)
+    name, factors = (MLX_WEIGHTS, "lora_a and lora_b") if _is_mlx(raw) else (WEIGHTS, "lora_A and lora_B")
+    refuse_pickle(folder, name, is_dict=True)
+    tensors = stored_tensors(folder, name)
     if not tensors:
-        raise ValueError(f"{path}: expected {factors} of each module, got no tensor at all; {UNGATHERED}")
+        raise ValueError(f"{folder / name}: expected {factors} of each module, got no tensor at all; {UNGATHERED}")
     for stored in tensors.values():
         if 0 in stored.shape:
             raise ValueError(f"{stored}: expected a tensor with elements, got shape {stored.shape}; {UNGATHERED}")
@@ -146,9 +165,12 @@ def _is_no_part(name: str, adapted: Collection[str]) -> bool:
 
 
 def _pairs(
-    raw: Mapping[str, Any], factors: Mapping[tuple[str, int], Mapping[str, Stored]], folder: Path
+    raw: Mapping[str, Any],
+    factors: Mapping[tuple[str, int], Mapping[str, Stored]],
+    folder: Path,
+    others: Mapping[str, str],
 ) -> dict[str, list[Pair]]:
-    """A and B of each module, with its scale."""
+    """A and B of each module, with its scale; others: the modules' other names."""
     found: dict[str, list[tuple[Stored, Stored, Stored | None, bool]]] = {}
     for (module, _), parts in sorted(factors.items(), key=lambda item: -item[0][1]):  # the innermost has most wrappers
         is_look_up = "embedding_A" in parts
@@ -161,12 +183,13 @@ def _pairs(
             raise ValueError(f"{A}: expected A (r, in) and B (out, r), got A {A.shape} and B {B.shape}")
         found.setdefault(module, []).append((A, B, parts.get("bias"), is_look_up))
     targets = _targets(raw, str(folder / CONFIG))
-    known_as = {module: _parameters(targets, module, len(several)) for module, several in found.items()}
+    known_as = {module: _parameters(targets, module, others[module], len(several)) for module, several in found.items()}
+    aliases = {name: others[m] + name[len(m) :] for m, several in known_as.items() for name in several}
     ranks: dict[str, list[int]] = {}
     for module, several in found.items():
         for name, (A, *_) in zip(known_as[module], several, strict=True):
             ranks.setdefault(name, []).append(A.shape[0])
-    scales = _scales(raw, ranks, str(folder / CONFIG))
+    scales = _scales(raw, ranks, aliases, str(folder / CONFIG))
     return {
         module: [
             Pair(A.read_finite(), B.read_finite(), *scales[name], bias and bias.read_finite(), is_look_up)
@@ -188,13 +211,15 @@ def _targets(raw: Mapping[str, Any], where: str) -> dict[str, set[str]]:
     return found
 
 
-def _parameters(targets: Mapping[str, Collection[str]], module: str, n: int) -> list[str]:
+def _parameters(targets: Mapping[str, Collection[str]], module: str, other: str, n: int) -> list[str]:
     """The names by which PEFT's patterns know a module's n pairs, the innermost first: its own, or its parameters'.
+
+    other: what the configuration may call it besides.
 
     PEFT wraps the parameters of a module in the order in which it has them. One part of a name fits experts alone here:
     an adapter does not tell which other modules have such a parameter.
     """
-    owners = [*endings(module), *([""] if module.endswith("experts") else [])]
+    owners = [*dict.fromkeys((*endings(module), *endings(other))), *([""] if module.endswith("experts") else [])]
     fitting = [targets[owner] for owner in owners if owner in targets]
     if sum(map(len, fitting)) > len(owners) * n:  # more names than pairs, whatever they are
         return [module] * n
@@ -203,36 +228,61 @@ def _parameters(targets: Mapping[str, Collection[str]], module: str, n: int) -> 
     return [f"{module}.{name}" for name in names] if len(names) == n else [module] * n
 
 
-def _scales(raw: Mapping[str, Any], ranks: Mapping[str, list[int]], where: str) -> dict[str, tuple[float, int]]:
-    """s and r of each pair (L1), whose ranks are those of its tensors; a ValueError if the configuration has others.
+def _others(modules: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """What the configuration may call each module besides: its name among `known`, if a prefix alone is off."""
+    unknown = [module for module in modules if module not in known] if known else []
+    change = change_of_prefix(unknown, known) if unknown else None
+    return {module: module if module in known or change is None else str(moved(module, *change)) for module in modules}
 
-    Several experts of one parameter have a multiple of it.
+
+def _scales(
+    raw: Mapping[str, Any], ranks: Mapping[str, list[int]], aliases: Mapping[str, str], where: str
+) -> dict[str, tuple[float, int, float]]:
+    """s, r and alpha of each pair (L1). A ValueError if its tensors have another rank than the configuration.
+
+    Several experts of one parameter have a multiple of it. aliases: each pair's other name, by which the patterns know
+    it if they do not fit its own.
     """
     fields = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "bias": "bias", "rslora": "use_rslora"}
     config = from_fields(LoRAConfig, {ours: raw.get(key, READ[key]) for ours, key in fields.items()}, where)
-    same = {name: name for name in ranks}
-    fits = expressions_in(raw, PATTERNS, list(ranks), where)
-    said = resolved(raw, "rank_pattern", same, config.r, fits, where)
-    alphas = resolved(raw, "alpha_pattern", same, config.alpha, fits, where)
+    fits = expressions_in(raw, PATTERNS, [*dict.fromkeys((*aliases, *aliases.values()))], where)
+    said, alphas = (
+        _resolved(raw, key, aliases, default, fits, where)
+        for key, default in zip(PATTERNS, (config.r, config.alpha), strict=True)
+    )
     scales = {}
     for name, found in ranks.items():
         r, has_experts = said[name], bool(raw.get("target_parameters"))
         if type(r) is not int or r < 1 or any(rank != r and not (has_experts and rank % r == 0) for rank in found):
             raise ValueError(f"{where}: {shown(name)}: expected rank {found[0]}, as its tensors have, got {r!r:.60}")
-        scales[name] = (alphas[name] / (math.sqrt(r) if config.rslora else r), r)
+        scales[name] = (alphas[name] / (math.sqrt(r) if config.rslora else r), r, alphas[name])
     return scales
 
 
+def _resolved(
+    raw: Mapping[str, Any], key: str, aliases: Mapping[str, str], default: float, fits: Fits, where: str
+) -> dict[str, Any]:
+    """What a pattern gives each pair, by its own name, or by its other where the pattern does not fit."""
+    own = {name: name for name in aliases}
+    try:
+        return resolved(raw, key, own, default, fits, where)
+    except ValueError:
+        if own == aliases:
+            raise
+        return resolved(raw, key, aliases, default, fits, where)
+
+
 def _token_rows(
-    raw: Mapping[str, Any], tokens: Mapping[str, Array], folder: Path
+    raw: Mapping[str, Any], tokens: Mapping[str, Array], folder: Path, others: Mapping[str, str]
 ) -> dict[str, tuple[list[int], Array]]:
-    """The rows of each table that are trained."""
+    """The rows of each table that are trained; others: their modules' other names."""
     said, where = raw.get("trainable_token_indices"), f"{folder / CONFIG}: trainable_token_indices"
     rows = {}
     for module, values in tokens.items():
         numbers = said
         if isinstance(said, dict):
-            numbers = next((said[name] for name in said if module == name or module.endswith(f".{name}")), None)
+            ends = dict.fromkeys((*endings(module), *endings(others[module])))
+            numbers = next((said[name] for name in said if name in ends), None)
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{where}: expected the tokens of {shown(module)}, got {numbers!r:.60}")
         if len(set(numbers)) < len(numbers):
@@ -241,6 +291,10 @@ def _token_rows(
             raise ValueError(f"{where}: expected {values.shape[:1]} tokens of {shown(module)}, got {len(numbers)}")
         rows[module] = numbers, values
     return rows
+
+
+def _is_mlx(raw: Mapping[str, Any]) -> bool:
+    return "fine_tune_type" in raw
 
 
 def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
@@ -252,7 +306,7 @@ def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
     s = parameters.get("scale") if isinstance(parameters, dict) else None
     if not isinstance(s, (int, float)) or isinstance(s, bool):
         raise ValueError(f"{where}: lora_parameters: expected an object with scale, a number, got {parameters!r:.60}")
-    tensors = _not_empty(folder / MLX_WEIGHTS, "lora_a and lora_b")
+    tensors = adapter_tensors(folder, raw)
     pairs, whole = {}, {}
     for key, stored in tensors.items():
         module, _, part = key.rpartition(".")

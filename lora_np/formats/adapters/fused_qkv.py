@@ -29,7 +29,7 @@ def take_apart(config: Config, adapter: Adapter) -> Adapter:
         return adapter
     params = {}
     for name, value in adapter.params.items():
-        names = _three(name)
+        names = three(name)
         parts = fused_parts(config, name[:-2]) if len(names) == 3 else {"": slice(None)}
         for part, rows in zip(names, parts.values(), strict=True):
             params[part] = value[rows] if name.endswith(".B") else value
@@ -40,11 +40,11 @@ def config_apart(lora_config: LoRAConfig) -> LoRAConfig:
     """The configuration of `take_apart`'s result."""
 
     def patterns(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {part: value for name, value in values.items() for part in _three(name)}
+        return {part: value for name, value in values.items() for part in three(name)}
 
     return replace(
         lora_config,
-        targets=tuple(part for target in lora_config.targets for part in _three(target)),
+        targets=tuple(part for target in lora_config.targets for part in three(target)),
         rank_pattern=patterns(lora_config.rank_pattern),
         alpha_pattern=patterns(lora_config.alpha_pattern),
     )
@@ -56,7 +56,7 @@ def stored_apart(
     """The configuration of `take_apart`'s result, and its parameters' names; a ValueError if one is there twice."""
     if not is_apart(config):
         return lora_config, list(names)
-    stored = [part for name in names for part in _three(name)]
+    stored = [part for name in names for part in three(name)]
     if len(set(stored)) < len(stored):
         raise ValueError(f"{where}: params: q, k or v both alone and in qkv")
     return config_apart(lora_config), stored
@@ -66,14 +66,14 @@ def put_together(config: Config, params: Mapping[str, Array], names: Collection[
     """The parameters `names` that `take_apart` was given; a ValueError if the three A are not one."""
     result = {}
     for name in names:
-        parts = [params[part] for part in _three(name)] if is_apart(config) else [params[name]]
+        parts = [params[part] for part in three(name)] if is_apart(config) else [params[name]]
         if name.endswith(".A") and not all(np.array_equal(part, parts[0]) for part in parts):
             raise ValueError(f"{where}: {name}: expected the same A for q, k and v, got others")
         result[name] = np.concatenate(parts) if name.endswith(".B") and len(parts) > 1 else parts[0]
     return result
 
 
-def _three(name: str) -> list[str]:
+def three(name: str) -> list[str]:
     """q, k and v in the place of qkv, in the name of a target, a matrix or a factor; any other name alone."""
     stem, end = (name[:-2], name[-2:]) if name.endswith((".A", ".B")) else (name, "")
     return [f"{stem[:-3]}{part}{end}" for part in "qkv"] if target_of(stem) == "qkv" else [name]

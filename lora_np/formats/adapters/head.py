@@ -14,9 +14,11 @@ from ..files.npz_file import HEADER, open_arrays
 from ..models.labels import named_labels
 from ..models.shards import stored_tensors
 from .adapter import kind_of
+from .contents import adapter_tensors
+from .expected import expect_adapter
 from .header import KEY, read_about
-from .keys import PREFIX
-from .peft import CONFIG, WEIGHTS, expect_adapter
+from .keys import adapter_names, read_key
+from .peft_config import CONFIG
 from .task import TASK, Task, load_task
 
 # What PEFT's files call the modules of a head, and RoBERTa's pooler, which is a part of its own; ours: head, pooler.
@@ -70,13 +72,14 @@ def _read(path: Path) -> Brought:
     if kind == "peft":
         expect_adapter(path)
     raw = read_json(path / CONFIG) if kind == "peft" else {}
-    tensors = stored_tensors(path, WEIGHTS) if kind == "peft" else stored_tensors(path.parent, path.name)
+    tensors = adapter_tensors(path, raw) if kind == "peft" else stored_tensors(path.parent, path.name)
     metadata = next((stored.file.metadata for stored in tensors.values()), {})
     about = read_about(metadata[KEY], f"{path}: metadata") if KEY in metadata else {}
-    shapes = {}
+    shapes, adapters = {}, adapter_names(tensors)
     for key, stored in tensors.items():
-        module, _, weight = key.removeprefix(PREFIX).rpartition(".")
-        if module in MODULES:
+        found = read_key(key, adapters) if kind == "peft" else None
+        module, _, weight = (found.module if found else key).rpartition(".")
+        if module in MODULES and not (found and found.part):
             shapes[f"{MODULES[module]}.{weight}"] = stored.shape
     doubles = any(stored.dtype == "F64" for stored in tensors.values())
     task = raw.get("task_type")

@@ -40,7 +40,8 @@ class Key(NamedTuple):
     """What a key says.
 
     module   the module's name; of what is trained whole, the tensor's
-    part     A, B, bias (of B), embedding_A, embedding_B, tokens; "" for a tensor that is trained whole
+    part     A, B, bias (of B), embedding_A, embedding_B, tokens; "" for a tensor that is trained whole; original for
+             the copy that PEFT keeps of what that replaced
     depth    how many wrappers of PEFT's lie between the module and this pair: of several parameters of one module
     proper   the key that PEFT gives it
     """
@@ -76,8 +77,8 @@ def adapter_names(keys: Iterable[str]) -> set[str]:
     return found | {name for name, rest in saved if rest in originals}
 
 
-def read_key(key: str, adapters: Collection[str] = (DEFAULT,)) -> Key | None:
-    """What a key says; None for a copy that PEFT keeps of what it replaced. A ValueError if it is another method's.
+def read_key(key: str, adapters: Collection[str] = (DEFAULT,)) -> Key:
+    """What a key says. A ValueError if it is another method's.
 
     adapters: the names of adapters, as `adapter_names` finds them.
     """
@@ -112,11 +113,11 @@ def _factor(key: str, names: list[str], at: int) -> Key:
     return Key(".".join(module), "bias" if end == "bias" else part, depth, proper)
 
 
-def _whole(names: list[str], adapters: Collection[str]) -> Key | None:
+def _whole(names: list[str], adapters: Collection[str]) -> Key:
     """The key of a tensor that is trained whole, or of the base's own beside an update (base_layer)."""
-    if "original_module" in names:
-        return None
     proper = PREFIX + ".".join(names)
+    if "original_module" in names:
+        return Key(".".join(name for name in names if name != "original_module"), "original", 0, proper)
     if "modules_to_save" in names:
         at = names.index("modules_to_save")
         has_name = len(names) > at + 2 and names[at + 1] in adapters

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from ...adapter import TARGETS, LoRAConfig, adapted_shapes, target_of, trained_whole
 from ...model import Config
 from ..files.expressions import Expression, fitting
-from ..files.json_file import from_fields
 from ..files.messages import nearest, shown
 from ..models.names import family_of, module_names, saved_whole, short_names
 from .peft_tensors import grouped
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What says how the adapter is built: read, and written. The values that stand for a key that is absent.
 READ: Mapping[str, Any] = {
     "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "rank_pattern": {},
@@ -251,38 +251,6 @@ def check_same(raw: Mapping[str, Any], written: Mapping[str, Any], where: str) -
             )
 
 
-def read_config(raw: Mapping[str, Any], config: Config, where: str) -> tuple[LoRAConfig, list[str]]:
-    """A file of PEFT's own: our configuration, and the matrices that it says are adapted.
-
-    target_modules, exclude_modules and the patterns may be regular expressions, as PEFT has them. What it names must be
-    there: a target or a pattern that no module fits is a ValueError.
-    """
-    adaptable = _adaptable(config)
-    fits = expressions_in(raw, READ, list(adaptable.values()), where)
-    selection = _selection(raw, config, adaptable, fits, where)
-    # PEFT never adapts what it trains whole.
-    heads = _names(raw, "modules_to_save", where)
-    names = {
-        ours: theirs
-        for ours, theirs in adaptable.items()
-        if selection.takes(theirs) and not (ours == "head" and saved_whole(config) in heads)
-    }
-    if not names:
-        raise ValueError(f"{where}: target_modules: {raw.get('target_modules')!r:.60}: no module of this model fits")
-    r, alpha = raw.get("r", READ["r"]), raw.get("lora_alpha", READ["lora_alpha"])
-    ranks = resolved(raw, "rank_pattern", names, r, fits, where)
-    alphas = resolved(raw, "alpha_pattern", names, alpha, fits, where)
-    fields = described(config, ranks, alphas, r, alpha) | {
-        "dropout": raw.get("lora_dropout", READ["lora_dropout"]),
-        "bias": raw.get("bias", READ["bias"]),
-        "train_head": _trains_head(raw, config, heads, where),
-        "rslora": raw.get("use_rslora", READ["use_rslora"]),
-    }
-    if raw.get("init_lora_weights") == "gaussian" and r > 0:
-        fields |= {"init": "normal", "sigma": 1 / r}  # PEFT's
-    return from_fields(LoRAConfig, fields, where), list(names)
-
-
 def described(
     config: Config, ranks: Mapping[str, int], alphas: Mapping[str, float], r: Any, alpha: Any
 ) -> dict[str, Any]:
@@ -310,58 +278,8 @@ def expressions_in(raw: Mapping[str, Any], keys: Collection[str], names: Sequenc
     return fitting(found, names, where)
 
 
-def _selection(
-    raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str], fits: Fits, where: str
-) -> Selection:
-    """What is adapted; a regular expression becomes the full names that it fits."""
-    layers, pattern = _layers(raw, where), _names(raw, "layers_pattern", where)
-    targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
-    if isinstance(excluded, str):
-        excluded = fits[Expression("exclude_modules", excluded)]
-    else:
-        excluded = _names(raw, "exclude_modules", where)
-    if isinstance(targets, str):
-        if layers is not None or raw.get("layers_pattern") is not None:
-            raise ValueError(f"{where}: target_modules: a regular expression and layers_to_transform or layers_pattern")
-        every = targets.lower() == ALL_LINEAR
-        taken = _all_linear(raw, config, adaptable) if every else fits[Expression("target_modules", targets)]
-        return Selection(taken, exclude_modules=excluded)
-    targets = dict.fromkeys(_names(raw, "target_modules", where))
-    known = {ending for module in adaptable.values() for ending in endings(module)}
-    for name in targets:
-        if name not in known:
-            raise ValueError(f"{where}: target_modules: {name!r:.60}: this model has no such module to adapt")
-    return Selection(targets, None if layers is None else set(layers), set(pattern), set(excluded))
-
-
-def _all_linear(raw: Mapping[str, Any], config: Config, adaptable: Mapping[str, str]) -> set[str]:
-    """The full names of all linears but the output."""
-    output = adaptable.get("head", "")
-    # PEFT knows a language model's output, and a classifier's by its name, which RoBERTa's does not have.
-    named = raw.get("task_type") == "SEQ_CLS" and output in AUTO_SAVED["SEQ_CLS"]
-    left_out = {adaptable["embed.tokens"], *([output] if config.head == "lm" or named else [])}
-    return set(adaptable.values()) - left_out
-
-
-def _names(raw: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """A list of dotted names."""
-    value = raw.get(key)
-    value = [] if value is None else [value] if isinstance(value, str) and key == "layers_pattern" else value
-    if not isinstance(value, list) or not all(isinstance(name, str) and _is_dotted(name) for name in value):
-        raise ValueError(f"{where}: {key}: expected a list of names, got {value!r:.60}")
-    return value
-
-
 def _is_dotted(name: str) -> bool:
     return all(part.isidentifier() or part.isdecimal() for part in name.split("."))
-
-
-def _layers(raw: Mapping[str, Any], where: str) -> list[int] | None:
-    value = raw.get("layers_to_transform")
-    layers = [value] if isinstance(value, int) else value
-    if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
-        raise ValueError(f"{where}: layers_to_transform: expected a list of integers, got {value!r:.60}")
-    return layers
 
 
 def resolved(
@@ -390,24 +308,6 @@ def resolved(
             raise ValueError(f"{where}: {key}: {pattern!r:.60}: no adapted module fits{nearest(pattern, ends)}")
         values |= {name: value for name in taken if name not in values}
     return {ours: values.get(theirs, default) for ours, theirs in names.items()}
-
-
-def _trains_head(raw: Mapping[str, Any], config: Config, heads: Collection[str], where: str) -> bool:
-    """Whether modules_to_save names the head. No other module can be trained whole."""
-    if not heads:
-        return False
-    if config.head == "none":
-        raise ValueError(f"{where}: modules_to_save: this model has no head, got {heads!r:.60}")
-    head = saved_whole(config)
-    known = {head, *([saved_whole(config, "pooler")] if config.pooler_in_head and config.has_pooler else [])}
-    task = raw.get("task_type")
-    added = AUTO_SAVED.get(task, ()) if isinstance(task, str) else ()
-    for name in heads:
-        if name not in known and name not in added:
-            raise ValueError(
-                f"{where}: modules_to_save: {name!r:.60}: only the head, {head}, can be trained whole; {MERGE}"
-            )
-    return head in heads
 
 
 def _common_layers(config: Config, names: Iterable[str]) -> list[int] | None:

@@ -21,6 +21,7 @@ import numpy as np
 from ...adapter import LoRAConfig, adapted_shapes, fused_parts, target_of, trained_whole
 from ...backend import Array, asnumpy
 from ...model import Config
+from ...ops import widened
 from ..files.safetensors_file import TensorFile
 from ..models.base import Base
 from ..models.names import family_of, module_names, module_of
@@ -141,6 +142,19 @@ def factor_slots(
         B.blocks[f"{part}.B"] = (rows[part], columns)
         start = columns.stop
     return A, B
+
+
+def base_tensor(model: Base, module: str, kind: str) -> Array | None:
+    """The base's own weight or bias of a module, by our name, as PEFT's file has it; None if it has none."""
+    if module == "head" and kind == "weight":
+        names = [model.config.head_weight]
+    elif kind == "weight" and module in model.weights:  # a table
+        names = [module]
+    else:
+        names = [f"{part}.{kind}" for part in fused_parts(model.config, module)]
+    if not all(name in model.weights for name in names) or (len(names) > 1 and kind == "weight"):
+        return None
+    return np.concatenate([asnumpy(widened(model.weights[name])) for name in names])
 
 
 def _whole_shapes(config: Config) -> dict[str, tuple[int, ...]]:

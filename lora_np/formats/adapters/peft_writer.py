@@ -13,8 +13,7 @@ from ..files.json_file import write_json
 from ..files.messages import shown
 from .contents import Pair
 from .keys import PREFIX
-from .peft import CONFIG, WEIGHTS
-from .peft_config import most_common
+from .peft_config import CONFIG, WEIGHTS, most_common
 
 NAME = r"[\w.-]+"  # that no regular expression reads as another
 

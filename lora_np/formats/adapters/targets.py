@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from ..files.expressions import Expression
 from ..files.messages import nearest, shown
 from .contents import Contents
-from .peft import CONFIG
-from .peft_config import ALL_LINEAR, AUTO_SAVED, MODULES, Fits, Selection, endings, ends_in, expressions_in
+from .peft_config import ALL_LINEAR, AUTO_SAVED, CONFIG, MODULES, Fits, Selection, endings, ends_in, expressions_in
 
 SHOWN = 5  # lines of one kind
 LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
@@ -24,14 +23,16 @@ LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_paramet
 class Known(NamedTuple):
     """What a base has.
 
-    names     its name of each module of the adapter
-    modules   all its modules
-    matrices  those whose weight is a matrix
+    names       its name of each module of the adapter, and of each tensor that is trained whole
+    modules     all its modules
+    candidates  those that could be adapted, and are not
+    linears     what "all-linear" is; None: names do not tell
     """
 
     names: Mapping[str, str]
     modules: Collection[str]
-    matrices: Collection[str]
+    candidates: Collection[str]
+    linears: Collection[str] | None = None
 
 
 def mistargeted(adapter: Contents, known: Known | None = None) -> list[str]:
@@ -42,18 +43,19 @@ def mistargeted(adapter: Contents, known: Known | None = None) -> list[str]:
     raw, where = adapter.raw, str(adapter.path / CONFIG)
     if "peft_type" not in raw:  # mlx-lm's, which has no targets
         return []
-    lists = {key: _names(raw, key, where) for key in LISTS}
+    lists = {key: names_in(raw, key, where) for key in LISTS}
     adapted = list(adapter.pairs)
     aliases = {name: {name, known.names.get(name, name) if known else name} for name in adapted}
-    others = sorted(_candidates(adapter, known)) if known else []
+    others = sorted(known.candidates) if known else []
     every = sorted({*others, *(alias for both in aliases.values() for alias in both)})
     fits = expressions_in(raw, MODULES, every, where)
-    selection, saved = _selection(raw, lists, fits), [f".{one}." for one in lists["modules_to_save"]]
+    linears = known.linears if known else None
+    selection, saved = _selection(raw, lists, fits, linears, where), [f".{one}." for one in lists["modules_to_save"]]
 
     def takes(name: str) -> bool:
         return not _is_saved(name, saved) and (selection is None or selection.takes(name))
 
-    lines = []
+    lines = _fitting_nothing(adapter, lists, known)
     owners = _owners(lists["target_parameters"])
     unused = [
         name
@@ -71,10 +73,17 @@ def mistargeted(adapter: Contents, known: Known | None = None) -> list[str]:
             f"target_modules: {len(missing)} modules are targeted of which the file has no tensor, so that PEFT would "
             f"leave them at their start: {shown(missing[0])}"
         )
-    return lines + _fitting_nothing(adapter, lists, known)
+    return lines
 
 
-def _names(raw: Mapping[str, Any], key: str, where: str) -> list[str]:
+def excluded_in_vain(adapter: Contents, known: Known) -> list[str]:
+    """The names in exclude_modules that no module of a base has, in a line each."""
+    names = names_in(adapter.raw, "exclude_modules", str(adapter.path / CONFIG))
+    modules = {*known.modules, *(known.names[name] for name in adapter.pairs)}
+    return _unfit("exclude_modules", {name: name for name in names}, modules)
+
+
+def names_in(raw: Mapping[str, Any], key: str, where: str) -> list[str]:
     """A list of names; none where an expression stands in its place."""
     value = raw.get(key)
     if value is None or (isinstance(value, str) and key in MODULES):
@@ -85,16 +94,26 @@ def _names(raw: Mapping[str, Any], key: str, where: str) -> list[str]:
     return value
 
 
-def _selection(raw: Mapping[str, Any], lists: Mapping[str, list[str]], fits: Fits) -> Selection | None:
-    """What is targeted; None where that is all that is linear, which names do not tell."""
-    targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
-    out = fits[Expression(MODULES[1], excluded)] if isinstance(excluded, str) else lists["exclude_modules"]
-    if isinstance(targets, str):
-        every = targets.lower() == ALL_LINEAR
-        return None if every else Selection(fits[Expression(MODULES[0], targets)], exclude_modules=set(out))
-    layers = raw.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    return Selection(set(lists["target_modules"]), layers and set(layers), lists["layers_pattern"], set(out))
+def _selection(
+    raw: Mapping[str, Any], lists: Mapping[str, list[str]], fits: Fits, linears: Collection[str] | None, where: str
+) -> Selection | None:
+    """What is targeted; None where that is all that is linear, and it is not known what is."""
+    targets, excluded, layers = raw.get("target_modules"), raw.get("exclude_modules"), _layers(raw, where)
+    out = set(fits[Expression(MODULES[1], excluded)] if isinstance(excluded, str) else lists["exclude_modules"])
+    if not isinstance(targets, str):
+        return Selection(set(lists["target_modules"]), layers, lists["layers_pattern"], out)
+    if layers is not None or raw.get("layers_pattern") is not None:
+        raise ValueError(f"{where}: target_modules: a regular expression and layers_to_transform or layers_pattern")
+    taken = linears if targets.lower() == ALL_LINEAR else fits[Expression(MODULES[0], targets)]
+    return None if taken is None else Selection(taken, exclude_modules=out)
+
+
+def _layers(raw: Mapping[str, Any], where: str) -> set[int] | None:
+    value = raw.get("layers_to_transform")
+    layers = [value] if isinstance(value, int) else value
+    if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+        raise ValueError(f"{where}: layers_to_transform: expected a list of integers, got {value!r:.60}")
+    return None if layers is None else set(layers)
 
 
 def _is_saved(name: str, saved: Collection[str]) -> bool:
@@ -114,19 +133,19 @@ def _is_tied(name: str, raw: Mapping[str, Any]) -> bool:
     return _ties(raw) and not re.search(r"(^|\.)\d+(\.|$)", name)
 
 
-def _candidates(adapter: Contents, known: Known) -> set[str]:
-    """Modules of the base that the adapter could have adapted: matrices in stacks of layers of which it adapts some.
+def candidates(adapted: Collection[str], matrices: Collection[str]) -> set[str]:
+    """Which of a base's matrices an adapter could have adapted, by those that it has: in the same stacks of layers.
 
     Another tower's, layers that transformers leaves out of the model, and what has another name in memory than in the
     files (heads, tables) are not among them.
     """
-    adapted = set(known.names.values())
+    adapted = set(adapted)
     stacks = {_stack(name) for name in adapted}
     by_expert = any(".experts." in name for name in adapted)
     layers = max((_layer(name) for name in adapted), default=0)
     return {
         name
-        for name in known.matrices
+        for name in matrices
         if name not in adapted
         and _stack(name) in stacks - {""}
         and _layer(name) <= layers
@@ -147,17 +166,16 @@ def _layer(name: str) -> int:
 def _fitting_nothing(adapter: Contents, lists: Mapping[str, list[str]], known: Known | None) -> list[str]:
     """The names in the configuration's lists that nothing has, in the file and in the base."""
     raw, here = adapter.raw, {*adapter.pairs, *adapter.rows}
-    base = {*known.modules, *known.names.values()} if known else set()
+    base = {*known.modules, *(known.names[name] for name in adapter.pairs)} if known else set()
     added = AUTO_SAVED.get(str(raw.get("task_type")), ())
     excluded = set(lists["exclude_modules"])
     targets = {name: name for name in lists["target_modules"] if not ends_in(name, excluded)}
     lines = _unfit("target_modules", targets, here | base)
-    if known:
-        lines += _unfit("exclude_modules", {name: name for name in excluded}, base)
     owners = {name: name.rpartition(".")[0] for name in lists["target_parameters"]}
     lines += _unfit("target_parameters", {name: owner for name, owner in owners.items() if owner}, here)
     if not _ties(raw):  # which saves the table in the head's place
-        whole = {name[:i] for name in adapter.whole for i, c in enumerate(name) if c == "."}
+        both = {*adapter.whole, *(known.names[name] for name in adapter.whole)} if known else set(adapter.whole)
+        whole = {name[:i] for name in both for i, c in enumerate(name) if c == "."}
         backwards = sorted(name[::-1] for name in whole)
         absent = [name for name in lists["modules_to_save"] if name not in added and not _ends_one(name, backwards)]
         lines += [  # PEFT asks for no dot before a name

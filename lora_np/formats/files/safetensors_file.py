@@ -220,8 +220,9 @@ class TensorFile:
     def read_finite(self, name: str) -> Array:
         """The tensor; a ValueError if its dtype is none of FLOATS, or an element is NaN or infinite."""
         where = f"{self.path}: {shown(name)}"
-        if self.dtypes[name] not in FLOATS:
-            raise ValueError(f"{where}: expected one of {' '.join(FLOATS)}, got {self.dtypes[name]}")
+        dtype = self.header.tensors[name].dtype  # not all tensors', of a file that is opened for each
+        if dtype not in FLOATS:
+            raise ValueError(f"{where}: expected one of {' '.join(FLOATS)}, got {dtype}")
         values = self.read(name)
         if not np.isfinite(values).all():
             raise ValueError(f"{where}: holds NaN or infinite numbers")

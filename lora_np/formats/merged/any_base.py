@@ -10,6 +10,7 @@ from typing import Any
 
 from ..models.folder import read_any_header
 from ..models.shards import Stored, stored_tensors
+from .renamed import in_memory
 from .tied import Tied, tied
 
 
@@ -43,6 +44,11 @@ class AnyBase:
                     break
                 found.add(name)
         return found
+
+    @cached_property
+    def names(self) -> set[str]:
+        """What its modules are called in memory, as PEFT has them."""
+        return {in_memory(module, self.model_type) for module in self.modules}
 
     @cached_property
     def tied(self) -> Tied:

@@ -17,8 +17,8 @@ from ...backend import Array, asnumpy, xp
 from ...lora import Update, singular_directions, sum_updates
 from ..adapters.contents import Pair
 from ..adapters.peft_config import NEUTRAL, READ
+from ..adapters.prefix import change_of_prefix, moved
 from ..files.messages import shown
-from .matching import change_of_prefix, moved
 from .survey import Read, read_any, scaled
 
 ABSENT = "absent"

@@ -11,6 +11,7 @@ import numpy as np
 from ...adapter import Adapter
 from ...backend import Array, asnumpy
 from ...lora import Update
+from ..adapters.prefix import moved
 from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from ..models.base import Base
 from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
@@ -18,7 +19,6 @@ from ..models.huggingface import MODEL_TYPES, is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
 from .coarse import SAMPLE, Nearness
 from .evidence import NEAR, Sums, sums_of
-from .matching import moved
 from .target import Plan, Rows, Target
 from .tied import is_head, is_table
 

@@ -5,22 +5,24 @@ What PEFT would not find, and mlx-lm's, becomes a folder that it loads.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import kind_of
 from ..adapters.contents import Contents, Pair, read_contents
-from ..adapters.peft import WEIGHTS
-from ..adapters.peft_config import READ
+from ..adapters.peft_config import MODULES, PATTERNS, WEIGHTS, endings
 from ..adapters.peft_writer import config_of, write_peft
+from ..adapters.prefix import difference, moved
 from ..files.messages import shown
-from .any_base import open_any_base
+from .any_adapter import read_for
+from .any_base import AnyBase, open_any_base
 from .by_name import changes_of
-from .gguf_by_name import read_gguf, write_gguf
+from .gguf_by_name import write_gguf
 from .matching import base_names, proper_names
 from .new_head import with_new_head
+
+BY_MODULE = (*MODULES, *PATTERNS, "target_parameters", "modules_to_save", "trainable_token_indices")  # keys
 
 
 def convert_by_name(base_path: Path, adapter_path: Path, out: Path) -> list[str]:
@@ -30,7 +32,7 @@ def convert_by_name(base_path: Path, adapter_path: Path, out: Path) -> list[str]
     with the configuration beyond names, this does not mend.
     """
     base = open_any_base(base_path)
-    adapter = read_gguf(base, adapter_path) if kind_of(adapter_path) == "gguf" else read_contents(adapter_path)
+    adapter = read_for(base, adapter_path)
     base = with_new_head(base, [adapter])
     remarks = changes_of(base, [adapter], [1.0]).remarks
     if kind_of(out) == "gguf":
@@ -40,16 +42,17 @@ def convert_by_name(base_path: Path, adapter_path: Path, out: Path) -> list[str]
     pairs = {names[name]: several for name, several in adapter.pairs.items()}
     whole = {_beside_update(names[name], names, adapter): value for name, value in adapter.whole.items()}
     rows = {names[name]: found for name, found in adapter.rows.items()}
-    write_peft(out, _config(adapter, names, pairs), pairs, whole, rows)
+    write_peft(out, _config(base, adapter, names, pairs), pairs, whole, rows)
     return remarks
 
 
 def fits_as_it_is(base_path: Path, adapter_path: Path) -> bool:
     """Whether an adapter is one file of PEFT's, in which it finds every tensor under its own name."""
-    adapter = read_contents(adapter_path)
+    base = open_any_base(base_path)
+    adapter = read_contents(adapter_path, base.names)
     if "peft_type" not in adapter.raw or not (adapter_path / WEIGHTS).exists():
         return False
-    base = with_new_head(open_any_base(base_path), [adapter])
+    base = with_new_head(base, [adapter])
     return not adapter.remarks and not base_names(base, adapter)[1]
 
 
@@ -63,13 +66,17 @@ def _beside_update(key: str, names: Mapping[str, str], adapter: Contents) -> str
     return key
 
 
-def _config(adapter: Contents, names: Mapping[str, str], pairs: Mapping[str, list[Pair]]) -> dict[str, Any]:
+def _config(
+    base: AnyBase, adapter: Contents, names: Mapping[str, str], pairs: Mapping[str, list[Pair]]
+) -> dict[str, Any]:
     """adapter_config.json by full names; experts' parameters, which PEFT knows by their ends, as it was."""
-    raw = adapter.raw
+    targeted = adapter.raw.get("target_parameters") or []
+    parameters = {f"{module}.{target.rpartition('.')[2]}" for module in pairs for target in targeted}
+    raw = _renamed(adapter.raw, names, base.names | parameters)
     if raw.get("target_parameters"):
-        return dict(raw)
+        return raw
     firsts = {name: several[0] for name, several in pairs.items()}
-    alphas = {name: _alpha(pair, raw) for name, pair in firsts.items()}
+    alphas = {name: pair.s * pair.r if pair.alpha is None else pair.alpha for name, pair in firsts.items()}
     said = config_of(firsts)
     alpha = alphas[next(iter(alphas))] if alphas else said["lora_alpha"]
     said |= {"lora_alpha": alpha, "alpha_pattern": {f"^{n}": a for n, a in alphas.items() if a != alpha}}
@@ -86,11 +93,26 @@ def _config(adapter: Contents, names: Mapping[str, str], pairs: Mapping[str, lis
     }  # fmt: skip
 
 
-def _alpha(pair: Pair, raw: Mapping[str, Any]) -> float:
-    """The alpha of a pair's scale: one that the configuration has, where there is one; mlx-lm has the scale itself."""
-    root = math.sqrt(pair.r) if raw.get("use_rslora") is True else pair.r
-    patterns = raw.get("alpha_pattern") or {}
-    for alpha in (raw.get("lora_alpha", READ["lora_alpha"]), *patterns.values()):
-        if "peft_type" in raw and alpha / root == pair.s:
-            return float(alpha)
-    return pair.s * root
+def _renamed(raw: Mapping[str, Any], names: Mapping[str, str], known: Collection[str]) -> dict[str, Any]:
+    """The configuration, with the base's names of modules in the place of the file's, where those have another prefix.
+
+    names: the base's of each of the file's; known: in full, all that may be named.
+    """
+    old = next((name for name in names if names[name] != name), None)
+    if old is None:
+        return dict(raw)
+    away, to = difference(old, names[old])
+
+    def path(one: Any) -> Any:
+        if not isinstance(one, str):
+            return one
+        sign, name = one[: one.startswith("^")], one.removeprefix("^")
+        options = (moved(name, start, to) for start in endings(away))
+        return sign + next((found for found in (name, *options) if found is not None and found in known), name)
+
+    def paths(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {path(one): number for one, number in value.items()}
+        return [path(one) for one in value] if isinstance(value, list) else value
+
+    return {key: paths(value) if key in BY_MODULE else value for key, value in raw.items()}

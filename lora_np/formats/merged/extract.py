@@ -19,12 +19,12 @@ from ...lora import nearest_update
 from ..adapters.contents import Pair
 from ..adapters.peft_config import ends_in
 from ..adapters.peft_writer import config_of, write_peft
+from ..adapters.prefix import change_of_prefix, moved
 from ..files.atomic import expect_new
 from ..files.messages import nearest, shown
 from ..files.rounding import NAMES
 from ..models.shards import Stored
 from .any_base import AnyBase, open_any_base
-from .matching import change_of_prefix, moved
 from .renamed import in_files
 from .tied import is_head, is_table
 

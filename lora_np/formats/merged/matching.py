@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ..adapters.contents import Contents
-from ..adapters.peft import CONVERT
-from ..adapters.targets import Known, mistargeted
+from ..adapters.contents import CONVERT, Contents
+from ..adapters.prefix import change_of_prefix, moved
+from ..adapters.targets import Known, candidates, excluded_in_vain, mistargeted
 from ..files.messages import nearest, shown
 from .any_base import AnyBase
 from .renamed import in_files, in_memory
@@ -33,6 +33,8 @@ def base_names(base: AnyBase, adapter: Contents) -> tuple[dict[str, str], list[s
                 f"{base.folder} has {shown(change[1] or 'nothing')}: {shown(unknown[0])}, "
                 f"merged as {shown(names[unknown[0]])}; {CONVERT}"
             )
+    if len({names[name] for name in adapter.pairs}) < len(adapter.pairs):
+        raise ValueError(f"{adapter.path}: a module is there twice, under names that differ in a prefix")
     for name in adapter.whole:
         if name not in names:
             other = name if change is None else moved(name, *change)
@@ -64,7 +66,9 @@ def remarks_on(base: AnyBase, adapter: Contents, names: Mapping[str, str]) -> li
         if key.endswith(".weight") and len(stored.shape) == 2
     }
     heads = {key.rpartition(".")[0] for key in base.tied.copies}
-    return mistargeted(adapter, Known({name: names[name] for name in adapter.pairs}, base.modules | heads, matrices))
+    adapted = {names[name] for name in adapter.pairs}
+    known = Known(names, base.modules | heads, candidates(adapted, matrices))
+    return mistargeted(adapter, known) + excluded_in_vain(adapter, known)
 
 
 def base_keys(base: AnyBase, adapter: Contents) -> dict[str, str]:
@@ -106,31 +110,3 @@ def _is_trunk(change: tuple[str, str], base: AnyBase, adapter: Contents) -> bool
         adapter.raw.get("task_type") == "FEATURE_EXTRACTION"
         or (of_adapter.endswith("Model") and "LMHead" not in of_adapter)
     )
-
-
-def moved(name: str, away: str, to: str) -> str | None:
-    """A name with the prefix `to` in the place of `away`; None if it does not begin with that."""
-    if away and not name.startswith(f"{away}."):
-        return None
-    rest = name[len(away) + 1 :] if away else name
-    return f"{to}.{rest}" if to else rest
-
-
-def change_of_prefix(names: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
-    """The one prefix in the place of another with which all names are known; None if there is none, or several.
-
-    No number is a part of it: another layer is no mending.
-    """
-    first = next(iter(names))
-    parts = first.split(".")
-    found = set()
-    for other in known:
-        theirs = other.split(".")
-        n = 0
-        while n < min(len(parts), len(theirs)) and parts[-1 - n] == theirs[-1 - n]:
-            n += 1
-        away, to = parts[: len(parts) - n], theirs[: len(theirs) - n]
-        if n and not any(part.isdecimal() for part in (*away, *to)):
-            found.add((".".join(away), ".".join(to)))
-    fitting = [pair for pair in sorted(found) if all(moved(name, *pair) in known for name in names)]
-    return fitting[0] if len(fitting) == 1 else None

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapters.contents import Contents
-from ..adapters.peft import CONFIG
+from ..adapters.peft_config import CONFIG
+from ..adapters.prefix import change_of_prefix, moved
 from ..adapters.task import TASK, load_task
 from ..files.messages import shown
 from .any_base import AnyBase
-from .matching import change_of_prefix, known_names, moved
+from .matching import known_names
 
 
 class Kind(NamedTuple):

@@ -33,10 +33,11 @@ def base_norms(
     None of experts, whose tensors may be several. A ValueError names a module that the base lacks, or that has another
     shape there.
     """
-    if "gguf" in (kind_of(adapter), Path(base).suffix.lower()[1:]):
+    if kind_of(adapter) != "peft" or Path(base).suffix.lower() == ".gguf":
         return _norms_by_our_names(base, adapter, modules)
-    contents = read_contents(adapter)
-    opened = with_new_head(open_any_base(Path(base)), [contents])
+    opened = open_any_base(Path(base))
+    contents = read_contents(adapter, opened.names)
+    opened = with_new_head(opened, [contents])
     keys = base_keys(opened, contents)
     norms: list[float | None] = []
     for module in modules:
@@ -66,6 +67,8 @@ def _norms_by_our_names(
     config = opened.config
     shapes = adapted_shapes(config)
     names = {theirs: ours for ours, theirs in module_names(config).items()}
+    if kind_of(adapter) == "npz":
+        names = {ours: ours for ours in shapes}
     if kind_of(adapter) == "gguf":
         names = {tensor_name(ours): ours for ours in shapes}
     norms = []

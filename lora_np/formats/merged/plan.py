@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...adapter import check_weights
-from ..adapters.adapter import kind_of
-from ..adapters.contents import Contents, read_contents
+from ..adapters.contents import Contents
 from ..adapters.head import MODULES
 from ..adapters.peft import records_base
 from ..files.rounding import NAMES
 from ..models.folder import MODEL_TYPE, can_run
 from ..models.huggingface import MODEL_TYPES, Place, is_no_weight
 from ..models.shards import Stored
+from .any_adapter import read_for
 from .any_base import AnyBase, open_any_base
 from .by_model import plan_by_model
 from .by_name import Changed, changes_of
-from .gguf_by_name import read_gguf
 from .new_head import with_new_head
 from .target import Plan, Target
 
@@ -41,17 +40,15 @@ def _by_name(path: Path, adapter_paths: Sequence[Path]) -> tuple[AnyBase, list[C
     base = open_any_base(path)
     if base.model_type == MODEL_TYPE:
         return None
-    adapters = [read_contents(one) if one.is_dir() else read_gguf(base, one) for one in adapter_paths]
+    adapters = [read_for(base, one) for one in adapter_paths]
     if base.model_type in MODEL_TYPES and any(_brings_head(adapter, base) for adapter in adapters):
         return None
     return base, adapters
 
 
 def _is_named(adapter: Path, base: Path) -> bool:
-    """Whether an adapter goes by modules' names: PEFT's folders, and llama.cpp's files where no model is run."""
-    if adapter.is_dir():
-        return not records_base(adapter)
-    return kind_of(adapter) == "gguf" and not can_run(base)
+    """Whether an adapter goes by modules' names: PEFT's folders, and other files where no model is run."""
+    return not records_base(adapter) if adapter.is_dir() else not can_run(base)
 
 
 def _brings_head(adapter: Contents, base: AnyBase) -> bool:

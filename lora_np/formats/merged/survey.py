@@ -1,4 +1,4 @@
-"""What is in an adapter's folder, or in llama.cpp's file of one, read without its base."""
+"""What is in an adapter's folder or file, read without its base."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from ...lora import singular_directions
 from ..adapters.adapter import kind_of
 from ..adapters.contents import Pair, read_contents
 from ..adapters.gguf import ALPHA, TABLE, read_updates
-from ..adapters.peft import WEIGHTS
+from ..adapters.own_files import read_file
+from ..adapters.peft_config import WEIGHTS
 from ..adapters.targets import mistargeted
 from ..files.messages import named, shown
 from ..models.gguf_file import open_gguf
+from .any_base import AnyBase
 
 
 class Module(NamedTuple):
@@ -91,12 +93,13 @@ class Read(NamedTuple):
 
 
 @named
-def survey(path: str | os.PathLike[str]) -> Survey:
-    """Reads an adapter's folder, or a .gguf file of one, whose modules have the names of the base's tensors there.
+def survey(path: str | os.PathLike[str], base: AnyBase | None = None) -> Survey:
+    """Reads an adapter's folder or file by the names that it has: in .gguf those of the base's tensors, in .npz ours.
 
+    base: what it is for, where that is known: its names may stand in the configuration where the file has others.
     A FileNotFoundError or ValueError, in one line, says what is missing or damaged.
     """
-    found = read_any(Path(path))
+    found = read_any(Path(path), base)
     modules = []
     for name, pair in found.pairs:
         module = _module(name, pair)
@@ -107,11 +110,12 @@ def survey(path: str | os.PathLike[str]) -> Survey:
     return Survey(dict(found.config), modules, found.whole, found.remarks)
 
 
-def read_any(path: Path) -> Read:
-    """An adapter's folder, or a .gguf file of one, without its base. Errors as in `survey`."""
-    if kind_of(path) == "gguf":
+def read_any(path: Path, base: AnyBase | None = None) -> Read:
+    """An adapter's folder or file. Errors as in `survey`."""
+    kind = kind_of(path)
+    if kind == "gguf":
         return _read_gguf(path)
-    found = read_contents(path)
+    found = read_contents(path, () if base is None else base.names) if kind == "peft" else read_file(path)
     pairs = [(name, pair) for name, several in found.pairs.items() for pair in several]
     return Read(found.raw, pairs, [*found.whole, *found.rows], [*found.remarks, *mistargeted(found)])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from ...model import Config
@@ -189,6 +190,22 @@ def module_names(config: Config, *, in_trunk: bool | None = None) -> dict[str, s
         in_trunk = config.head != "none"
     trunk = f"{family.trunk}." if family.trunk and in_trunk else ""
     return _each_layer(config, {ours: trunk + theirs for ours, theirs in family.modules.items()})
+
+
+def our_names(modules: Collection[str]) -> dict[str, str] | None:
+    """Our name of each of these modules, by their family's, in its trunk or not; None if they are of no one family."""
+    for family in FAMILIES:
+        templates = {theirs: ours for one in (family.modules, *family.heads.values()) for ours, theirs in one.items()}
+        found = {}
+        for module in modules:
+            bare = module.removeprefix(f"{family.trunk}.")
+            layer = re.search(r"(?:^|\.)(\d+)\.", bare)
+            ours = templates.get(bare if layer is None else f"{bare[: layer.start(1)]}{{i}}{bare[layer.end(1) :]}")
+            if ours is not None:
+                found[module] = ours.replace("{i}", layer[1] if layer else "")
+        if len(found) == len(modules):
+            return found
+    return None
 
 
 def short_names(config: Config) -> dict[str, str]:
