@@ -142,6 +142,7 @@ def generate_on(
     """T16, past the longest sequence: when that is full, its last half is the prompt for what follows.
 
     Arguments, result and errors as of `generate`, which this calls; each time with another seed, drawn from the first.
+    Of several sequences, the part in which the last of them has got a token of `stop` may go on behind it.
     """
     tokens = asnumpy(tokens)
     room = model.config.longest

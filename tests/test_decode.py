@@ -293,6 +293,23 @@ def test_past_the_longest_text_its_last_half_is_the_prompt(case, n):
 
 
 @proves("T16")
+@pytest.mark.parametrize("write", [decode.generate, decode.generate_on])
+@given(data=st.data())
+def test_a_text_ends_where_each_row_has_a_token_that_stops_it(write, data):
+    """It is the beginning of what is written without: up to the last of the rows' first such tokens."""
+    config = replace(GPT2, n_positions=12)
+    model = random_model(config, seed=data.draw(seeds), dtype="float64")
+    N = data.draw(st.integers(1, 3)) if write is decode.generate else 1
+    tokens = np.arange(2 * N).reshape(N, 2)
+    n = data.draw(st.integers(0, 10 if write is decode.generate else 20))
+    stop = data.draw(st.sets(st.integers(0, config.vocab_size - 1), max_size=3))
+    whole = write(model, tokens, n=n, temperature=2.0, seed=0)
+    found = np.isin(whole[:, 2:], list(stop))
+    length = 2 + (int(found.argmax(axis=1).max()) + 1 if found.any(axis=1).all() else n)
+    assert np.array_equal(write(model, tokens, n=n, temperature=2.0, seed=0, stop=stop), whole[:, :length])
+
+
+@proves("T16")
 def test_past_the_longest_text_each_part_has_its_prompt_and_its_own_seed(monkeypatch):
     """Of ten places: eight are filled up, then each time the last five tokens are the prompt of five more."""
     model, tokens = random_model(GPT2, seed=0), np.array([[1, 2], [3, 4]])

@@ -131,7 +131,7 @@ def _tags(args: argparse.Namespace, used: Used) -> tuple[list[dict[str, Any]], l
         result.append({"line": one.line, "words": words})
     counts = [
         (cut, f"{cut:,} longer than {longest} tokens cut"),
-        (without, f"{without:,} words without a tag, for which {NONE} stands"),
+        (without, f"words without a tag, for which {NONE} stands: {without:,}"),
     ]
     return (
         result,

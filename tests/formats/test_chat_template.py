@@ -116,6 +116,28 @@ def test_answers_that_are_given_are_not_scored(shape, template, messages, data):
     assert part.spans == whole.spans[given // 2 :]
 
 
+ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot|>", "mistral": "</s>", "gemma": "<|end|>", "phi-3": "<|end|>"}
+
+
+@pytest.mark.parametrize("template", [plain, marked])
+@pytest.mark.parametrize("shape", SHAPES)
+@given(text=st.text("ab| ", min_size=1, max_size=8))
+def test_a_prompt_is_transformers_and_what_ends_the_answer_is_known(shape, template, text):
+    messages = [{"role": "user", "content": text}]
+    expected, _ = theirs(plain(shape), messages, add_generation_prompt=True)
+    found = ChatTemplate(template(shape), "here").prompts([Conversation(messages)], NAMES, SPECIAL)
+    assert [*map(tuple, found)] == [(expected, ENDS[shape])]
+
+
+def test_where_no_special_token_ends_an_answer_none_is_said():
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    asked = Conversation([{"role": "user", "content": "</s>"}])
+    refusing = "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('x') }}{% endif %}{% endfor %}"
+    for template in (source + "{% if add_generation_prompt %}assistant: {% endif %}", source, refusing):
+        ((_, end),) = ChatTemplate(template, "here").prompts([asked], NAMES, SPECIAL)
+        assert end is None
+
+
 def test_what_a_template_refuses_is_said(recwarn):
     gemma = render(plain("gemma"), [{"role": "system", "content": "a"}], [{"role": "user", "content": "a"}])
     assert gemma[0] == "System role not supported"

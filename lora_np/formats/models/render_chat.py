@@ -122,9 +122,9 @@ class Renderer:
         return {"text": self.render(messages, tools, most, prompt=True), "end": self.end(messages, tools, most)}
 
     def end(self, messages: list[Any], tools: Any, most: int) -> str | None:
-        """The special token with which an answer's span ends, as it is learned; None: with none, or there is no span.
+        """The special token behind an answer, in its span: what is learned to end it. None: there is none, or no span.
 
-        A line end behind the token may be in the span too.
+        Line ends and more such tokens may stand behind it.
         """
         try:
             found = self.answer([*messages, {"role": "assistant", "content": "a"}], tools, most, len(messages))
@@ -132,9 +132,9 @@ class Renderer:
             return None
         if not found["spans"]:
             return None
-        start, end = found["spans"][-1]
-        tokens = list(self.special.finditer(found["text"], start, end))
-        return tokens[-1].group() if tokens and not found["text"][tokens[-1].end() : end].strip() else None
+        text, (start, end) = found["text"], found["spans"][-1]
+        tokens = self.special.finditer(text, start, end)
+        return next((t.group() for t in tokens if not self.special.sub("", text[t.end() : end]).strip()), None)
 
     def scored(
         self, messages: list[Any], tools: Any, most: int, given: int, skipped: int, *, text: str
