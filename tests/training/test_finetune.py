@@ -189,6 +189,18 @@ def test_an_interrupted_run_says_of_which_step_its_checkpoint_is_and_how_to_go_o
     assert interrupted(40, resume=True) == f"interrupted at step 40; the checkpoint is of step 40: {go_on}"
 
 
+def test_a_run_that_is_interrupted_right_after_a_checkpoint_was_written_knows_of_it(files, tmp_path, monkeypatch):
+    save = finetune.save_checkpoint
+
+    def saving(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "save_checkpoint", saving)
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 20; the checkpoint is of step 20: go on"):
+        learn(files, "lm", tmp_path / "out")
+
+
 def test_a_run_that_diverges_says_which_checkpoint_is_left(files, tmp_path):
     error = TrainingError("step 33: too high")
     with pytest.raises(TrainingError) as caught:
