@@ -71,6 +71,14 @@ def load_checkpoint(
     return State(step, params, AdamWState(step, *averages) if averages else None), about
 
 
+def saved_step(path: Path) -> int | None:
+    """The step of the checkpoint that is there; None: there is none."""
+    if not path.is_file():
+        return None
+    with open_arrays(path) as file:
+        return _read_header(file, f"{path}: {HEADER}")[0]
+
+
 def _read_header(file: ArrayFile, where: str) -> tuple[int, dict[str, Any]]:
     """The step, and what the caller wrote."""
     header = parse_json(file.header(), where)

@@ -19,7 +19,7 @@ from ..formats.files.lock import occupied
 from ..formats.files.safetensors_file import import_safetensors
 from ..formats.models.folder import weights_hash
 from ..model import Model
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint, saved_step
 from .curve import Curve
 from .job import Job, differences, identity
 from .loop import Progress, Score, State, TrainingError, evaluate, placed, train
@@ -94,7 +94,7 @@ def finetune(
                 reached.saved = r.step
             report(r._replace(held_out=measured))
 
-        with _telling(out, job, reached):
+        with _telling(out, job, reached, ranks):
             if reached.saved is None:
                 curve[0] = evaluate(model, adapter, data.held_out, ranks)
             state = train(model, adapter, data.batch, job.settings, state=state, report=after_step, ranks=ranks)
@@ -123,11 +123,13 @@ class _Reached:
 
 
 @contextmanager
-def _telling(out: Path, job: Job, reached: _Reached) -> Iterator[None]:
+def _telling(out: Path, job: Job, reached: _Reached, ranks: Ranks) -> Iterator[None]:
     """What ends a run before it is done then says of which step the checkpoint is, and how to go on."""
     try:
         yield
     except KeyboardInterrupt:
+        if ranks.is_first:  # it may have come while one was written
+            reached.saved = saved_step(out / CHECKPOINT)
         if reached.saved is None:
             first = min(job.every, job.settings.steps)
             there = f"there is no checkpoint yet, as the first is of step {first}: the same line starts anew"

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from hostile import write_peft
+from hostile import edit_json, write_peft
 from strategies import dense_updates, spy, trained_adapter
 
 import lora_np as ln
@@ -242,17 +242,31 @@ def test_merge_of_several_adapters_is_their_weighted_sum(home, capsys):
     assert not (home / "never").exists()
 
 
-@pytest.mark.parametrize("command", ["merge", "convert", "generate"])
+@pytest.mark.parametrize("command", ["merge", "convert", "generate", "eval", "finetune"])
 def test_an_adapter_that_does_not_fit_the_embedded_base_asks_for_its_own(home, tmp_path, capsys, monkeypatch, command):
+    """And names it, where the adapter does. One that is damaged fits none, and asks for nothing."""
     monkeypatch.setattr("lora_np.training.embedded.base_folder", lambda *_: (home / "base", True))
     factors = {"model.layers.9.self_attn.q_proj": (np.ones((1, 3), "f4"), np.ones((2, 1), "f4"))}
     write_peft(tmp_path / "other", factors, r=1, alpha=1)
+    edit_json(tmp_path / "other" / "adapter_config.json", base_model_name_or_path="someone/llama")
     more = ["--prompt", "a"] if command == "generate" else ["--out", tmp_path / "out"]
-    for base in ([], ["--base", home / "base"]):
+    more = more if command in ("generate", "merge", "convert") else ["--data", home / "text.txt", *more]
+    more = more[:2] if command == "eval" else more
+    hint = "; no --base was given, so its base is taken for the embedded model of bytes"
+
+    def said(*base):
         status, _, err = run(capsys, command, *base, "--adapter", tmp_path / "other", *more)
         assert status == 2
         assert err.count("\n") == 1
-        assert ("no --base was given, so its base is taken for the embedded model" in err) == (not base)
+        return err
+
+    assert hint not in said("--base", home / "base")
+    assert said().endswith(f"{hint}; made for someone/llama\n")
+    edit_json(tmp_path / "other" / "adapter_config.json", base_model_name_or_path=None)
+    assert said().endswith(f"{hint}\n")
+    file = tmp_path / "other" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    assert hint not in said()
 
 
 def test_merge_without_a_base_takes_the_embedded_one(home, capsys, monkeypatch):
@@ -422,7 +436,7 @@ BAD = {
     "a window longer than the model's": (["--window", "33"], "expected at most 32 tokens"),
     "r = 0": (["--r", "0"], "r: expected an integer of at least 1, got 0"),
     "r above min(in, out)": (["--r", "17"], r"expected a rank of at most min(in, out) = 16, got r = 17"),
-    "an unknown target": (["--targets", "w"], "targets: expected names of q k v"),
+    "an unknown target": (["--targets", "w"], "targets: 'w': expected names of q k v"),
     "a target that the model lacks": (["--targets", "gate"], "this model has no 'gate'"),
     "a learning rate of zero": (["--lr", "0"], "lr: expected a finite number above 0"),
     "a folder that is not empty": (["--out", "adapter"], "the folder is not empty"),

@@ -1,6 +1,7 @@
 """From a file to an adapter: each task learns what is there to learn, and what is held out is not learned from."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from lora_np.formats.adapters.task import Task, load_task, save_task
 from lora_np.formats.files.lock import LOCK
 from lora_np.training import finetune, tasks
 from lora_np.training.job import Job
-from lora_np.training.loop import Settings, TrainingError, evaluate
+from lora_np.training.loop import Settings, TrainingError, evaluate, train
 from lora_np.training.text import ByteTokenizer
 
 SMALL = {"n_positions": 24, "n_layer": 2, "n_head": 2, "d_model": 16, "d_ff": 32}
@@ -37,7 +38,10 @@ def files(tmp_path_factory):
     return folder
 
 
-def learn(files, name, out, *, steps=60, resume=False, report=lambda seen: None, dev=None, lr=3e-2, **settings):
+def learn(
+    files, name, out, *, steps=60, resume=False, report=lambda seen: None, dev=None, lr=3e-2, start=None,
+    note=lambda line: None, **settings,
+):  # fmt: skip
     task = tasks.task_of(name, files / name, 24)
     fields = {} if name == "lm" else {"n_labels": len(task.labels)}
     config = ln.Config(256, **SMALL, head=name, causal=name != "tag", **fields)
@@ -48,7 +52,8 @@ def learn(files, name, out, *, steps=60, resume=False, report=lambda seen: None,
     targets = ("q", "v", "up", "down", *(["embed", "head"] if name == "lm" else []))
     lora = ln.LoRAConfig(r=4, targets=targets, train_head=name != "lm")
     job = Job(task, lora, Settings(steps=steps, lr=lr, **settings), every=20)
-    return model, data, finetune.finetune(model, data, out, job, resume=resume, report=report)
+    done = finetune.finetune(model, data, out, job, resume=resume, report=report, start=start, note=note)
+    return model, data, done
 
 
 @pytest.mark.parametrize("name", ["classify", "tag", "lm"])
@@ -65,15 +70,8 @@ def test_each_task_learns_what_its_file_has_to_teach(files, tmp_path, name):
 
 
 def test_stopped_and_resumed_it_ends_in_the_same_bits(files, tmp_path):
-    class Stopped(Exception):
-        pass
-
-    def stop(seen):
-        if seen.step == 43:
-            raise Stopped
-
     with pytest.raises(Stopped):
-        learn(files, "classify", tmp_path / "stopped", report=stop)
+        learn(files, "classify", tmp_path / "stopped", report=at(43))
     assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
     with pytest.raises(ValueError, match=r"of another job \(the checkpoint's -> this one's\): seed: 0 -> 5$"):
         learn(files, "classify", tmp_path / "stopped", resume=True, seed=5)
@@ -84,19 +82,138 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(files, tmp_path):
         assert asnumpy(resumed.adapter.params[key]).tobytes() == asnumpy(p).tobytes()
 
 
-def stopped(files, out):
-    """A folder whose run was stopped after its first checkpoint, at step 20. -> the checkpoint"""
+class Stopped(Exception):
+    pass
 
-    class Stopped(Exception):
-        pass
+
+def at(step, error=Stopped):
+    """A report that stops a run."""
 
     def stop(seen):
-        if seen.step == 21:
-            raise Stopped
+        if seen.step == step:
+            raise error
 
+    return stop
+
+
+def stopped(files, out, **more):
+    """A folder whose run was stopped after its first checkpoint, at step 20. -> the checkpoint"""
     with pytest.raises(Stopped):
-        learn(files, "lm", out, report=stop)
+        learn(files, "lm", out, report=at(21), **more)
     return out / "checkpoint.npz"
+
+
+def same_params(one, other):
+    return one.keys() == other.keys() and all(asnumpy(one[k]).tobytes() == asnumpy(other[k]).tobytes() for k in one)
+
+
+# --- On from an adapter, and on for longer ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["classify", "lm"])
+def test_training_goes_on_from_an_adapter_with_a_fresh_optimizer(files, tmp_path, name):
+    """As `train` does from that adapter; and the curve begins with what it is worth."""
+    model, data, first = learn(files, name, tmp_path / "first", steps=20)
+    before = contents(tmp_path / "first")
+    start = ln.load_adapter(tmp_path / "first", model)
+    _, _, done = learn(files, name, tmp_path / "on", steps=30, start=start)
+    expected = train(model, start, data.batch, Settings(steps=30, lr=3e-2)).params
+    assert same_params(done.adapter.params, expected)
+    assert done.curve[0] == first.curve[20]
+    assert done.adapter.config == first.adapter.config
+    assert contents(tmp_path / "first") == before
+
+
+def test_a_run_from_an_adapter_goes_on_from_that_adapter_alone(files, tmp_path):
+    _, _, one = learn(files, "lm", tmp_path / "one", steps=2)
+    _, _, other = learn(files, "lm", tmp_path / "other", steps=3)
+    stopped(files, tmp_path / "out", start=one.adapter)
+    for start in (other.adapter, None):
+        with pytest.raises(ValueError, match=r"checkpoint\.npz: of another job .*\): start: \w{4} \.\.\. \w{3} -> \w+"):
+            learn(files, "lm", tmp_path / "out", resume=True, start=start)
+    _, _, resumed = learn(files, "lm", tmp_path / "out", resume=True, start=one.adapter)
+    _, _, straight = learn(files, "lm", tmp_path / "straight", start=one.adapter)
+    assert same_params(resumed.adapter.params, straight.adapter.params)
+
+
+def test_an_adapter_of_another_configuration_is_no_start(files, tmp_path):
+    _, _, done = learn(files, "lm", tmp_path / "one", steps=1)
+    start = ln.Adapter(replace(done.adapter.config, alpha=3), done.adapter.params)
+    with pytest.raises(ValueError, match=r"start: expected an adapter of job\.lora, .*alpha=16.* got one of .*alpha=3"):
+        learn(files, "lm", tmp_path / "out", start=start)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("steps", [60, 90])
+def test_steps_may_grow_and_the_rate_is_then_the_longer_schedule_s(files, tmp_path, steps):
+    """Of 60 steps 20 by their own schedule, and what is left by that of `steps`."""
+    notes = []
+    stopped(files, tmp_path / "out")
+    model, data, done = learn(files, "lm", tmp_path / "out", resume=True, steps=steps, note=notes.append)
+    adapter = ln.init_adapter(model, done.adapter.config, seed=0)
+    states = {}
+    train(
+        model, adapter, data.batch, Settings(steps=60, lr=3e-2),
+        report=lambda seen: states.update({seen.step: seen.state}),
+    )  # fmt: skip
+    expected = train(model, adapter, data.batch, Settings(steps=steps, lr=3e-2), state=states[20])
+    assert same_params(done.adapter.params, expected.params)
+    assert list(done.curve) == [0, 20, 40, 60] + ([80, 90] if steps == 90 else [])
+    more = "" if steps == 60 else f" of 60; the learning rate is the one for {steps} steps from here"
+    assert notes == [f"{tmp_path / 'out'}: goes on from its checkpoint, of step 20{more}"]
+
+
+def test_steps_may_not_shrink(files, tmp_path):
+    stopped(files, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"of another job \(the checkpoint's -> this one's\): steps: 60 -> 50$"):
+        learn(files, "lm", tmp_path / "out", resume=True, steps=50)
+    assert contents(tmp_path / "out") == before
+
+
+# --- What a run that is stopped says ---------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_says_of_which_step_its_checkpoint_is_and_how_to_go_on(files, tmp_path):
+    def interrupted(step, **more):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            learn(files, "lm", tmp_path / "out", report=at(step, KeyboardInterrupt), **more)
+        return str(caught.value)
+
+    none_yet = "there is no checkpoint yet, as the first is of step 20: the same line starts anew"
+    assert interrupted(13) == f"interrupted at step 13; {none_yet}"
+    assert not (tmp_path / "out").exists()
+    go_on = "go on with the same line and --resume"
+    assert interrupted(37) == f"interrupted at step 37; the checkpoint is of step 20: {go_on}"
+    assert interrupted(39, resume=True) == f"interrupted at step 39; the checkpoint is of step 20: {go_on}"
+    assert interrupted(40, resume=True) == f"interrupted at step 40; the checkpoint is of step 40: {go_on}"
+
+
+def test_a_run_that_is_interrupted_right_after_a_checkpoint_was_written_knows_of_it(files, tmp_path, monkeypatch):
+    save = finetune.save_checkpoint
+
+    def saving(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "save_checkpoint", saving)
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 20; the checkpoint is of step 20: go on"):
+        learn(files, "lm", tmp_path / "out")
+
+
+def test_a_run_that_diverges_says_which_checkpoint_is_left(files, tmp_path):
+    error = TrainingError("step 33: too high")
+    with pytest.raises(TrainingError) as caught:
+        learn(files, "lm", tmp_path / "out", report=at(33, error))
+    assert str(caught.value) == (
+        f"step 33: too high; {tmp_path / 'out'} keeps the checkpoint of step 20, from which the same line would end "
+        "here again: take a lower --lr, and another --out"
+    )
+    with pytest.raises(TrainingError, match=r"^step 3: too high$"):
+        learn(files, "lm", tmp_path / "early", report=at(3, TrainingError("step 3: too high")))
+
+
+# --- Checkpoints that are damaged ------------------------------------------------------------------------------------
 
 
 def rewrite(path, *, header=lambda text: text, arrays=None):
@@ -158,8 +275,15 @@ def test_a_finished_folder_says_so_and_stays_as_it_is(files, tmp_path):
     learn(files, "lm", tmp_path / "out")
     before = contents(tmp_path / "out")
     (tmp_path / "out" / LOCK).touch()
-    with pytest.raises(FileExistsError, match="out: training is finished: there is no checkpoint to go on from"):
-        learn(files, "lm", tmp_path / "out", resume=True)
+    on = f"; to go on from its adapter: finetune --adapter {tmp_path / 'out'} --out OTHER$"
+    for resume, what in (
+        (True, "training is finished: there is no checkpoint to go on from"),
+        (False, "the folder is not empty; name another"),
+    ):
+        with pytest.raises(FileExistsError, match=f"out: {what}{on}"):
+            learn(files, "lm", tmp_path / "out", resume=resume)
+        with pytest.raises(FileExistsError, match=f"out: {what}{on}"):
+            finetune.check_out(tmp_path / "out", resume=resume)
     assert contents(tmp_path / "out") == before
     (tmp_path / "out" / "adapter_config.json").unlink()
     with pytest.raises(FileExistsError, match="out: the folder is not empty; name another"):
