@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -216,4 +217,7 @@ def step_of(
     if isinstance(adapter, (list, tuple)):
         raise TypeError(f"adapter: one adapter is trained at a time, got {type(adapter).__name__}")
     adapted = bind(model, adapter, rows=len(batch.tokens), trainable=trainable)
+    if dropout_seed is None and adapter is not None and adapter.config.dropout:
+        warnings.warn("dropout_seed: the adapter is to be trained with dropout, which without a seed is left out",
+                      stacklevel=3)  # fmt: skip
     return replace(adapted, dropout_seed=dropout_seed, recompute=recompute), batch
