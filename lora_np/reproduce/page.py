@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ..formats.files.extras import install
 from .section import Claim, Picture, Section, Table
 
 TITLE = "LoRA's claims, checked"
-WITHOUT = "Pictures are left out: they need matplotlib, pip install 'lora-np[plot]'."
+WITHOUT = f"Pictures are left out: they need matplotlib, {install('matplotlib', 'plot')}."
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #22262a; --dim: #5c666e; --page: #fff; --line: #d9dee2; --soft: #f4f6f7;

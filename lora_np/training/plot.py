@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..backend import Array
 from ..formats.files.atomic import replaced_files
+from ..formats.files.extras import missing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'lora-np[plot]'") from error
+        raise missing("--plot", "matplotlib", "plot") from error
 
 
 def loss_curves(

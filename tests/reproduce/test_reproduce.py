@@ -48,7 +48,7 @@ def test_the_quick_form_checks_every_claim_and_writes_both_files(capsys, tmp_pat
     assert unchecked == ([] if ln.backend_name == "numpy" else [c["claim"] for c in claims if "GPU" in c["figure"]])
     assert WITHOUT in out
     html = (tmp_path / "report" / "index.html").read_text()
-    assert "pip install &#x27;lora-np[plot]&#x27;" in html
+    assert "pip install matplotlib (the extra plot)" in html
     for claim in claims:
         assert claim["verdict"].upper() in out
         assert claim["claim"] in out
