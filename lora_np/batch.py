@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from .backend import Array, as_array
 from .model import Config
 
 IGNORED = -100  # a target that is not counted
+BEYOND_CHANCE = 8  # places at which targets are not equal to tokens by chance
 # A batch that a caller makes: the keyword arguments of `loss` (tokens, targets; mask and token_types if there are any).
 BatchDict: TypeAlias = Mapping[str, Any]
 
@@ -86,7 +88,22 @@ def check_batch(config: Config, tokens: Any, targets: Any, mask: Any, token_type
         raise ValueError(
             f"targets: the one at {_first(counted & ~batch.mask)} counts, but the mask is false there; set it to -100"
         )
+    if config.head == "lm" and config.causal and _unshifted(batch, targets, counted):
+        warnings.warn("targets: equal to tokens wherever they count: nothing is shifted inside; targets[n, t] is the "
+                      "token after tokens[n, t]", stacklevel=4)  # fmt: skip
     return replace(batch, targets=targets.reshape(N, -1))
+
+
+def _unshifted(batch: Batch, targets: Array, counted: Array) -> bool:
+    """Whether the shift was forgotten: all counted targets are the tokens themselves, and not those that come next.
+
+    A constant row has both; and a few places may have them by chance, so that some must differ from the next token.
+    """
+    tokens, mask = batch.tokens, batch.mask
+    if not (targets == tokens)[counted].all():
+        return False
+    known = counted[:, :-1] if mask is None else counted[:, :-1] & mask[:, 1:]  # where the next token is in the batch
+    return int((targets[:, :-1] != tokens[:, 1:])[known].sum()) >= BEYOND_CHANCE
 
 
 def _first(wrong: Array) -> tuple[int, ...]:

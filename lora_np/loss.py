@@ -180,10 +180,9 @@ def loss_and_grads(
     """L4, T15: the loss and its gradients by what is trained: the adapter's parameters, or with "all" every weight.
 
     Arguments as for `loss`. dropout_seed: the seed of the dropout masks; None: no dropout, with a UserWarning where the
-    adapter's configuration has some. recompute: activation
-    checkpointing: of each half block only the input is kept, and backward computes the rest again: less memory, more
-    time, the same bits. -> (float, {name: array like the parameter}), with exactly the names of what is trained. No
-    gradient of a frozen weight is formed.
+    adapter's configuration has some. recompute: activation checkpointing: of each half block only the input is kept,
+    and backward computes the rest again: less memory, more time, the same bits. -> (float, {name: array like the
+    parameter}), with exactly the names of what is trained. No gradient of a frozen weight is formed.
     """
     adapted, batch = step_of(
         model, adapter, tokens, targets, mask, token_types,

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import Array
+from .formats.files.extras import missing
 from .vectors.answers import answers, error_ratio
 from .vectors.cases import Case
 from .vectors.definitions import scale
@@ -34,7 +35,7 @@ try:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
 except ImportError as error:
-    raise ImportError("lora_np.testing needs hypothesis: pip install 'lora-np[test]'") from error
+    raise missing("lora_np.testing", "hypothesis", "test") from error
 
 TENSORS = {"h": "out/h", "dx": "grad/x", "dA": "grad/A", "dB": "grad/B", "W": "out/W"}
 SHORT = {long: short for short, long in TENSORS.items()}

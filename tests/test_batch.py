@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lora_np as ln
 from lora_np.backend import asnumpy, xp
@@ -106,3 +108,43 @@ def test_counted_places_and_rows():
     assert second.rows(slice(0, 1)).first == 1  # a row's number is the whole step's
     assert second.mask.shape == second.token_types.shape == (1, 3)
     assert check_batch(CLASSIFIER, TOKENS, [0, -100], MASK, None).targets.shape == (2, 1)
+
+
+# ---- the shift ----
+
+TEXT = np.arange(24).reshape(2, 12) % 7
+
+
+def padded(a, fill):
+    """Each row with two places of padding behind it."""
+    return np.concatenate([a, np.full((len(a), 2), fill)], axis=1)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"tokens": TEXT, "targets": TEXT},
+        {"tokens": TEXT, "targets": np.where(TEXT == 3, -100, TEXT)},
+        {"tokens": padded(TEXT, 0), "targets": padded(TEXT, -100), "mask": padded(np.ones_like(TEXT), 0)},
+    ],
+    ids=["all", "some", "padded"],
+)
+def test_targets_that_were_not_shifted_are_told(batch):
+    config = replace(LM, n_positions=14)
+    with pytest.warns(UserWarning, match="targets: equal to tokens wherever they count: nothing is shifted inside"):
+        check_batch(config, batch["tokens"], batch["targets"], batch.get("mask"), None)
+    for other in ({"causal": False}, {"head": "tag", "n_labels": 7}):  # a masked language model's, and labels
+        check_batch(replace(config, **other), batch["tokens"], batch["targets"], batch.get("mask"), None)
+
+
+@given(st.integers(1, 14), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.data())
+def test_shifted_targets_are_never_told(T, N, V, pad, data):
+    """Whatever the text: constant, of two letters, padded, counted in part. Warnings are errors here."""
+    text = np.array([data.draw(st.lists(st.integers(0, V - 1), min_size=T + 1, max_size=T + 1)) for _ in range(N)])
+    tokens, targets = text[:, :-1], text[:, 1:].copy()
+    counted = np.array(data.draw(st.lists(st.booleans(), min_size=N * T, max_size=N * T))).reshape(N, T)
+    counted[0, 0] = True
+    targets[~counted] = -100
+    if pad:
+        tokens, targets, mask = padded(tokens, 0), padded(targets, -100), padded(np.ones_like(tokens), 0)
+    check_batch(replace(LM, n_positions=16), tokens, targets, mask if pad else None, None)

@@ -180,7 +180,7 @@ def test_many_callers_at_once_get_the_bits_of_one_alone(two_blas_threads):
     calls = [(4, 4), (4, 1), (16, 4), (2, 1)]
 
     def step(rows, shards):
-        return ln.sharded_loss_and_grads(model, adapter, tokens[:rows], tokens[:rows], shards=shards)
+        return ln.sharded_loss_and_grads(model, adapter, tokens[:rows], tokens[:rows, ::-1], shards=shards)
 
     alone = [step(*call) for call in calls]
     assert not same_bits(alone[0][1], alone[1][1])  # else nothing is seen here
@@ -248,12 +248,12 @@ def test_a_step_that_fails_gives_the_settings_back(rows, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(parallel, broken, lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError) as error:
-                ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=rows)
+                ln.sharded_loss_and_grads(model, adapter, tokens, tokens[:, ::-1], shards=rows)
             kept.append(error)
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "joined", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError) as error:
-            ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=rows)
+            ln.sharded_loss_and_grads(model, adapter, tokens, tokens[:, ::-1], shards=rows)
     assert parallel._users == {True: 0, False: 0}
 
 
@@ -282,8 +282,10 @@ def test_the_default_is_used():
     model = random_model(config, seed=0)
     adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
     tokens = np.random.default_rng(0).integers(0, 7, (2, 300))
-    loss, grads = ln.sharded_loss_and_grads(model, adapter, tokens, tokens)
-    expected = ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=parallel.default_shards(2, 300))
+    loss, grads = ln.sharded_loss_and_grads(model, adapter, tokens, tokens[:, ::-1])
+    expected = ln.sharded_loss_and_grads(
+        model, adapter, tokens, tokens[:, ::-1], shards=parallel.default_shards(2, 300)
+    )
     assert loss == expected[0]
     assert same_bits(grads, expected[1])
 
@@ -295,10 +297,10 @@ def test_shards_need_no_threadpoolctl(monkeypatch):
     model = random_model(config, seed=0)
     adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
     tokens = np.random.default_rng(0).integers(0, 7, (4, 5))
-    _, grads = ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=2)
+    _, grads = ln.sharded_loss_and_grads(model, adapter, tokens, tokens[:, ::-1], shards=2)
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)
     monkeypatch.setattr(parallel, "_blas", parallel._blas.__wrapped__)  # asks anew
-    _, others = ln.sharded_loss_and_grads(model, adapter, tokens, tokens, shards=2)
+    _, others = ln.sharded_loss_and_grads(model, adapter, tokens, tokens[:, ::-1], shards=2)
     assert farthest(grads, others) <= 1e-14
 
 

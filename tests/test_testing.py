@@ -124,4 +124,4 @@ def test_it_says_what_is_not_installed():
     """hypothesis is imported here alone, and the package without it."""
     program = "import sys; sys.modules['hypothesis'] = None\nimport lora_np as ln\nln.testing"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "ImportError: lora_np.testing needs hypothesis: pip install 'lora-np[test]'" in result.stderr
+    assert "ImportError: lora_np.testing needs hypothesis: pip install hypothesis (the extra test)" in result.stderr

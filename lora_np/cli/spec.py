@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..formats.files.atomic import expect_new
+from ..formats.files.extras import install
 from .base import AddCommand
 from .output import emit
 
@@ -14,7 +15,8 @@ def run_spec(args: argparse.Namespace) -> int:
     try:  # imported here, as all below: no other command needs them
         from ..spec import page
     except ModuleNotFoundError as error:
-        raise ImportError(f"spec needs {error.name}: pip install 'lora-np[spec]'") from error
+        packages = "jinja2 latex2mathml markdown-it-py mdit-py-plugins pygments"
+        raise ImportError(f"spec needs {error.name}: {install(packages, 'spec')}") from error
     from ..spec.clauses import gather
     from ..vectors import derivatives
 

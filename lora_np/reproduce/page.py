@@ -9,6 +9,7 @@ from functools import cache
 from html import escape
 from typing import Any
 
+from ..formats.files.extras import install
 from .section import Claim, Picture, Section, Table
 
 TITLE = "LoRA's claims, checked"
@@ -16,7 +17,7 @@ QUICK_FORM = (
     "Quick form: trained for ten steps and timed once, to show that all runs. What training or timing decides has no "
     "verdict here; leave out --quick for that."
 )
-WITHOUT = "Pictures are left out: they need matplotlib, pip install 'lora-np[plot]'."
+WITHOUT = f"Pictures are left out: they need matplotlib, {install('matplotlib', 'plot')}."
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #22262a; --dim: #5c666e; --page: #fff; --line: #d9dee2; --soft: #f4f6f7;

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..backend import Array
 from ..formats.files.atomic import replaced_files
+from ..formats.files.extras import missing
 from ..formats.files.messages import naming
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'lora-np[plot]'") from error
+        raise missing("--plot", "matplotlib", "plot") from error
 
 
 def loss_curves(

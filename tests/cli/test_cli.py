@@ -16,6 +16,7 @@ from strategies import dense_updates, spy, trained_adapter
 import lora_np as ln
 from lora_np import cli, transformer
 from lora_np.backend import asnumpy
+from lora_np.formats.files.extras import install
 from lora_np.vectors import derivatives
 
 CONFIG = ln.Config(256, 32, n_layer=2, n_head=2, d_model=16, d_ff=32)
@@ -411,7 +412,7 @@ def test_plot_without_matplotlib_is_said_before_any_work(capsys, tmp_path, monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, _, err = run(capsys, "demo", "--plot", tmp_path / "losses.png")
     assert status == 2
-    assert "pip install 'lora-np[plot]'" in err
+    assert "pip install matplotlib (the extra plot)" in err
 
 
 def test_gradcheck_fails_when_a_bound_is_passed(capsys, monkeypatch):
@@ -570,5 +571,10 @@ def test_spec_says_what_it_needs(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     status, out, err = run(capsys, "spec", "--out", tmp_path / "spec")
     assert (status, out) == (2, "")
-    assert err == "lora-np: spec needs jinja2: pip install 'lora-np[spec]'\n"
+    assert (
+        err
+        == "lora-np: spec needs jinja2: "
+        + install("jinja2 latex2mathml markdown-it-py mdit-py-plugins pygments", "spec")
+        + "\n"
+    )
     assert list(tmp_path.iterdir()) == []

@@ -273,7 +273,7 @@ def test_files_that_are_no_templates(tmp_path):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr(chat_template.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'lora-np\[models\]'"):
+    with pytest.raises(ImportError, match=r"pip install jinja2 \(the extra models\)"):
         render("a", [{"role": "user", "content": "a"}])
 
 

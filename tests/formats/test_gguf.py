@@ -129,7 +129,7 @@ def test_without_the_package(path, monkeypatch):
     write(path, SMALL)
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setitem(sys.modules, "gguf.quants", None)
-    with pytest.raises(ImportError, match=r"pip install 'lora-np\[models\]'"):
+    with pytest.raises(ImportError, match=r"pip install gguf \(the extra models\)"):
         ln.load_model(path)
 
 

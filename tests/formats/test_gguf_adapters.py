@@ -250,7 +250,7 @@ def test_nothing_is_written_over(tmp_path):
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setitem(sys.modules, "gguf.quants", None)
-    with pytest.raises(ImportError, match=r"pip install 'lora-np\[models\]'"):
+    with pytest.raises(ImportError, match=r"pip install gguf \(the extra models\)"):
         ln.save_adapter(tmp_path / "x.gguf", trained(MODELS["llama"], targets=("q",)), MODELS["llama"])
     assert not list(tmp_path.iterdir())
 

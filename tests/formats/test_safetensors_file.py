@@ -327,5 +327,5 @@ def test_without_safetensors_files_are_read_and_the_error_says_what_writing_need
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert read_all(path)["a"].tolist() == [1, 2]
-    with pytest.raises(ImportError, match=r"pip install 'lora-np\[cli\]'"):
+    with pytest.raises(ImportError, match=r"pip install safetensors \(the extra cli\)"):
         write_tensors(path, {})

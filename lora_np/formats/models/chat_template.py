@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import bounded
+from ..files.extras import missing
 from ..files.json_file import read_json
 from ..files.messages import named, shown
 from ..files.regular import expect_file
@@ -127,7 +128,7 @@ def _jinja() -> list[str]:
     for name in ("jinja2", "markupsafe"):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            raise ImportError("a chat template needs jinja2: pip install 'lora-np[models]'")
+            raise missing("a chat template", "jinja2", "models")
         folders.append(str(Path(spec.origin).parents[1]))
     return folders
 

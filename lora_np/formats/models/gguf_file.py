@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...backend import Array, DType
+from ..files.extras import missing
 from ..files.stamp import changed, open_unchanged, stamp
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -86,7 +87,7 @@ def import_gguf() -> Any:
     try:
         import gguf.quants
     except ImportError as error:
-        raise ImportError("the tensors of a GGUF file need gguf: pip install 'lora-np[models]'") from error
+        raise missing("reading a GGUF file's tensors", "gguf", "models") from error
     return gguf
 
 

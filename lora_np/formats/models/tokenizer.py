@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files.extras import missing
 from ..files.json_file import read_json
 from ..files.messages import named, shown
 from ..files.regular import expect_file
@@ -139,7 +140,7 @@ def import_tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError("a model's own tokenizer needs tokenizers: pip install 'lora-np[models]'") from error
+        raise missing("a model's own tokenizer", "tokenizers", "models") from error
     return tokenizers
 
 
