@@ -79,16 +79,16 @@ def read_module(path: Path, root: Path = PACKAGE) -> Module:
     text = path.read_text(encoding="utf-8")
     tree, lines = ast.parse(text), text.splitlines()
     name = ".".join(path.relative_to(root).with_suffix("").parts)
-    imported = dict(_imported(tree, name))
+    taken = dict(imported(tree, name))
     nodes = list(_nodes(tree))
-    scope = imported | {own: f"{name}.{own}" for own, _ in nodes if "." not in own}
+    scope = taken | {own: f"{name}.{own}" for own, _ in nodes if "." not in own}
     return Module(
-        name, text, ast.get_docstring(tree) or "", frozenset(key.rpartition(".")[0] for key in imported.values()),
+        name, text, ast.get_docstring(tree) or "", frozenset(key.rpartition(".")[0] for key in taken.values()),
         {own: _definition(name, own, node, lines, scope) for own, node in nodes},
     )  # fmt: skip
 
 
-def _imported(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
+def imported(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
     """The names that a module takes from others of its package, and their keys."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
