@@ -61,8 +61,10 @@ class ByteTokenizer:
 
 
 def read_text(path: str | Path) -> str:
-    """A file's text, without a byte order mark. Errors say if there is none, it is empty, or is not UTF-8."""
+    """A file's text, without a byte order mark. Errors say if there is none, it is a folder, empty, or not UTF-8."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file, got a folder")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
