@@ -64,7 +64,7 @@ def test_split_holds_out_the_last_part():
 def test_read_text_says_what_is_wrong_with_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file"):
         data.read_text(tmp_path / "none.txt")
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(IsADirectoryError, match="expected a file, got a folder"):
         data.read_text(tmp_path)
     (tmp_path / "empty.txt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty\.txt: the file is empty"):
