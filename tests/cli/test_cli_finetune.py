@@ -240,6 +240,12 @@ def test_what_cannot_be_written_is_said_before_the_data_is_read(home, tmp_path, 
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("task", ["lm", "classify", "tag"])
+def test_data_that_is_a_folder_is_said_to_be_one(home, tmp_path, capsys, task):
+    argv = finetune(home, tmp_path / "out", "--task", task, data="base")
+    assert one_line(capsys, *argv) == f"lora-np: {home / 'base'}: expected a file, got a folder\n"
+
+
 def test_folders_that_are_missing_are_made_once_there_is_something_to_write(home, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     out, picture = tmp_path / "a" / "b", tmp_path / "c" / "d" / "loss.png"
