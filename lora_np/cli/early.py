@@ -1,4 +1,4 @@
-"""Ctrl-C before the command line runs: the package, as the program that was started, ends in one line then too.
+"""Ctrl-C, or a backend that is missing, before the command line runs: the program ends in one line then too.
 
 It is imported first of all, and imports as little as it can: until it is there, Ctrl-C is Python's own.
 """
@@ -6,6 +6,7 @@ It is imported first of all, and imports as little as it can: until it is there,
 import os
 import signal
 import sys
+from types import TracebackType
 
 
 def _is_program() -> bool:
@@ -22,12 +23,25 @@ def _end(signum: int, frame: object) -> None:
         os._exit(130)
 
 
-def allow_interrupts() -> None:
-    """Ctrl-C is a KeyboardInterrupt again, as in any program."""
+def _end_in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What stops the import, as a backend that is missing: wrong input. A mistake of ours has its trace."""
+    if not isinstance(error, (ImportError, ValueError)):
+        sys.__excepthook__(kind, error, trace)
+        return
+    os.write(2, f"lora-np: {error}\n".encode(errors="backslashreplace"))
+    os._exit(2)
+
+
+def hand_over() -> None:
+    """The command line runs: Ctrl-C is a KeyboardInterrupt again, as in any program, and errors are its own to tell."""
+    if sys.excepthook is _end_in_a_line:
+        sys.excepthook = sys.__excepthook__
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+if _is_program():
+    sys.excepthook = _end_in_a_line
 if _is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     try:  # noqa: SIM105  (contextlib takes a while)
         signal.signal(signal.SIGINT, _end)

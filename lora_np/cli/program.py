@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     streams.prepare()
     args = argparse.Namespace()
     try:
-        early.allow_interrupts()
+        early.hand_over()
         args = _parser().parse_args(argv)
         with warnings.catch_warnings():
             # Numbers that overflow end in a TrainingError, which says more than NumPy's warnings on the way there.
