@@ -180,6 +180,14 @@ MISTAKES = {
         "save_adapter: adapter: expected an Adapter, got Model",
     ),
     "a model for a path": (lambda: ln.load_adapter(MODEL, "never"), "load_adapter: path: expected a path, got Model"),
+    "a batch for batches": (
+        lambda: ln.train(MODEL, ADAPTER, [{"tokens": TOKENS, "targets": TARGETS}], ln.Settings(steps=1, lr=0.1)),
+        "train: batches: expected a function that gives the batch of a step, got list",
+    ),
+    "settings in a dict": (
+        lambda: ln.train(MODEL, ADAPTER, lambda step: {}, {"steps": 1}),
+        "train: settings: expected Settings(steps=..., lr=...), got dict",
+    ),
     "n in words": (
         lambda: ln.generate(MODEL, TOKENS, n="3"),
         "generate: n: expected an integer of at least 0, got '3'",
