@@ -44,18 +44,18 @@ def _import_cupy() -> Any:
     """CuPy, if it is installed and sees a GPU; else an ImportError that says which of the two is missing."""
     try:
         import cupy
-    except ImportError as error:
+    except ImportError:
         raise ImportError(
             "LORA_NP_BACKEND=cupy: CuPy is not installed; install the build for your CUDA version: "
             "pip install cupy-cuda12x, or pip install cupy-cuda13x"
-        ) from error
+        ) from None
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise ImportError(
             f"LORA_NP_BACKEND=cupy: CuPy is installed but finds no GPU ({error}); install an NVIDIA driver that "
             "fits the CuPy build, or set LORA_NP_BACKEND=numpy"
-        ) from error
+        ) from None
     if count == 0:
         raise ImportError("LORA_NP_BACKEND=cupy: this machine has no GPU; set LORA_NP_BACKEND=numpy")
     return cupy

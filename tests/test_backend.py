@@ -98,6 +98,26 @@ def test_cupy_that_cannot_be_had_is_one_clear_error(source, says, fake):
     assert python(NAME, backend="auto", first=first).stdout == "numpy numpy\n"
 
 
+@pytest.mark.parametrize("wanted", ["cupy", "torch"])
+def test_the_command_line_says_it_in_one_line(wanted, fake):
+    """The package is what fails to be imported: there is no command yet that could say it."""
+    code = "import runpy, sys; sys.argv = ['lora-np', '--version']; from lora_np.cli import main; sys.exit(main())"
+    script = fake(MISSING)[0] / "lora-np"
+    script.write_text(code)
+    found = python(f"import runpy, sys; sys.argv = [{str(script)!r}]; runpy.run_path({str(script)!r})", backend=wanted,
+                   first=[script.parent])  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr.startswith("lora-np: LORA_NP_BACKEND")
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_mistake_of_ours_while_importing_has_its_trace(tmp_path):
+    code = "import sys; sys.argv = ['lora-np']; import lora_np; raise KeyError('ours')"
+    found = python(code)
+    assert found.returncode == 1
+    assert "Traceback" in found.stderr
+
+
 def test_no_other_module_imports_cupy():
     importers = {
         str(path.relative_to(PACKAGE))

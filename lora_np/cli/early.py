@@ -1,13 +1,14 @@
-"""What the package, as the program that was started, does before NumPy is imported: Ctrl-C, and BLAS's threads.
+"""What the package, as the program that was started, does before NumPy is imported: ends in a line, limits BLAS.
 
-It is imported first of all, and imports as little as it can: until it is there, Ctrl-C is Python's own. It ends in one
-line then too. BLAS reads how many threads it is to start when NumPy is imported.
+It is imported first of all, and imports as little as it can: until it is there, Ctrl-C is Python's own. Ctrl-C, or a
+backend that is missing, ends in one line then too. BLAS reads how many threads it is to start when NumPy is imported.
 """
 
 import importlib.util
 import os
 import signal
 import sys
+from types import TracebackType
 
 
 def _is_program() -> bool:
@@ -24,8 +25,19 @@ def _end(signum: int, frame: object) -> None:
         os._exit(130)
 
 
-def allow_interrupts() -> None:
-    """Ctrl-C is a KeyboardInterrupt again, as in any program."""
+def _end_in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What stops the import, as a backend that is missing: wrong input. A mistake of ours has its trace."""
+    if not isinstance(error, (ImportError, ValueError)):
+        sys.__excepthook__(kind, error, trace)
+        return
+    os.write(2, f"lora-np: {error}\n".encode(errors="backslashreplace"))
+    os._exit(2)
+
+
+def hand_over() -> None:
+    """The command line runs: Ctrl-C is a KeyboardInterrupt again, as in any program, and errors are its own to tell."""
+    if sys.excepthook is _end_in_a_line:
+        sys.excepthook = sys.__excepthook__
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -44,6 +56,7 @@ def limit_blas() -> None:
 
 if _is_program():
     limit_blas()
+    sys.excepthook = _end_in_a_line
 if _is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     try:  # noqa: SIM105  (contextlib takes a while)
         signal.signal(signal.SIGINT, _end)

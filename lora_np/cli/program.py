@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. -> the exit status."""
     streams.prepare()
     try:
-        early.allow_interrupts()
+        early.hand_over()
         args = _parser().parse_args(argv)
         with warnings.catch_warnings():
             # Numbers that overflow end in a TrainingError, which says more than NumPy's warnings on the way there.

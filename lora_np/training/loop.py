@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..adapter import Adapter
-from ..backend import Array, xp
+from ..backend import Array, expect, xp
 from ..batch import BatchDict, check_batch
 from ..binding import bind, frozen
 from ..loss import batch_score, step_of
-from ..model import Model
+from ..model import Model, check_model
 from ..optim import AdamWState, adamw, clip, learning_rates, warmup_cosine
 from ..parallel import default_shards, nodes, threaded
 from .ranks import ALONE, Ranks
@@ -126,8 +126,12 @@ def train(
     batches(step) gives the batch of a step, from 0: as it depends on the step alone, k steps, and then the rest from
     the state after them, end in the same bits as all at once. report is called after each step. On several ranks each
     has the same arguments, computes its rows of each batch, and ends in the same bits as one alone would.
+    The trained adapter is Adapter(adapter.config, state.params). A TypeError if batches or settings are none.
     A TrainingError says at which step the numbers ceased to be finite, and why that may be; ValueErrors as of `loss`.
     """
+    check_model(model)
+    expect("train: batches", batches, Callable, "a function that gives the batch of a step")  # type: ignore[arg-type]
+    expect("train: settings", settings, Settings, "Settings(steps=..., lr=...)")
     state = start(model, adapter) if state is None else state
     while state.step < settings.steps:
         state, seen = _step(model, adapter, batches(state.step), settings, state, ranks)
@@ -188,6 +192,7 @@ def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]
         loss, hits = batch_score(frozen(bind(model, adapter, rows=len(batch.tokens))), batch)
         return float(loss), int(hits), len(batch.counted)
 
+    check_model(model)
     batches = list(batches)
     part = batches[ranks.share(len(batches))]
     with closing(threaded(one, part, threads=ranks.threads, of=len(batches))) as mine:
