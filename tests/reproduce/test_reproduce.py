@@ -170,6 +170,16 @@ def test_another_version_another_plan_and_other_data_have_other_keys(monkeypatch
     assert report.key(run.QUICK) == keys[0] == report.key(replace(run.QUICK, seconds={}))
 
 
+def test_other_lines_of_data_have_another_hash(tmp_path):
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("a\t0\n")
+    hashes = [run.data_hash(tmp_path)]
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("b\t0\n")
+        hashes.append(run.data_hash(tmp_path))
+    assert len(set(hashes)) == 3
+
+
 def test_another_source_has_another_key_but_how_the_page_looks_is_no_part_of_it(tmp_path, monkeypatch):
     shutil.copytree(report.PACKAGE, tmp_path / "lora_np", ignore=shutil.ignore_patterns("__pycache__", "html"))
     key = report.key(run.QUICK)
