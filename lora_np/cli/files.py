@@ -156,6 +156,6 @@ def add_commands(command: AddCommand) -> None:
     )
 
     p = command("inspect", run_inspect, "what is in an adapter: targets, ranks, norms, is B still zero")
-    p.add_argument("adapter", type=Path, metavar="PATH", help="the adapter's folder, or .gguf file")
+    p.add_argument("adapter", type=Path, metavar="PATH", help="the adapter's folder, or its file")
     p.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="another, to be compared with the first")
     p.add_argument("--base", type=Path, metavar="DIR", help="a model's folder, or a .gguf file, to compare norms with")

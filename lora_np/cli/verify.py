@@ -287,7 +287,7 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument(
         "--base", type=Path, required=True, metavar="DIR", help="the base: a model's folder, or a .gguf file"
     )
-    p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter's folder, or .gguf file")
+    p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter's folder, or its file")
     p.add_argument(
         "--merged", type=Path, metavar="PATH", help="what should be the merge of the two: a folder, or .gguf"
     )

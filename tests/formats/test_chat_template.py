@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_np.formats.files import bounded
 from lora_np.formats.models import chat_template
 from lora_np.formats.models.chat_template import ChatTemplate, Conversation, Rendered, load_chat_template
 
@@ -409,15 +410,16 @@ def test_no_template_takes_the_memory_or_the_time(source):
 def test_what_renders_ends_of_itself():
     """Nobody need be there to end it: who asked may have been killed."""
     request = {
-        "source": LOOP, "variables": {}, "special": [], "path": chat_template._jinja(), "seconds": 0.5,
-        "memory": chat_template.MEMORY, "conversations": [[USER, None, 1000]],
+        "source": LOOP, "variables": {}, "special": [], "path": chat_template._jinja(),
+        "conversations": [[USER, None, 1000]],
     }  # fmt: skip
-    command = [sys.executable, "-I", "-S", str(chat_template.RENDERER)]
+    command = bounded.command(chat_template.RENDERER, 0.5, chat_template.MEMORY)
     found = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout) == (1, "{}\n")
 
 
 def test_a_python_that_does_not_start_is_no_templates_fault(monkeypatch, tmp_path):
+    (tmp_path / "none.py").write_text("import sys\nsys.exit(2)\n")
     monkeypatch.setattr(chat_template, "RENDERER", tmp_path / "none.py")
     with pytest.raises(OSError, match=r"here: not rendered: .* ended with status 2"):
         render("a", USER)

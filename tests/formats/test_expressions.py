@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_np.formats.files import expressions
+from lora_np.formats.files import bounded, expressions
 from lora_np.formats.files.expressions import Expression, fitting
 
 NAMES = ["transformer.h.0.attn.c_attn", "transformer.h.10.mlp.c_proj", "lm_head"]
@@ -139,14 +139,14 @@ def test_the_time_is_for_all_names_and_expressions_together(monkeypatch):
 
 def test_what_matches_ends_of_itself():
     """Nobody need be there to end it: who asked may have been killed."""
-    request = {"seconds": 0.5, "memory": expressions.MEMORY, "names": ["a" * 100]}
-    request["expressions"] = [["a*", True], ["(?:.*.*.*.*.*.*)*q", True]]
-    command = [sys.executable, str(expressions.MATCHER)]
+    request = {"names": ["a" * 100], "expressions": [["a*", True], ["(?:.*.*.*.*.*.*)*q", True]]}
+    command = bounded.command(expressions.MATCHER, 0.5, expressions.MEMORY)
     found = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout) == (1, "[0]\n")
 
 
 def test_a_python_that_does_not_start_is_no_expressions_fault(monkeypatch, tmp_path):
+    (tmp_path / "none.py").write_text("import sys\nsys.exit(2)\n")
     monkeypatch.setattr(expressions, "MATCHER", tmp_path / "none.py")
     with pytest.raises(OSError, match=r"here: no expression was matched: .* ended with status 2"):
         fitting([Expression("key", "a*")], ["a"], "here")

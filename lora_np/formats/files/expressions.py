@@ -30,10 +30,11 @@ def fitting(expressions: Sequence[Expression], names: Sequence[str], where: str)
     if not expressions:
         return {}
     request = {
-        "seconds": SECONDS, "memory": MEMORY, "names": names,
+        "names": names,
         "expressions": [(rf"(.*\.)?({e.text})$" if e.at_end else e.text, not e.at_end) for e in expressions],
     }  # fmt: skip
-    answers = bounded.answers(MATCHER, request, f"{where}: no expression was matched")
+    failed = f"{where}: no expression was matched"
+    answers = bounded.answers(MATCHER, request, failed, seconds=SECONDS, memory=MEMORY)
     found = {}
     for expression, answer in zip(expressions, answers, strict=False):
         if isinstance(answer, str):

@@ -1,23 +1,12 @@
-"""Run by expressions.py as a process of its own, with the standard library alone: matches until time or memory is up.
+"""Run by expressions.py through bounded.py, with the standard library alone: matches until time or memory is up.
 
 In: one JSON object. Out: for each expression, in order, a line of JSON: the numbers of the names that it fits, or what
-is wrong with it. The process ends at once, with status 1, when its time is up.
+is wrong with it.
 """
 
-import contextlib
-import faulthandler
 import json
 import re
 import sys
-
-
-def limit_memory(limit: int) -> None:
-    """At most `limit` bytes, where the system has such limits."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def fitting(text: str, whole: bool, names: list[str]) -> list[int] | str:
@@ -33,8 +22,6 @@ def fitting(text: str, whole: bool, names: list[str]) -> list[int] | str:
 def main() -> None:
     """Answers the request on standard input."""
     request = json.load(sys.stdin)
-    limit_memory(request["memory"])
-    faulthandler.dump_traceback_later(request["seconds"], exit=True)  # re cannot be stopped from within Python
     for text, whole in request["expressions"]:
         print(json.dumps(fitting(text, whole, request["names"])), flush=True)
 

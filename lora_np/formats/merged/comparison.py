@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,29 +127,56 @@ def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:
     header = read_any_header(folder)
     found = stored_tensors(folder)
     names = _names(plan, found)
+
+    def due(target: Target) -> Due:
+        stored = found.get(names[target.key])
+        if stored is None:
+            return Due(target.key, None, None)
+        fits = stored.shape == target.shape and (target.place is None or stored.dtype in NAMES)
+        compare = partial(_difference, target, stored, ulps) if target.changes else None
+        return Due(stored.name, fits, compare, partial(_same, target, stored))
+
+    is_weight = (target for target in plan.targets if target.place is not None or names[target.key] in found)
+    more = sorted(found.keys() - set(names.values()))
+    extra = [
+        key for key in more if not is_no_weight(key, header["model_type"]) and not _is_tied(key, plan, names, found)
+    ]
+    return compared(map(due, is_weight), extra, _same_config(header, plan, str(folder / CONFIG)))
+
+
+class Due(NamedTuple):
+    """A tensor of the merge, and what it is in the other's files.
+
+    fits         whether it is of the right shape, in a dtype that a weight has; None: it is missing
+    compare      gives its difference, if the adapter changes it
+    is_the_base  says whether it is the base's, if not
+    """
+
+    name: str
+    fits: bool | None
+    compare: Callable[[], tuple[Difference, Sums]] | None
+    is_the_base: Callable[[], bool] = lambda: False
+
+
+def compared(tensors: Iterable[Due], extra: list[str], same_config: bool) -> Comparison:
+    """All tensors of a merge, one at a time; extra: what has no place in it."""
     sums = Sums()
     changed: list[Difference] = []
     altered: list[str] = []
     misshapen: list[str] = []
     missing: list[str] = []
-    for target in plan.targets:
-        key = names[target.key]
-        if key not in found:
-            missing += [target.key] if target.place is not None else []  # the others are no weights
-        elif found[key].shape != target.shape or (target.place is not None and found[key].dtype not in NAMES):
-            misshapen.append(key)
-        elif target.changes:
-            difference, its_sums = _difference(target, found[key], ulps)
-            changed.append(difference)
+    for one in tensors:
+        if one.fits is None:
+            missing.append(one.name)
+        elif not one.fits:
+            misshapen.append(one.name)
+        elif one.compare is not None:
+            found, its_sums = one.compare()
+            changed.append(found)
             sums += its_sums
-        elif not _same(target, found[key]):
-            altered.append(key)
-    more = sorted(found.keys() - set(names.values()))
-    extra = [
-        key for key in more if not is_no_weight(key, header["model_type"]) and not _is_tied(key, plan, names, found)
-    ]
-    same = _same_config(header, plan, str(folder / CONFIG))
-    return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, same)
+        elif not one.is_the_base():
+            altered.append(one.name)
+    return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, same_config)
 
 
 def _names(plan: Plan, found: Collection[str]) -> dict[str, str]:

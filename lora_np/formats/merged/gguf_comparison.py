@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...lora import Update
 from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, ValueList, open_gguf
-from .comparison import Comparison, Difference, difference
+from .comparison import Comparison, Difference, Due, compared, difference
 from .evidence import Sums
 from .gguf import HEAD, TABLE, due_updates, numbers
 from .target import summed
@@ -24,27 +26,27 @@ def compare_gguf(base: Path, adapters: Sequence[Path], merged: Path, ulps: int) 
     with open_gguf(base) as file, open_gguf(merged) as other:
         updates, is_new_head = due_updates(file, adapters, [1.0] * len(adapters))
         other.check_tensors()
-        sums = Sums()
-        changed: list[Difference] = []
-        altered, misshapen, missing = [], [], []
-        due = {**file.tensors, **({HEAD: file.tensors[TABLE]} if is_new_head else {})}
-        for name, source in due.items():
-            found = other.tensors.get(name)
+        sources = {**file.tensors, **({HEAD: file.tensors[TABLE]} if is_new_head else {})}
+
+        def due(name: str) -> Due:
+            source, found = sources[name], other.tensors.get(name)
             if found is None:
-                missing.append(name)
-            elif found.shape != source.shape or (name in updates and TENSOR_TYPES[found.kind].name not in NAMES):
-                misshapen.append(name)
-            elif name in updates:
-                tensor = numbers(other, found)
-                blocks = summed(tensor, numbers(file, source), updates[name])
-                its_difference, its_sums = difference(name, tensor.size, blocks, ulps)
-                changed.append(its_difference)
-                sums += its_sums
-            elif not _same(file, source, other, found):
-                altered.append(name)
-        extra = sorted(other.tensors.keys() - due.keys())
-        same = _said(file) == _said(other)
-        return Comparison(changed, altered, misshapen, missing, extra, sums.scale, sums.aligned, same)
+                return Due(name, None, None)
+            is_float = TENSOR_TYPES[found.kind].name in NAMES
+            fits = found.shape == source.shape and (is_float or name not in updates)
+            compare = partial(_difference, file, source, other, found, updates[name], ulps) if name in updates else None
+            return Due(name, fits, compare, partial(_same, file, source, other, found))
+
+        extra = sorted(other.tensors.keys() - sources.keys())
+        return compared(map(due, sources), extra, _said(file) == _said(other))
+
+
+def _difference(
+    file: GGUFFile, source: Tensor, other: GGUFFile, found: Tensor, updates: Sequence[Update], ulps: int
+) -> tuple[Difference, Sums]:
+    """A merged tensor beside the sum, in the merged file's own type."""
+    tensor = numbers(other, found)
+    return difference(found.name, tensor.size, summed(tensor, numbers(file, source), updates), ulps)
 
 
 def _same(file: GGUFFile, source: Tensor, other: GGUFFile, found: Tensor) -> bool:

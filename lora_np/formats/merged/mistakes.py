@@ -15,6 +15,7 @@ from .tied import is_head
 ALIGNED = 0.9  # cos^2 of M - W0 and the update, from which on the one is called a multiple of the other
 MANY = 0.1  # part of the elements, from which on it is not some that were changed
 NOT_MERGED, ALL_BASE = "not merged", "the base: nothing was merged"
+OTHER_BASE = "the adapter on another base, or on this one rounded in a way that is not known here"
 ELSE = "something else than this adapter"
 
 
@@ -79,7 +80,7 @@ def looks_like(one: Difference, config: Mapping[str, Any]) -> list[str]:
         if abs(value - 1) > NEAR and abs(one.scale - value) <= NEAR * max(abs(value), 1.0)
     ]
     if abs(one.scale - 1) <= NEAR and one.scale_error < NEAR:
-        return ["the adapter on another base than this"] if one.beyond > MANY * one.elements else []
+        return [OTHER_BASE] if one.beyond > MANY * one.elements else []
     if one.aligned < ALIGNED:
         return [ELSE]
     return fitting or [f"the adapter with {one.scale:.4g} times its scale"]

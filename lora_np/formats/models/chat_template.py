@@ -101,9 +101,9 @@ class ChatTemplate:
         seconds = SECONDS + SECONDS_EACH * n
         request = {
             "source": self.source, "variables": dict(variables), "special": list(special), "path": _jinja(),
-            "seconds": seconds, "memory": MEMORY, "conversations": requests, "are_prompts": are_prompts,
+            "conversations": requests, "are_prompts": are_prompts,
         }  # fmt: skip
-        answers = bounded.answers(RENDERER, request, f"{self.where}: not rendered")
+        answers = bounded.answers(RENDERER, request, f"{self.where}: not rendered", seconds=seconds, memory=MEMORY)
         if answers and "refused" in answers[0]:
             raise ValueError(f"{self.where}: no chat template that is supported: {shown(answers[0]['refused'])}")
         if len(answers) <= len(requests):

@@ -1,4 +1,4 @@
-"""Run by chat_template.py as a process of its own, with jinja2 alone: renders conversations until time or memory is up.
+"""Run by chat_template.py through bounded.py, with jinja2 alone: renders conversations until time or memory is up.
 
 In: one JSON object. Out: for each conversation, in order, a line of JSON: an object with its text, the spans of it that
 the assistant says, and how many of its answers have none; of a prompt its text, and the token that ends the answer; or
@@ -6,22 +6,11 @@ a string, what is wrong. The process ends at once, with
 status 1, when its time is up. The environment is the one that transformers gives a chat template.
 """
 
-import contextlib
-import faulthandler
 import json
 import re
 import sys
 from datetime import datetime
 from typing import Any, NoReturn
-
-
-def limit_memory(limit: int) -> None:
-    """At most `limit` bytes, where the system has such limits."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def compiled(source: str, marks: list[tuple[int, str]]) -> Any:
@@ -182,8 +171,6 @@ def answered(renderer: Renderer, request: list[Any], *, is_prompt: bool) -> Any:
 def main() -> None:
     """Answers the request on standard input."""
     request = json.load(sys.stdin)
-    limit_memory(request["memory"])
-    faulthandler.dump_traceback_later(request["seconds"], exit=True)  # a template cannot be stopped from within Python
     sys.path += request["path"]
     try:
         renderer = Renderer(request["source"], request["variables"], request["special"])
