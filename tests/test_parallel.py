@@ -163,7 +163,7 @@ def test_without_threadpoolctl_a_warning_says_what_it_costs(monkeypatch, limit, 
 @pytest.fixture
 def two_blas_threads():
     """BLAS with two threads, whatever the environment says; gives a function that says how many it has."""
-    threadpoolctl = pytest.importorskip("threadpoolctl", reason="limits of BLAS: pip install lora-np[cli]")
+    threadpoolctl = pytest.importorskip("threadpoolctl", reason="limits of BLAS: the extra cli")
     blas = threadpoolctl.ThreadpoolController()
     with blas.limit(limits=2, user_api="blas"):
         yield lambda: [library["num_threads"] for library in blas.select(user_api="blas").info()]

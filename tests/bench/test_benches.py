@@ -75,7 +75,7 @@ def test_list_names_every_benchmark(argv, capsys):
 
 
 def test_pictures_are_drawn(quick, tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures: pip install lora-np[plot]")
+    pytest.importorskip("matplotlib", reason="pictures: the extra plot")
     from bench import plots
 
     plots.draw(tmp_path, figures.read(quick))
@@ -84,7 +84,7 @@ def test_pictures_are_drawn(quick, tmp_path):
 
 def test_no_number_of_the_roofline_covers_another_or_a_point():
     """Thirty primitives of which most stand close together, as products and norms do."""
-    pytest.importorskip("matplotlib", reason="pictures: pip install lora-np[plot]")
+    pytest.importorskip("matplotlib", reason="pictures: the extra plot")
     from matplotlib.text import Text
 
     from bench import plots

@@ -169,7 +169,7 @@ def test_a_task_and_its_data_that_do_not_fit_are_refused(tmp_path, home, capsys)
 
 
 def test_conversations_need_a_template_and_are_said_to_be_read(tmp_path, home, capsys):
-    pytest.importorskip("jinja2", reason="chat templates: pip install lora-np[models]")
+    pytest.importorskip("jinja2", reason="chat templates: the extra models")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
     (tmp_path / "data").write_text((json.dumps({"messages": messages}) + "\n") * 3)
     (tmp_path / "own").write_text("{% for m in messages %}{{ m.content }}{{ '|' if m.role == 'user' }}{% endfor %}")

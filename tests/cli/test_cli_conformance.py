@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
+pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 
 from lora_np import cli
 from lora_np.formats.files.atomic import write_tensors

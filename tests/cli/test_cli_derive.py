@@ -8,7 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np
 import pytest
 
-pytest.importorskip("safetensors", reason="files of models: pip install lora-np[cli]")
+pytest.importorskip("safetensors", reason="files of models: the extra cli")
 from hostile import GPT2, edit_tensors, hostile_json, is_safe, write_gpt2, write_peft
 from hypothesis import given, settings
 from hypothesis import strategies as st

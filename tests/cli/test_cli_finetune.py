@@ -82,7 +82,7 @@ def test_training_goes_on_from_an_adapter_as_it_is(home, tmp_path, capsys, task)
 @pytest.mark.parametrize("ending", [".npz", ".safetensors", ".gguf"])
 def test_a_start_may_be_in_any_format(home, tmp_path, capsys, ending):
     if ending == ".gguf":
-        pytest.importorskip("gguf", reason="GGUF files: pip install lora-np[models]")
+        pytest.importorskip("gguf", reason="GGUF files: the extra models")
     start = tmp_path / f"start{ending}"
     model = ln.load_model(home / "base")
     adapter = ln.init_adapter(model, ln.LoRAConfig(r=2, alpha=6, targets=("o", "up")), seed=3)

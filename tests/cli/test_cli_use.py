@@ -316,7 +316,7 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if ad
 
 def test_chat_asks_as_the_template_writes_and_shows_the_answer_alone(home, tmp_path, capsys, monkeypatch):
     """The model sees the template's text; of what it writes nothing is left out, as bytes have no special token."""
-    pytest.importorskip("jinja2", reason="chat templates: pip install lora-np[models]")
+    pytest.importorskip("jinja2", reason="chat templates: the extra models")
     seen = []
 
     def generate(model, prompt, adapter, *, stop, **_):
@@ -343,8 +343,8 @@ def test_an_answer_ends_with_the_template_s_token_and_a_saved_model_with_its_tok
     tmp_path, capsys, monkeypatch
 ):
     """The template's end of turn is not the tokenizer's end of a text; either stops."""
-    pytest.importorskip("tokenizers", reason="models' own tokenizers: pip install lora-np[models]")
-    pytest.importorskip("jinja2", reason="chat templates: pip install lora-np[models]")
+    pytest.importorskip("tokenizers", reason="models' own tokenizers: the extra models")
+    pytest.importorskip("jinja2", reason="chat templates: the extra models")
     vocab = {"yes": 0, "?": 1, "</s>": 2, "<end>": 3}
     added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     raw = {

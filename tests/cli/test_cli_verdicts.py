@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from strategies import trained_adapter
 
-pytest.importorskip("safetensors", reason="files of models: pip install lora-np[cli]")
+pytest.importorskip("safetensors", reason="files of models: the extra cli")
 from hostile import GPT2, edit_json, edit_tensors, raw_safetensors, write_gpt2, write_peft
 from safetensors.numpy import load_file
 

@@ -5,7 +5,7 @@ import planted
 import pytest
 from our_vectors import ours
 
-pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
+pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.vectors.conform import compare

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
+pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 
 from lora_np.vectors.conform import compare
 from lora_np.vectors.files import read_vectors
@@ -68,8 +68,8 @@ def test_pytorch_and_peft(tmp_path, dtype):
     PEFT unmerges by subtracting, which does not give back W0 (L6). PyTorch's clip_grad_norm_ divides by norm + 1e-6
     (O3): in float32 that shows where the norm is small.
     """
-    pytest.importorskip("torch", reason="a peer: pip install lora-np[peers]")
-    pytest.importorskip("peft", reason="a peer: pip install lora-np[peers]")
+    pytest.importorskip("torch", reason="a peer: the extra peers")
+    pytest.importorskip("peft", reason="a peer: the extra peers")
     verdicts = compared(tmp_path, [sys.executable, HERE / "with_peft.py"], dtype)
     clipped = ["small"] if dtype == "float32" else ["clipped", "small"]
     assert findings(verdicts) == {"L6": (["times-1", "times-3"], SUBTRACTED), "O3": (clipped, ADDED)}
@@ -83,8 +83,8 @@ def test_pytorch_and_peft(tmp_path, dtype):
 @precisions
 def test_loralib(tmp_path, dtype):
     """L1 to L6: it has no rank-stabilised scale, merges in float32 alone, and unmerges by subtracting, as PEFT does."""
-    pytest.importorskip("torch", reason="a peer: pip install lora-np[peers]")
-    pytest.importorskip("loralib", reason="a peer: pip install lora-np[peers]")
+    pytest.importorskip("torch", reason="a peer: the extra peers")
+    pytest.importorskip("loralib", reason="a peer: the extra peers")
     verdicts = compared(tmp_path, [sys.executable, HERE / "with_loralib.py"], dtype)
     assert findings(verdicts) == {"L6": (["times-1", "times-3"], SUBTRACTED)}
     assert verdicts.keys() == {"L1", "L2", "L3", "L4", "L5", "L6"}

@@ -13,7 +13,7 @@ from lora_np.formats.files import bounded
 from lora_np.formats.models import chat_template
 from lora_np.formats.models.chat_template import ChatTemplate, Conversation, Rendered, load_chat_template
 
-pytest.importorskip("jinja2", reason="chat templates: pip install lora-np[models]")
+pytest.importorskip("jinja2", reason="chat templates: the extra models")
 
 # In the shapes of well-known ones. What stands between « and » is what the assistant says: the mark is a generation
 # block for transformers, and nothing for us.
@@ -59,7 +59,7 @@ def render(source, *conversations, tools=None):
 
 def theirs(source, messages, **options):
     """transformers' own: a text, and the spans of its generation blocks."""
-    utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="a peer: pip install lora-np[peers]")
+    utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="a peer: the extra peers")
     texts, spans = utils.render_jinja_template([messages], chat_template=source, **NAMES, **options)
     return texts[0], [list(span) for span in spans[0]] if spans else None
 
@@ -242,7 +242,7 @@ def test_a_folders_template(tmp_path):
 
 
 def test_a_gguf_files_template(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="writes GGUF files: pip install lora-np[models]")
+    gguf = pytest.importorskip("gguf", reason="writes GGUF files: the extra models")
 
     def written(add):
         writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")

@@ -20,7 +20,7 @@ from lora_np.formats.models import gguf_file
 from lora_np.formats.models.gguf import file_name
 from lora_np.formats.models.gguf_file import open_gguf
 
-gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
+gguf = pytest.importorskip("gguf", reason="reads GGUF files: the extra models")
 from gguf_files import KINDS, SMALL, WIDE, entry, info, raw, text, write  # noqa: E402
 
 
@@ -341,8 +341,8 @@ def peer_of(path):
     """The file in transformers, in float32; torch beside it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the peers say about themselves
-        torch = pytest.importorskip("torch", reason="a peer: pip install lora-np[peers]")
-        transformers = pytest.importorskip("transformers", reason="a peer: pip install lora-np[peers]")
+        torch = pytest.importorskip("torch", reason="a peer: the extra peers")
+        transformers = pytest.importorskip("transformers", reason="a peer: the extra peers")
         torch.set_num_threads(1)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"

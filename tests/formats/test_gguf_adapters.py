@@ -19,7 +19,7 @@ from lora_np.cli import main
 from lora_np.formats.merged.norms import base_norms
 from lora_np.formats.merged.survey import survey
 
-gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
+gguf = pytest.importorskip("gguf", reason="reads GGUF files: the extra models")
 from gguf_files import KINDS, SMALL, entry, in_file, info, raw, text, write  # noqa: E402
 
 LLAMA = replace(SMALL, vocab_size=11, n_layer=2, tie_head=False)

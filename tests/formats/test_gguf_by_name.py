@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
+gguf = pytest.importorskip("gguf", reason="reads GGUF files: the extra models")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 

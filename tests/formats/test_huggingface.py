@@ -24,7 +24,7 @@ import lora_np as ln
 from lora_np.formats.models.folder import model_hash
 from lora_np.formats.models.huggingface import places
 
-ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: the extra models")
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 pytestmark = peers.FILTERS

@@ -14,8 +14,8 @@ from strategies import same_bits, seeds
 import lora_np as ln
 from lora_np.cli import main
 
-gguf = pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
-pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy: pip install lora-np[models]")
+gguf = pytest.importorskip("gguf", reason="reads GGUF files: the extra models")
+pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy: the extra models")
 from gguf_files import KINDS, SMALL, WIDE, in_file, write  # noqa: E402
 
 from lora_np.formats.merged.gguf import merge_gguf  # noqa: E402

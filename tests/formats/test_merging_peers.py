@@ -19,7 +19,7 @@ from lora_np.formats.merged.comparison import compare
 from lora_np.formats.merged.folder import merge_folder
 from lora_np.formats.merged.plan import plan_merge
 
-pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
+pytest.importorskip("ml_dtypes", reason="reads bfloat16: the extra models")
 
 WEIGHTS = "model.safetensors"
 pytestmark = [

@@ -768,7 +768,7 @@ def test_any_byte_changed_gives_an_adapter_or_one_line(tmp_path_factory, data):
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_a_16_bit_file_is_widened(tmp_path, model, dtype):
     """As PEFT saves the adapter of a model that is held so: no number is rounded."""
-    ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: the extra models")
     kind = ml_dtypes.bfloat16 if dtype == "BF16" else np.dtype("float16")
     rng = np.random.default_rng(0)
     A, B = (rng.standard_normal(shape).astype(kind) for shape in ((2, 8), (24, 2)))

@@ -405,7 +405,7 @@ LARGE = ln.Config(20000, 64, 12, 8, 512, 2048)
 @pytest.mark.parametrize("targets", ["layers", "embed"])
 def test_peak_memory_is_two_copies_of_the_largest_tensor_and_the_adapter(tmp_path, dtype, targets):
     """The base has 192 MB in float32, the largest tensor 41 MB; the adapter is held as it is, and one pair widened."""
-    ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: the extra models")
     write_gpt2(tmp_path / "base", LARGE, dtype=ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     modules = {f"transformer.h.{i}.attn.c_attn": (1536, 512) for i in range(12)}
     rng = np.random.default_rng(0)

@@ -28,7 +28,7 @@ def nearest(x, name):
 
 def dtype_of(name):
     if name == "BF16":
-        pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
+        pytest.importorskip("ml_dtypes", reason="reads bfloat16: the extra models")
     return numpy_dtype(name)
 
 

@@ -179,7 +179,7 @@ def test_what_is_no_float_is_not_read_as_numbers(path, dtype):
 def test_the_short_floats_are_numbers(path, dtype, data):
     """1 and 2, in the formats' own bits."""
     if dtype == "BF16":
-        pytest.importorskip("ml_dtypes", reason="bfloat16: pip install lora-np[models]")
+        pytest.importorskip("ml_dtypes", reason="bfloat16: the extra models")
     raw_safetensors(path, {"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 4]}}, data)
     with open_tensors(path) as file:
         assert file.read_finite("a").astype("float64").tolist() == [1, 2]

@@ -4,7 +4,7 @@ import pytest
 
 from lora_np.formats.models.splits import UnsafeError, check_split
 
-tokenizers = pytest.importorskip("tokenizers", reason="models' own tokenizers: pip install lora-np[models]")
+tokenizers = pytest.importorskip("tokenizers", reason="models' own tokenizers: the extra models")
 
 CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"

@@ -98,7 +98,7 @@ def test_a_base_that_changes_while_it_is_loaded(tmp_path, monkeypatch, kind, n, 
 
 @pytest.mark.parametrize("change", [cut, one_byte, longer])
 def test_a_gguf_file_that_changes_while_it_is_loaded(tmp_path, monkeypatch, change):
-    pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
+    pytest.importorskip("gguf", reason="reads GGUF files: the extra models")
     from test_gguf import SMALL, write
 
     from lora_np.formats.models.gguf_file import GGUFFile
@@ -111,7 +111,7 @@ def test_a_gguf_file_that_changes_while_it_is_loaded(tmp_path, monkeypatch, chan
 
 def test_a_gguf_header_that_is_cut_short(tmp_path, monkeypatch):
     """While it is read, after its size was."""
-    pytest.importorskip("gguf", reason="reads GGUF files: pip install lora-np[models]")
+    pytest.importorskip("gguf", reason="reads GGUF files: the extra models")
     from test_gguf import SMALL, write
 
     from lora_np.formats.models import gguf_file
@@ -163,7 +163,7 @@ def test_a_base_that_changes_between_the_plan_and_the_writing(tmp_path, monkeypa
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_a_base_with_a_number_that_is_none_is_not_merged(tmp_path, dtype, value):
     """In a weight that no adapter touches: load_model refuses it too. A buffer may hold what it will."""
-    ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: pip install lora-np[models]")
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="reads bfloat16: the extra models")
     base = tmp_path / "base"
     tensors = write_gpt2(base, GPT2, dtype=ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     buffer = "transformer.h.0.attn.masked_bias"

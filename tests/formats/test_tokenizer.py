@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lora_np.cli import main
 from lora_np.formats.models.tokenizer import MAX_TOKENIZER_BYTES, MAX_WHOLE, Tokenizer, load_tokenizer
 
-tokenizers = pytest.importorskip("tokenizers", reason="models' own tokenizers: pip install lora-np[models]")
+tokenizers = pytest.importorskip("tokenizers", reason="models' own tokenizers: the extra models")
 
 # The first and the last character of stretches of Unicode: scripts, signs, emoji, marks that combine.
 STRETCHES = [
@@ -61,7 +61,7 @@ def theirs(folder, **options):
     """transformers' tokenizer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        transformers = pytest.importorskip("transformers", reason="a peer: pip install lora-np[peers]")
+        transformers = pytest.importorskip("transformers", reason="a peer: the extra peers")
         return transformers.AutoTokenizer.from_pretrained(folder, **options)
 
 
@@ -168,7 +168,7 @@ METADATA = {
 @pytest.fixture
 def write(tmp_path):
     """A function that writes a GGUF file of a tokenizer alone, with METADATA changed (None: left out)."""
-    gguf = pytest.importorskip("gguf", reason="writes GGUF files: pip install lora-np[models]")
+    gguf = pytest.importorskip("gguf", reason="writes GGUF files: the extra models")
 
     def write(**changes):
         writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
@@ -405,7 +405,7 @@ def test_dropout_is_switched_off_aloud(tmp_path):
 
 @pytest.mark.filterwarnings("default")
 def test_the_command_line_says_so_in_one_line(tmp_path, capsys):
-    pytest.importorskip("safetensors", reason="reads a folder: pip install lora-np[cli]")
+    pytest.importorskip("safetensors", reason="reads a folder: the extra cli")
     write_gpt2(tmp_path / "base", replace(GPT2, vocab_size=5))
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(WORDS | {"model": DROPS}))
     assert main(["generate", "--base", str(tmp_path / "base"), "--prompt", "ab", "-n", "1"]) == 0

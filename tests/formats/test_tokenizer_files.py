@@ -11,8 +11,8 @@ from strategies import random_model
 import lora_np as ln
 from lora_np.formats.models.chat_template import load_chat_template
 
-pytest.importorskip("tokenizers", reason="models' own tokenizers: pip install lora-np[models]")
-gguf = pytest.importorskip("gguf", reason="GGUF files: pip install lora-np[models]")
+pytest.importorskip("tokenizers", reason="models' own tokenizers: the extra models")
+gguf = pytest.importorskip("gguf", reason="GGUF files: the extra models")
 from gguf_files import SMALL, write  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}\r\n{{ m.content }}é{% endfor %}"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lora_np.formats.models.tokenizer import load_tokenizer
 
-tokenizers = pytest.importorskip("tokenizers", reason="models' own tokenizers: pip install lora-np[models]")
+tokenizers = pytest.importorskip("tokenizers", reason="models' own tokenizers: the extra models")
 
 
 def charsmap(text, *, offset=256, units=512, value=0):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="pip install lora-np[peers]")
-peft = pytest.importorskip("peft", reason="pip install lora-np[peers]")
-T = pytest.importorskip("transformers", reason="pip install lora-np[peers]")
+torch = pytest.importorskip("torch", reason="the extra peers")
+peft = pytest.importorskip("peft", reason="the extra peers")
+T = pytest.importorskip("transformers", reason="the extra peers")
 
 QUIET = [  # what the peers say of themselves
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-REASON = "a peer: pip install lora-np[peers]"
+REASON = "a peer: the extra peers"
 gguf = pytest.importorskip("gguf", reason=REASON)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the peer says about itself at import

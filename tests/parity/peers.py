@@ -17,7 +17,7 @@ import lora_np as ln
 from lora_np.backend import xp
 from lora_np.ops import dropout_mask
 
-REASON = "a peer of the parity tests: pip install lora-np[peers]"
+REASON = "a peer of the parity tests: the extra peers"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the peers say about themselves at import
     torch = pytest.importorskip("torch", reason=REASON)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from lora_np import cli
 from lora_np.formats.merged.folder import merge_folder
 
-families = pytest.importorskip("families", reason="pip install lora-np[peers]")
+families = pytest.importorskip("families", reason="the extra peers")
 torch, peft = families.torch, families.peft
 pytestmark = families.QUIET
 PREFIX, CLOSE = "base_model.model.", 1e-6

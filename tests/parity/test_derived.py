@@ -8,7 +8,7 @@ from lora_np.formats.adapters.contents import read_contents
 from lora_np.formats.merged.combined import combine_files
 from lora_np.formats.merged.extract import extract
 
-families = pytest.importorskip("families", reason="pip install lora-np[peers]")
+families = pytest.importorskip("families", reason="the extra peers")
 torch, peft = families.torch, families.peft
 pytestmark = families.QUIET
 

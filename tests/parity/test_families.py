@@ -10,7 +10,7 @@ from lora_np import cli
 from lora_np.formats.files.rounding import rounded, ulps_apart
 from lora_np.formats.merged.folder import merge_folder
 
-families = pytest.importorskip("families", reason="pip install lora-np[peers]")
+families = pytest.importorskip("families", reason="the extra peers")
 torch, transformers = families.torch, families.T
 pytestmark = families.QUIET
 WEIGHTS = "model.safetensors"

@@ -14,7 +14,7 @@ from lora_np.formats.adapters.keys import read_key
 from lora_np.formats.adapters.targets import Known, candidates, mistargeted
 from lora_np.formats.merged.folder import merge_folder
 
-families = pytest.importorskip("families", reason="pip install lora-np[peers]")
+families = pytest.importorskip("families", reason="the extra peers")
 torch, peft = families.torch, families.peft
 pytestmark = [*families.QUIET, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # PEFT's, of what matches nothing
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from lora_np import cli
 from lora_np.formats.merged.folder import merge_folder
 
-families = pytest.importorskip("families", reason="pip install lora-np[peers]")
+families = pytest.importorskip("families", reason="the extra peers")
 torch, transformers = families.torch, families.T
 pytestmark = families.QUIET
 TEXTS, WORDS, SPANS = "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 from lora_np.formats.adapters.contents import read_contents
 from lora_np.formats.adapters.peft_writer import write_peft
 
-families = pytest.importorskip("families", reason="pip install lora-np[peers]")
+families = pytest.importorskip("families", reason="the extra peers")
 pytestmark = families.QUIET
 WEIGHTS = "adapter_model.safetensors"
 

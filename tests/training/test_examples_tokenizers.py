@@ -15,7 +15,7 @@ from lora_np.training.examples import encode_pair, prompt_ids
 from lora_np.training.records import Pair
 from lora_np.training.tasks import Reading, read_examples
 
-pytest.importorskip("tokenizers", reason="models' own tokenizers: pip install lora-np[models]")
+pytest.importorskip("tokenizers", reason="models' own tokenizers: the extra models")
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 ADDED = [
@@ -151,7 +151,7 @@ answers = st.text("ab| x", min_size=1, max_size=8).filter(lambda text: text[0] !
 @given(turns=st.lists(st.tuples(strings, answers), min_size=1, max_size=3))
 def test_tokens_of_a_conversation_are_transformers(tmp_path_factory, around, turns):
     """Its ids and its mask, one token later; no first token twice; and the prompt of each answer is a beginning."""
-    transformers = pytest.importorskip("transformers", reason="a peer: pip install lora-np[peers]")
+    transformers = pytest.importorskip("transformers", reason="a peer: the extra peers")
     folder = tmp_path_factory.mktemp("chat")
     tokenizer = write(folder, "byte-level", around, chat_template=PLAIN)
     messages = [

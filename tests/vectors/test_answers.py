@@ -94,7 +94,7 @@ def test_an_infinite_result_fails_though_its_bound_is_large():
 def test_rounding_to_a_dtype_is_that_of_others(dtype, name):
     """NumPy's, and ml_dtypes' where no double rounding can show: in numbers that float32 has exactly."""
     if dtype == "bfloat16":
-        dtype = pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy: pip install lora-np[models]").bfloat16
+        dtype = pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy: the extra models").bfloat16
     x = np.random.default_rng(0).standard_normal(1000).astype(np.float32).astype(np.float64)
     x[:2] = 1 + 2.0**-8, 1 + 3 * 2.0**-8  # ties of bfloat16
     np.testing.assert_array_equal(rounded(x, name), x.astype(dtype).astype(np.float64))

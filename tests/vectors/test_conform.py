@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from our_vectors import of, ours
 
-pytest.importorskip("safetensors", reason="files of vectors: pip install lora-np[cli]")
+pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.files.safetensors_file import open_tensors
