@@ -216,7 +216,7 @@ def step_of(
         raise ValueError("expected an adapter to train, or None and trainable='all' to train every weight")
     if isinstance(adapter, (list, tuple)):
         raise TypeError(f"adapter: one adapter is trained at a time, got {type(adapter).__name__}")
+    adapted = bind(model, adapter, rows=len(batch.tokens), trainable=trainable)
     if adapter is not None and adapter.config.dropout and dropout_seed is None:
         warnings.warn("dropout_seed is None: no dropout, though the adapter's configuration has it", stacklevel=3)
-    adapted = bind(model, adapter, rows=len(batch.tokens), trainable=trainable)
     return replace(adapted, dropout_seed=dropout_seed, recompute=recompute), batch

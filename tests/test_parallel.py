@@ -148,6 +148,7 @@ def test_a_rank_computes_its_parts_as_one_process_would(monkeypatch):
     assert len(limited) == 2
 
 
+@proves("O4")
 @pytest.mark.parametrize(("limit", "warned"), [(None, True), ("4", True), ("1", False)])
 def test_without_threadpoolctl_a_warning_says_what_it_costs(monkeypatch, limit, warned):
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)

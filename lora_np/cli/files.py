@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..formats.files.atomic import expect_new
 from ..formats.files.messages import shown
 from ..formats.merged.any_base import open_any_base
 from ..formats.merged.beside import beside
@@ -24,6 +25,7 @@ def run_merge(args: argparse.Namespace) -> int:
     weights = args.weights or [1.0] * len(args.adapter)
     if len(weights) != len(args.adapter):
         raise ValueError(f"--weights: expected one for each --adapter, got {len(weights)} for {len(args.adapter)}")
+    expect_new(args.out)
     with Bar() as bar:
         base = base_path(args, bar)
     if base.suffix.lower() == ".gguf":
