@@ -105,7 +105,7 @@ def test_a_layer_that_changes_nothing_is_named(home, capsys):
         (lambda home: [*extraction(home, "x"), "--tuned", home / "base"], "got the same in every tensor"),
         (lambda home: combination(home, "x", "--weights", "1"), "--weights: expected one for each --adapter, got 1"),
         (lambda home: combination(home, "x", "--weights", "1", "nan"), "combine: expected finite weights"),
-        (lambda home: [*combination(home, "x"), "--adapter", home / "base"], "base: expected an adapter's folder, with adapter_config.json, got a model's"),
+        (lambda home: [*combination(home, "x"), "--adapter", home / "base"], "base: expected an adapter's folder"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(home, capsys, argv, message):
