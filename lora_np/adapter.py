@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .backend import Array, as_array, check_count, expect, is_number, xp
+from .backend import Array, xp
+from .checks import as_array, check_count, expect, is_number
 from .lora import Update, init_factors, merge_matrix, sum_updates
 from .model import Config, Model, check_model
 from .ops import widened

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import Array, as_array, asnumpy
+from .backend import Array, asnumpy
+from .checks import as_array
 from .lora import singular_directions
 from .ops import widened
 

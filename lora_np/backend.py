@@ -1,4 +1,4 @@
-"""The array library: NumPy, or CuPy when the environment asks for it, chosen once, at import; what callers may pass.
+"""The array library: NumPy, or CuPy when the environment asks for it. Chosen once, at import.
 
     LORA_NP_BACKEND=numpy   NumPy, on the CPU (the default)
     LORA_NP_BACKEND=cupy    CuPy, on the GPU; an ImportError says what is missing
@@ -9,28 +9,14 @@ Every other module takes `xp` from here, and none of them imports CuPy.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "Array",
-    "DType",
-    "as_array",
-    "asnumpy",
-    "backend_name",
-    "blocks",
-    "check_count",
-    "expect",
-    "few",
-    "is_number",
-    "read_only",
-    "xp",
-]
+__all__ = ["Array", "DType", "asnumpy", "backend_name", "blocks", "read_only", "xp"]
 
 Array: TypeAlias = npt.NDArray[Any]
 DType: TypeAlias = npt.DTypeLike
@@ -97,51 +83,6 @@ def read_only(a: Array) -> Array:
     if backend_name == "numpy":
         view.flags.writeable = False
     return view
-
-
-# --- What callers pass: an error says what was expected, and what came -----------------------------------------------
-
-
-def as_array(what: str, a: Any, *, host: bool = False) -> Array:
-    """`a`, an array or nested lists of one length, on the device, or on the host; a TypeError names what is none."""
-    try:
-        found = asnumpy(a) if host else xp.asarray(a)
-    except ValueError:
-        raise TypeError(f"{what}: expected an array of numbers, got rows of different lengths") from None
-    except (RuntimeError, TypeError) as error:  # which says why: a tensor that requires grad, or is on another device
-        raise TypeError(f"{what}: expected an array of numbers, got {type(a).__name__}: {error}") from None
-    if found.dtype.kind in "SU":
-        hint = "; a tokenizer makes tokens of it (load_tokenizer)" if what == "tokens" else ""
-        raise TypeError(f"{what}: expected an array of numbers, got text{hint}")
-    if found.dtype.kind == "O":
-        raise TypeError(f"{what}: expected an array of numbers, got {type(a).__name__}")
-    return found
-
-
-def expect(what: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
-    """A TypeError unless a value is of the kind that is wanted."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{what}: expected {wanted}, got {type(value).__name__}")
-
-
-def check_count(what: str, value: object, *, at_least: int) -> None:
-    """A ValueError unless a value is an integer that is not below `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
-        raise ValueError(f"{what}: expected an integer of at least {at_least}, got {value!r}")
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite number, Python's or NumPy's."""
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def few(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
-    first = sorted(names)
-    return ", ".join(first[:5]) + (f" and {len(first) - 5} more" if len(first) > 5 else "")
-
-
-# --- Blocks ----------------------------------------------------------------------------------------------------------
 
 
 def blocks(rows: int, width: int) -> Iterator[slice]:

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .backend import Array, as_array
+from .backend import Array
+from .checks import as_array
 from .model import Config
 
 IGNORED = -100  # a target that is not counted

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, asnumpy, check_count, is_number, xp
+from .backend import Array, asnumpy, xp
 from .batch import Batch, check_inputs
 from .binding import AdaptedModel, AnyAdapter, bind, data_first, frozen
+from .checks import check_count, is_number
 from .layout import Cache
 from .loss import layouts
 from .model import Config, Model, check_model

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import Array, DType, as_array, blocks, expect, is_number, xp
+from .backend import Array, DType, blocks, xp
+from .checks import as_array, expect, is_number
 from .ops import (
     dropout,
     dropout_backward,
@@ -63,11 +64,7 @@ def lora_linear_backward(dh: Array, saved: LinearSaved, *, need_dx: bool = True)
 
     dW0 is not formed. -> dx (..., in), dA (r, in), dB (out, r); without need_dx, dx is None and not computed.
     """
-    expect("lora_linear_backward: saved", saved, LinearSaved, "what lora_linear gave with h")
-    x, u, W0, A, B, s, dropout_mask = saved
-    dh = as_array("lora_linear_backward: dh", dh)
-    if dh.shape != (*x.shape[:-1], len(B)):
-        raise ValueError(f"lora_linear_backward: dh: expected shape {(*x.shape[:-1], len(B))}, got {dh.shape}")
+    dh, (x, u, W0, A, B, s, dropout_mask) = _checked_gradient(dh, saved), saved
     v = linear_backward(dh, B)  # (..., out) -> (..., r)
     v *= s
     dA, dB = linear_weight_backward(v, x), linear_weight_backward(dh, u)
@@ -256,6 +253,15 @@ def _checked(
     dropout_mask = None if dropout_mask is None else _floats("dropout_mask", dropout_mask)
     _check_shapes(x, W0, b, A, B, dropout_mask)
     return x, W0, b, A, B, dropout_mask
+
+
+def _checked_gradient(dh: Array, saved: LinearSaved) -> Array:
+    """dh as an array; a TypeError or ValueError unless it is of h's shape, and saved is what came with h."""
+    expect("lora_linear_backward: saved", saved, LinearSaved, "what lora_linear gave with h")
+    dh, shape = as_array("lora_linear_backward: dh", dh), (*saved.x.shape[:-1], len(saved.B))
+    if dh.shape != shape:
+        raise ValueError(f"lora_linear_backward: dh: expected shape {shape}, got {dh.shape}")
+    return dh
 
 
 def _floats(name: str, a: Array) -> Array:

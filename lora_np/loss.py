@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from .adapter import Adapter, fuse_grads
-from .backend import Array, check_count, xp
+from .backend import Array, xp
 from .batch import Batch, check_batch, check_inputs
 from .binding import AdaptedModel, AnyAdapter, Trainable, adapter_first, bind, check_rows, data_first, frozen
+from .checks import check_count
 from .layout import Cache, Layout, lay_out
 from .model import DTYPE_OF, Model, check_model
 from .ops import activation_backward, cross_entropy, cross_entropy_backward, pick, tanh

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .backend import Array, as_array, blocks, check_count, expect, few, is_number, read_only
+from .backend import Array, blocks, read_only
+from .checks import as_array, check_count, expect, few, is_number
 
 
 @dataclass(frozen=True)

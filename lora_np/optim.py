@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from .backend import Array, as_array, expect, few, is_number, xp
+from .backend import Array, xp
+from .checks import as_array, expect, few, is_number
 
 Arrays: TypeAlias = Mapping[str, Array]
 

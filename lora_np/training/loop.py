@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..adapter import Adapter
-from ..backend import Array, expect, xp
+from ..backend import Array, xp
 from ..batch import BatchDict, check_batch
 from ..binding import bind, frozen
+from ..checks import expect
 from ..loss import batch_score, step_of
 from ..model import Model, check_model
 from ..optim import AdamWState, adamw, clip, learning_rates, warmup_cosine

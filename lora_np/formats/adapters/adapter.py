@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...adapter import Adapter
-from ...backend import expect
+from ...checks import expect
 from ...model import Model, check_model
 from ..files.messages import named
 from ..files.safetensors_file import PICKLES, saved_anew

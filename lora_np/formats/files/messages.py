@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ...backend import expect
+from ...checks import expect
 
 MAX_LINE = 4000  # characters: what is said of a file, with paths as long as they may be
 

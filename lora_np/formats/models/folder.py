@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...backend import Array, asnumpy, expect
+from ...backend import Array, asnumpy
+from ...checks import expect
 from ...model import Config, Model, check_model
 from ...ops import widened
 from ..files.atomic import new_folder, write_tensors
