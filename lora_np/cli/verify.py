@@ -32,8 +32,8 @@ from ..formats.models.gguf_file import open_gguf
 from ..formats.models.shards import stored_tensors
 from ..loss import forward
 from ..model import Config, Model
-from .base import AddCommand, tokenizer_of, utf8, whole
-from .output import emit, table
+from .base import AddCommand, add_base, base_path, fitting, tokenizer_of, utf8, whole
+from .output import Bar, emit, table
 
 ROWS = 10  # tensors in a table
 HASH = "names, shapes and the recorded hash of the base"
@@ -43,6 +43,9 @@ NO_HASH = "names and shapes; the file records no hash of its base, as PEFT's do 
 def run_verify(args: argparse.Namespace) -> int:
     if args.ulps < 0:
         raise ValueError(f"--ulps: expected 0 or more, got {args.ulps}")
+    given = args
+    with Bar() as bar:
+        args = argparse.Namespace(**{**vars(given), "base": base_path(given, bar)})
     in_gguf = _is_gguf(args.base)
     if args.merged is not None and in_gguf != _is_gguf(args.merged):
         raise ValueError("--merged: expected a folder where the base is one, and a .gguf file where it is one")
@@ -50,7 +53,8 @@ def run_verify(args: argparse.Namespace) -> int:
     survey_of = survey(args.adapter, None if in_gguf else open_any_base(args.base))
     runs = _read_base(args.base)
     try:
-        plan, run = _fitted(args, runs)
+        with fitting(given, args.adapter):
+            plan, run = _fitted(args, runs)
     except ValueError as error:
         emit(args, {"holds": False, "fits": False, "reason": str(error)}, [f"fits: no. {error}"])
         return 1
@@ -284,9 +288,7 @@ def _effect_line(one: Effect) -> str:
 def add_commands(command: AddCommand) -> None:
     """The command of this file, and its arguments."""
     p = command("verify", run_verify, "does an adapter fit a base, is it trained, is a folder the merge of the two")
-    p.add_argument(
-        "--base", type=Path, required=True, metavar="DIR", help="the base: a model's folder, or a .gguf file"
-    )
+    add_base(p)
     p.add_argument("--adapter", type=Path, required=True, metavar="PATH", help="the adapter's folder, or its file")
     p.add_argument(
         "--merged", type=Path, metavar="PATH", help="what should be the merge of the two: a folder, or .gguf"

@@ -270,6 +270,17 @@ def test_an_adapter_that_does_not_fit_the_embedded_base_asks_for_its_own(home, t
     assert hint not in said()
 
 
+def test_verify_without_a_base_takes_the_embedded_one_and_says_so(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lora_np.training.embedded.base_folder", lambda *_: (home / "base", True))
+    assert run(capsys, "verify", "--adapter", home / "adapter")[0] == 0
+    factors = {"model.layers.9.self_attn.q_proj": (np.ones((1, 3), "f4"), np.ones((2, 1), "f4"))}
+    write_peft(tmp_path / "other", factors, r=1, alpha=1)
+    status, out, err = run(capsys, "verify", "--adapter", tmp_path / "other")
+    assert (status, err) == (1, "")
+    assert out.startswith("fits: no. ")
+    assert out.endswith("; no --base was given, so its base is taken for the embedded model of bytes\n")
+
+
 def test_merge_without_a_base_takes_the_embedded_one(home, capsys, monkeypatch):
     base = ln.load_model(home / "base")
     monkeypatch.setattr("lora_np.training.embedded.base_folder", lambda *_: (home / "base", True))
