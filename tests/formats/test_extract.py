@@ -148,6 +148,19 @@ def test_names_that_differ_by_the_trunks_are_those_of_the_tuned_model(tmp_path):
     assert [m.name for m in run(tmp_path).modules] == [SQUARE]
 
 
+def test_a_new_head_with_a_bias_leaves_the_trunk_clear(tmp_path):
+    """The shortest name, of a pooler's bias, ends like the head's: most names say which prefix it is."""
+    names = ["pooler.dense.bias", "encoder.layer.0.query.weight", "encoder.layer.0.query.bias"]
+    base = {name: np.zeros((3, 3) if name.endswith("weight") else 3, "f4") for name in names}
+    tuned = {f"bert.{name}": value for name, value in base.items()}
+    tuned |= {"bert.encoder.layer.0.query.weight": np.eye(3, dtype="f4"), "classifier.bias": np.zeros(2, "f4")}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / WEIGHTS)
+        (tmp_path / name / "config.json").write_text('{"model_type": "unheard_of"}')
+    assert [m.name for m in run(tmp_path).modules] == ["bert.encoder.layer.0.query"]
+
+
 def test_dtypes_may_differ(tmp_path):
     """dW is exact in float64: 1 + 2^-12 of float32 is not lost beside 1 of bfloat16."""
     bfloat16 = pytest.importorskip("ml_dtypes").bfloat16

@@ -27,12 +27,25 @@ def change_of_prefix(names: Collection[str], known: Collection[str]) -> tuple[st
 
     No number is a part of it: another layer is no mending.
     """
-    first = next(iter(names))
-    found = {difference(first, other) for other in known}
-    found = {
+    fitting = [
+        pair for pair in _changes(next(iter(names)), known) if all(moved(name, *pair) in known for name in names)
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def likeliest_change(names: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
+    """The one prefix in the place of another with which most names are known; None if there is none."""
+    known_by = {
+        pair: sum(moved(name, *pair) in known for name in names) for pair in _changes(min(names, key=len), known)
+    }
+    return max(known_by, key=lambda pair: known_by[pair], default=None)
+
+
+def _changes(name: str, known: Collection[str]) -> list[tuple[str, str]]:
+    """The prefixes, away and in their place, with which a name is known."""
+    found = {difference(name, other) for other in known}
+    return sorted(
         (away, to)
         for away, to in found
-        if away != first and not any(part.isdecimal() for part in f"{away}.{to}".split("."))
-    }
-    fitting = [pair for pair in sorted(found) if all(moved(name, *pair) in known for name in names)]
-    return fitting[0] if len(fitting) == 1 else None
+        if away != name and not any(part.isdecimal() for part in f"{away}.{to}".split("."))
+    )

@@ -19,7 +19,7 @@ from ...lora import nearest_update
 from ..adapters.contents import Pair
 from ..adapters.peft_config import ends_in
 from ..adapters.peft_writer import config_of, write_peft
-from ..adapters.prefix import change_of_prefix, moved
+from ..adapters.prefix import likeliest_change, moved
 from ..files.atomic import expect_new
 from ..files.messages import nearest, shown
 from ..files.rounding import NAMES
@@ -146,7 +146,7 @@ class _Extraction:
         theirs = self.tuned.tensors
         if tensors.keys() & theirs.keys():
             return tensors
-        change = change_of_prefix([min(tensors, key=len)], theirs.keys()) if tensors else None
+        change = likeliest_change(tensors, theirs.keys()) if tensors else None
         found = {moved(name, *change) or name: stored for name, stored in tensors.items()} if change else {}
         if not found.keys() & theirs.keys():
             first = shown(next(iter(tensors), "none"))
