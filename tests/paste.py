@@ -5,6 +5,7 @@ Blocks of Python that follow each other are one program, as in one session.
 """
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ def script(name: str, text: str, *, long: bool) -> Iterator[str]:
     """The lines of one file's script."""
     session = ""  # the Python of the blocks just before, which is run again: the programs are short
     for line, kind, code, why in blocks(text):
-        yield f"echo '== {name}:{line}{f': left out: {why}' if why else ''}' >&2"
+        yield f"echo {shlex.quote(f'== {name}:{line}' + (f': left out: {why}' if why else ''))} >&2"
         if why:
             continue
         if kind == "python":
