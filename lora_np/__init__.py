@@ -85,7 +85,8 @@ __all__ = [  # but for testing, which needs an extra
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    hidden = {name for name in globals() if name.startswith("_") and not name.endswith("__")} | {"TYPE_CHECKING"}
+    return sorted({*globals(), *_LAZY} - hidden)
 
 
 if not TYPE_CHECKING:  # to a type checker, it would make any name a public one

@@ -142,6 +142,8 @@ def _merged(case: Case, dtype: str) -> Case:
 
 def _results(case: Case, got: Mapping[str, Any], dtype: str) -> list[tuple[Case, dict[str, Array]]]:
     """What an implementation gave: by the forward and backward, and by the merge."""
+    if not isinstance(got, Mapping):
+        raise TypeError(f"testing.check: expected a dict with some of {' '.join(TENSORS)}, got {type(got).__name__}")
     unknown = sorted(got.keys() - TENSORS.keys())
     if unknown or not got:
         raise ValueError(f"testing.check: expected some of {' '.join(TENSORS)}, got {unknown or 'nothing'}")

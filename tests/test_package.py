@@ -1,6 +1,7 @@
 """What `import lora_np` gives: its names, to people, editors and type checkers."""
 
 import ast
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def test_every_public_name_is_there_and_listed(name):
     assert getattr(ln, name) is not None
     assert name in dir(ln)
     assert name in {*ln.__all__, *EXTRA}
+
+
+def test_what_is_listed_is_for_others():
+    """Names of the implementation are none: what is listed is public, a module, or Python's own."""
+    others = {
+        name for name in dir(ln) if not isinstance(getattr(ln, name), types.ModuleType) and name not in ln.__all__
+    }
+    assert all(name.startswith("__") and name.endswith("__") for name in others)
 
 
 def test_all_that_is_imported_is_public():

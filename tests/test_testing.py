@@ -115,6 +115,12 @@ def test_results_of_other_names_are_refused(got, said):
         check(lambda case: got)
 
 
+@pytest.mark.parametrize("got", [None, np.zeros(3), [1.0]])
+def test_results_that_are_no_dict_are_refused(got):
+    with pytest.raises(TypeError, match=rf"expected a dict with some of h dx dA dB W, got {type(got).__name__}"):
+        check(lambda case: got)
+
+
 def test_another_dtype_is_refused():
     with pytest.raises(ValueError, match="expected float32 or float64, got 'float16'"):
         check(right, dtype="float16")

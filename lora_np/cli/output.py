@@ -83,7 +83,7 @@ class Bar:
 def failure(error: BaseException) -> tuple[int, str]:
     """The exit status, and what is said: a line, or the traceback of what should not happen."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, shown(str(error), MAX_LINE) or "interrupted; what was written is whole"
+        return 130, shown(str(error), MAX_LINE) or "interrupted; nothing is half written"
     if isinstance(error, TrainingError):
         return 1, shown(str(error), MAX_LINE)
     if isinstance(error, MemoryError):

@@ -127,7 +127,7 @@ def train(
     batches(step) gives the batch of a step, from 0: as it depends on the step alone, k steps, and then the rest from
     the state after them, end in the same bits as all at once. report is called after each step. On several ranks each
     has the same arguments, computes its rows of each batch, and ends in the same bits as one alone would.
-    The trained adapter is Adapter(adapter.config, state.params). A TypeError if batches or settings are none.
+    The trained adapter is Adapter(adapter.config, state.params). A TypeError if batches or settings are something else.
     A TrainingError says at which step the numbers ceased to be finite, and why that may be; ValueErrors as of `loss`.
     """
     check_model(model)

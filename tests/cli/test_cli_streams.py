@@ -273,7 +273,7 @@ def test_an_interrupt_later_is_one_line_too(home, tmp_path):
     call = [sys.executable, str(script), *finetune(home, tmp_path / "out")]
     done = subprocess.run(call, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "lora-np: interrupted; what was written is whole\n"
+    assert done.stderr == "lora-np: interrupted; nothing is half written\n"
 
 
 @posix

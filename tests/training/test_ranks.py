@@ -502,7 +502,7 @@ def test_what_is_wrong_on_all_ranks_ends_the_job_before_anything_is_written(tmp_
     [
         (ValueError("what came"), "lora-np: rank {} of 2: what came\n", 2),
         (TrainingError("it diverged"), "lora-np: rank {} of 2: it diverged\n", 1),
-        (KeyboardInterrupt(), "lora-np: rank {} of 2: interrupted; what was written is whole\n", 130),
+        (KeyboardInterrupt(), "lora-np: rank {} of 2: interrupted; nothing is half written\n", 130),
         (ZeroDivisionError("a bug"), "lora-np: rank {} of 2: Traceback", 1),
     ],
 )
