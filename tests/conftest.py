@@ -12,7 +12,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 # The stand-in wraps every operation in Python: fewer examples keep its run about as long.
-few = 15 if lora_np.backend_name == "cupy" else 50
+few = 15 if lora_np.backend_name == "cupy" else 30
 settings.register_profile("quick", deadline=None, max_examples=few, suppress_health_check=SLOW)
 settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, print_blob=True)
 settings.register_profile("brief", settings.get_profile("ci"), max_examples=8)
