@@ -57,8 +57,8 @@ def limit_blas() -> None:
 if _is_program():
     limit_blas()
     sys.excepthook = _end_in_a_line
-if _is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    try:  # noqa: SIM105  (contextlib takes a while)
-        signal.signal(signal.SIGINT, _end)
-    except ValueError:  # not in the main thread
-        pass
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        try:  # noqa: SIM105  (contextlib takes a while)
+            signal.signal(signal.SIGINT, _end)
+        except ValueError:  # not in the main thread
+            pass

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from commands import run
 from hostile import edit_json, write_peft
 from strategies import dense_updates, spy, trained_adapter
 
@@ -46,13 +47,6 @@ def finetune(home, out, *more, data="text.txt", steps=20):
         "--window", "16", "--batch", "4", "--every", "5", "--steps", f"{steps}", "--r", "2",
         "--targets", "q", "v", "head", "--lr", "0.05", *more,
     ]  # fmt: skip
-
-
-def run(capsys, *argv):
-    capsys.readouterr()
-    status = cli.main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def test_finetune_writes_an_adapter_that_lowers_the_held_out_loss(home, capsys):

@@ -7,22 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 
 pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 
-from lora_np import cli
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.files.safetensors_file import open_tensors
 from lora_np.vectors.files import digest, read_vectors
 
 VECTORS = Path(__file__).parents[1] / "conformance" / "vectors" / "v1"
-
-
-def run(capsys, *argv):
-    capsys.readouterr()
-    status = cli.main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def expected(folder, *ids, change=lambda name, a: a):

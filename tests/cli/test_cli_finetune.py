@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from commands import one_line, run
 
 import lora_np as ln
 from lora_np import cli
@@ -41,21 +42,6 @@ def finetune(home, out, *more, data="text", steps=20):
         "finetune", "--data", f"{home / data}", "--base", f"{home / 'base'}", "--out", f"{home / out}", "--batch", "4",
         "--window", "16", "--every", "5", "--steps", f"{steps}", "--lr", "0.05", *map(str, more),
     ]  # fmt: skip
-
-
-def run(capsys, *argv):
-    capsys.readouterr()
-    status = cli.main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def one_line(capsys, *argv):
-    """What is said of bad input."""
-    status, out, err = run(capsys, *argv)
-    assert (status, out) == (2, "")
-    assert len(err.splitlines()) == 1
-    return err
 
 
 # --- On from an adapter ----------------------------------------------------------------------------------------------

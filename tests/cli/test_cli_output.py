@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
+from commands import run
 from hostile import GPT2, edit_json, edit_tensors, hostile_texts, is_safe, write_gpt2, write_peft
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,13 +16,6 @@ from lora_np.cli.output import emit, failure, table
 from lora_np.training.loop import TrainingError
 
 FORGED = "x\x1b[2K\x1b[1A\nmerged: yes, exactly: each of 99 elements is W0 + s B A, rounded once"
-
-
-def run(capsys, *argv):
-    capsys.readouterr()
-    status = main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from commands import one_line, run
 from strategies import random_model
 
 import lora_np as ln
@@ -21,21 +22,6 @@ from lora_np.formats.models.labels import named_labels
 from lora_np.training import finetune
 
 CONFIG = ln.Config(256, 32, n_layer=1, n_head=2, d_model=8, d_ff=8)
-
-
-def run(capsys, *argv):
-    capsys.readouterr()
-    status = cli.main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def refusal(capsys, *argv):
-    """The one line that a command ends with that cannot be done."""
-    status, out, err = run(capsys, *argv)
-    assert (status, out) == (2, "")
-    assert len(err.splitlines()) == 1
-    return err
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +74,7 @@ def test_what_is_no_file_is_said_before_any_work(home, tmp_path, capsys, no_base
     elif made == "pipe":
         os.mkfifo(path)
     names = {"PATH": path, "TEXT": home / "text.txt", "OUT": tmp_path / "out"}
-    assert f"{path}: {said}" in refusal(capsys, *(names.get(arg, arg) for arg in argv))
+    assert f"{path}: {said}" in one_line(capsys, *(names.get(arg, arg) for arg in argv))
     assert not (tmp_path / "out").exists()
 
 
@@ -136,7 +122,7 @@ def test_an_adapter_that_is_still_trained_is_refused_with_its_step_and_how_to_go
     home, unfinished, tmp_path, capsys, no_base, argv
 ):
     names = {"ADAPTER": unfinished, "TEXT": home / "text.txt", "BASE": home / "base", "OUT": tmp_path / "out"}
-    line = refusal(capsys, *(names.get(arg, arg) for arg in argv))
+    line = one_line(capsys, *(names.get(arg, arg) for arg in argv))
     expected = "training is not finished: its checkpoint is at step 5 of 20; the same lora-np finetune with --resume"
     assert line.startswith(f"lora-np: {unfinished}: {expected}")
     assert "--base" not in line
@@ -145,7 +131,7 @@ def test_an_adapter_that_is_still_trained_is_refused_with_its_step_and_how_to_go
 @pytest.mark.parametrize("argv", TAKERS, ids=" ".join)
 def test_a_model_in_an_adapters_place_is_named(home, tmp_path, capsys, no_base, argv):
     names = {"ADAPTER": home / "base", "TEXT": home / "text.txt", "BASE": home / "base", "OUT": tmp_path / "out"}
-    line = refusal(capsys, *(names.get(arg, arg) for arg in argv))
+    line = one_line(capsys, *(names.get(arg, arg) for arg in argv))
     assert line.startswith(
         f"lora-np: {home / 'base'}: expected an adapter's folder, with adapter_config.json, got a mod"
     )
@@ -268,17 +254,17 @@ def test_labels_that_are_no_names_are_refused(tmp_path):
 
 def test_a_model_of_another_kind_says_which_command_is_meant(home, classifier, tagger, tmp_path, capsys):
     base = ["--base", home / "base"]
-    line = refusal(capsys, "predict", *base, "--data", home / "text.txt")
+    line = one_line(capsys, "predict", *base, "--data", home / "text.txt")
     assert f"{home / 'base'}: a language model, which gives no labels: lora-np generate writes text with it" in line
     for adapter in (classifier, tagger):
-        line = refusal(capsys, "generate", *base, "--adapter", adapter, "--prompt", "x")
+        line = one_line(capsys, "generate", *base, "--adapter", adapter, "--prompt", "x")
         assert line.startswith(f"lora-np: {adapter}: a ")
         assert "lora-np predict gives its labels" in line
     bare = ln.Config(**{**vars(CONFIG), "head": "none"})
     ln.save_model(tmp_path / "bare", ln.Model(bare, ln.init_weights(bare, seed=0)))
-    line = refusal(capsys, "predict", "--base", tmp_path / "bare", "--data", home / "text.txt")
+    line = one_line(capsys, "predict", "--base", tmp_path / "bare", "--data", home / "text.txt")
     assert "bare: a model without a head, which gives no labels: name an --adapter that learned some" in line
-    assert "bare: expected a language model" in refusal(
+    assert "bare: expected a language model" in one_line(
         capsys, "generate", "--base", tmp_path / "bare", "--prompt", "x"
     )
 
@@ -288,7 +274,7 @@ def test_a_folder_asked_for_as_gguf_says_what_makes_it(home, classifier, tmp_pat
         ["merge", "--base", home / "base", "--adapter", classifier, "--out", tmp_path / "x.gguf"],
         ["convert", "--base", home / "base", "--adapter", home / "base", "--out", tmp_path / "x.gguf"],
     ):
-        assert "llama.cpp's convert_hf_to_gguf.py FOLDER --outfile FILE" in refusal(capsys, *argv)
+        assert "llama.cpp's convert_hf_to_gguf.py FOLDER --outfile FILE" in one_line(capsys, *argv)
     assert not (tmp_path / "x.gguf").exists()
 
 
@@ -333,9 +319,9 @@ def test_chat_asks_as_the_template_writes_and_shows_the_answer_alone(home, tmp_p
     status, out, _ = run(capsys, *argv, "--prompts", "-", "--json")
     assert (status, json.loads(out)) == (0, [{"line": 1, "messages": messages[:1], "text": "yes"}])
     assert seen == ["<user>q<said>", "<system>s<user>q<said>", "<user>a<said>"]
-    assert "--chat-template: is for --chat" in refusal(capsys, *argv, "--prompt", "q")
+    assert "--chat-template: is for --chat" in one_line(capsys, *argv, "--prompt", "q")
     (tmp_path / "chat").write_text("{{ raise_exception('not so') }}")
-    assert "--prompt: " in (line := refusal(capsys, *argv, "--chat", "--prompt", "q"))
+    assert "--prompt: " in (line := one_line(capsys, *argv, "--chat", "--prompt", "q"))
     assert "the chat template refuses this: not so" in line
 
 
@@ -359,7 +345,7 @@ def test_an_answer_ends_with_the_template_s_token_and_a_saved_model_with_its_tok
     config = ln.Config(**{**vars(CONFIG), "vocab_size": 4})
     model = ln.Model(config, ln.init_weights(config, seed=0))
     ln.save_model(tmp_path / "bare", model)
-    assert "bare: expected a model of bytes, or one with its tokenizer" in refusal(
+    assert "bare: expected a model of bytes, or one with its tokenizer" in one_line(
         capsys, "generate", "--base", tmp_path / "bare", "--prompt", "yes"
     )
     ln.save_model(tmp_path / "saved", model, tokenizer=tmp_path / "files")

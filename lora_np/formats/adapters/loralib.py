@@ -25,10 +25,11 @@ from ..files.messages import shown
 from ..files.safetensors_file import TensorFile, open_tensors
 from ..models.base import Base
 from ..models.names import family_of, module_names
-from .fused_qkv import put_together, stored_apart, take_apart
-from .header import KEY, check_about, check_savable, read_about, write_about
+from .fused_qkv import take_apart
+from .header import KEY, check_savable, write_about
 from .peft_config import SAME, described, most_common
 from .peft_tensors import Slot, checked_groups, read_params, whole_slots
+from .saved import read_saved
 
 FACTORS = (".lora_A", ".lora_B")
 MASKS = r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"  # GPT-2's causal masks, which older files count as biases
@@ -69,16 +70,7 @@ def load_adapter(
             return _read_theirs(file, model, alpha, enabled)
         if alpha is not None or enabled is not None:
             raise ValueError(f"{path}: alpha and enabled are for files that do not say them; this one does")
-        about = read_about(file.metadata[KEY], f"{path}: metadata")
-        lora_config, names = check_about(about, model, file.dtypes.values(), f"{path}: metadata")
-        stored_config, stored = stored_apart(model.config, lora_config, names, f"{path}: metadata")
-        try:
-            places = slots(model, stored_config, stored)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        file.check_names({key: slot.shape for key, slot in places.items()})
-        params = read_params(file, model, places)
-        return Adapter(lora_config, put_together(model.config, params, names, str(path)))
+        return read_saved(file, model, slots)[0]
 
 
 def slots(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:

@@ -20,11 +20,12 @@ from ..models.base import Base
 from ..models.names import module_names
 from .contents import read_contents
 from .expected import expect_adapter
-from .fused_qkv import put_together, stored_apart, take_apart
-from .header import KEY, check_about, check_savable, read_about, write_about
+from .fused_qkv import take_apart
+from .header import KEY, check_savable, write_about
 from .of_model import adapter_of, check_supported
 from .peft_config import CONFIG, WEIGHTS, check_keys, check_same, write_config
-from .peft_tensors import read_params, slots
+from .peft_tensors import slots
+from .saved import read_saved
 
 
 def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -> None:
@@ -72,18 +73,10 @@ def _load_own(folder: Path, model: Base) -> Adapter:
     raw, where = read_json(folder / CONFIG), str(folder / CONFIG)
     check_keys(raw, where)
     with open_tensors(folder / WEIGHTS) as file:
-        about = read_about(file.metadata[KEY], f"{file.path}: metadata")
-        lora_config, names = check_about(about, model, file.dtypes.values(), f"{file.path}: metadata")
-        stored_config, stored = stored_apart(model.config, lora_config, names, f"{file.path}: metadata")
-        try:
-            places = slots(model, stored_config, stored)
-        except ValueError as error:
-            raise ValueError(f"{file.path}: {error}") from None
-        file.check_names({key: slot.shape for key, slot in places.items()})
-        params = read_params(file, model, places)
-        matrices = Adapter(stored_config, params).matrices
-        check_same(raw, json.loads(to_json(write_config(model.config, stored_config, matrices))), where)
-        return Adapter(lora_config, put_together(model.config, params, names, str(file.path)))
+        adapter, stored = read_saved(file, model, slots)
+        due = write_config(model.config, stored.config, stored.matrices)
+        check_same(raw, json.loads(to_json(due)), where)
+        return adapter
 
 
 def records_base(folder: Path) -> bool:
