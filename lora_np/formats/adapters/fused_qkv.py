@@ -10,10 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from ...adapter import Adapter, LoRAConfig, fused_parts, target_of
-from ...backend import Array
+from ...backend import Array, xp
 from ...model import Config
 from ..models.names import family_of
 
@@ -67,9 +65,9 @@ def put_together(config: Config, params: Mapping[str, Array], names: Collection[
     result = {}
     for name in names:
         parts = [params[part] for part in three(name)] if is_apart(config) else [params[name]]
-        if name.endswith(".A") and not all(np.array_equal(part, parts[0]) for part in parts):
+        if name.endswith(".A") and not all(xp.array_equal(part, parts[0]) for part in parts):
             raise ValueError(f"{where}: {name}: expected the same A for q, k and v, got others")
-        result[name] = np.concatenate(parts) if name.endswith(".B") and len(parts) > 1 else parts[0]
+        result[name] = xp.concatenate(parts) if name.endswith(".B") and len(parts) > 1 else parts[0]
     return result
 
 
