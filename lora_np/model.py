@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import zlib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -20,15 +20,16 @@ from .checks import as_array, check_count, expect, few, is_number
 class Config:
     """The architecture.
 
-    GPT-2, BERT, RoBERTa and Llama are settings of these fields (PRESETS has them by name).
+    Models are settings of these fields (PRESETS has some by name). The defaults are GPT-2's; below the first group are
+    what others have beside it.
 
         vocab_size, n_positions         rows of the token table; longest sequence, and rows of the position table
         n_layer, n_head, d_model, d_ff  layers, heads, width D, feed-forward width F
         n_kv_head                       key/value heads (T10); None: as many as heads
-        norm                            "layer" (T3) or "rms" (T4)
+        norm                            "layer" (T3), "rms" (T4), or "rms_1p": RMS norm with 1 + w
         norm_first                      pre-norm (GPT-2, Llama) or post-norm (BERT, RoBERTa) (T13)
-        positions                       "learned" (T1) or "rotary" (T11)
-        activation                      "gelu" (T5), "gelu_tanh" (T6) or "silu_gated" (T7)
+        positions                       "learned" (T1), "rotary" (T11) or "none"
+        activation                      gelu (T5), gelu_tanh (T6), silu or relu (T7); as gelu_gated, it gates the MLP
         causal                          whether a token sees only what stands before it (T9)
         tie_head                        whether the language model's head is the token table (T14)
         head                            "lm": next token; "classify", "tag": a label a sequence, a token; "none": states
@@ -38,8 +39,23 @@ class Config:
         position_offset                 the first token's row in the position table (RoBERTa: 2)
         bias                            whether projections have biases (Llama: not)
         pooler_in_head                  whether train_head trains the pooler too (RoBERTa: it belongs to the classifier)
-        disentangled                    DeBERTa's attention: such a model is counted, not run
         prefix                          keys and values, weights of each layer, before a sequence's (T9): prefix tuning
+
+        qkv_bias                        whether q, k and v have biases; None: as all projections (Qwen2: they alone)
+        pooler                          the activation of a classifier's pooler (T14)
+        d_head                          a head's width K; None: D / H
+        norm_outputs                    a norm of each sublayer's output too, before it joins the residual (T13)
+        embed_scale, head_scale         times the token's embedding (T1); times the state that a tied head reads (T14)
+        rope_width                      how many of K are turned (T11); None: all
+        rope_factors                    what rotary's frequencies are divided by, each or all of them (T11)
+        window, full_layers             how many keys, its own the last, a query sees (T9); layers where it sees all
+        window_theta                    rotary's base, and no factors, in the layers with a window; None: as in others
+        qk_norm                         an RMS norm of each head's query and key (T17)
+        score_scale                     times q k^T (T9); None: 1 / sqrt(K)
+        score_buckets, score_distance   buckets of distance (T18; T19: on each side), and where the last begins; 0: none
+        disentangled                    DeBERTa's attention (T19)
+        n_encoder                       layers of an encoder, which the decoder's second attention asks (T20)
+        family                          whose names its files use; it has no bearing on what is computed
     """
 
     vocab_size: int
@@ -49,10 +65,10 @@ class Config:
     d_model: int
     d_ff: int
     n_kv_head: int | None = None
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Literal["layer", "rms", "rms_1p"] = "layer"
     norm_first: bool = True
-    positions: Literal["learned", "rotary"] = "learned"
-    activation: Literal["gelu", "gelu_tanh", "silu_gated"] = "gelu_tanh"
+    positions: Literal["learned", "rotary", "none"] = "learned"
+    activation: str = "gelu_tanh"
     causal: bool = True
     tie_head: bool = True
     head: Literal["lm", "classify", "tag", "none"] = "lm"
@@ -65,38 +81,120 @@ class Config:
     pooler_in_head: bool = False
     disentangled: bool = False
     prefix: int = 0
+    qkv_bias: bool | None = None
+    pooler: Literal["tanh", "gelu", "relu"] = "tanh"
+    d_head: int | None = None
+    norm_outputs: bool = False
+    embed_scale: float = 1.0
+    head_scale: float = 1.0
+    rope_width: int | None = None
+    rope_factors: tuple[float, ...] = (1.0,)
+    window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    window_theta: float | None = None
+    qk_norm: bool = False
+    score_scale: float | None = None
+    score_buckets: int = 0
+    score_distance: int = 128
+    n_encoder: int = 0
+    family: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "d_model", "d_ff"):
-            check_count(f"Config.{name}", getattr(self, name), at_least=1)
-        for name in ("n_types", "position_offset", "prefix"):
-            check_count(f"Config.{name}", getattr(self, name), at_least=0)
-        for name in ("n_kv_head", "n_labels"):
-            if getattr(self, name) is not None:
-                check_count(f"Config.{name}", getattr(self, name), at_least=1)
-        for name in ("norm_first", "causal", "tie_head", "bias", "pooler_in_head", "disentangled"):
+        for least, names in _COUNTS.items():
+            for name in names.split():
+                if getattr(self, name) is not None:
+                    check_count(f"Config.{name}", getattr(self, name), at_least=least)
+        for name in _FLAGS:
             expect(f"Config.{name}", getattr(self, name), bool, "True or False")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"Config.{name}: expected one of {' '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.d_model % self.n_head:
-            raise ValueError(f"Config: d_model = {self.d_model} is not a multiple of n_head = {self.n_head}")
-        if self.n_head % self.kv_heads:
-            raise ValueError(f"Config: n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
-        if self.positions == "rotary" and self.head_width % 2:
-            raise ValueError(f"Config: rotary positions turn pairs, but a head's width is odd: {self.head_width}")
+                choices = " ".join(map(str, allowed))
+                raise ValueError(f"Config.{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        for name in ("rope_factors", "full_layers"):
+            expect(f"Config.{name}", getattr(self, name), (tuple, list), "a sequence of numbers")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        positive = {name: getattr(self, name) for name in _POSITIVE if getattr(self, name) is not None}
+        for name, value in {**positive, **{f"rope_factors[{i}]": f for i, f in enumerate(self.rope_factors)}}.items():
+            if not (is_number(value) and value > 0):
+                raise ValueError(f"Config.{name}: expected a number above 0, got {value!r}")
+        for layer in self.full_layers:
+            check_count("Config.full_layers", layer, at_least=0)
+        if self.family is not None:
+            expect("Config.family", self.family, str, "a name, or None")
+        for wrong in self._clashes():
+            raise ValueError(f"Config: {wrong}")
+
+    def _clashes(self) -> Iterator[str]:
+        """What two fields may not say together."""
+        D, H, p, n = self.d_model, self.n_head, self.turned, len(self.rope_factors)
+        if self.d_head is None and D % H:
+            yield f"d_model = {D} is not a multiple of n_head = {H}"
+        if H % self.kv_heads:
+            yield f"n_head = {H} is not a multiple of n_kv_head = {self.n_kv_head}"
+        if self.positions == "rotary":
+            if p % 2:
+                yield f"rotary positions turn pairs, but a head's width is odd: {p}"
+            if p > self.head_width:
+                yield f"rope_width = {p} passes a head's width, {self.head_width}"
+            if n not in (1, p // 2):
+                yield f"rope_factors: expected one, or {p // 2}, one for each frequency, got {n}"
         if self.head in ("classify", "tag") and self.n_labels is None:
-            raise ValueError(f"Config: head={self.head!r} needs n_labels")
+            yield f"head={self.head!r} needs n_labels"
         if self.longest < 1:
-            raise ValueError(f"Config: n_positions = {self.n_positions} leaves no place after position_offset")
-        for name in ("eps", "rope_theta"):
-            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"Config.{name}: expected a number above 0, got {getattr(self, name)!r}")
+            yield f"n_positions = {self.n_positions} leaves no place after position_offset"
+        if self.window is not None and not self.causal:
+            yield "a window needs causal attention"
+        if self.by_distance and self.prefix:
+            yield "a prefix stands at no distance: expected no window and no score_buckets"
+        if self.score_buckets % 4 or self.score_buckets >= 2 * self.score_distance:
+            yield f"score_buckets: expected a multiple of 4 below 2 score_distance, got {self.score_buckets}"
+        if self.disentangled and (self.causal or not self.score_buckets or self.kv_heads != H):
+            yield "disentangled attention needs score_buckets; it is not causal, and its heads share no keys"
+        others = (self.positions == "rotary", self.qk_norm, self.prefix, self.window, self.disentangled)
+        if self.n_encoder and (any(others) or not self.causal or self.head not in ("lm", "none")):
+            yield (
+                "n_encoder: expected a causal decoder with head lm or none, without rotary positions, qk_norm, prefix, "
+                "window or disentangled attention"
+            )
 
     @property
     def head_width(self) -> int:
-        """K = D / H."""
-        return self.d_model // self.n_head
+        """K: d_head, or D / H."""
+        return self.d_model // self.n_head if self.d_head is None else self.d_head
+
+    @property
+    def turned(self) -> int:
+        """T11: how many of a head's K rotary positions turn."""
+        return self.head_width if self.rope_width is None else self.rope_width
+
+    @property
+    def gated(self) -> bool:
+        """T7: whether the MLP is gated."""
+        return self.activation.endswith("_gated")
+
+    @property
+    def by_distance(self) -> bool:
+        """Whether attention asks how far a key is from a query: with a window, T18 or T19."""
+        return self.window is not None or self.score_buckets > 0
+
+    def window_of(self, layer: int) -> int | None:
+        """T9: the window of a layer; None: its queries see all keys."""
+        return None if layer in self.full_layers else self.window
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        """T13: what a layer consists of; the cross-attention is T20's."""
+        return ("attn", "cross", "mlp") if self.n_encoder else ("attn", "mlp")
+
+    @property
+    def depth(self) -> int:
+        """The sublayers of all layers."""
+        return len(self.sublayers) * self.n_layer
+
+    @property
+    def encoder(self) -> Config:
+        """T20: the encoder alone."""
+        return replace(self, n_layer=self.n_encoder, n_encoder=0, causal=False, head="none", n_labels=None)
 
     @property
     def kv_heads(self) -> int:
@@ -125,14 +223,18 @@ class Config:
 
     def _layer_matrices(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each matrix of one layer, by the end of its name."""
-        D, F, kv = self.d_model, self.d_ff, self.kv_heads * self.head_width
-        attention = {"attn.q": (D, D), "attn.k": (kv, D), "attn.v": (kv, D), "attn.o": (D, D)}
-        gate = {"mlp.gate": (F, D)} if self.activation == "silu_gated" else {}
-        return attention | gate | {"mlp.up": (F, D), "mlp.down": (D, F)}
+        D, F, q, kv = self.d_model, self.d_ff, self.n_head * self.head_width, self.kv_heads * self.head_width
+        shapes: dict[str, tuple[int, int]] = {}
+        for part in self.sublayers[:-1]:
+            shapes |= {f"{part}.q": (q, D), f"{part}.k": (kv, D), f"{part}.v": (kv, D), f"{part}.o": (D, q)}
+        gate = {"mlp.gate": (F, D)} if self.gated else {}
+        return shapes | gate | {"mlp.up": (F, D), "mlp.down": (D, F)}
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each matrix that can be adapted, by name; the look-up embed.tokens counts as (D, V)."""
         shapes, layer = {"embed.tokens": (self.d_model, self.vocab_size)}, self._layer_matrices()
+        if self.n_encoder:
+            shapes |= _below("encoder.", self.encoder.matrix_shapes())
         for i in range(self.n_layer):
             shapes |= {f"layers.{i}.{part}": shape for part, shape in layer.items()}
         if self.head != "none":
@@ -141,32 +243,43 @@ class Config:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight, by name, from the bottom of the model to its top."""
-        D = self.d_model
+        D, K = self.d_model, self.head_width
 
         def norm(name: str) -> dict[str, tuple[int, ...]]:
-            parts = ("weight", "bias") if self.norm == "layer" else ("weight",)
-            return {f"{name}.{part}": (D,) for part in parts}
+            return {f"{name}.weight": (D,)} | ({f"{name}.bias": (D,)} if self.norm == "layer" else {})
 
         def matrix(name: str, shape: tuple[int, int], bias: bool) -> dict[str, tuple[int, ...]]:
             return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if bias else {})
 
-        matrices = self._layer_matrices()
         shapes: dict[str, tuple[int, ...]] = {"embed.tokens": (self.vocab_size, D)}
+        if self.n_encoder:
+            shapes |= _below("encoder.", self.encoder.weight_shapes())
         if self.positions == "learned":
             shapes["embed.positions"] = (self.n_positions, D)
         if self.n_types:
             shapes["embed.types"] = (self.n_types, D)
+        if self.disentangled:
+            shapes |= {"embed.distances": (2 * self.score_buckets, D), **norm("embed.distances_norm")}
+        elif self.score_buckets:
+            shapes["embed.score_bias"] = (self.score_buckets, self.n_head)
         if not self.norm_first:
             shapes |= norm("embed.norm")
         for i in range(self.n_layer):
-            layer = f"layers.{i}."
-            shapes |= norm(f"{layer}norm1")
-            if self.prefix:
-                shapes |= {f"{layer}attn.prefix.{part}": (self.kv_heads, self.prefix, self.head_width) for part in "kv"}
-            for part, shape in matrices.items():
-                if part.startswith("mlp.") and f"{layer}norm2.weight" not in shapes:
-                    shapes |= norm(f"{layer}norm2")
-                shapes |= matrix(layer + part, shape, self.bias)
+            for part in self.sublayers:
+                name = f"layers.{i}.{NORMS[part]}"
+                shapes |= norm(name)
+                if self.qk_norm and part == "attn":
+                    shapes |= {f"layers.{i}.attn.{one}_norm.weight": (K,) for one in "qk"}
+                if self.prefix and part == "attn":
+                    shapes |= {f"layers.{i}.attn.prefix.{one}": (self.kv_heads, self.prefix, K) for one in "kv"}
+                for matrix_name, shape in self._layer_matrices().items():
+                    if matrix_name.startswith(part):
+                        reads = matrix_name[-2:] in (".q", ".k", ".v") and self.qkv_bias is not None
+                        shapes |= matrix(
+                            f"layers.{i}.{matrix_name}", shape, bool(self.qkv_bias) if reads else self.bias
+                        )
+                if self.norm_outputs:
+                    shapes |= norm(f"{name}_out")
         if self.norm_first:
             shapes |= norm("norm")
         if self.has_pooler:
@@ -177,11 +290,26 @@ class Config:
         return shapes
 
 
-_CHOICES = {
-    "norm": ("layer", "rms"),
-    "positions": ("learned", "rotary"),
-    "activation": ("gelu", "gelu_tanh", "silu_gated"),
+def _below(prefix: str, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """T20: the encoder's names in the whole model; the token table is the decoder's too."""
+    return {prefix + name: shape for name, shape in shapes.items() if name != "embed.tokens"}
+
+
+NORMS = {"attn": "norm1", "cross": "norm_cross", "mlp": "norm2"}  # of each sublayer, by the end of its name
+_COUNTS = {
+    1: "vocab_size n_positions n_layer n_head d_model d_ff n_kv_head n_labels d_head rope_width window score_distance",
+    0: "n_types position_offset prefix score_buckets n_encoder",
+}
+_FLAGS = ("norm_first", "causal", "tie_head", "bias", "pooler_in_head", "disentangled", "norm_outputs", "qk_norm")
+_POSITIVE = ("eps", "rope_theta", "embed_scale", "head_scale", "window_theta", "score_scale")
+_PLAIN = ("gelu", "gelu_tanh", "silu", "relu")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "norm": ("layer", "rms", "rms_1p"),
+    "positions": ("learned", "rotary", "none"),
+    "activation": (*_PLAIN, *(f"{name}_gated" for name in _PLAIN)),
     "head": ("lm", "classify", "tag", "none"),
+    "pooler": ("tanh", "gelu", "relu"),
+    "qkv_bias": (None, True, False),
 }
 
 
@@ -221,7 +349,10 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
         "bert-base": _bert(30522, 12, 12, 768),
         "roberta-base": _bert(50265, 12, 12, 768, **_ROBERTA),
         "roberta-large": _bert(50265, 24, 16, 1024, **_ROBERTA),
-        "deberta-v2-xxlarge": _bert(128100, 48, 24, 1536, n_types=0, eps=1e-7, disentangled=True),
+        "deberta-v2-xxlarge": _bert(
+            128100, 48, 24, 1536, n_types=0, eps=1e-7, positions="none", pooler="gelu", disentangled=True,
+            score_buckets=256, score_distance=512,
+        ),
         "smollm2-135m": Config(
             49152, 8192, 30, 9, 576, 1536, n_kv_head=3, norm="rms", positions="rotary", activation="silu_gated",
             rope_theta=100000.0, bias=False,
@@ -308,14 +439,15 @@ def init_weights(
         if names is not None and name not in names:
             continue
         if len(shape) == 1:
-            weights[name] = np.full(shape, 1.0 if "norm" in name and name.endswith(".weight") else 0.0, dtype)
+            is_factor = "norm" in name and name.endswith(".weight") and config.norm != "rms_1p"
+            weights[name] = np.full(shape, float(is_factor), dtype)
             continue
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         weights[name] = np.empty(shape, dtype)
         for part in blocks(weights[name].size, 1):  # drawn in float64, which is never held whole
             first = rng.standard_normal(part.stop - part.start)
             first *= 0.02
-            if config.norm_first and name.endswith(("attn.o.weight", "mlp.down.weight")):
+            if config.norm_first and name.endswith((".o.weight", ".down.weight")):
                 first /= math.sqrt(2 * config.n_layer)
             weights[name].reshape(-1)[part] = first
     return weights

@@ -103,7 +103,7 @@ def test_derived_sizes():
         ({"d_ff": 1.5}, "Config.d_ff: expected an integer"),
         ({"vocab_size": True}, "Config.vocab_size: expected an integer"),
         ({"n_types": -1}, "Config.n_types: expected an integer of at least 0"),
-        ({"norm": "batch"}, "Config.norm: expected one of layer rms, got 'batch'"),
+        ({"norm": "batch"}, "Config.norm: expected one of layer rms rms_1p, got 'batch'"),
         ({"head": None}, "Config.head: expected one of"),
         ({"n_head": 3}, "d_model = 8 is not a multiple of n_head = 3"),
         ({"n_head": 4, "n_kv_head": 3}, "n_head = 4 is not a multiple of n_kv_head = 3"),
