@@ -59,7 +59,7 @@ def half_block(base: AdaptedModel, at: Layout, params: Bottlenecks, depth: int, 
     """x + bottleneck(f(norm(x))), f attention at even depths, the feed-forward half at odd ones. (N,T,D) -> (N,T,D)."""
     (i, second), saved = divmod(depth, 2), Saved()
     h = norm(base, f"layers.{i}.norm{second + 1}", x, saved)
-    y = feed_forward(base, i, h, at, saved) if second else attend(base, i, h, at, h, at, saved)
+    y = feed_forward(base, i, h, at, saved) if second else attend(base, i, "attn", h, at, h, at, saved)
     y, saved["bottleneck"] = bottleneck(y, params, depth)
     y += x
     return y, saved
@@ -74,10 +74,11 @@ def half_block_backward(
     if depth == 0:
         return d
     if second:
-        first, *others = feed_forward_backward(base, i, d, saved, {})
+        parts = [feed_forward_backward(base, i, d, saved, {})]
     else:
-        first, *others = attend_backward(base, i, d, at, at, saved, {})
-    return dy + norm_backward(base, f"layers.{i}.norm{second + 1}", sum(others, first), saved, {})  # type: ignore[arg-type]
+        parts = attend_backward(base, i, "attn", d, at, at, saved, {})
+    dh = sum(part for part in parts if part is not None)
+    return dy + norm_backward(base, f"layers.{i}.norm{second + 1}", dh, saved, {})  # type: ignore[arg-type]
 
 
 def states(model: Model, params: Bottlenecks, tokens: Array, *, keep: bool) -> tuple[Array, Layout, list[Saved]]:

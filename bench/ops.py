@@ -85,6 +85,7 @@ def table(*, M: int, D: int, F: int, H: int, V: int, R: int) -> Mapping[str, Op]
         "gelu": op(lambda: ops.gelu(wide), 29 * wide_n, 3 * wide_n),
         "gelu_tanh": op(lambda: ops.gelu_tanh(wide), 17 * wide_n, 3 * wide_n),
         "silu": op(lambda: ops.silu(wide), 8 * wide_n, 3 * wide_n),
+        "relu": op(lambda: ops.relu(wide), 2 * wide_n, 3 * wide_n),
         "tanh": op(lambda: ops.tanh(wide), 3 * wide_n, 3 * wide_n),
         "activations, backward": op(lambda: ops.activation_backward(wide, dydx), wide_n, 3 * wide_n),
         "softmax": op(lambda: ops.softmax(logits), 5 * all_n, 2 * all_n),

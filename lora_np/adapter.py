@@ -12,7 +12,7 @@ import numpy as np
 from .backend import Array, xp
 from .checks import as_array, check_count, expect, is_number
 from .lora import Update, init_factors, merge_matrix, sum_updates
-from .model import Config, Model, check_model
+from .model import ENCODER, Config, Model, check_model
 from .ops import widened
 
 TARGETS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head", "qkv")
@@ -21,6 +21,12 @@ TARGETS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head", "qkv")
 def target_of(name: str) -> str:
     """The target that a matrix's name belongs to: layers.3.attn.q -> q, embed.tokens -> embed, head -> head."""
     return "embed" if name == "embed.tokens" else name.rsplit(".", 1)[-1]
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a matrix is in, of an encoder or a decoder; None: in no layer."""
+    part = name.removeprefix(ENCODER).split(".")
+    return int(part[1]) if part[0] == "layers" else None
 
 
 @dataclass(frozen=True)
@@ -167,8 +173,8 @@ def fused_parts(config: Config, name: str) -> dict[str, slice]:
     """The matrices that one adapted name stands for, and the rows of B that each takes: qkv gives q, k and v."""
     if target_of(name) != "qkv":
         return {name: slice(None)}
-    layer, kv = name.removesuffix("qkv"), config.kv_heads * config.head_width
-    ends = (0, config.d_model, config.d_model + kv, config.d_model + 2 * kv)
+    layer, q, kv = name.removesuffix("qkv"), config.n_head * config.head_width, config.kv_heads * config.head_width
+    ends = (0, q, q + kv, q + 2 * kv)
     return {f"{layer}{part}": slice(*ends[i : i + 2]) for i, part in enumerate("qkv")}
 
 
@@ -191,9 +197,9 @@ def fuse_grads(config: Config, adapter: Adapter, grads: dict[str, Array]) -> dic
 def adapted_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """(out, in) of each name that may be adapted: every matrix, and the fused qkv of each layer."""
     shapes = config.matrix_shapes()
-    D = config.d_model
-    fused = D + 2 * config.kv_heads * config.head_width
-    return shapes | {f"layers.{i}.attn.qkv": (fused, D) for i in range(config.n_layer)}
+    fused = (config.n_head + 2 * config.kv_heads) * config.head_width
+    q = [name for name in shapes if name.endswith(".attn.q")]
+    return shapes | {f"{name}kv": (fused, config.d_model) for name in q}
 
 
 def check_adapter(model: Model, adapter: Adapter) -> None:
@@ -226,8 +232,9 @@ def _adapted(config: Config, lora_config: LoRAConfig) -> dict[str, tuple[int, in
     """(out, in) of the matrices that lora_config adapts, by name; a ValueError if a name of it matches nothing."""
     expect("config", config, Config, "a Config")
     expect("lora_config", lora_config, LoRAConfig, "a LoRAConfig")
-    if lora_config.layers is not None and not set(lora_config.layers) <= set(range(config.n_layer)):
-        raise ValueError(f"LoRAConfig.layers: expected layers in 0..{config.n_layer - 1}, got {lora_config.layers}")
+    layers = range(max(config.n_layer, config.n_encoder))
+    if lora_config.layers is not None and not set(lora_config.layers) <= set(layers):
+        raise ValueError(f"LoRAConfig.layers: expected layers in 0..{layers[-1]}, got {lora_config.layers}")
     targeted = {name: shape for name, shape in adapted_shapes(config).items() if target_of(name) in lora_config.targets}
     for target in lora_config.targets:
         if target not in map(target_of, targeted):
@@ -235,7 +242,7 @@ def _adapted(config: Config, lora_config: LoRAConfig) -> dict[str, tuple[int, in
     in_layers = {
         name: shape
         for name, shape in targeted.items()
-        if lora_config.layers is None or not name.startswith("layers.") or int(name.split(".")[1]) in lora_config.layers
+        if lora_config.layers is None or layer_of(name) is None or layer_of(name) in lora_config.layers
     }
     for pattern in (*lora_config.rank_pattern, *lora_config.alpha_pattern):
         if pattern not in in_layers and pattern not in map(target_of, in_layers):

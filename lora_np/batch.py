@@ -28,6 +28,7 @@ class Batch:
     token_types: Array | None  # (N,T)
     targets: Array | None = None  # (N,P)
     first: int = 0  # its first row among those of the whole step, of which it may be a shard
+    source: Batch | None = None  # what an encoder reads (T20)
 
     @property
     def counted(self) -> Array:
@@ -53,27 +54,33 @@ class Batch:
             None if a is None else a[n] for a in (self.tokens, self.mask, self.token_types, self.targets)
         )
         assert tokens is not None
-        return Batch(tokens, mask, types, targets, self.first + n.start)
+        source = None if self.source is None else self.source.rows(n)
+        return Batch(tokens, mask, types, targets, self.first + n.start, source)
 
 
-def check_inputs(config: Config, tokens: Any, mask: Any, token_types: Any) -> Batch:
+def check_inputs(
+    config: Config, tokens: Any, mask: Any, token_types: Any, source: Any = None, source_mask: Any = None
+) -> Batch:
     """The inputs of a forward as host arrays; a ValueError or TypeError says what is wrong, and where."""
-    tokens = as_array("tokens", tokens, host=True)
-    if tokens.ndim != 2 or tokens.size == 0:
-        hint = "; one sequence is a batch as [tokens]" if tokens.ndim == 1 else ""
-        raise ValueError(f"tokens: expected shape (N, T) with N, T >= 1, got {tokens.shape}{hint}")
-    _check_ids("tokens", tokens, config.vocab_size)
-    if tokens.shape[1] > config.longest:
-        raise ValueError(f"tokens: expected at most {config.longest} tokens a sequence, got {tokens.shape[1]}")
-    mask = _check_mask(mask, tokens.shape)
+    tokens = _check_tokens(config, "tokens", tokens)
+    mask = _check_mask("mask", mask, tokens.shape)
     if config.head == "classify" and mask is not None and not mask.any(axis=1).all():
         raise ValueError(f"mask: row {int(np.argmin(mask.any(axis=1)))} has no true token for the classifier to read")
-    return Batch(tokens, mask, _check_types(config, token_types, tokens.shape))
+    types = _check_types(config, token_types, tokens.shape)
+    return Batch(tokens, mask, types, source=_check_source(config, source, source_mask, len(tokens)))
 
 
-def check_batch(config: Config, tokens: Any, targets: Any, mask: Any, token_types: Any) -> Batch:
+def check_batch(
+    config: Config,
+    tokens: Any,
+    targets: Any,
+    mask: Any,
+    token_types: Any,
+    source: Any = None,
+    source_mask: Any = None,
+) -> Batch:
     """The inputs of a loss as host arrays; a ValueError or TypeError says what is wrong, and where."""
-    batch = check_inputs(config, tokens, mask, token_types)
+    batch = check_inputs(config, tokens, mask, token_types, source, source_mask)
     if config.head == "none":
         raise ValueError("targets: expected a model with a head; this one's Config has head='none'")
     targets = as_array("targets", targets, host=True)
@@ -124,16 +131,42 @@ def _check_ids(what: str, ids: Array, n: int, *, counted: Array | None = None) -
         raise ValueError(f"{what}: expected ids in 0..{n - 1}, got {int(ids[place])} at {place}")
 
 
-def _check_mask(mask: Any, shape: tuple[int, ...]) -> Array | None:
+def _check_tokens(config: Config, what: str, tokens: Any) -> Array:
+    """tokens as a host array (N,T) of valid ids."""
+    tokens = as_array(what, tokens, host=True)
+    if tokens.ndim != 2 or tokens.size == 0:
+        hint = "; one sequence is a batch as [tokens]" if tokens.ndim == 1 else ""
+        raise ValueError(f"{what}: expected shape (N, T) with N, T >= 1, got {tokens.shape}{hint}")
+    _check_ids(what, tokens, config.vocab_size)
+    if tokens.shape[1] > config.longest:
+        raise ValueError(f"{what}: expected at most {config.longest} tokens a sequence, got {tokens.shape[1]}")
+    return tokens
+
+
+def _check_source(config: Config, source: Any, mask: Any, N: int) -> Batch | None:
+    """T20: what the encoder reads (N,S), which an encoder-decoder needs, and no other takes."""
+    if not config.n_encoder:
+        if source is not None or mask is not None:
+            raise ValueError("source: this model has no encoder")
+        return None
+    if source is None:
+        raise ValueError("source: expected the tokens that the encoder reads, (N, S): this is an encoder-decoder")
+    source = _check_tokens(config, "source", source)
+    if len(source) != N:
+        raise ValueError(f"source: expected as many rows as tokens has, {N}, got {len(source)}")
+    return Batch(source, _check_mask("source_mask", mask, source.shape), None)
+
+
+def _check_mask(what: str, mask: Any, shape: tuple[int, ...]) -> Array | None:
     """mask as a host array (N,T) of bool, or None where every token counts."""
     if mask is None:
         return None
-    mask = as_array("mask", mask, host=True)
+    mask = as_array(what, mask, host=True)
     if mask.shape != shape:
-        raise ValueError(f"mask: expected the shape of tokens, {shape}, got {mask.shape}")
+        raise ValueError(f"{what}: expected the shape of tokens, {shape}, got {mask.shape}")
     if mask.dtype != bool:
         if mask.dtype.kind not in "iuf" or not np.isin(mask, (0, 1)).all():
-            raise TypeError(f"mask: expected booleans, or 0 and 1, got {mask.dtype}")
+            raise TypeError(f"{what}: expected booleans, or 0 and 1, got {mask.dtype}")
         mask = mask != 0
     return None if mask.all() else mask
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -11,10 +11,11 @@ from .adapter import Adapter, check_adapter, matrix_updates
 from .backend import Array, xp
 from .layout import Layout
 from .lora import Update, stack_updates
-from .model import Config, Model
+from .model import ENCODER, NORMS, Config, Model
 from .ops import dropout_mask, widened
 
 Trainable: TypeAlias = Literal["adapter", "all"]
+SOURCE = "source"  # an encoder's states, which its decoder takes as it takes a weight (T20)
 AnyAdapter: TypeAlias = Adapter | Sequence[Adapter | None] | None
 
 
@@ -30,7 +31,9 @@ class AdaptedModel:
         adapter       the one that is trained; None where it is the weights, or one for each row
         by_row        whether weights and updates have a row axis: one for each sequence of the batch (L7)
         dropout_seed  of the dropout masks; None: no dropout, as in evaluation
-        recompute     activation checkpointing: whether backward computes each half block again, from its input
+        recompute     activation checkpointing: whether backward computes each sublayer again, from its input
+        source        the layout of an encoder's states (T20), which are the weight SOURCE here
+        kept          in decoding, the keys and values that the second attention's layers take from them, by its name
     """
 
     config: Config
@@ -41,6 +44,8 @@ class AdaptedModel:
     by_row: bool = False
     dropout_seed: int | None = None
     recompute: bool = False
+    source: Layout | None = None
+    kept: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
 
     def weight_name(self, matrix: str) -> str:
         """The name of a matrix's weight: a tied head's is the token table's."""
@@ -49,11 +54,13 @@ class AdaptedModel:
     @cached_property
     def lowest(self) -> tuple[int, int]:
         """The depth of the lowest trained parameter."""
-        nothing = (2 * self.config.n_layer, 3)
+        nothing = (self.config.depth, 3)
         return min((_depth(self.config, name) for name in self.trained), default=nothing)
 
     def trained_below(self, name: str) -> bool:
         """Whether anything below the matrix `name` is trained: whether its backward must give dx."""
+        if name.endswith((".cross.k", ".cross.v")):
+            return SOURCE in self.trained
         return self.lowest < _depth(self.config, name)
 
     def dropout_mask(self, name: str, x: Array, at: Layout) -> Array | None:
@@ -68,16 +75,43 @@ class AdaptedModel:
 
 
 def _depth(config: Config, name: str) -> tuple[int, int]:
-    """Where a parameter stands, from the bottom: its half block (2i and 2i + 1 are layer i's), and its place in that.
+    """Where a parameter stands, from the bottom: its sublayer, of all layers', and its place in that.
 
-    The embedding is at -1; the last norm, the pooler and the head are above the last half block.
+    The embedding is at -1; the last norm, the pooler and the head are above the last sublayer.
     """
-    part = name.split(".")
+    part, count = name.split("."), len(config.sublayers)
+    if part[0] == SOURCE:
+        part = ["layers", "0", "cross", "k"]
     if part[0] != "layers":
-        return (-1, 0) if part[0] == "embed" else (2 * config.n_layer, ("norm", "pooler", "head").index(part[0]))
-    kind = "norm" if part[2].startswith("norm") else "out" if part[3] in ("o", "down") else "in"
-    order = ("norm", "in", "out") if config.norm_first else ("in", "out", "norm")
-    return 2 * int(part[1]) + (part[2] in ("norm2", "mlp")), order.index(kind)
+        return (-1, 0) if part[0] == "embed" else (config.depth, ("norm", "pooler", "head").index(part[0]))
+    which = next(n for n, one in enumerate(config.sublayers) if part[2].removesuffix("_out") in (one, NORMS[one]))
+    is_norm = part[2].startswith("norm")
+    kind = (
+        "norm_out" if part[2].endswith("_out") else "norm" if is_norm else "out" if part[3] in ("o", "down") else "in"
+    )
+    order = ("norm", "in", "out", "norm_out") if config.norm_first else ("in", "out", "norm_out", "norm")
+    return count * int(part[1]) + which, order.index(kind)
+
+
+def encoder_of(model: AdaptedModel) -> AdaptedModel:
+    """T20: the encoder alone, under the names that any model has; the token table is the decoder's too."""
+
+    def own(named: Mapping[str, Any]) -> dict[str, Any]:
+        names = {name.removeprefix(ENCODER): name for name in named if name.startswith((ENCODER, "embed.tokens"))}
+        return {ours: named[name] for ours, name in names.items()}
+
+    trained = frozenset(own(dict.fromkeys(model.trained)))
+    return replace(
+        model, config=model.config.encoder, weights=own(model.weights), updates=own(model.updates), trained=trained
+    )
+
+
+def with_source(model: AdaptedModel, encoder: AdaptedModel, x: Array, at: Layout) -> AdaptedModel:
+    """T20: the decoder, its second attention asking the encoder's states x (..., D), which are laid out by `at`."""
+    trained = {name for name in model.trained if not name.startswith(ENCODER)}
+    if encoder.trained:
+        trained.add(SOURCE)
+    return replace(model, weights={**model.weights, SOURCE: x}, trained=frozenset(trained), source=at)
 
 
 def is_adapter(given: object) -> bool:
@@ -105,8 +139,6 @@ def bind(model: Model, adapter: AnyAdapter, *, rows: int, trainable: Trainable =
     parameter of which adapter does not fit the model.
     """
     config = model.config
-    if config.disentangled:
-        raise ValueError("this Config is DeBERTa's: its disentangled attention is counted here, not run")
     if trainable == "all":
         narrow = [name for name, weight in model.weights.items() if weight.dtype != model.dtype]
         if narrow:

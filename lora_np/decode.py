@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .backend import Array, asnumpy, xp
 from .batch import Batch, check_inputs
-from .binding import AdaptedModel, AnyAdapter, bind, data_first, frozen
+from .binding import SOURCE, AdaptedModel, AnyAdapter, bind, data_first, frozen
 from .checks import check_count, is_number
 from .layout import Cache
-from .loss import layouts
+from .loss import encode, features, layouts
 from .model import Config, Model, check_model
-from .transformer import project, states
+from .transformer import keys_values, project, states
 
 
 def new_cache(config: Config, *, N: int, longest: int, dtype: Any) -> Cache:
@@ -22,6 +23,15 @@ def new_cache(config: Config, *, N: int, longest: int, dtype: Any) -> Cache:
     shape = (N, config.kv_heads, longest, config.head_width)
     layers = range(config.n_layer)
     return Cache([xp.empty(shape, dtype=dtype) for _ in layers], [xp.empty(shape, dtype=dtype) for _ in layers])
+
+
+def keep_source(model: AdaptedModel, batch: Batch) -> AdaptedModel:
+    """T16, T20: the decoder, with the keys and values that each layer takes from the encoder's states; made once."""
+    model, encoded = encode(model, batch)
+    if encoded is None:
+        return model
+    x, names = model.weights[SOURCE], [f"layers.{i}.cross" for i in range(model.config.n_layer)]
+    return replace(model, kept={name: keys_values(model, name, x, encoded.at, {}) for name in names})
 
 
 def next_logits(model: AdaptedModel, cache: Cache, tokens: Array, mask: Array | None = None) -> Array:
@@ -35,7 +45,7 @@ def next_logits(model: AdaptedModel, cache: Cache, tokens: Array, mask: Array | 
     at, last = layouts(model, batch, read=np.full(N, T - 1), cache=cache)
     x, _ = states(model, batch, at, last)
     cache.length += T
-    return project(model, "head", x, last, {})[:, 0]  # (N,1,D) -> (N,1,V) -> (N,V)
+    return project(model, "head", features(model, x, last, {}), last, {})[:, 0]  # (N,1,D) -> (N,1,V) -> (N,V)
 
 
 def choose(
@@ -89,13 +99,16 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     mask: Any = None,
+    source: Any = None,
+    source_mask: Any = None,
     stop: Collection[int] = (),
 ) -> Array:
     """T16: n tokens after each sequence: greedy at temperature 0, else drawn, from seed.
 
-    tokens (N,T); shorter sequences are padded on the left, with mask (N,T) false there. -> (N, T + n), on the host, the
-    given tokens first; it ends before where each sequence has got a token of `stop`. A ValueError if the model is no
-    language model, T + n passes its longest sequence, or a logit is no finite number.
+    tokens (N,T); shorter sequences are padded on the left, with mask (N,T) false there. An encoder-decoder reads source
+    (N,S), with source_mask, once, and tokens are its decoder's first (T20). -> (N, T + n), on the host, with the given
+    tokens first; it ends before where each sequence has got a token of `stop`. A ValueError if the model is no language
+    model, T + n passes its longest sequence, or a logit is no finite number.
     """
     check_model(model)
     tokens, adapter = data_first(tokens, adapter)
@@ -104,14 +117,14 @@ def generate(
         raise ValueError("generate: expected a causal language model (head='lm', causal=True)")
     check_count("generate: n", n, at_least=0)
     _check_sampling(temperature, top_k, top_p, seed)
-    batch = check_inputs(config, tokens, mask, None)
+    batch = check_inputs(config, tokens, mask, None, source, source_mask)
     (N, T), mask = batch.tokens.shape, batch.mask
     if T + n > config.longest:
         raise ValueError(f"generate: {T} + {n} tokens pass the model's longest sequence, {config.longest}")
     if mask is not None and not mask[:, -1].all():
         raise ValueError("generate: mask: pad on the left: the last token of each sequence must count")
     rng = np.random.default_rng(seed) if temperature > 0 else None
-    adapted = frozen(bind(model, adapter, rows=N))
+    adapted = keep_source(frozen(bind(model, adapter, rows=N)), batch)
     cache = new_cache(config, N=N, longest=T + n, dtype=model.dtype)
     result = batch.tokens
     new, stopped = result, np.zeros(N, dtype=bool)

@@ -41,7 +41,8 @@ class Layout:
         selected   (N,), which row of the state before it that is; None: the rows are not a selection
         first      the batch's first sequence among those of the whole step, of which it may be a shard
         positions  (T,), (N,T) or (M,), rows of the position table; None with rotary positions
-        angles     rotary's cos and sin, (T,K/2) or (N,1,T,K/2) each; None with learned positions
+        angles     rotary's cos and sin for each layer, (T,p/2) or (N,1,T,p/2) each; None without rotary positions
+        causal     whether a query sees only the keys up to its own place
         mask       (N,S) bool, the keys that count, those before included; None: all
         cache      the keys and values before, in decoding
     """
@@ -53,7 +54,8 @@ class Layout:
     selected: Array | None = None
     first: int = 0
     positions: Array | None = None
-    angles: tuple[Array, Array] | None = None
+    angles: list[tuple[Array, Array]] | None = None
+    causal: bool = True
     mask: Array | None = None
     cache: Cache | None = None
 
@@ -75,13 +77,13 @@ class Layout:
         """(N,H,T,K) -> (..., H*K). Its backward is `heads`."""
         return self.pack(x.transpose(0, 2, 1, 3).reshape(self.N, self.T, -1))  # (N,H,T,K) -> (N,T,H*K)
 
-    def rotate(self, x: Array) -> Array:
-        """T11: queries (N,H,T,K) or keys (N,G,T,K), turned by their positions; if those are learned, as they are."""
-        return x if self.angles is None else rotary(x, *self.angles)[0]
+    def rotate(self, x: Array, i: int) -> Array:
+        """T11: layer i's queries (N,H,T,K) or keys (N,G,T,K), turned by their positions, if these are rotary."""
+        return x if self.angles is None else rotary(x, *self.angles[i])[0]
 
-    def rotate_backward(self, dx: Array) -> Array:
+    def rotate_backward(self, dx: Array, i: int) -> Array:
         """T11: dx (N,H,T,K) or (N,G,T,K) -> the same."""
-        return dx if self.angles is None else rotary_backward(dx, self.angles)
+        return dx if self.angles is None else rotary_backward(dx, self.angles[i])
 
     def select(self, x: Array, after: Layout) -> Array:
         """T14: the rows of a state that the next has too. (..., D) -> (..., D), or (N,1,D)."""
@@ -122,20 +124,29 @@ def lay_out(
     (N, T), past = batch.tokens.shape, 0 if cache is None else cache.length
     mask = None if batch.mask is None else xp.asarray(batch.mask)
     index = xp.asarray(batch.kept) if packed and mask is not None else None
-    at = Layout(N, T, index, first=batch.first, mask=mask, cache=cache)
+    at = Layout(N, T, index, first=batch.first, causal=config.causal, mask=mask, cache=cache)
     if mask is None:
         positions = xp.arange(past, past + T)  # (T,)
     else:
         positions = xp.maximum(xp.cumsum(mask, axis=1) - 1, 0)[:, past:]  # (N,T)
     if config.positions == "learned":
         at = replace(at, positions=at.pack(positions) + config.position_offset)
-    else:
+    if config.positions == "rotary":
         of_heads = positions if mask is None else positions[:, None]  # (T,) or (N,1,T)
-        at = replace(at, angles=rotary_angles(of_heads, config.head_width, config.rope_theta, dtype))
+        at = replace(at, angles=_angles(config, of_heads, dtype))
     if read is None:
         return at, at
     n, t = xp.arange(N), xp.asarray(read)
     of_read, angles = xp.broadcast_to(positions, (N, T))[n, t], None  # (N,)
     if at.angles is not None:
-        angles = rotary_angles(of_read[:, None, None], config.head_width, config.rope_theta, dtype)  # (N,1,1,K/2)
+        angles = _angles(config, of_read[:, None, None], dtype)  # (N,1,1,p/2)
     return at, replace(at, T=1, index=None, t=t, selected=at.row_of(n * T + t), positions=None, angles=angles)
+
+
+def _angles(config: Config, positions: Array, dtype: DType) -> list[tuple[Array, Array]]:
+    """T11: each layer's cos and sin: those with a window may have a base of their own, and no factors."""
+    usual = rotary_angles(positions, config.turned, config.rope_theta, dtype, config.rope_factors)
+    near = usual
+    if config.window_theta is not None:
+        near = rotary_angles(positions, config.turned, config.window_theta, dtype)
+    return [usual if config.window_of(i) is None else near for i in range(config.n_layer)]

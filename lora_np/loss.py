@@ -5,17 +5,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .adapter import Adapter, fuse_grads
 from .backend import Array, xp
 from .batch import Batch, check_batch, check_inputs
-from .binding import AdaptedModel, AnyAdapter, Trainable, adapter_first, bind, check_rows, data_first, frozen
+from .binding import (
+    SOURCE,
+    AdaptedModel,
+    AnyAdapter,
+    Trainable,
+    adapter_first,
+    bind,
+    check_rows,
+    data_first,
+    encoder_of,
+    frozen,
+    with_source,
+)
 from .checks import check_count
 from .layout import Cache, Layout, lay_out
-from .model import DTYPE_OF, Model, check_model
-from .ops import activation_backward, cross_entropy, cross_entropy_backward, pick, tanh
-from .transformer import Activations, Grads, project, project_backward, states, states_backward
+from .model import DTYPE_OF, ENCODER, Model, check_model
+from .ops import activation_backward, cross_entropy, cross_entropy_backward, pick
+from .transformer import ACTIVATIONS, Activations, Grads, add, project, project_backward, states, states_backward
 
 HEAD_ROWS = 256  # rows of logits that a loss holds at a time: (N*T, V) never is
 
@@ -34,18 +46,20 @@ def layouts(
 
 
 def features(model: AdaptedModel, x: Array, at: Layout, saved: Activations) -> Array:
-    """T14: what the head reads: a state; BERT's and RoBERTa's classifiers through the pooler. (..., D) -> (..., D)."""
-    if not model.config.has_pooler:
-        return x
-    h, saved["tanh"] = tanh(project(model, "pooler", x, at, saved))
+    """T14: what the head reads: a state, times a constant; an encoder's classifier has a pooler. (..., D) -> same."""
+    config = model.config
+    if not config.has_pooler:
+        return x if config.head_scale == 1 else config.head_scale * x
+    h, saved["pooler.act"] = ACTIVATIONS[config.pooler](project(model, "pooler", x, at, saved))
     return h
 
 
 def features_backward(model: AdaptedModel, dh: Array, saved: Activations, grads: Grads) -> Array | None:
     """T14: dh (..., D) -> dx (..., D), or None where nothing below is trained."""
-    if not model.config.has_pooler:
-        return dh
-    return project_backward(model, "pooler", activation_backward(dh, saved.pop("tanh")), saved, grads)
+    config = model.config
+    if not config.has_pooler:
+        return dh if config.head_scale == 1 else config.head_scale * dh
+    return project_backward(model, "pooler", activation_backward(dh, saved.pop("pooler.act")), saved, grads)
 
 
 def logits_of(model: AdaptedModel, h: Array, at: Layout, rows: Array) -> Iterator[tuple[slice, Array, Activations]]:
@@ -83,6 +97,37 @@ def head_score(model: AdaptedModel, h: Array, at: Layout, rows: Array, targets: 
     return loss, hits
 
 
+# --- T20: an encoder -----------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """What an encoder's backward needs."""
+
+    model: AdaptedModel
+    at: Layout
+    stack: list[Activations]
+
+
+def encode(model: AdaptedModel, batch: Batch) -> tuple[AdaptedModel, Encoded | None]:
+    """T20: the decoder, with the states of what the encoder reads in place; any other model as it is."""
+    if batch.source is None:
+        return model, None
+    encoder = encoder_of(model)
+    at, last = layouts(encoder, batch.source)
+    x, stack = states(encoder, batch.source, at, last)
+    return with_source(model, encoder, x, at), Encoded(encoder, at, stack)
+
+
+def encode_backward(encoded: Encoded | None, grads: Grads) -> None:
+    """T20: the decoder's gradient of the encoder's states, from grads, into those of the encoder's weights."""
+    if encoded is None or SOURCE not in grads:
+        return
+    inner = Grads()
+    states_backward(encoded.model, grads.pop(SOURCE), encoded.at, encoded.at, encoded.stack, inner)
+    for name, value in inner.items():
+        add(grads, name if name.startswith("embed.tokens") else ENCODER + name, value)
+
+
 # --- T15: some rows of a batch -------------------------------------------------------------------------------------
 
 
@@ -94,6 +139,7 @@ def _counted(batch: Batch, last: Layout) -> tuple[Array, Array]:
 
 def batch_score(model: AdaptedModel, batch: Batch) -> tuple[Array, Array]:
     """T15: over a batch's counted targets, the sum of the losses, and how many have the largest logit; no dropout."""
+    model, _ = encode(model, batch)
     at, last = layouts(model, batch)
     x, _ = states(model, batch, at, last)
     return head_score(model, features(model, x, last, {}), last, *_counted(batch, last))
@@ -104,6 +150,7 @@ def batch_loss_and_grads(model: AdaptedModel, batch: Batch, *, count: int) -> tu
 
     -> a 0-d array; {name: array} with the names, and in the order, of the adapter's parameters, or of the weights.
     """
+    model, encoded = encode(model, batch)
     at, last = layouts(model, batch)
     x, stack = states(model, batch, at, last)
     saved, grads = Activations(), Grads()
@@ -112,8 +159,9 @@ def batch_loss_and_grads(model: AdaptedModel, batch: Batch, *, count: int) -> tu
     dx = None if dh is None else features_backward(model, dh, saved, grads)
     if dx is not None:
         states_backward(model, dx, at, last, stack, grads)
+        encode_backward(encoded, grads)
     if model.adapter is None:
-        return loss, {name: grads[name] for name in model.weights}
+        return loss, {name: grads[name] for name in model.weights if name != SOURCE}
     return loss, fuse_grads(model.config, model.adapter, grads)
 
 
@@ -121,18 +169,26 @@ def batch_loss_and_grads(model: AdaptedModel, batch: Batch, *, count: int) -> tu
 
 
 def forward(
-    model: Model, tokens: Any, adapter: AnyAdapter = None, *, mask: Any = None, token_types: Any = None
+    model: Model,
+    tokens: Any,
+    adapter: AnyAdapter = None,
+    *,
+    mask: Any = None,
+    token_types: Any = None,
+    source: Any = None,
+    source_mask: Any = None,
 ) -> Array:
     """T14, L2, L7: the logits of a batch, with an adapter, none, or a list of one or none for each row.
 
-    tokens (N,T) integers; mask (N,T), true where a token counts; token_types (N,T).
+    tokens (N,T) integers; mask (N,T), true where a token counts; token_types (N,T). An encoder-decoder reads source
+    (N,S), with source_mask, and tokens are its decoder's (T20).
     -> (N,T,V) for a language model, (N,labels) for a classifier, (N,T,labels) for a tagger, (N,T,D) without a head.
     What stands at padding has no meaning. A ValueError or TypeError says what was expected, what came, and where.
     """
     check_model(model)
     tokens, adapter = data_first(tokens, adapter)
-    batch = check_inputs(model.config, tokens, mask, token_types)
-    adapted = frozen(bind(model, adapter, rows=len(batch.tokens)))
+    batch = check_inputs(model.config, tokens, mask, token_types, source, source_mask)
+    adapted, _ = encode(frozen(bind(model, adapter, rows=len(batch.tokens))), batch)
     at, last = layouts(adapted, batch)
     y, _ = states(adapted, batch, at, last)
     if model.config.head != "none":
@@ -148,6 +204,8 @@ def loss(
     *,
     mask: Any = None,
     token_types: Any = None,
+    source: Any = None,
+    source_mask: Any = None,
 ) -> float:
     """T15: the mean cross-entropy, in nats, over all counted targets; no dropout.
 
@@ -156,7 +214,7 @@ def loss(
     """
     check_model(model)
     tokens, targets, adapter = data_first(tokens, targets, adapter)
-    batch = check_batch(model.config, tokens, targets, mask, token_types)
+    batch = check_batch(model.config, tokens, targets, mask, token_types, source, source_mask)
     parts = [(adapter, batch)]
     if isinstance(adapter, (list, tuple)):
         # Counted rows are picked from all sequences together, which no head of each one's own could read.
@@ -174,6 +232,8 @@ def loss_and_grads(
     *,
     mask: Any = None,
     token_types: Any = None,
+    source: Any = None,
+    source_mask: Any = None,
     dropout_seed: int | None = None,
     trainable: Trainable = "adapter",
     recompute: bool = False,
@@ -186,7 +246,7 @@ def loss_and_grads(
     parameter}), with exactly the names of what is trained. No gradient of a frozen weight is formed.
     """
     adapted, batch = step_of(
-        model, adapter, tokens, targets, mask, token_types,
+        model, adapter, tokens, targets, mask=mask, token_types=token_types, source=source, source_mask=source_mask,
         dropout_seed=dropout_seed, trainable=trainable, recompute=recompute,
     )  # fmt: skip
     total, grads = batch_loss_and_grads(adapted, batch, count=len(batch.counted))
@@ -198,9 +258,11 @@ def step_of(
     adapter: Adapter | None,
     tokens: Any,
     targets: Any,
+    *,
     mask: Any,
     token_types: Any,
-    *,
+    source: Any,
+    source_mask: Any,
     dropout_seed: int | None,
     trainable: Trainable,
     recompute: bool,
@@ -208,7 +270,7 @@ def step_of(
     """The model and batch of a training step, checked: it is either one adapter or all weights that are trained."""
     check_model(model)
     adapter, tokens, targets = adapter_first(adapter, tokens, targets)
-    batch = check_batch(model.config, tokens, targets, mask, token_types)
+    batch = check_batch(model.config, tokens, targets, mask, token_types, source, source_mask)
     if dropout_seed is not None:
         check_count("dropout_seed", dropout_seed, at_least=0)
     if trainable not in ("adapter", "all"):

@@ -51,7 +51,7 @@ class Config:
         window, full_layers             how many keys, its own the last, a query sees (T9); layers where it sees all
         window_theta                    rotary's base, and no factors, in the layers with a window; None: as in others
         qk_norm                         an RMS norm of each head's query and key (T17)
-        score_scale                     times q k^T (T9); None: 1 / sqrt(K)
+        score_scale                     times q k^T; None: 1 / sqrt(K) (T9), or 1 / sqrt(3K) (T19)
         score_buckets, score_distance   buckets of distance (T18; T19: on each side), and where the last begins; 0: none
         disentangled                    DeBERTa's attention (T19)
         n_encoder                       layers of an encoder, which the decoder's second attention asks (T20)
@@ -102,7 +102,7 @@ class Config:
     def __post_init__(self) -> None:
         for least, names in _COUNTS.items():
             for name in names.split():
-                if getattr(self, name) is not None:
+                if getattr(self, name) is not None or name not in _OPTIONAL:
                     check_count(f"Config.{name}", getattr(self, name), at_least=least)
         for name in _FLAGS:
             expect(f"Config.{name}", getattr(self, name), bool, "True or False")
@@ -113,9 +113,9 @@ class Config:
         for name in ("rope_factors", "full_layers"):
             expect(f"Config.{name}", getattr(self, name), (tuple, list), "a sequence of numbers")
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        positive = {name: getattr(self, name) for name in _POSITIVE if getattr(self, name) is not None}
+        positive = {name: getattr(self, name) for name in _POSITIVE}
         for name, value in {**positive, **{f"rope_factors[{i}]": f for i, f in enumerate(self.rope_factors)}}.items():
-            if not (is_number(value) and value > 0):
+            if not (is_number(value) and value > 0) and not (value is None and name in _OPTIONAL):
                 raise ValueError(f"Config.{name}: expected a number above 0, got {value!r}")
         for layer in self.full_layers:
             check_count("Config.full_layers", layer, at_least=0)
@@ -166,6 +166,15 @@ class Config:
     def turned(self) -> int:
         """T11: how many of a head's K rotary positions turn."""
         return self.head_width if self.rope_width is None else self.rope_width
+
+    @property
+    def scale(self) -> float:
+        """T9, T19: what q k^T is multiplied by."""
+        return (
+            1 / math.sqrt((3 if self.disentangled else 1) * self.head_width)
+            if self.score_scale is None
+            else self.score_scale
+        )
 
     @property
     def gated(self) -> bool:
@@ -232,9 +241,10 @@ class Config:
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each matrix that can be adapted, by name; the look-up embed.tokens counts as (D, V)."""
-        shapes, layer = {"embed.tokens": (self.d_model, self.vocab_size)}, self._layer_matrices()
+        shapes: dict[str, tuple[int, int]] = {"embed.tokens": (self.d_model, self.vocab_size)}
+        layer = self._layer_matrices()
         if self.n_encoder:
-            shapes |= _below("encoder.", self.encoder.matrix_shapes())
+            shapes |= _below(ENCODER, self.encoder.matrix_shapes())
         for i in range(self.n_layer):
             shapes |= {f"layers.{i}.{part}": shape for part, shape in layer.items()}
         if self.head != "none":
@@ -246,14 +256,15 @@ class Config:
         D, K = self.d_model, self.head_width
 
         def norm(name: str) -> dict[str, tuple[int, ...]]:
-            return {f"{name}.weight": (D,)} | ({f"{name}.bias": (D,)} if self.norm == "layer" else {})
+            parts = ("weight", "bias") if self.norm == "layer" else ("weight",)
+            return {f"{name}.{part}": (D,) for part in parts}
 
         def matrix(name: str, shape: tuple[int, int], bias: bool) -> dict[str, tuple[int, ...]]:
             return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if bias else {})
 
         shapes: dict[str, tuple[int, ...]] = {"embed.tokens": (self.vocab_size, D)}
         if self.n_encoder:
-            shapes |= _below("encoder.", self.encoder.weight_shapes())
+            shapes |= _below(ENCODER, self.encoder.weight_shapes())
         if self.positions == "learned":
             shapes["embed.positions"] = (self.n_positions, D)
         if self.n_types:
@@ -295,6 +306,7 @@ def _below(prefix: str, shapes: Mapping[str, Any]) -> dict[str, Any]:
     return {prefix + name: shape for name, shape in shapes.items() if name != "embed.tokens"}
 
 
+ENCODER = "encoder."  # what the names of an encoder's weights begin with in an encoder-decoder (T20)
 NORMS = {"attn": "norm1", "cross": "norm_cross", "mlp": "norm2"}  # of each sublayer, by the end of its name
 _COUNTS = {
     1: "vocab_size n_positions n_layer n_head d_model d_ff n_kv_head n_labels d_head rope_width window score_distance",
@@ -302,6 +314,7 @@ _COUNTS = {
 }
 _FLAGS = ("norm_first", "causal", "tie_head", "bias", "pooler_in_head", "disentangled", "norm_outputs", "qk_norm")
 _POSITIVE = ("eps", "rope_theta", "embed_scale", "head_scale", "window_theta", "score_scale")
+_OPTIONAL = ("n_kv_head", "n_labels", "d_head", "rope_width", "window", "window_theta", "score_scale")
 _PLAIN = ("gelu", "gelu_tanh", "silu", "relu")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "norm": ("layer", "rms", "rms_1p"),

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
 from .backend import Array, DType, backend_name, blocks, xp
+from .distance import ByDistance
 
 Saved: TypeAlias = tuple[Array, ...]
 
@@ -307,6 +308,12 @@ def silu(x: Array) -> tuple[Array, Array]:
     return y, dydx
 
 
+def relu(x: Array) -> tuple[Array, Array]:
+    """T7: y = x where x > 0, else 0, elementwise. Saves dy/dx: 1 there, else 0."""
+    dydx = (x.real > 0).astype(x.dtype)
+    return x * dydx, dydx
+
+
 def tanh(x: Array) -> tuple[Array, Array]:
     """T14: y = tanh x, the pooler's, elementwise. Saves dy/dx = 1 - y^2."""
     y = xp.tanh(x)
@@ -342,38 +349,25 @@ QUERY_ROWS = 64  # queries of a tile: of causal attention's masked half, all but
 
 
 class Tile(NamedTuple):
-    """A part of the scores (N,G,R,T,S): sequences n, groups g, queries t; the first `seen` keys, all that t may see."""
+    """A part of the scores (N,G,R,T,S): sequences n, groups g, queries t; keys s, all that these may see."""
 
     n: slice
     g: slice
     t: slice
-    seen: int
+    s: slice
 
 
-def _tiles(N: int, G: int, R: int, T: int, S: int, *, causal: bool) -> Iterator[Tile]:
+def _tiles(N: int, G: int, R: int, T: int, S: int, *, causal: bool, window: int | None) -> Iterator[Tile]:
     """Scores (N,G,R,T,S) cut into tiles that stay in cache; on a GPU there is one."""
     rows = T if backend_name == "cupy" else QUERY_ROWS
     for start in range(0, T, rows):
         t = slice(start, min(start + rows, T))
-        seen = S - T + t.stop if causal else S  # query t stands at place S - T + t
-        size = R * (t.stop - start) * seen
+        first = 0 if window is None else max(0, S - T + start - window + 1)  # query t stands at place S - T + t
+        s = slice(first, S - T + t.stop if causal else S)
+        size = R * (t.stop - start) * (s.stop - first)
         for n in blocks(N, G * size):
             for g in blocks(G, size):
-                yield Tile(n, g, t, seen)
-
-
-def _probabilities(q: Array, k: Array, hidden: Array | None, *, causal: bool) -> Array:
-    """T8, T9: softmax(q k^T / sqrt(K)) of a tile, whose queries are the last t of s places.
-
-    q (n,g,R,t,K); k (n,g,1,s,K); hidden (n,1,1,1,s): -inf at keys that do not count, else 0 -> (n,g,R,t,s).
-    """
-    t, s = q.shape[-2], k.shape[-2]
-    scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)  # (n,g,R,t,K) (n,g,1,K,s) -> (n,g,R,t,s)
-    if causal and t > 1:
-        scores[..., s - t :] += xp.triu(xp.full((t, t), -math.inf, dtype=scores.real.dtype), 1)
-    if hidden is not None:
-        scores += hidden
-    return softmax(scores)[0]
+                yield Tile(n, g, t, s)
 
 
 class AttentionSaved(NamedTuple):
@@ -382,31 +376,64 @@ class AttentionSaved(NamedTuple):
     q: Array  # (N,G,R,T,K)
     k: Array  # (N,G,1,S,K)
     v: Array  # (N,G,1,S,K)
-    hidden: Array | None  # (N,1,1,1,S)
+    hidden: Array | None  # (N,1,1,1,S): -inf at keys that do not count, else 0
     causal: bool
+    window: int | None
+    scale: float
+    near: ByDistance | None  # its parts (N,G,R,T,B), (N,G,R,S,B)
 
     def parts(self) -> Iterator[tuple[Tile, Array, Array, Array, Array]]:
         """Each tile with its q (n,g,R,t,K), k and v (n,g,1,s,K), and probabilities p (n,g,R,t,s)."""
         N, G, R, T, _ = self.q.shape
-        for tile in _tiles(N, G, R, T, self.k.shape[3], causal=self.causal):
-            n, g, t, seen = tile
-            q, k, v = self.q[n, g, :, t], self.k[n, g, :, :seen], self.v[n, g, :, :seen]
-            hidden = None if self.hidden is None else self.hidden[n, ..., :seen]
-            yield tile, q, k, v, _probabilities(q, k, hidden, causal=self.causal)
+        for tile in _tiles(N, G, R, T, self.k.shape[3], causal=self.causal, window=self.window):
+            n, g, t, s = tile
+            q, k, v = self.q[n, g, :, t], self.k[n, g, :, s], self.v[n, g, :, s]
+            yield tile, q, k, v, self._probabilities(tile, q, k)
+
+    def _probabilities(self, tile: Tile, q: Array, k: Array) -> Array:
+        """T8, T9: a tile's softmax(scale q k^T), and what is added: q (n,g,R,t,K), k (n,g,1,s,K) -> (n,g,R,t,s)."""
+        (T, S), (t, s) = (self.q.shape[3], self.k.shape[3]), (q.shape[-2], k.shape[-2])
+        scores = (q * self.scale) @ k.swapaxes(-1, -2)  # (n,g,R,t,K) (n,g,1,K,s) -> (n,g,R,t,s)
+        minus_inf = xp.full((t, t), -math.inf, dtype=scores.real.dtype)
+        if self.near is not None:
+            part, bucket = self.near.of(*tile, T)
+            scores += part.scores(bucket)
+        if self.causal and t > 1:
+            scores[..., s - t :] += xp.triu(minus_inf, 1)  # keys behind the query
+        if self.window is not None:
+            last_hidden = S - T + tile.t.start - self.window - tile.s.start  # of the first query; one more of each next
+            scores[..., :t] += xp.tril(minus_inf, last_hidden)[:, :s]
+        if self.hidden is not None:
+            scores += self.hidden[tile.n, ..., tile.s]
+        return softmax(scores)[0]
 
 
-def attention(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None = None) -> tuple[Array, AttentionSaved]:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool,
+    mask: Array | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    near: ByDistance | None = None,
+) -> tuple[Array, AttentionSaved]:
     """T9, T10: softmax(q k^T / sqrt(K)) v for each head; H query heads share G key/value heads, H/G to one.
 
     q (N,H,T,K); k, v (N,G,S,K); mask (N,S) bool, true where a key counts -> (N,H,T,K).
-    Causal: the queries are the last T of the S places, and each sees the keys up to its own.
+    Causal: the queries are the last T of the S places, and each sees the keys up to its own; with a window, that many
+    of them. scale: in the place of 1 / sqrt(K). near: what is added to the scores (T18, T19).
     A query that sees no key gives zeros, and its gradient is zero. Memory grows with T, not with T S.
     """
     (N, H, T, K), G = q.shape, k.shape[1]
     R = H // G
     hidden = None if mask is None else xp.where(mask, 0, -math.inf).astype(q.real.dtype)[:, None, None, None]
     # (N,H,T,K) -> (N,G,R,T,K); (N,G,S,K) -> (N,G,1,S,K)
-    saved = AttentionSaved(q.reshape(N, G, R, T, K), k[:, :, None], v[:, :, None], hidden, causal)
+    saved = AttentionSaved(
+        q.reshape(N, G, R, T, K), k[:, :, None], v[:, :, None], hidden, causal, window,
+        1 / math.sqrt(K) if scale is None else scale, None if near is None else near.grouped(G),
+    )  # fmt: skip
     out = xp.empty((N, T, H, K), dtype=q.dtype)
     heads = out.reshape(N, T, G, R, K).transpose(0, 2, 3, 1, 4)  # a view (N,G,R,T,K)
     for (n, g, t, _), _, _, v_, p in saved.parts():
@@ -414,41 +441,71 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None 
     return out.transpose(0, 2, 1, 3), saved
 
 
-def attention_backward(dy: Array, saved: AttentionSaved) -> tuple[Array, Array, Array]:
-    """T9, T10: dy (N,H,T,K) -> dq (N,H,T,K), dk and dv (N,G,S,K), which sum over the heads that share them."""
+def attention_backward(
+    dy: Array, saved: AttentionSaved, *, dnear: ByDistance | None = None
+) -> tuple[Array, Array, Array]:
+    """T9, T10: dy (N,H,T,K) -> dq (N,H,T,K), dk and dv (N,G,S,K), which sum over the heads that share them.
+
+    dnear: saved.near.zeros(), to which the gradients of what was added are added (T18, T19).
+    """
     N, G, R, T, K = saved.q.shape
     S = saved.k.shape[3]
     dy = dy.reshape(N, G, R, T, K)
     dq = xp.empty((N, T, G, R, K), dtype=dy.dtype).transpose(0, 2, 3, 1, 4)  # laid out as the projections want them
     dk = xp.zeros((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
     dv = xp.zeros((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
-    for (n, g, t, seen), q_, k_, v_, p in saved.parts():
+    for tile, q_, k_, v_, p in saved.parts():
+        n, g, t, s = tile
         dy_ = dy[n, g, :, t]
-        dv[n, g, :seen] += (p.swapaxes(-1, -2) @ dy_).sum(axis=2)  # (n,g,R,s,t) (n,g,R,t,K) -> (n,g,s,K)
+        dv[n, g, s] += (p.swapaxes(-1, -2) @ dy_).sum(axis=2)  # (n,g,R,s,t) (n,g,R,t,K) -> (n,g,s,K)
         dscores = softmax_backward(dy_ @ v_.swapaxes(-1, -2), p)  # (n,g,R,t,s)
-        dscores *= 1 / math.sqrt(K)
+        if dnear is not None:
+            part, bucket = dnear.of(*tile, T)
+            part.add_grads(dscores, bucket)
+        dscores *= saved.scale
         dq[n, g, :, t] = dscores @ k_
-        dk[n, g, :seen] += (dscores.swapaxes(-1, -2) @ q_).sum(axis=2)
+        dk[n, g, s] += (dscores.swapaxes(-1, -2) @ q_).sum(axis=2)
     return dq.reshape(N, G * R, T, K), dk, dv
 
 
 # --- T11: rotary positions -----------------------------------------------------------------------------------------
 
 
-def rotary_angles(positions: Array, K: int, theta: float, dtype: DType) -> tuple[Array, Array]:
-    """T11: cos and sin of position / theta^(2i/K), i < K/2. positions (...,T) -> two (...,T,K/2), rounded once."""
-    angles = positions[..., None] * theta ** (xp.arange(K // 2) * (-2.0 / K))  # float64
+def rotary_angles(
+    positions: Array, p: int, theta: float, dtype: DType, factors: tuple[float, ...] = (1.0,)
+) -> tuple[Array, Array]:
+    """T11: cos and sin of position / (factor_i theta^(2i/p)), i < p/2. positions (...,T) -> two (...,T,p/2).
+
+    p is how many elements of a head are turned; factors are one or p/2. Computed in float64, rounded once.
+    """
+    frequencies = theta ** (xp.arange(p // 2) * (-2.0 / p))
+    frequencies /= factors[0] if len(factors) == 1 else xp.asarray(factors)
+    angles = positions[..., None] * frequencies
     return xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)
 
 
-def rotary(x: Array, cos: Array, sin: Array) -> tuple[Array, Saved]:
-    """T11: turns the pair (x_i, x_{i + K/2}) by its angle.
+def llama3_factors(p: int, theta: float, *, factor: float, low: float, high: float, original: int) -> tuple[float, ...]:
+    """T11: what Llama 3 (from 3.1 on) divides its frequencies by, for sequences longer than the `original` ones.
 
-    x (N,H,T,K); cos, sin (T,K/2) or (N,1,T,K/2) -> (N,H,T,K).
+    By 1 where a turn takes fewer than original / high places, by `factor` where more than original / low; between the
+    two the inverse goes from one to the other in proportion to the turns in an original sequence. -> p/2 numbers.
     """
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
-    return xp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1), (cos, sin)
+    factors = []
+    for i in range(p // 2):
+        turns = original * theta ** (-2 * i / p) / (2 * math.pi)  # in a sequence of the original length
+        share = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - share) / factor + share))
+    return tuple(factors)
+
+
+def rotary(x: Array, cos: Array, sin: Array) -> tuple[Array, Saved]:
+    """T11: turns the pair (x_i, x_{i + p/2}) by its angle, of the first p elements of each head.
+
+    x (N,H,T,K); cos, sin (T,p/2) or (N,1,T,p/2) -> (N,H,T,K).
+    """
+    half = cos.shape[-1]
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return xp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1), (cos, sin)
 
 
 def rotary_backward(dy: Array, saved: Saved) -> Array:

@@ -53,6 +53,8 @@ def sharded_loss_and_grads(
     *,
     mask: Any = None,
     token_types: Any = None,
+    source: Any = None,
+    source_mask: Any = None,
     dropout_seed: int | None = None,
     trainable: Trainable = "adapter",
     recompute: bool = False,
@@ -64,7 +66,7 @@ def sharded_loss_and_grads(
     batch is cut. shards: at most N; None: from tokens.shape alone. -> as loss_and_grads.
     """
     adapted, batch = step_of(
-        model, adapter, tokens, targets, mask, token_types,
+        model, adapter, tokens, targets, mask=mask, token_types=token_types, source=source, source_mask=source_mask,
         dropout_seed=dropout_seed, trainable=trainable, recompute=recompute,
     )  # fmt: skip
     shards = default_shards(*batch.tokens.shape) if shards is None else shards

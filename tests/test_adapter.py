@@ -385,14 +385,6 @@ def test_count_is_what_an_adapter_has(data):
 
 
 @proves("L8")
-def test_deberta_is_counted_but_not_run():
-    config = replace(ln.PRESETS["deberta-v2-xxlarge"], vocab_size=7, n_layer=1, n_head=2, d_model=4, d_ff=5)
-    model = ln.Model(config, ln.init_weights(config, seed=0))
-    assert ln.count_parameters(config, ln.LoRAConfig(r=1)) == 16
-    with pytest.raises(ValueError, match="DeBERTa"):
-        ln.forward(model, [[1, 2]])
-
-
 # --- L9: combine ---------------------------------------------------------------------------------------------------
 
 

@@ -127,8 +127,8 @@ def test_heads_are_turned_by_each_tokens_own_position(padded, past, read):
     x = np.random.default_rng(0).standard_normal((3, 2, positions.shape[1], 4))
     turn = np.exp(1j * positions[:, None, :, None] * 50.0 ** (-np.arange(2) / 2))
     for got, z in [
-        (at.rotate(xp.asarray(x)), (x[..., :2] + 1j * x[..., 2:]) * turn),
-        (at.rotate_backward(xp.asarray(x)), (x[..., :2] + 1j * x[..., 2:]) / turn),
+        (at.rotate(xp.asarray(x), 0), (x[..., :2] + 1j * x[..., 2:]) * turn),
+        (at.rotate_backward(xp.asarray(x), 0), (x[..., :2] + 1j * x[..., 2:]) / turn),
     ]:
         assert np.abs(asnumpy(got) - np.concatenate([z.real, z.imag], axis=-1)).max() <= 1e-14
 
@@ -137,8 +137,8 @@ def test_heads_are_turned_by_each_tokens_own_position(padded, past, read):
 def test_learned_positions_turn_nothing():
     x = xp.ones((1, 2, 4, 4))
     at = Layout(1, 4)
-    assert at.rotate(x) is x
-    assert at.rotate_backward(x) is x
+    assert at.rotate(x, 0) is x
+    assert at.rotate_backward(x, 0) is x
 
 
 @proves("T16")

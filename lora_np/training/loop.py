@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..adapter import Adapter
 from ..backend import Array, xp
@@ -140,13 +140,18 @@ def train(
     return state
 
 
+def inputs_of(given: BatchDict) -> dict[str, Any]:
+    """What a batch may have beside tokens and targets: None where it is missing."""
+    return {name: given.get(name) for name in ("mask", "token_types", "source", "source_mask")}
+
+
 def _step(
     model: Model, adapter: Adapter | None, given: BatchDict, settings: Settings, state: State, ranks: Ranks
 ) -> tuple[State, Progress]:
     """One step: the gradients of the whole batch, clipped, and AdamW."""
     model, adapter = placed(model, adapter, state)
     adapted, batch = step_of(
-        model, adapter, given["tokens"], given["targets"], given.get("mask"), given.get("token_types"),
+        model, adapter, given["tokens"], given["targets"], **inputs_of(given),
         dropout_seed=(settings.seed << 32) + state.step, trainable="all" if adapter is None else "adapter",
         recompute=settings.recompute,
     )  # fmt: skip
@@ -187,9 +192,7 @@ def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]
     the batches' sums are added in their order on each rank. A TrainingError if the loss is no finite number."""
 
     def one(given: BatchDict) -> tuple[float, int, int]:
-        batch = check_batch(
-            model.config, given["tokens"], given["targets"], given.get("mask"), given.get("token_types")
-        )
+        batch = check_batch(model.config, given["tokens"], given["targets"], **inputs_of(given))
         loss, hits = batch_score(frozen(bind(model, adapter, rows=len(batch.tokens))), batch)
         return float(loss), int(hits), len(batch.counted)
 

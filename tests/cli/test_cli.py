@@ -67,7 +67,7 @@ def test_finetune_writes_an_adapter_that_lowers_the_held_out_loss(home, capsys):
 
 def test_finetune_that_computes_again_writes_the_same_adapter(home, capsys, monkeypatch):
     """Each step computes every half block once more, whose lowest adapter is at the bottom."""
-    computed = spy(monkeypatch, transformer, "half_block")
+    computed = spy(monkeypatch, transformer, "sublayer")
     assert run(capsys, *finetune(home, "kept", steps=2))[0] == 0
     once = len(computed)
     assert run(capsys, *finetune(home, "again", "--recompute", steps=2))[0] == 0

@@ -227,7 +227,7 @@ def test_a_header_that_is_not_ours(folder, values, message):
         ({"eps": "x"}, "Config.eps: a value of the wrong type: 'x'"),
         ({"eps": -1}, "Config.eps: expected a number above 0, got -1"),
         ({"norm_first": "yes"}, "Config.norm_first: a value of the wrong type: 'yes'"),
-        ({"activation": "relu"}, "Config.activation: expected one of gelu gelu_tanh silu_gated, got 'relu'"),
+        ({"activation": "swish"}, "Config.activation: expected one of gelu gelu_tanh silu relu gelu_gated"),
         ({"surplus": 1}, "config.json: Config has no field 'surplus'"),
         ({"head": "classify"}, "Config: head='classify' needs n_labels"),
         ({"head": "tag", "n_labels": 2**70}, "model.safetensors: the tensor head.bias is missing"),

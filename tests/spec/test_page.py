@@ -112,7 +112,7 @@ def test_it_is_small(text):
 
 
 @pytest.mark.parametrize(
-    "function", [ops.attention, ops.layer_norm_backward, lora.lora_linear, transformer.half_block, adapter.merge]
+    "function", [ops.attention, ops.layer_norm_backward, lora.lora_linear, transformer.sublayer, adapter.merge]
 )
 def test_the_source_is_the_very_source(text, function):
     """With the docstring, which stands beside it, it is what inspect gives of the function."""
