@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...adapter import Adapter, LoRAConfig, adapted_shapes, matrix_updates
-from ...backend import Array, asnumpy
+from ...backend import Array, asnumpy, xp
 from ...lora import Update
 from ...model import Config, Model
 from ..files.atomic import new_file
@@ -120,7 +120,7 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
         if alpha != folding.alpha:
             raise ValueError(f"{path}: {ALPHA}: expected {folding.alpha:g}, as {KEY} has it, got {alpha:g}")
         params = _read(file, model, places)
-        params = {name: times(value, 1 / folding.of(name)) for name, value in params.items()}
+        params = {name: xp.asarray(times(value, 1 / folding.of(name))) for name, value in params.items()}
         return Adapter(lora_config, put_together(model.config, params, names, str(path)))
 
 
