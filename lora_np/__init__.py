@@ -18,9 +18,10 @@ from .backend import asnumpy, backend_name
 from .decode import generate
 from .lora import lora_linear, lora_linear_backward
 from .loss import forward, loss, loss_and_grads
-from .model import PRESETS, Config, Model, init_weights
+from .model import Config, Model, init_weights
 from .optim import adamw, clip
 from .parallel import sharded_loss_and_grads
+from .presets import PRESETS
 
 __version__ = "0.1.0"
 

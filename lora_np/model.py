@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -20,8 +19,8 @@ from .checks import as_array, check_count, expect, few, is_number
 class Config:
     """The architecture.
 
-    Models are settings of these fields (PRESETS has some by name). The defaults are GPT-2's; below the first group are
-    what others have beside it.
+    Models are settings of these fields (`PRESETS` has some by name). The defaults are GPT-2's; the second group is what
+    others have beside it.
 
         vocab_size, n_positions         rows of the token table; longest sequence, and rows of the position table
         n_layer, n_head, d_model, d_ff  layers, heads, width D, feed-forward width F
@@ -324,54 +323,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "pooler": ("tanh", "gelu", "relu"),
     "qkv_bias": (None, True, False),
 }
-
-
-def _gpt2(n_layer: int, n_head: int, d_model: int, n_positions: int = 1024) -> Config:
-    return Config(50257, n_positions, n_layer, n_head, d_model, 4 * d_model)
-
-
-def _bert(vocab_size: int, n_layer: int, n_head: int, d_model: int, **fields: Any) -> Config:
-    encoder: dict[str, Any] = {
-        "n_positions": 512, "norm_first": False, "activation": "gelu", "causal": False, "head": "none",
-        "tie_head": False, "n_types": 2, "eps": 1e-12,
-    }  # fmt: skip
-    return Config(vocab_size, n_layer=n_layer, n_head=n_head, d_model=d_model, d_ff=4 * d_model, **encoder | fields)
-
-
-_ROBERTA: dict[str, Any] = {
-    "n_positions": 514, "n_types": 1, "position_offset": 2, "eps": 1e-5, "pooler_in_head": True,
-}  # fmt: skip
-
-
-class _Presets(dict[str, Config]):
-    """Configurations by name; for another name a KeyError says the nearest ones, or all."""
-
-    def __missing__(self, name: object) -> Config:
-        near = difflib.get_close_matches(str(name).lower(), self, cutoff=0.4)
-        hint = f"nearest are {', '.join(near)}" if near else f"there are {', '.join(self)}"
-        raise KeyError(f"PRESETS: no {name!r}; {hint}")
-
-
-PRESETS: Mapping[str, Config] = MappingProxyType(
-    _Presets({
-        "gpt2": _gpt2(12, 12, 768),
-        "gpt2-medium": _gpt2(24, 16, 1024),
-        "gpt2-large": _gpt2(36, 20, 1280),
-        "gpt2-xl": _gpt2(48, 25, 1600),
-        "gpt3-175b": _gpt2(96, 96, 12288, n_positions=2048),
-        "bert-base": _bert(30522, 12, 12, 768),
-        "roberta-base": _bert(50265, 12, 12, 768, **_ROBERTA),
-        "roberta-large": _bert(50265, 24, 16, 1024, **_ROBERTA),
-        "deberta-v2-xxlarge": _bert(
-            128100, 48, 24, 1536, n_types=0, eps=1e-7, positions="none", pooler="gelu", disentangled=True,
-            score_buckets=256, score_distance=512,
-        ),
-        "smollm2-135m": Config(
-            49152, 8192, 30, 9, 576, 1536, n_kv_head=3, norm="rms", positions="rotary", activation="silu_gated",
-            rope_theta=100000.0, bias=False,
-        ),
-    })
-)  # fmt: skip
 
 
 DTYPE_OF = "layers.0.norm1.weight"  # has the dtype of all: no matrix, so never held in bfloat16

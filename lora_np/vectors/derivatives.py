@@ -15,7 +15,8 @@ from ..backend import Array, asnumpy, xp
 from ..batch import IGNORED
 from ..gradcheck import Arrays, Scalar, central_difference, check, complex_step, relative_error
 from ..loss import loss, loss_and_grads
-from ..model import PRESETS, Config, Model, init_weights
+from ..model import Config, Model, init_weights
+from ..presets import PRESETS
 
 FLOOR = 1e-8  # of a model's largest gradient: what is smaller is held against this
 

@@ -23,8 +23,9 @@ from ..decode import choose
 from ..decode import generate as generated
 from ..lora import Update
 from ..loss import forward, loss_and_grads
-from ..model import PRESETS, Config, Model, init_weights
+from ..model import Config, Model, init_weights
 from ..parallel import sharded_loss_and_grads
+from ..presets import PRESETS
 from .definitions import rounded, scale
 
 Arrays: TypeAlias = Mapping[str, Array]
