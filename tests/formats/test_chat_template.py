@@ -379,7 +379,7 @@ BOMBS = [
 LIMITED = """
 import pathlib, resource, sys
 from lora_np.formats.models import chat_template
-chat_template.SECONDS = 2.0
+chat_template.SECONDS = 1.0
 
 def peak():
     # Linux hands ru_maxrss on from the process that started this one; VmHWM starts anew. In kilobytes, or the system's.
