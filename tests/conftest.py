@@ -1,4 +1,7 @@
-"""How many examples a property is tried on. `pytest --hypothesis-profile=thorough` tries many more."""
+"""How many examples a property is tried on, and which tests were skipped.
+
+`pytest --hypothesis-profile=thorough` tries many more examples.
+"""
 
 import os
 import signal
