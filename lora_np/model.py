@@ -44,7 +44,7 @@ class Config:
         pooler                          the activation of a classifier's pooler (T14)
         d_head                          a head's width K; None: D / H
         norm_outputs                    a norm of each sublayer's output too, before it joins the residual (T13)
-        embed_scale, head_scale         times the token's embedding (T1); times the state that a tied head reads (T14)
+        embed_scale, head_scale         times the token's embedding (T1); times the state that the head reads (T14)
         rope_width                      how many of K are turned (T11); None: all
         rope_factors                    what rotary's frequencies are divided by, each or all of them (T11)
         window, full_layers             how many keys, its own the last, a query sees (T9); layers where it sees all
@@ -53,7 +53,7 @@ class Config:
         score_scale                     times q k^T; None: 1 / sqrt(K) (T9), or 1 / sqrt(3K) (T19)
         score_buckets, score_distance   buckets of distance (T18; T19: on each side), and where the last begins; 0: none
         disentangled                    DeBERTa's attention (T19)
-        n_encoder                       layers of an encoder, which the decoder's second attention asks (T20)
+        n_encoder                       layers of an encoder, to which the decoder's second attention attends (T20)
         family                          whose names its files use; it has no bearing on what is computed
     """
 
@@ -145,10 +145,18 @@ class Config:
             yield "a window needs causal attention"
         if self.by_distance and self.prefix:
             yield "a prefix stands at no distance: expected no window and no score_buckets"
-        if self.score_buckets % 4 or self.score_buckets >= 2 * self.score_distance:
-            yield f"score_buckets: expected a multiple of 4 below 2 score_distance, got {self.score_buckets}"
-        if self.disentangled and (self.causal or not self.score_buckets or self.kv_heads != H):
-            yield "disentangled attention needs score_buckets; it is not causal, and its heads share no keys"
+        if self.score_buckets % 4 or self.score_buckets >= 2 * (self.score_distance - self.disentangled):
+            yield f"score_buckets: expected a multiple of 4, well below 2 score_distance, got {self.score_buckets}"
+        turned = self.positions == "rotary" or self.qk_norm
+        if self.disentangled and (self.causal or not self.score_buckets or self.kv_heads != H or turned):
+            yield (
+                "disentangled attention needs score_buckets; it is not causal, its heads share no keys, and its "
+                "queries and keys are neither turned nor normed"
+            )
+        if self.full_layers and (self.window is None or max(self.full_layers) >= self.n_layer):
+            yield f"full_layers: expected a window, and layers in 0..{self.n_layer - 1}, got {self.full_layers}"
+        if self.window_theta is not None and (self.window is None or self.positions != "rotary"):
+            yield "window_theta: expected a window, and rotary positions"
         others = (self.positions == "rotary", self.qk_norm, self.prefix, self.window, self.disentangled)
         if self.n_encoder and (any(others) or not self.causal or self.head not in ("lm", "none")):
             yield (
@@ -216,7 +224,7 @@ class Config:
 
     @property
     def has_pooler(self) -> bool:
-        """BERT's and RoBERTa's classifier reads its token through a linear and tanh (T14)."""
+        """An encoder's classifier reads its token through a linear and an activation (T14)."""
         return self.head == "classify" and not self.causal
 
     @property
@@ -387,9 +395,10 @@ def init_weights(
 ) -> dict[str, Array]:
     """Weights to start from, as GPT-2 does: N(0, 0.02), norms 1, biases 0; same seed, same bits.
 
-    What writes into the residual stream, attn.o and mlp.down, is N(0, 0.02 / sqrt(2 n_layer)) when norm_first, so that
-    the sum of 2 n_layer of them keeps its size. dtype: float32 or float64. names: only these, the same bits as among
-    all: each weight is drawn from the seed and its own name. -> {name: array} of config.weight_shapes().
+    What writes into the residual stream, o and down, is N(0, 0.02 / sqrt(2 n_layer)) when norm_first, so that the sum
+    of 2 n_layer of them (of an encoder-decoder, as many as its sublayers) keeps its size. dtype: float32 or float64.
+    names: only these, the same bits as among all: each weight is drawn from the seed and its own name. -> {name: array}
+    of config.weight_shapes().
     """
     expect("config", config, Config, "a Config")
     check_count("seed", seed, at_least=0)
@@ -412,6 +421,6 @@ def init_weights(
             first = rng.standard_normal(part.stop - part.start)
             first *= 0.02
             if config.norm_first and name.endswith((".o.weight", ".down.weight")):
-                first /= math.sqrt(2 * config.n_layer)
+                first /= math.sqrt((config.encoder if name.startswith(ENCODER) else config).depth)
             weights[name].reshape(-1)[part] = first
     return weights

@@ -9,8 +9,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from .model import Config
-from .ops import llama3_factors
+from ...model import Config
+from ...ops import llama3_factors
 
 
 def _gpt2(n_layer: int, n_head: int, d_model: int, n_positions: int = 1024) -> Config:
