@@ -41,6 +41,7 @@ from .ops import (
     rms_norm_backward,
     silu,
     tanh,
+    widened,
 )
 
 Activations: TypeAlias = dict[str, Any]  # what forward saves for backward
@@ -249,7 +250,7 @@ def near_scores(model: AdaptedModel, name: str, q: Array, k: Array, saved: Activ
     if n == 0 or name.endswith(".cross"):
         return None
     if not config.disentangled:
-        E = model.weights["embed.score_bias"]
+        E = widened(model.weights["embed.score_bias"])
         return ByDistance(t5_buckets(distance, n, last, causal=config.causal), E.T[None, :, None])  # (1,H,1,B)
     q_far, k_far = far_heads(model, name, len(q), saved)  # 2 (1,H,2B,K)
     saved[f"{name}.near"] = q, k, q_far, k_far
@@ -285,7 +286,7 @@ def far_heads(model: AdaptedModel, name: str, N: int, saved: Activations) -> tup
     -> 2 (1,H,2B,K), or (N,H,2B,K) with an adapter for each row.
     """
     at, inner = far_layout(model, N), Activations()
-    x = norm(model, "embed.distances_norm", model.weights["embed.distances"], inner)  # (2B,D)
+    x = norm(model, "embed.distances_norm", widened(model.weights["embed.distances"]), inner)  # (2B,D)
     x = xp.broadcast_to(x, (at.N, *x.shape))  # (1,2B,D)
     q, k = (at.heads(project(model, f"{name}.{one}", x, at, inner), model.config.n_head) for one in "qk")
     saved[f"{name}.far"] = inner
