@@ -38,7 +38,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 def load_gguf(path: Path, wanted: Wanted) -> Model:
     """The model in a .gguf file of the llama architecture, as load_model is asked for it.
 
-    Tensors of type F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K and Q6_K; the head is tied where the file has none. They are
+    Tensors of every type that the gguf package decodes; the head is tied where the file has none. They are
     read one by one: no more is held than the weights in their dtype, float32 if none is wanted, and one tensor as the
     file has it. A ValueError, in one line, names what is damaged or not supported: the file, and the key or the tensor.
     """
