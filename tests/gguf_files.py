@@ -26,17 +26,17 @@ KEYS = {
 }  # fmt: skip
 
 
-def encoded(rng, shape, kind):
+def encoded(rng, shape, kind, most=4):
     """Random numbers as a tensor type has them: (rows, bytes) or, for F32 and F16, the numbers.
 
-    Types that the package does not encode are random blocks, of which none has a number of 4 or more.
+    Types that the package does not encode are random blocks, of which none has a number of `most` or more.
     """
     if kind.name in ENCODED:
         return gguf.quants.quantize(rng.standard_normal(shape).astype(np.float32), kind)
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (4096, size), dtype=np.uint8)
     with np.errstate(all="ignore"):
-        small = np.flatnonzero(np.abs(gguf.quants.dequantize(blocks, kind)).max(axis=1) < 4)
+        small = np.flatnonzero(np.abs(gguf.quants.dequantize(blocks, kind)).max(axis=1) < most)
     return blocks[rng.choice(small, shape[0] * shape[1] // elements)].reshape(shape[0], -1)
 
 

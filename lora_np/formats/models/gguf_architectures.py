@@ -75,7 +75,7 @@ def _gemma3(value: Value, fields: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"embed_scale": D**0.5, "score_scale": (D // H if n_layer == 62 else K) ** -0.5}
     period = value("attention.sliding_window_pattern", int, 6)
     if window := value("attention.sliding_window", int, 0):
-        full = range(period - 1, n_layer, period) if period else ()
+        full = tuple(range(period - 1, n_layer, period)) if period else ()
         found |= {"window": window, "full_layers": full, "window_theta": value("rope.freq_base_swa", float, 10000.0)}
     return found
 
