@@ -79,7 +79,7 @@ class Summary:
         few = ", ".join(map(shown, once[:FEW])) + (f" and {len(once) - FEW} more" if len(once) > FEW else "")
         found = [
             (self.cut, f"{self.cut:,} longer than {self.longest} cut, their end tokens with them"),
-            (self.cut_sources, f"{self.cut_sources:,} sources longer than {self.longest} cut"),
+            (self.cut_sources, f"{self.cut_sources:,} with a source longer than {self.longest}, cut"),
             (self.left_out, f"{self.left_out:,} left out: nothing to score in the first {self.longest} tokens"),
             (self.empty, f"{self.empty:,} with an empty completion"),
             (self.unscored, f"{self.unscored:,} answers not scored: the template writes them otherwise in the past"),
