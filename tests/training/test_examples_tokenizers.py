@@ -97,7 +97,7 @@ def test_generate_goes_on_from_what_was_trained(made, kind, prompt, completion):
     """What generate starts from is what training had before the first scored token; what is scored writes the
     completion behind the prompt, to the letter; the end token comes once, behind all."""
     tokenizer = made[kind]
-    tokens, targets = encode_pair(tokenizer, Pair(prompt, completion), 100).example
+    tokens, targets, _ = encode_pair(tokenizer, Pair(prompt, completion), 100).example
     ids = [*tokens.tolist(), int(targets[-1])]
     start = prompt_ids(tokenizer, prompt)
     assert ids[: len(start)] == start
@@ -115,7 +115,7 @@ def test_the_first_token_of_a_completion(made, kind):
     space = "Ġ" if kind[0] == "byte-level" else "▁"
 
     def first(prompt, completion):
-        _, targets = encode_pair(tokenizer, Pair(prompt, completion), 100).example
+        _, targets, _ = encode_pair(tokenizer, Pair(prompt, completion), 100).example
         return tokenizer.backend.id_to_token(int(targets[targets != -100][0]))
 
     assert first("x||", "b") == "b"
