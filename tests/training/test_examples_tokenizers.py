@@ -161,7 +161,7 @@ def test_tokens_of_a_conversation_are_transformers(tmp_path_factory, around, tur
     ]
     (folder / "data").write_text(json.dumps({"messages": messages}))
     reading = Reading(None, lambda: load_chat_template(folder))
-    ((tokens, targets),), summary = read_examples(folder / "data", Task("lm", longest=500), tokenizer, reading)
+    ((tokens, targets, _),), summary = read_examples(folder / "data", Task("lm", longest=500), tokenizer, reading)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -191,5 +191,5 @@ def test_an_answers_first_token_does_not_reach_into_the_prompt(tmp_path):
     messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a"}]
     (tmp_path / "data").write_text(json.dumps({"messages": messages}))
     reading = Reading(None, lambda: load_chat_template(tmp_path))
-    ((_, targets),), _ = read_examples(tmp_path / "data", Task("lm", longest=500), tokenizer, reading)
+    ((_, targets, _),), _ = read_examples(tmp_path / "data", Task("lm", longest=500), tokenizer, reading)
     assert [tokenizer.backend.id_to_token(int(i)) for i in targets[targets != -100]] == ["a", "<|im_end|>"]
