@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from ...model import Config
+from ...model import ENCODER, Config
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def _is_gpt2(config: Config) -> bool:
         and config.bias
         and config.kv_heads == config.n_head
         and not config.disentangled
+        and not config.n_encoder
     )
 
 
@@ -154,6 +155,7 @@ LLAMA = Family(
 )
 
 _LAYER = "norm1 attn.q attn.k attn.v attn.qkv attn.o norm2 mlp.gate mlp.up mlp.down"
+_CROSS = "norm_cross cross.q cross.k cross.v cross.qkv cross.o"
 
 OWN = Family(
     fits=lambda config: True,
@@ -162,7 +164,10 @@ OWN = Family(
         for name in (
             "embed.tokens",
             "embed.norm",
-            *(f"layers.{{i}}.{part}" for part in _LAYER.split()),
+            *(f"layers.{{i}}.{part}" for part in f"{_LAYER} {_CROSS}".split()),
+            *(f"{ENCODER}layers.{{i}}.{part}" for part in _LAYER.split()),
+            "encoder.embed.norm",
+            "encoder.norm",
             "norm",
             "pooler",
         )
@@ -228,6 +233,7 @@ def _each_layer(config: Config, names: Mapping[str, str]) -> dict[str, str]:
     """The names with {i} replaced by each layer's number, and the head's."""
     result = {}
     for ours, theirs in names.items():
-        for i in range(config.n_layer if "{i}" in ours else 1):
+        n_layer = config.n_encoder if ours.startswith(ENCODER) else config.n_layer
+        for i in range(n_layer if "{i}" in ours else 1):
             result[ours.replace("{i}", str(i))] = theirs.replace("{i}", str(i))
     return result | dict(family_of(config).heads.get(config.head, {}))
