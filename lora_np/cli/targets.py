@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from ..adapter import TARGETS, target_of
 from ..formats.adapters.peft_config import ends_in
 from ..formats.files.messages import nearest
-from ..formats.models.names import FAMILIES, Family, family_of
+from ..formats.models.family import Family
+from ..formats.models.names import NAMED, family_of
 from ..model import Config
 
 ALL = ("all", "all-linear")
@@ -36,10 +37,10 @@ def _meant(name: str, config: Config) -> Iterable[str]:
         return [name]
     if name.lower() in ALL:
         return dict.fromkeys(target_of(matrix) for matrix in config.matrix_shapes() if matrix.startswith("layers."))
-    own, others = _called(name, [family_of(config)]), _called(name, FAMILIES)
+    own, others = _called(name, [family_of(config)]), _called(name, NAMED)
     found = own or OTHERS.get(name, "").split() or others
     if not own and len(found) != 1:  # of another family's, only what means one thing
-        theirs = {module.rpartition(".")[2] for family in FAMILIES for module, _ in _modules(family)}
+        theirs = {module.rpartition(".")[2] for family in NAMED for module, _ in _modules(family)}
         raise ValueError(
             f"--targets: {name!r:.60}: expected names of {' '.join(TARGETS)}, or all, or a family's own "
             f"(q_proj, c_attn){nearest(name, [*TARGETS, *ALL, *OTHERS, *sorted(theirs)])}"

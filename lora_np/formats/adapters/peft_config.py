@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ...adapter import TARGETS, LoRAConfig, adapted_shapes, target_of, trained_whole
+from ...adapter import TARGETS, LoRAConfig, target_of, trained_whole
 from ...model import Config
 from ..files.expressions import Expression, fitting
 from ..files.messages import nearest, shown
-from ..models.names import family_of, module_names, saved_whole, short_names
+from ..models.names import family_of, module_names, module_shapes, saved_whole, short_names
 from .peft_tensors import grouped
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -191,7 +191,7 @@ def _select(config: Config, groups: Collection[str]) -> Selection:
 def _adaptable(config: Config) -> dict[str, str]:
     """Our name -> the full name of each module that may be adapted."""
     full = module_names(config)
-    return {name: full[name] for name in adapted_shapes(config) if name in full}
+    return {name: full[name] for name in module_shapes(config) if name in full}
 
 
 def _task(config: Config, lora_config: LoRAConfig) -> str | None:

@@ -10,8 +10,9 @@ from ..adapters.contents import Contents
 from ..adapters.head import MODULES
 from ..adapters.peft import records_base
 from ..files.rounding import NAMES
+from ..models.families import FAMILIES
 from ..models.folder import MODEL_TYPE, can_run
-from ..models.huggingface import MODEL_TYPES, Place, is_no_weight
+from ..models.huggingface import Place, is_no_weight
 from ..models.shards import Stored
 from .any_adapter import read_for
 from .any_base import AnyBase, open_any_base
@@ -41,7 +42,7 @@ def _by_name(path: Path, adapter_paths: Sequence[Path]) -> tuple[AnyBase, list[C
     if base.model_type == MODEL_TYPE:
         return None
     adapters = [read_for(base, one) for one in adapter_paths]
-    if base.model_type in MODEL_TYPES and any(_brings_head(adapter, base) for adapter in adapters):
+    if base.model_type in FAMILIES and any(_brings_head(adapter, base) for adapter in adapters):
         return None
     return base, adapters
 

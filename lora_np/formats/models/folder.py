@@ -19,15 +19,16 @@ from ..files.json_file import from_fields, read_json, to_fields, write_json
 from ..files.messages import named
 from ..files.safetensors_file import DTYPES, TensorFile, open_tensors, refuse_pickle
 from .base import Base, Storage, Wanted, check_layers, held
+from .families import FAMILIES
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
-from .huggingface import MODEL_TYPES, load_huggingface, read_config
+from .huggingface import load_huggingface, read_config
 from .tokenizer import Tokenizer
 from .tokenizer_files import write_tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE, FORMAT = "lora_np", 1
-SUPPORTED = (MODEL_TYPE, *MODEL_TYPES)
+SUPPORTED = (MODEL_TYPE, *FAMILIES)
 
 
 def model_hash(model: Base) -> str:
@@ -118,7 +119,7 @@ def load_model(
     if folder.suffix.lower() == ".gguf":
         return load_gguf(folder, wanted)
     header = read_header(folder)
-    if header["model_type"] in MODEL_TYPES:
+    if header["model_type"] in FAMILIES:
         return load_huggingface(folder, header, wanted)
     saved, expected_hash = read_own(header, str(folder / CONFIG))
     refuse_pickle(folder, WEIGHTS)
@@ -164,7 +165,7 @@ def read_any_header(folder: Path) -> dict[str, Any]:
 def can_run(folder: Path) -> bool:
     """Whether a folder's model is of an architecture that is run here, as its config.json says."""
     header = read_any_header(folder)
-    if header["model_type"] not in MODEL_TYPES:
+    if header["model_type"] not in FAMILIES:
         return header["model_type"] == MODEL_TYPE
     try:
         read_config(header, str(folder / CONFIG))
