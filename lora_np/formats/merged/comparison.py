@@ -15,7 +15,7 @@ from ...lora import Update
 from ..adapters.prefix import moved
 from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from ..models.base import Base
-from ..models.families import FAMILIES
+from ..models.families import MODEL_TYPES
 from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
 from ..models.huggingface import is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
@@ -209,7 +209,7 @@ def _same_config(header: Mapping[str, Any], plan: Plan, where: str) -> bool:
     if header["model_type"] == MODEL_TYPE:
         return plan.config is not None and read_own(header, where)[0] == plan.config
     about = {} if plan.about is None else plan.about
-    if header["model_type"] in FAMILIES and about.get("model_type") == header["model_type"]:
+    if header["model_type"] in MODEL_TYPES and about.get("model_type") == header["model_type"]:
         try:
             return read_config(header, where) == read_config(about, where)
         except ValueError:  # of a kind that is not run

@@ -19,7 +19,7 @@ from ..files.json_file import from_fields, read_json, to_fields, write_json
 from ..files.messages import named
 from ..files.safetensors_file import DTYPES, TensorFile, open_tensors, refuse_pickle
 from .base import Base, Storage, Wanted, check_layers, held
-from .families import FAMILIES
+from .families import MODEL_TYPES
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
 from .huggingface import load_huggingface, read_config
@@ -28,7 +28,7 @@ from .tokenizer_files import write_tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE, FORMAT = "lora_np", 1
-SUPPORTED = (MODEL_TYPE, *FAMILIES)
+SUPPORTED = (MODEL_TYPE, *MODEL_TYPES)
 
 
 def model_hash(model: Base) -> str:
@@ -100,7 +100,7 @@ def load_model(
     seed: int | None = None,
     storage: Storage | None = None,
 ) -> Model:
-    """Reads a folder that `save_model` wrote, one of Hugging Face's (GPT-2, BERT, RoBERTa, Llama), or a .gguf file.
+    """Reads a folder that `save_model` wrote, one of Hugging Face's (the families in families/), or a .gguf file.
 
     All weights must be finite. Those of our own are checked against the hash that was recorded; those of others must
     all have a place in the model.
@@ -119,7 +119,7 @@ def load_model(
     if folder.suffix.lower() == ".gguf":
         return load_gguf(folder, wanted)
     header = read_header(folder)
-    if header["model_type"] in FAMILIES:
+    if header["model_type"] in MODEL_TYPES:
         return load_huggingface(folder, header, wanted)
     saved, expected_hash = read_own(header, str(folder / CONFIG))
     refuse_pickle(folder, WEIGHTS)
@@ -146,7 +146,10 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def _unsupported(folder: Path, found: object) -> ValueError:
-    return ValueError(f"{folder / CONFIG}: model type {found!r:.60} is not supported; supported: {' '.join(SUPPORTED)}")
+    return ValueError(
+        f"{folder / CONFIG}: model type {found!r:.60} is not supported; supported: {' '.join(SUPPORTED)}; others "
+        "are merged and verified by their tensors' names"
+    )
 
 
 def read_any_header(folder: Path) -> dict[str, Any]:
@@ -165,7 +168,7 @@ def read_any_header(folder: Path) -> dict[str, Any]:
 def can_run(folder: Path) -> bool:
     """Whether a folder's model is of an architecture that is run here, as its config.json says."""
     header = read_any_header(folder)
-    if header["model_type"] not in FAMILIES:
+    if header["model_type"] not in MODEL_TYPES:
         return header["model_type"] == MODEL_TYPE
     try:
         read_config(header, str(folder / CONFIG))
@@ -185,7 +188,7 @@ def read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:
 
 def check_own(file: TensorFile, config: Config) -> None:
     """A ValueError unless the tensors are exactly the configuration's weights, all of one dtype."""
-    check_layers(config.n_layer, len(file.shapes), str(file.path))
+    check_layers(config.n_layer + config.n_encoder, len(file.shapes), str(file.path))
     file.check_names(config.weight_shapes())
     for name, dtype in file.dtypes.items():
         if dtype not in DTYPES:

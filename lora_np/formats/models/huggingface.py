@@ -16,10 +16,10 @@ from ...ops import widened
 from ..files.json_file import from_fields
 from ..files.safetensors_file import WIDENED
 from .base import Wanted, check_layers, held
-from .families import FAMILIES
-from .family import NEEDED, Family, Key
+from .families import MODEL_TYPES, family_in
+from .family import Family, check_values, value_of
 from .heads import completed, taken, with_head
-from .names import family_of, module_names, module_of, module_parts
+from .names import family_of, module_names, module_of, module_parts, stored_name
 from .shards import Stored, stored_tensors
 
 CONFIG = "config.json"
@@ -32,7 +32,7 @@ class Files(NamedTuple):
     saved, config   what the file is a model of, and what it is read as, which may have another head
     tensors         every tensor of the files, by its key
     places          the tensors that `config` has weights in; own: those that `saved` has
-    tied            a copy of the token table, under the tied head's key
+    tied            copies of the token table, as under the tied head's key
     in_trunk        whether the trunk's name stands in front of the keys
     """
 
@@ -50,7 +50,7 @@ class Files(NamedTuple):
         return "float64" if any(self.tensors[key].dtype == "F64" for key in self.own) else "float32"
 
     def check_tied(self, table: Array, dtype: str, where: str) -> None:
-        """A ValueError unless the tied head's copy is the token table (V,D), a host array."""
+        """A ValueError unless each copy is the token table (V,D), a host array."""
         for key in self.tied:
             if not np.array_equal(self.tensors[key].read(dtype), table):
                 raise ValueError(
@@ -63,12 +63,12 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
     where = str(folder / CONFIG)
     saved = read_config(raw, where)
     tensors = stored_tensors(folder)
-    check_layers(saved.n_layer, len(tensors), where)
+    check_layers(saved.n_layer + saved.n_encoder, len(tensors), where)
     config = with_head(saved, head, n_labels)
     family = family_of(saved)
     if family_of(config) is not family:
         raise ValueError(f"{folder}: a {raw['model_type']} model with head {config.head!r} is not supported")
-    in_trunk = any(name.startswith(f"{family.trunk}.") for name in tensors)
+    in_trunk = any(name.startswith(stored_name(family, f"{family.trunk}.")) for name in tensors)
     own = with_old_names(places(saved, in_trunk=in_trunk), tensors)
     usable = set(taken(saved, config))
     wanted = {
@@ -76,8 +76,9 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
         for key, place in with_old_names(places(config, in_trunk=in_trunk), tensors).items()
         if usable.issuperset(place.parts) and (key in tensors or key in own)
     }
-    tied = _tied_head(saved, tensors)
-    _check_tensors(folder, {**wanted, **own, **tied}, tensors, left_out(raw["model_type"], saved))
+    tied = _copies(saved, tensors, in_trunk=in_trunk)
+    _check_tensors(folder, {**wanted, **own, **tied}, tensors, left_out(saved))
+    _check_zeros(saved, tensors)
     return Files(saved, config, tensors, wanted, own, tied, in_trunk)
 
 
@@ -101,15 +102,17 @@ def load_huggingface(folder: Path, raw: Mapping[str, Any], wanted: Wanted) -> Mo
 
 def read_config(raw: Mapping[str, Any], where: str) -> Config:
     """The Config of a config.json; a ValueError names the key that is missing, or whose value is not supported."""
-    family = FAMILIES[raw["model_type"]]
-    for key, allowed in family.neutral.items():
-        value = raw.get(key, allowed[0])
-        if not any(value == one and type(value) is type(one) for one in allowed):
-            raise ValueError(f"{where}: {key}: {value!r:.60} is not supported, only {allowed[0]!r}")
+    family = family_in(raw)
+    if family.within is not None:
+        inner = raw.get(family.within)
+        if not isinstance(inner, dict):
+            raise ValueError(f"{where}: {family.within}: expected an object, got {inner!r:.60}")
+        raw = {**inner, "architectures": raw.get("architectures")}
+    check_values(raw, family.neutral, where)
     for other, key in family.same.items():
         if other in raw and raw[other] != raw.get(key):
             raise ValueError(f"{where}: {other}: expected {raw.get(key)!r:.60}, as {key} says, got {raw[other]!r:.60}")
-    said = {key.field: _value(raw, name, key, where) for name, key in family.keys.items()}
+    said = {key.field: value_of(raw, name, key, where) for name, key in family.keys.items()}
     said |= {**family.fixed, "activation": _activation(raw, family, where), "head": _head(raw, family, where)}
     said |= family.more(raw, said, where)
     if said["head"] in ("classify", "tag"):
@@ -118,28 +121,10 @@ def read_config(raw: Mapping[str, Any], where: str) -> Config:
     return config if family_of(config) is family else replace(config, family=family.name)
 
 
-def _value(raw: Mapping[str, Any], name: str, key: Key, where: str) -> Any:
-    """A key's value, of its type. A whole number will do for a float."""
-    value = raw.get(name, key.default)
-    if value is None and key.default is None:
-        return None
-    if value is NEEDED:
-        raise ValueError(f"{where}: {name} is missing")
-    kinds = (int, float) if key.kind is float else (key.kind,)
-    if type(value) not in kinds or (key.kind is float and value <= 0):
-        raise ValueError(f"{where}: {name}: expected {_KINDS[key.kind]}, got {value!r:.60}")
-    if key.least is not None and value < key.least:
-        raise ValueError(f"{where}: {name}: expected at least {key.least}, got {value}")
-    return value + key.plus if key.plus else value
-
-
-_KINDS = {int: "an integer", float: "a number above 0", str: "a name", bool: "true or false"}
-
-
 def _activation(raw: Mapping[str, Any], family: Family, where: str) -> str:
     """Our name of the activation."""
     name, key = next((name, key) for name, key in family.keys.items() if key.field == "activation")
-    value = _value(raw, name, key, where)
+    value = value_of(raw, name, key, where)
     if value not in family.activations:
         raise ValueError(f"{where}: {name}: {value!r:.60} is not supported, only {' '.join(family.activations)}")
     return family.activations[value]
@@ -196,7 +181,9 @@ def places(config: Config, *, in_trunk: bool) -> dict[str, Place]:
             parts = {name: slice(None)}
         else:
             shape = (max(rows.stop for rows in parts.values()), *shape[1:])
-        result[f"{full[module]}.{kind}"] = Place(shape[::-1] if transposed else shape, transposed, parts)
+        result[stored_name(family, f"{full[module]}.{kind}")] = Place(
+            shape[::-1] if transposed else shape, transposed, parts
+        )
     return result
 
 
@@ -211,23 +198,34 @@ def with_old_names(result: dict[str, Place], tensors: Mapping[str, Stored]) -> d
     return {names[key]: place for key, place in result.items()}
 
 
-def _tied_head(saved: Config, tensors: Mapping[str, Stored]) -> dict[str, Place]:
-    """A tied language model's head, where the files have it all the same: a copy of the token table."""
-    if saved.head != "lm" or not saved.tie_head:
-        return {}
-    key = f"{module_names(saved)['head']}.weight"
-    return {key: Place(saved.weight_shapes()["embed.tokens"], False, {})} if key in tensors else {}
+def _copies(saved: Config, tensors: Mapping[str, Stored], *, in_trunk: bool) -> dict[str, Place]:
+    """What the files have beside the token table: copies of it, as a tied language model's head is one."""
+    family = family_of(saved)
+    modules = [f"{family.trunk}.{name}" if in_trunk else name for name in family.copies]
+    if saved.head == "lm" and saved.tie_head:
+        modules.append(module_names(saved)["head"])
+    keys = [stored_name(family, f"{module}.weight") for module in modules]
+    return {key: Place(saved.weight_shapes()["embed.tokens"], False, {}) for key in keys if key in tensors}
 
 
-def left_out(model_type: str, config: Config) -> re.Pattern[str]:
+def _check_zeros(saved: Config, tensors: Mapping[str, Stored]) -> None:
+    """A ValueError if a tensor is not zero that has no place in our models."""
+    for key in family_of(saved).zeros:
+        if key in tensors and tensors[key].read("float64").any():
+            raise ValueError(f"{tensors[key]}: expected zeros, got others: it has no place in this model")
+
+
+def left_out(config: Config) -> re.Pattern[str]:
     """The keys of tensors that are no weights of ours, with the trunk's name in front or without."""
-    return re.compile(rf"({re.escape(family_of(config).trunk)}\.)?({FAMILIES[model_type].left_out})")
+    family = family_of(config)
+    zeros = "".join(f"|{re.escape(key)}" for key in family.zeros)
+    return re.compile(rf"({re.escape(family.trunk)}\.)?({family.left_out}){zeros}")
 
 
 def is_no_weight(key: str, model_type: str) -> bool:
     """Whether files of this type of models may have a tensor of this name that is no weight, as a buffer is none."""
-    known = FAMILIES.get(model_type)
-    return re.fullmatch(rf"(\w+\.)?({known.left_out})" if known else BUFFERS, key) is not None
+    known = MODEL_TYPES.get(model_type)
+    return re.fullmatch(rf"(\w+\.)?({known[0].left_out})" if known else BUFFERS, key) is not None
 
 
 def _check_tensors(

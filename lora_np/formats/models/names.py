@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from functools import cache
 
 from ...adapter import adapted_shapes
-from ...model import Config
+from ...model import ENCODER, Config
 from .families import FAMILIES, OWN
 from .family import Family
 
@@ -35,6 +35,14 @@ def module_names(config: Config, *, in_trunk: bool | None = None) -> dict[str, s
         in_trunk = config.head != "none"
     trunk = f"{family.trunk}." if family.trunk and in_trunk else ""
     return _each_layer(config, {ours: trunk + theirs for ours, theirs in family.modules.items()})
+
+
+def stored_name(family: Family, name: str) -> str:
+    """What files call a tensor that the model in memory calls so."""
+    for memory, files in family.stored.items():
+        if name.startswith(memory):
+            return files + name.removeprefix(memory)
+    return name
 
 
 def our_names(modules: Collection[str]) -> dict[str, str] | None:
@@ -112,7 +120,7 @@ def _each_layer(config: Config, names: Mapping[str, str]) -> dict[str, str]:
     """The names with {i} replaced by each layer's number, and the head's."""
     result = {}
     for ours, theirs in names.items():
-        n_layer = config.n_encoder if ours.startswith("encoder.") else config.n_layer
+        n_layer = config.n_encoder if ours.startswith(ENCODER) else config.n_layer
         for i in range(n_layer if "{i}" in ours else 1):
             result[ours.replace("{i}", str(i))] = theirs.replace("{i}", str(i))
     return result | dict(family_of(config).heads.get(config.head, {}))

@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..attention import head_width, rotary
 from ..family import NEUTRAL, Family, Key, classes
-from ..rotary import rope_theta
 
 
 def _more(raw: Mapping[str, Any], said: Mapping[str, Any], where: str) -> dict[str, Any]:
-    width = raw.get("head_dim")
-    if width is not None and (type(width) is not int or width * said["n_head"] != said["d_model"]):
-        raise ValueError(f"{where}: head_dim: {width!r:.60} is not supported, only hidden_size / num_attention_heads")
-    return {"rope_theta": rope_theta(raw, where)}
+    width = {"d_head": head_width(raw, said, where)}
+    return width | rotary(raw, {**said, **width}, where)
 
 
 LLAMA = Family(
@@ -30,10 +28,10 @@ LLAMA = Family(
         "tie_word_embeddings": Key("tie_head", bool, False),
     },
     more=_more,
-    says=("rope_theta",),
+    says=("d_head", "rope_theta", "rope_factors"),
     activations={"silu": "silu_gated"},
     fixed={"norm": "rms", "norm_first": True, "positions": "rotary", "causal": True, "bias": False},
-    neutral={**NEUTRAL, "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1.0, None)},
+    neutral={**NEUTRAL, "attention_bias": (False,), "mlp_bias": (False,)},
     modules={
         "embed.tokens": "embed_tokens",
         "layers.{i}.norm1": "layers.{i}.input_layernorm",

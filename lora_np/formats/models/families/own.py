@@ -1,8 +1,15 @@
 """The package's own names: of every model that is no other family's."""
 
+from ....model import ENCODER
 from ..family import Family
 
-_LAYER = "norm1 attn.q attn.k attn.v attn.qkv attn.o norm2 mlp.gate mlp.up mlp.down"
+_TOP = ("embed.norm", "embed.positions", "embed.types", "embed.score_bias", "embed.distances", "embed.distances_norm")
+_LAYER = (
+    "norm1", "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "attn.q_norm", "attn.k_norm", "norm1_out",
+    "norm2", "mlp.gate", "mlp.up", "mlp.down", "norm2_out",
+)  # fmt: skip
+_CROSS = ("norm_cross", "cross.q", "cross.k", "cross.v", "cross.o", "norm_cross_out")
+_STACK = (*_TOP, *(f"layers.{{i}}.{part}" for part in _LAYER), "norm")
 
 OWN = Family(
     name="lora_np",
@@ -15,9 +22,9 @@ OWN = Family(
         name: name
         for name in (
             "embed.tokens",
-            "embed.norm",
-            *(f"layers.{{i}}.{part}" for part in _LAYER.split()),
-            "norm",
+            *(ENCODER + name for name in _STACK),
+            *_STACK,
+            *(f"layers.{{i}}.{part}" for part in _CROSS),
             "pooler",
         )
     },
