@@ -87,6 +87,8 @@ def _factor_slots(
     model: Base, lora_config: LoRAConfig, module: str, parts: list[str], shape: tuple[int, int]
 ) -> tuple[Slot, Slot]:
     """The tensors of one module's A and B: those of its parts, one below the other; shape: (out, in), each part's."""
+    if len({rows.stop - rows.start for rows in module_parts(model.config, module).values() if parts != [module]}) > 1:
+        raise ValueError(f"{module}: loralib's MergedLinear has parts of one size, but here q, k and v differ")
     r, s = lora_config.rank(parts[0]), lora_config.scale(parts[0])
     for part in parts:
         if lora_config.rank(part) != r or abs(lora_config.scale(part) - s) > SAME * abs(s):
