@@ -30,7 +30,7 @@ _ROBERTA: dict[str, Any] = {
 }  # fmt: skip
 _DEBERTA: dict[str, Any] = {
     "n_types": 0, "eps": 1e-7, "positions": "none", "pooler": "gelu", "disentangled": True, "score_buckets": 256,
-    "score_distance": 512, "family": "deberta-v2",
+    "score_distance": 512, "pooler_in_head": True, "family": "deberta-v2",
 }  # fmt: skip
 _LLAMA: dict[str, Any] = {"norm": "rms", "positions": "rotary", "activation": "silu_gated", "bias": False}
 _T5 = Config(
