@@ -252,9 +252,13 @@ def _effects(base: Model, adapter: Adapter, merged: Model | None, tokens: Array)
 
     And whose outputs are not finite: nothing is concluded from those.
     """
-    outputs = {"the base": forward(base, tokens), "the base with the adapter": forward(base, tokens, adapter)}
+    source = tokens if base.config.n_encoder else None  # read and written alike: any tokens will do
+    outputs = {
+        "the base": forward(base, tokens, source=source),
+        "the base with the adapter": forward(base, tokens, adapter, source=source),
+    }
     if merged is not None:
-        outputs["the merged model"] = forward(merged, tokens)
+        outputs["the merged model"] = forward(merged, tokens, source=source)
     finite = {name: asnumpy(y) for name, y in outputs.items() if np.isfinite(asnumpy(y)).all()}
     pairs = zip(("effect of the adapter", "merged beside unmerged"), pairwise(outputs), strict=False)
     effects = {

@@ -180,7 +180,7 @@ def test_what_is_no_folder_of_ours(tmp_path, folder):
         ln.load_model(tmp_path / "empty")
     (tmp_path / "m.txt").touch()
     assert "got a file" in refusal(tmp_path / "m.txt")
-    for value in ("t5", None, ["gpt2"], {}):
+    for value in ("mamba", None, ["gpt2"], {}):
         edit_json(folder / "config.json", model_type=value)
         assert "is not supported; supported: lora_np gpt2 bert roberta llama" in refusal(folder)
 

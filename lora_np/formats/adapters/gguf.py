@@ -18,23 +18,23 @@ from typing import NamedTuple
 import numpy as np
 
 from ...adapter import Adapter, LoRAConfig, adapted_shapes, matrix_updates
-from ...backend import Array, asnumpy
+from ...backend import Array, asnumpy, xp
 from ...lora import Update
 from ...model import Config, Model
 from ..files.atomic import new_file
 from ..files.json_file import from_fields
 from ..files.messages import shown
 from ..models.base import Base
+from ..models.families import FAMILIES
 from ..models.gguf import NAMES, file_name, paired_heads
 from ..models.gguf_file import GGUFFile, import_gguf, open_gguf
-from ..models.names import BERT, GPT2, LLAMA, family_of
+from ..models.names import family_of
 from .fused_qkv import put_together, stored_apart, take_apart
 from .gguf_alpha import folding_for, folding_of, times
 from .header import KEY, check_config, check_savable, read_about, write_about_any
 from .peft_config import described, most_common
 from .peft_tensors import Slot, checked_groups, factor_slots
 
-ARCHITECTURES = ((LLAMA, "llama"), (GPT2, "gpt2"), (BERT, "bert"))
 KIND, TYPE, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
 INVOCATION = "adapter.alora.invocation_tokens"
 FACTORS = (".lora_a", ".lora_b")
@@ -120,7 +120,7 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
         if alpha != folding.alpha:
             raise ValueError(f"{path}: {ALPHA}: expected {folding.alpha:g}, as {KEY} has it, got {alpha:g}")
         params = _read(file, model, places)
-        params = {name: times(value, 1 / folding.of(name)) for name, value in params.items()}
+        params = {name: xp.asarray(times(value, 1 / folding.of(name))) for name, value in params.items()}
         return Adapter(lora_config, put_together(model.config, params, names, str(path)))
 
 
@@ -159,10 +159,9 @@ def tensor_updates(config: Config, adapter: Adapter) -> dict[str, Update]:
 
 def _architecture(config: Config, where: str) -> str:
     """What llama.cpp calls the model; a ValueError if it has no such one."""
-    family = family_of(config)
-    found = next((name for known, name in ARCHITECTURES if known is family), None)
+    found = family_of(config).gguf
     if found is None or config.head not in ("lm", "none"):
-        supported = ", ".join(name for _, name in ARCHITECTURES)
+        supported = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values() if family.gguf))
         what = "this architecture" if found is None else f"a model with head {config.head!r}"
         raise ValueError(f"{where}: {what} is not supported in llama.cpp's files: {supported} are, with no labels")
     return found
@@ -281,7 +280,7 @@ def tensor_name(matrix: str) -> str:
 
 def _heads(matrix: str, config: Config) -> int:
     """How many heads have their rows in pairs, in the file's tensor of this matrix; 0: none."""
-    return paired_heads(f"{matrix}.weight", config) if family_of(config) is LLAMA else 0
+    return paired_heads(f"{matrix}.weight", config) if family_of(config).gguf == "llama" else 0
 
 
 def in_pairs(rows: Array, heads: int) -> Array:
