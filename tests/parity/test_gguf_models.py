@@ -5,6 +5,7 @@ of float16: Gemma's within 5e-4.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,7 @@ CASES = {
     "llama-no-scaling": ("Llama", {}, "llama", {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}, "qwen2", {}, {}),
     "qwen3": ("Qwen3", {"head_dim": K}, "qwen3", {}, {}),
+    "gemma": ("Gemma", {"head_dim": K}, "gemma", {}, {}),
     "gemma3": ("Gemma3", GEMMA3, "gemma3", GEMMA3_KEYS, {}),
     "gemma3-wider": ("Gemma3", {**GEMMA3, "sliding_window": 64}, "gemma3", {**GEMMA3_KEYS, **WIDER}, {}),
     "phi3": ("Phi3", {"sliding_window": None}, "phi3", {"attention.sliding_window": 0}, {}),
@@ -111,12 +113,24 @@ def test_logits_are_transformers(case, padded):
     check_logits(peer, path, padded)
 
 
+def test_it_is_the_folders_model(case, tmp_path):
+    """The same Config, but for Llama 3's factors, which are of float32; the same weights, or 1 + w, to the bit."""
+    _, peer, path = case
+    peer.save_pretrained(tmp_path)
+    ours, theirs = ln.load_model(path), ln.load_model(tmp_path)
+    np.testing.assert_allclose(ours.config.rope_factors, theirs.config.rope_factors, rtol=2**-24)
+    assert replace(ours.config, rope_factors=theirs.config.rope_factors) == theirs.config
+    for name, value in theirs.weights.items():
+        plus = int(ours.config.norm == "rms_1p" and value.ndim == 1)
+        np.testing.assert_array_equal(plus + ln.asnumpy(ours.weights[name]), plus + ln.asnumpy(value), err_msg=name)
+
+
 def test_llama_cpp_says_the_same(case):
     name, _, path = case
     if name == "phi3-window":
         pytest.skip("llama.cpp passes over the window of Phi-3")
     prompt = np.random.default_rng(2).integers(3, V, 40).tolist()
-    bound = TABLE if name.startswith("gemma3") else FLOAT32
+    bound = TABLE if name.startswith("gemma") else FLOAT32
     assert apart(Runner(path), ln.load_model(path), prompt=prompt) < bound
 
 
