@@ -166,7 +166,7 @@ def test_without_the_package(path, monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"general.architecture": "falcon"}, "'falcon' is not supported; llama qwen2 qwen3 gemma gemma3 phi3 are"),
+        ({"general.architecture": "falcon"}, "'falcon' is not supported; llama qwen2 qwen3 gemma3 phi3 are"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0}, "rope.scaling.type = 'yarn' is not supported"),
         ({"rope.scaling.factor": -8.0}, "rope_factors[0]: expected a number above 0, got -8.0"),
         ({"rope.scaling.factor": float("inf")}, "rope.scaling.factor: expected a finite number"),

@@ -13,9 +13,11 @@ from families import T, torch
 from gguf_files import KINDS, encoded
 from gguf_models import base_file, keys, randomised, stored
 from llama_cpp import Runner, write_model
-from test_llama_cpp import FLOAT32, TABLE, apart
+from test_llama_cpp import EVERY, FLOAT32, TABLE, apart, moved, trained
 
 import lora_np as ln
+from lora_np.cli import main
+from lora_np.formats.merged.gguf import merge_gguf
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.proves("T4", "T7", "T9", "T10", "T11", "T13", "T14")]
 V, D, F, H, G, K = 300, 64, 96, 4, 2, 24
@@ -68,7 +70,6 @@ CASES = {
     "llama-no-scaling": ("Llama", {}, "llama", {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}, "qwen2", {}, {}),
     "qwen3": ("Qwen3", {"head_dim": K}, "qwen3", {}, {}),
-    "gemma": ("Gemma", {"head_dim": K}, "gemma", {}, {}),
     "gemma3": ("Gemma3", GEMMA3, "gemma3", GEMMA3_KEYS, {}),
     "gemma3-wider": ("Gemma3", {**GEMMA3, "sliding_window": 64}, "gemma3", {**GEMMA3_KEYS, **WIDER}, {}),
     "phi3": ("Phi3", {"sliding_window": None}, "phi3", {"attention.sliding_window": 0}, {}),
@@ -132,6 +133,49 @@ def test_llama_cpp_says_the_same(case):
     prompt = np.random.default_rng(2).integers(3, V, 40).tolist()
     bound = TABLE if name.startswith("gemma") else FLOAT32
     assert apart(Runner(path), ln.load_model(path), prompt=prompt) < bound
+
+
+@pytest.mark.proves("L1", "L5")
+@pytest.mark.parametrize("suffix", ["", ".npz", ".gguf"])
+def test_an_adapter_comes_back_and_is_merged(case, tmp_path, suffix):
+    """To the bit; but for Phi-3's in .gguf, whose q, k and v are one: there B is multiplied by 3, and rounded."""
+    name, _, path = case
+    model, out, merged = ln.load_model(path), tmp_path / f"x{suffix}", tmp_path / "m.gguf"
+    adapter = trained(model, targets=EVERY)
+    ln.save_adapter(out, adapter, model)
+    back = ln.load_adapter(out, model)
+    tolerance = 2**-22 if name.startswith("phi3") and suffix == ".gguf" else 0
+    for key, value in adapter.params.items():
+        np.testing.assert_allclose(ln.asnumpy(back.params[key]), ln.asnumpy(value), rtol=tolerance, err_msg=key)
+    merge_gguf(path, [out], [1.0], merged)
+    found, due = ln.load_model(merged), ln.merge(model, adapter)
+    assert found.config == due.config
+    for key, value in due.weights.items():
+        size = np.abs(ln.asnumpy(value)).max()
+        np.testing.assert_allclose(
+            ln.asnumpy(found.weights[key]), ln.asnumpy(value), rtol=0, atol=2 * tolerance * size, err_msg=key
+        )
+    assert main(["verify", "--base", str(path), "--adapter", str(out), "--merged", str(merged)]) == 0
+    assert main(["inspect", str(out), "--base", str(path)]) == 0
+
+
+@pytest.mark.proves("L1", "L5")
+@pytest.mark.parametrize("targets", [EVERY, ("embed", "k"), ("head",)], ids=" ".join)
+def test_llama_cpp_runs_adapters_and_merges(case, tmp_path, targets):
+    """A tied head's merge has a tensor of its own; an adapter's file has no place for it."""
+    name, _, path = case
+    if name == "phi3-window":
+        pytest.skip("llama.cpp passes over the window of Phi-3")
+    model, out, merged = ln.load_model(path), tmp_path / "x.npz", tmp_path / "m.gguf"
+    adapter, bound = trained(model, targets=targets), TABLE if name.startswith("gemma") else FLOAT32
+    ln.save_adapter(out, adapter, model)
+    merge_gguf(path, [out], [1.0], merged)
+    assert apart(Runner(merged), model, adapter) < bound
+    assert apart(Runner(path), model) < bound
+    assert moved(Runner(merged), Runner(path)) > 0.1
+    if targets == EVERY or not model.config.tie_head:
+        ln.save_adapter(tmp_path / "x.gguf", adapter, model)
+        assert apart(Runner(path, tmp_path / "x.gguf"), model, adapter) < bound
 
 
 # Sizes whose rows fill the blocks of the K-quants, and what transformers' reader leaves at its default.

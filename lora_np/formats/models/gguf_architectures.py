@@ -70,14 +70,10 @@ class Architecture:
     partial: bool = False
 
 
-def _gemma(value: Value, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {"embed_scale": fields["d_model"] ** 0.5}
-
-
 def _gemma3(value: Value, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A window in all layers but every sixth; scores by D / H instead of K in the largest model, of 62 layers."""
     D, H, K, n_layer = fields["d_model"], fields["n_head"], fields["head_width"], fields["n_layer"]
-    found = {**_gemma(value, fields), "score_scale": (D // H if n_layer == 62 else K) ** -0.5}
+    found: dict[str, Any] = {"embed_scale": D**0.5, "score_scale": (D // H if n_layer == 62 else K) ** -0.5}
     period = value("attention.sliding_window_pattern", int, 6)
     if window := value("attention.sliding_window", int, 0):
         full = tuple(range(period - 1, n_layer, period)) if period else ()
@@ -90,15 +86,14 @@ def _phi3(value: Value, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _LLAMA: dict[str, Any] = {"norm": "rms", "positions": "rotary", "activation": "silu_gated", "bias": False}
-_GEMMA: dict[str, Any] = {**_LLAMA, "norm": "rms_1p", "activation": "gelu_tanh_gated"}
 _FUSED = {"attn.q": "attn_qkv", "attn.k": "attn_qkv", "attn.v": "attn_qkv", "mlp.gate": "ffn_up"}
 _ALL = (
     Architecture("llama", "llama", _LLAMA, in_pairs=True, frequencies=True),
     Architecture("qwen2", "qwen2", {**_LLAMA, "qkv_bias": True}),
     Architecture("qwen3", "qwen3", {**_LLAMA, "qk_norm": True}),
-    Architecture("gemma", "gemma", _GEMMA, more=_gemma),
     Architecture(
-        "gemma3", "gemma3_text", {**_GEMMA, "norm_outputs": True, "qk_norm": True},
+        "gemma3", "gemma3_text",
+        {**_LLAMA, "norm": "rms_1p", "norm_outputs": True, "activation": "gelu_tanh_gated", "qk_norm": True},
         more=_gemma3,
         read=("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"),
     ),
