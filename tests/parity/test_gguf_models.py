@@ -5,6 +5,7 @@ of float16: Gemma's within 5e-4.
 """
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -135,7 +136,11 @@ def test_llama_cpp_says_the_same(case):
     assert apart(Runner(path), ln.load_model(path), prompt=prompt) < bound
 
 
+ADAPTED = ("llama-3.2", "qwen2", "qwen3", "gemma3", "phi3-half")  # one of each architecture; three have tied heads
+
+
 @pytest.mark.proves("L1", "L5")
+@pytest.mark.parametrize("case", ADAPTED, indirect=True)
 @pytest.mark.parametrize("suffix", ["", ".npz", ".gguf"])
 def test_an_adapter_comes_back_and_is_merged(case, tmp_path, suffix):
     """To the bit; but for Phi-3's in .gguf, whose q, k and v are one: there B is multiplied by 3, and rounded."""
@@ -160,12 +165,11 @@ def test_an_adapter_comes_back_and_is_merged(case, tmp_path, suffix):
 
 
 @pytest.mark.proves("L1", "L5")
+@pytest.mark.parametrize("case", ADAPTED, indirect=True)
 @pytest.mark.parametrize("targets", [EVERY, ("embed", "k"), ("head",)], ids=" ".join)
 def test_llama_cpp_runs_adapters_and_merges(case, tmp_path, targets):
     """A tied head's merge has a tensor of its own; an adapter's file has no place for it."""
     name, _, path = case
-    if name == "phi3-window":
-        pytest.skip("llama.cpp passes over the window of Phi-3")
     model, out, merged = ln.load_model(path), tmp_path / "x.npz", tmp_path / "m.gguf"
     adapter, bound = trained(model, targets=targets), TABLE if name.startswith("gemma") else FLOAT32
     ln.save_adapter(out, adapter, model)
@@ -205,3 +209,36 @@ def test_a_file_of_several_types(tmp_path, architecture):
         tmp_path, gguf_file="x.gguf", dtype=torch.float32, attn_implementation="eager"
     )
     check_logits(peer.eval(), tmp_path / "x.gguf", "nowhere")
+
+
+# What is not computed, by a part of its line; it is merged onto, and judged, by the names of its tensors.
+NOT_RUN = {
+    "qwen2-yarn": ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {}, "scaling.type = 'yarn'"),
+    "qwen3-window": ("qwen3", {"attention.sliding_window": 4}, {}, "'qwen3.attention.sliding_window' = 4"),
+    "gemma3-capped": ("gemma3", {"final_logit_softcapping": 30.0}, {}, "'gemma3.final_logit_softcapping' = 30.0"),
+    "phi3-long": (
+        "phi3", {}, {f"rope_factors_{which}.weight": np.ones(D // H // 2, np.float32) for which in ("long", "short")},
+        "the tensor rope_factors_long.weight has no place in this model",
+    ),
+    "phi3-attention": ("phi3", {"rope.scaling.attn_factor": 1.2}, {}, "'phi3.rope.scaling.attn_factor' = 1.2"),
+    "qwen2-scaled": ("qwen2", {}, {"rope_freqs.weight": np.ones(D // H // 2, np.float32)}, "rope_freqs.weight has no"),
+}  # fmt: skip
+CLASSES = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "gemma3": "Gemma3TextConfig", "phi3": "Phi3Config"}
+
+
+@pytest.mark.parametrize("which", NOT_RUN)
+def test_what_is_not_computed_is_merged_by_names(tmp_path, which, capsys):
+    architecture, more, tensors, expected = NOT_RUN[which]
+    model = T.AutoModelForCausalLM.from_config(getattr(T, CLASSES[architecture])(**{**SIZES, "head_dim": D // H}))
+    base, plain, merged = (tmp_path / f"{name}.gguf" for name in ("base", "plain", "merged"))
+    base_file(plain, randomised(model, architecture), architecture)
+    base_file(base, model, architecture, more=more, tensors=tensors)
+    with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+        ln.load_model(base)
+    assert str(base) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    run = ln.load_model(plain)
+    ln.save_adapter(tmp_path / "x", trained(run, targets=("q", "down")), run)
+    assert main(["merge", "--base", str(base), "--adapter", str(tmp_path / "x"), "--out", str(merged)]) == 0
+    assert main(["verify", "--base", str(base), "--adapter", str(tmp_path / "x"), "--merged", str(merged)]) == 0
+    assert "merged: yes" in capsys.readouterr().out
