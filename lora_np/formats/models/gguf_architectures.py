@@ -72,8 +72,10 @@ class Architecture:
 
 def _gemma3(value: Value, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A window in all layers but every sixth; scores by D / H instead of K in the largest model, of 62 layers."""
-    D, H, K, n_layer = fields["d_model"], fields["n_head"], fields["head_width"], fields["n_layer"]
-    found: dict[str, Any] = {"embed_scale": D**0.5, "score_scale": (D // H if n_layer == 62 else K) ** -0.5}
+    D, n_layer = fields["d_model"], fields["n_layer"]
+    found: dict[str, Any] = {"embed_scale": D**0.5}
+    if n_layer == 62:
+        found["score_scale"] = (D // fields["n_head"]) ** -0.5
     period = value("attention.sliding_window_pattern", int, 6)
     if window := value("attention.sliding_window", int, 0):
         full = tuple(range(period - 1, n_layer, period)) if period else ()
@@ -154,7 +156,7 @@ def read_config(file: GGUFFile, architecture: Architecture) -> Config:
     if turned != width:
         fields["rope_width"] = turned
     fields["rope_factors"] = _factors(file, architecture, value, turned)
-    config = made({**fields, **architecture.more(value, {**fields, "head_width": width})})
+    config = made({**fields, **architecture.more(value, fields)})
     return config if family_of(config).name == architecture.family else replace(config, family=architecture.family)
 
 
