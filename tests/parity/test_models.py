@@ -14,6 +14,7 @@ import numpy as np
 import peers
 import pytest
 from peers import IGNORED, PAD, assert_close, peft, torch, transformers
+from safetensors.numpy import load_file, save_file
 
 import lora_np as ln
 from lora_np import cli
@@ -130,6 +131,7 @@ CASES = {
     "deberta-tag": Case("DebertaV2", {**DEBERTA, "type_vocab_size": 2}, TAG, ("key_proj",), positions=False),
     "t5": Case("T5", T5, TWO, ("q", "v", "wi"), positions=False),
     "t5-v1.1": Case("T5", GATED, TWO, ("k", "o", "wi_0", "wi_1", "wo"), positions=False),
+    "mt5-tied": Case("MT5", {**T5, "feed_forward_proj": "gated-gelu"}, TWO, ("v", "wi_1"), positions=False),
     "mt5": Case("MT5", GATED, TWO, ("q", "wo"), positions=False),
     "bart": Case("Bart", BART, TWO, PLAIN, positions=False),
     "bart-scaled": Case("Bart", {**BART, "scale_embedding": True}, TWO, PLAIN, positions=False),
@@ -312,6 +314,30 @@ def test_logits_and_the_gradient_of_every_weight(pair, padding):
     assert loss == pytest.approx(their_loss.item(), rel=peers.TOLERANCE)
     theirs = {name: p.grad.numpy() for name, p in pair.module.named_parameters() if p.grad is not None}
     assert_close(grads, under_our_names(pair.model.config, theirs))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "said"),
+    [
+        ("t5", "encoder.embed_tokens.weight", "says that it is tied to the token table, but it differs"),
+        ("t5", "lm_head.weight", "says that it is tied to the token table, but it differs"),
+        ("bart", "model.decoder.embed_tokens.weight", "says that it is tied to the token table, but it differs"),
+        ("bart", "final_logits_bias", "expected zeros, got others: it has no place in this model"),
+    ],
+)
+def test_copies_of_the_table_and_what_must_be_zero(tmp_path, name, key, said):
+    """Older files have them; other values are refused by name."""
+    pair = make(name, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    table = next(value for at, value in tensors.items() if at.endswith("shared.weight"))
+    neutral = np.zeros((1, V)) if key == "final_logits_bias" else table
+    save_file({**tensors, key: neutral}, tmp_path / "model.safetensors", {"format": "pt"})
+    again = ln.load_model(tmp_path)
+    assert again.config == pair.model.config
+    assert_close(dict(again.weights), {k: ln.asnumpy(v) for k, v in pair.model.weights.items()}, 0)
+    save_file({**tensors, key: neutral + 1}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{key}: .*{said}"):
+        ln.load_model(tmp_path)
 
 
 # --- Adapters --------------------------------------------------------------------------------------------------------

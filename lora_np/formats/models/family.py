@@ -50,6 +50,7 @@ class Family:
     trunk           the attribute that holds the modules in a model with a head (GPT2LMHeadModel.transformer)
     heads           by Config.head: our name -> theirs of what stands beside the trunk
     fan_in_fan_out  whether the layers' weights are stored (in, out), as GPT-2's Conv1D does
+    ties_absent     whether a head that the files lack is the token table, whatever config.json says
     copies          modules that files may have beside the token table: copies of it
     zeros           tensors that files may have, and that must be zero
     stored          what names begin with, in files -> by what, where the model in memory has other names
@@ -72,6 +73,7 @@ class Family:
     says: tuple[str, ...] = ()
     within: str | None = None
     type_of: str | None = None
+    ties_absent: bool = False
     copies: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     stored: Mapping[str, str] = field(default_factory=dict)

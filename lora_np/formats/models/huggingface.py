@@ -64,8 +64,10 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
     saved = read_config(raw, where)
     tensors = stored_tensors(folder)
     check_layers(saved.n_layer + saved.n_encoder, len(tensors), where)
-    config = with_head(saved, head, n_labels)
     family = family_of(saved)
+    if family.ties_absent and saved.head == "lm" and _head_key(saved) not in tensors:
+        saved = replace(saved, tie_head=True)
+    config = with_head(saved, head, n_labels)
     if family_of(config) is not family:
         raise ValueError(f"{folder}: a {raw['model_type']} model with head {config.head!r} is not supported")
     in_trunk = any(name.startswith(stored_name(family, f"{family.trunk}.")) for name in tensors)
@@ -198,13 +200,15 @@ def with_old_names(result: dict[str, Place], tensors: Mapping[str, Stored]) -> d
     return {names[key]: place for key, place in result.items()}
 
 
+def _head_key(saved: Config) -> str:
+    return stored_name(family_of(saved), f"{module_names(saved)['head']}.weight")
+
+
 def _copies(saved: Config, tensors: Mapping[str, Stored], *, in_trunk: bool) -> dict[str, Place]:
     """What the files have beside the token table: copies of it, as a tied language model's head is one."""
     family = family_of(saved)
-    modules = [f"{family.trunk}.{name}" if in_trunk else name for name in family.copies]
-    if saved.head == "lm" and saved.tie_head:
-        modules.append(module_names(saved)["head"])
-    keys = [stored_name(family, f"{module}.weight") for module in modules]
+    keys = [f"{family.trunk}.{name}.weight" if in_trunk else f"{name}.weight" for name in family.copies]
+    keys += [_head_key(saved)] if saved.head == "lm" and saved.tie_head else []
     return {key: Place(saved.weight_shapes()["embed.tokens"], False, {}) for key in keys if key in tensors}
 
 

@@ -21,7 +21,7 @@ def _more(raw: Mapping[str, Any], said: Mapping[str, Any], where: str) -> dict[s
 
 
 def _more_of_mt5(raw: Mapping[str, Any], said: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Its head is its own, whatever newer files say."""
+    """Its head is its own where the files have one, whatever newer ones say, and what it reads is never scaled."""
     return _more({**raw, "tie_word_embeddings": False, "scale_decoder_outputs": False}, said, where)
 
 
@@ -66,6 +66,7 @@ T5 = Family(
     modules=_modules(up="wi", down="wo"),
     trunk="",
     heads={"lm": {"head": "lm_head"}},
+    ties_absent=True,
     copies=("encoder.embed_tokens", "decoder.embed_tokens"),
     left_out=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
 )
