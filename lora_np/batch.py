@@ -146,7 +146,7 @@ def _check_source(config: Config, source: Any, mask: Any, N: int) -> Batch | Non
     source = _check_tokens(config, "source", source)
     if len(source) != N:
         raise ValueError(f"source: expected as many rows as tokens has, {N}, got {len(source)}")
-    return Batch(source, _check_mask("source_mask", mask, source.shape), _check_types(config, None, source.shape))
+    return Batch(source, _check_mask("source_mask", mask, source.shape), None)
 
 
 def _check_mask(what: str, mask: Any, shape: tuple[int, ...]) -> Array | None:

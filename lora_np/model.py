@@ -141,12 +141,15 @@ class Config:
             yield f"head={self.head!r} needs n_labels"
         if self.longest < 1:
             yield f"n_positions = {self.n_positions} leaves no place after position_offset"
+        if self.qk_norm and self.norm == "layer":
+            yield "qk_norm is an RMS norm: expected norm='rms' or 'rms_1p'"
         if self.window is not None and not self.causal:
             yield "a window needs causal attention"
         if self.by_distance and self.prefix:
             yield "a prefix stands at no distance: expected no window and no score_buckets"
-        if self.score_buckets % 4 or self.score_buckets >= 2 * (self.score_distance - self.disentangled):
-            yield f"score_buckets: expected a multiple of 4, well below 2 score_distance, got {self.score_buckets}"
+        most = 2 * (self.score_distance - self.disentangled)
+        if self.score_buckets % 4 or self.score_buckets >= most:
+            yield f"score_buckets: expected a multiple of 4 below {most}, got {self.score_buckets}"
         turned = self.positions == "rotary" or self.qk_norm
         if self.disentangled and (self.causal or not self.score_buckets or self.kv_heads != H or turned):
             yield (
@@ -157,11 +160,11 @@ class Config:
             yield f"full_layers: expected a window, and layers in 0..{self.n_layer - 1}, got {self.full_layers}"
         if self.window_theta is not None and (self.window is None or self.positions != "rotary"):
             yield "window_theta: expected a window, and rotary positions"
-        others = (self.positions == "rotary", self.qk_norm, self.prefix, self.window, self.disentangled)
+        others = (self.positions == "rotary", self.qk_norm, self.prefix, self.window, self.disentangled, self.n_types)
         if self.n_encoder and (any(others) or not self.causal or self.head not in ("lm", "none")):
             yield (
                 "n_encoder: expected a causal decoder with head lm or none, without rotary positions, qk_norm, prefix, "
-                "window or disentangled attention"
+                "window, disentangled attention or token types"
             )
 
     @property

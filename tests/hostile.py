@@ -20,7 +20,7 @@ OWN = replace(LLAMA, bias=True)  # nobody else's architecture
 # The fields that make a random Config GPT-2's architecture.
 GPT2_FIELDS = {
     "norm": "layer", "norm_first": True, "positions": "learned", "position_offset": 0, "activation": "gelu_tanh",
-    "causal": True, "n_types": 0, "bias": True, "n_kv_head": None,
+    "causal": True, "n_types": 0, "bias": True, "n_kv_head": None, "kinds": ("usual",),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import lora_np as ln
 from lora_np import ops
 from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, xp
-from lora_np.batch import IGNORED
+from lora_np.batch import IGNORED, check_batch
 from lora_np.vectors.derivatives import perturbed
 
 ATTENTION = ("q", "k", "v", "o")
@@ -101,14 +101,28 @@ def whole_numbers(rng, *shape, dtype="float64", limit=4):
     return device(rng.integers(-limit, limit + 1, shape), dtype)
 
 
+# What an architecture may be made of: which fields these ask for, and which they leave to chance.
+KINDS = {
+    "usual": {},  # GPT-2, BERT, RoBERTa, Llama, and between them
+    "window": {"causal": True, "prefix": 0},
+    "score bias": {"prefix": 0},
+    "disentangled": {"causal": False, "prefix": 0, "n_kv_head": None, "qk_norm": False},
+    "encoder": {"causal": True, "prefix": 0, "qk_norm": False, "n_types": 0},
+}
+NOT_TURNED = ("disentangled", "encoder")  # of these, no positions are rotary
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "gelu_gated", "gelu_tanh_gated", "silu_gated", "relu_gated")
+
+
 @st.composite
-def configs(draw, *, heads=("lm", "classify", "tag", "none"), **fields):
+def configs(draw, *, heads=("lm", "classify", "tag", "none"), kinds=tuple(KINDS), **fields):
     """Any architecture, some with settings that no preset has. `fields` fixes some of them.
 
     A width of at least 4: the layer norm of two numbers is 1 and -1, or nearly, and its gradient nothing but rounding.
+    kinds: of KINDS; of the first alone, what no model before Llama 3 has is at its default.
     """
+    kind = draw(st.sampled_from([kind for kind in kinds if _may_be(kind, fields, heads)]))
     n_head = draw(st.sampled_from([1, 2, 4]))
-    head = draw(st.sampled_from(heads))
+    head = draw(st.sampled_from([head for head in heads if kind != "encoder" or head in ("lm", "none")]))
     offset = draw(st.sampled_from([0, 2]))
     choices = {
         "vocab_size": st.integers(3, 9),
@@ -126,27 +140,80 @@ def configs(draw, *, heads=("lm", "classify", "tag", "none"), **fields):
         "pooler_in_head": st.booleans(),
         "prefix": st.sampled_from([0, 0, 2]),
     }
-    settings = {name: draw(choice) for name, choice in choices.items() if name not in fields}
+    d_model = n_head * draw(st.sampled_from([2, 4] if n_head > 1 else [4, 6]))
+    if kind != "usual":
+        choices |= _later(draw, kind, d_model // n_head)
+    settings = {name: draw(choice) for name, choice in choices.items() if name not in {**KINDS[kind], **fields}}
+    settings |= {**KINDS[kind], **fields}
+    if settings["norm"] == "layer":
+        settings["qk_norm"] = False
+    if max(settings.get("full_layers", ()), default=0) >= settings["n_layer"]:
+        settings["full_layers"] = ()
+    if settings["positions"] != "rotary":
+        settings.pop("window_theta", None)
     return ln.Config(
         **{
             "n_positions": 10 + offset,
             "position_offset": offset,
             "n_head": n_head,
-            "d_model": n_head * draw(st.sampled_from([2, 4] if n_head > 1 else [4, 6])),
+            "d_model": d_model,
             "head": head,
             "n_labels": draw(st.integers(2, 4)) if head in ("classify", "tag") else None,
             "eps": 1e-5,
             **settings,
-            **fields,
         }
     )
+
+
+def _may_be(kind, fields, heads):
+    """Whether an architecture of a kind can have these fields, and one of these heads."""
+    fits = all(fields.get(name, value) == value for name, value in KINDS[kind].items())
+    turned = kind in NOT_TURNED and fields.get("positions") == "rotary"
+    return fits and not turned and (kind != "encoder" or bool({"lm", "none"} & {*heads}))
+
+
+def _later(draw, kind, K):
+    """What models have had since: the choices of fields, where K is a head's width unless one of them says."""
+    d_head = draw(st.sampled_from([None, 2, 6]))
+    turned = draw(st.sampled_from([None, 2]))
+    half = (turned or d_head or K) // 2
+    factors = st.lists(st.sampled_from([0.5, 1.0, 8.0]), min_size=half, max_size=half)
+    buckets = st.sampled_from([4, 8])
+    choices = {
+        "norm": st.sampled_from(["layer", "rms", "rms_1p"]),
+        "positions": st.sampled_from(["learned", "none"] if kind in NOT_TURNED else ["learned", "rotary", "none"]),
+        "activation": st.sampled_from(ACTIVATIONS),
+        "d_head": st.just(d_head),
+        "rope_width": st.just(turned),
+        "rope_factors": st.one_of(st.just([1.0]), st.just([4.0]), factors),
+        "norm_outputs": st.booleans(),
+        "embed_scale": st.sampled_from([1.0, 2.5]),
+        "head_scale": st.sampled_from([1.0, 0.5]),
+        "qkv_bias": st.sampled_from([None, True, False]),
+        "pooler": st.sampled_from(["tanh", "gelu", "relu"]),
+        "qk_norm": st.booleans(),
+        "score_scale": st.sampled_from([None, 1.0]),
+    }
+    if kind == "window":
+        choices |= {
+            "window": st.integers(1, 3),
+            "full_layers": st.sampled_from([(), (0,), (1,)]),
+            "window_theta": st.sampled_from([None, 10.0]),
+        }
+    if kind in ("score bias", "disentangled"):
+        choices |= {"score_buckets": buckets, "score_distance": st.just(6), "disentangled": st.just(kind[0] == "d")}
+    if kind == "encoder":
+        choices |= {
+            "n_encoder": st.integers(1, 2), "score_buckets": st.sampled_from([0, 4, 8]), "score_distance": st.just(6)
+        }  # fmt: skip
+    return choices
 
 
 @st.composite
 def lora_configs(draw, config, *, dropout=True, whole=True, targets=None):
     """Any LoRAConfig that fits `config`. dropout, whole: whether it may have dropout, or train anything whole."""
     names = [t for t in (*ATTENTION, "up", "down", "embed") if targets is None or t in targets]
-    names += ["gate"] if config.activation == "silu_gated" else []
+    names += ["gate"] if config.gated else []
     names += ["head"] if config.head != "none" else []
     chosen = tuple(draw(st.lists(st.sampled_from(names), min_size=1, unique=True))) if targets is None else targets
     if targets is None and draw(st.booleans()) and not {"q", "k", "v"} & set(chosen):
@@ -193,13 +260,16 @@ def masks(draw, N, T, kinds=("none", "left", "right", "holes")):
 
 @st.composite
 def batches(draw, config, *, min_rows=1, padding=("none", "left", "right", "holes")):
-    """The keyword arguments of `loss`: tokens, targets (some left out), mask and token_types."""
+    """The keyword arguments of `loss`: tokens, targets (some left out), mask and token_types; an encoder's source."""
     N, T = draw(st.integers(min_rows, 4)), draw(st.integers(1, 6))
     rng = np.random.default_rng(draw(seeds))
     mask = draw(masks(N, T, padding))
     batch = {"tokens": rng.integers(0, config.vocab_size, (N, T)), "mask": mask}
     if config.n_types and draw(st.booleans()):
         batch["token_types"] = rng.integers(0, config.n_types, (N, T))
+    if config.n_encoder:
+        S = draw(st.integers(1, 6))
+        batch |= {"source": rng.integers(0, config.vocab_size, (N, S)), "source_mask": draw(masks(N, S))}
     if config.head != "none":
         batch["targets"] = _targets(rng, config, N, T, mask)
     return batch
@@ -213,6 +283,11 @@ def _targets(rng, config, N, T, mask):
     left_out = rng.random(places) < 0.2
     left_out[tuple(np.argwhere(may_count)[0])] = False
     return np.where(left_out | ~may_count, IGNORED, targets)
+
+
+def checked(config, batch):
+    """The arguments of `loss` as it takes them apart: a Batch."""
+    return check_batch(config, **{"mask": None, "token_types": None, **batch})
 
 
 def inputs(batch):
@@ -269,10 +344,11 @@ def cases(
     dropout=False,
     whole=True,
     targets=None,
+    kinds=tuple(KINDS),
     **fields,
 ):
     """A Case of any architecture, adapter and batch. The arguments narrow it down."""
-    config = draw(configs(heads=heads, **fields))
+    config = draw(configs(heads=heads, kinds=kinds, **fields))
     lora_config = draw(lora_configs(config, dropout=dropout, whole=whole, targets=targets))
     batch = draw(batches(config, min_rows=min_rows, padding=padding))
     seed = draw(seeds)
@@ -285,14 +361,14 @@ def cases(
 
 def dense_updates(model, adapter):
     """s B A of each adapted matrix, in float64: what an adapter stands for. A fused qkv gives three."""
-    updates = {}
-    kv = model.config.kv_heads * model.config.head_width
+    updates, K = {}, model.config.head_width
+    q, kv = model.config.n_head * K, model.config.kv_heads * K
     for name in adapter.matrices:
         A, B = (asnumpy(adapter.params[f"{name}.{factor}"]).astype("float64") for factor in "AB")
         dW = adapter.config.scale(name) * (B @ A)
         if name.endswith(".qkv"):
-            stem, D = name.removesuffix("qkv"), model.config.d_model
-            updates |= {f"{stem}q": dW[:D], f"{stem}k": dW[D : D + kv], f"{stem}v": dW[D + kv :]}
+            stem = name.removesuffix("qkv")
+            updates |= {f"{stem}q": dW[:q], f"{stem}k": dW[q : q + kv], f"{stem}v": dW[q + kv :]}
         else:
             updates[name] = dW
     return updates

@@ -447,8 +447,9 @@ def test_combine_acts_as_the_weighted_sum(several, seed):
     model, adapters, weights = several
     assume(fits_together(adapters))
     tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, (2, 4))
-    expected = ln.forward(with_updates(model, weighted_sum(model, adapters, weights)), tokens)
-    assert deviation(ln.forward(model, tokens, ln.combine(adapters, weights)), expected) <= 1e-12
+    source = {"source": tokens[::-1]} if model.config.n_encoder else {}
+    expected = ln.forward(with_updates(model, weighted_sum(model, adapters, weights)), tokens, **source)
+    assert deviation(ln.forward(model, tokens, ln.combine(adapters, weights), **source), expected) <= 1e-12
 
 
 @proves("L9")

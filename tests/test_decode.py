@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FLOAT64, cases, deviation, lora_configs, random_model, seeds, trained_adapter
+from strategies import FLOAT64, cases, checked, deviation, lora_configs, random_model, seeds, trained_adapter
 
 import lora_np as ln
 from lora_np import decode
@@ -24,18 +24,23 @@ def prompt(case):
     return case.batch["tokens"], case.batch["mask"]
 
 
-def uncached_logits(model, tokens, adapter, mask):
+def source_of(case):
+    """What an encoder reads, by name, where there is one."""
+    return {name: a for name, a in case.batch.items() if name.startswith("source")}
+
+
+def uncached_logits(model, tokens, adapter, mask, **source):
     """The logits after the last of tokens (N,S), from a forward of all of them; mask (N,T) is of the first T."""
     if mask is not None:
         grown = np.ones((len(mask), tokens.shape[1] - mask.shape[1]), dtype=bool)
         mask = np.concatenate([mask, grown], axis=1)
-    return asnumpy(ln.forward(model, tokens, adapter, mask=mask))[:, -1]
+    return asnumpy(ln.forward(model, tokens, adapter, mask=mask, **source))[:, -1]
 
 
 # --- The cache -------------------------------------------------------------------------------------------------------
 
 
-@proves("T16")
+@proves("T16", "T9", "T18", "T20")
 @given(cases(**MODELS), seeds)
 def test_cached_logits_are_the_uncached(case, seed):
     """The prompt at once, then a token or two at a time: each time as a forward of the whole."""
@@ -43,10 +48,11 @@ def test_cached_logits_are_the_uncached(case, seed):
     tokens, mask = prompt(case)
     (N, T), config = tokens.shape, model.config
     cache = decode.new_cache(config, N=N, longest=T + 4, dtype=model.dtype)
-    run, new, seen = bind(model, adapter, rows=N), tokens, mask
+    run = decode.keep_source(bind(model, adapter, rows=N), checked(config, case.batch))
+    new, seen = tokens, mask
     for more in (1, 2, 1, 0):
         cached = decode.next_logits(run, cache, new, seen)
-        assert deviation(cached, uncached_logits(model, tokens, adapter, mask)) <= 1e-12
+        assert deviation(cached, uncached_logits(model, tokens, adapter, mask, **source_of(case))) <= 1e-12
         assert cache.length == tokens.shape[1]
         new = np.random.default_rng(seed).integers(0, config.vocab_size, (N, more))
         tokens = np.concatenate([tokens, new], axis=1)
@@ -79,14 +85,14 @@ def test_the_cache_holds_grouped_heads_only():
 def test_greedy_takes_the_likeliest_token_each_time(case, n):
     model, adapter, _, _ = case
     tokens, mask = prompt(case)
-    result = ln.generate(model, tokens, adapter, n=n, mask=mask)
+    result = ln.generate(model, tokens, adapter, n=n, mask=mask, **source_of(case))
     T = tokens.shape[1]
     assert isinstance(result, np.ndarray)
     assert result.shape == (len(tokens), T + n)
     assert result.dtype == tokens.dtype
     assert np.array_equal(result[:, :T], tokens)
     for end in range(T, T + n):
-        logits = uncached_logits(model, result[:, :end], adapter, mask)
+        logits = uncached_logits(model, result[:, :end], adapter, mask, **source_of(case))
         taken = np.take_along_axis(logits, result[:, end : end + 1], axis=-1)[:, 0]
         assert np.all(taken >= logits.max(axis=-1) - 1e-12 * np.abs(logits).max())
 
@@ -102,11 +108,11 @@ def test_generation_with_an_adapter_for_each_row(case, data):
         config and trained_adapter(model, config, seed=n)
         for n, config in enumerate(data.draw(st.one_of(st.none(), lora)) for _ in tokens)
     ]
-    together = ln.generate(model, tokens, adapters, n=3, mask=mask)
+    together = ln.generate(model, tokens, adapters, n=3, mask=mask, **source_of(case))
     for n, adapter in enumerate(adapters):
-        row = slice(n, n + 1)
-        alone = ln.generate(model, tokens[row], adapter, n=3, mask=None if mask is None else mask[row])
-        assert np.array_equal(together[row], alone)
+        row = {name: None if a is None else a[n : n + 1] for name, a in {"mask": mask, **source_of(case)}.items()}
+        alone = ln.generate(model, tokens[n : n + 1], adapter, n=3, **row)
+        assert np.array_equal(together[n : n + 1], alone)
 
 
 @proves("T16")
@@ -117,8 +123,8 @@ def test_padding_on_the_left_changes_no_token(case, left):
     padded = np.pad(tokens, ((0, 0), (left, 0)))
     mask = np.pad(np.ones(tokens.shape, dtype=bool), ((0, 0), (left, 0)))
     n = min(3, model.config.longest - padded.shape[1])
-    expected = ln.generate(model, tokens, adapter, n=n)
-    assert np.array_equal(ln.generate(model, padded, adapter, n=n, mask=mask)[:, left:], expected)
+    expected = ln.generate(model, tokens, adapter, n=n, **source_of(case))
+    assert np.array_equal(ln.generate(model, padded, adapter, n=n, mask=mask, **source_of(case))[:, left:], expected)
 
 
 @proves("T16", "L5")
@@ -126,8 +132,9 @@ def test_padding_on_the_left_changes_no_token(case, left):
 def test_merged_and_unmerged_models_write_the_same(case):
     model, adapter, _, _ = case
     tokens, mask = prompt(case)
-    unmerged = ln.generate(model, tokens, adapter, n=3, mask=mask)
-    assert np.array_equal(ln.generate(ln.merge(model, adapter), tokens, n=3, mask=mask), unmerged)
+    unmerged = ln.generate(model, tokens, adapter, n=3, mask=mask, **source_of(case))
+    merged = ln.generate(ln.merge(model, adapter), tokens, n=3, mask=mask, **source_of(case))
+    assert np.array_equal(merged, unmerged)
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -236,10 +243,10 @@ def test_sampling_depends_on_its_seed_alone(seed):
 def test_sampling_from_the_likeliest_alone_is_greedy(case, seed):
     model, adapter, _, _ = case
     tokens, mask = prompt(case)
-    greedy = ln.generate(model, tokens, adapter, n=3, mask=mask)
-    assert np.array_equal(
-        ln.generate(model, tokens, adapter, n=3, mask=mask, temperature=1.0, top_k=1, seed=seed), greedy
-    )
+    given = {"n": 3, "mask": mask, **source_of(case)}
+    greedy = ln.generate(model, tokens, adapter, **given)
+    drawn = ln.generate(model, tokens, adapter, **given, temperature=1.0, top_k=1, seed=seed)
+    assert np.array_equal(drawn, greedy)
 
 
 # --- What does not fit -----------------------------------------------------------------------------------------------
@@ -287,9 +294,9 @@ def test_past_the_longest_text_its_last_half_is_the_prompt(case, n):
     for _ in range(n):
         if window.shape[1] == model.config.longest:
             window = window[:, -(model.config.longest // 2) :]
-        new = ln.generate(model, window, adapter, n=1)[:, -1:]
+        new = ln.generate(model, window, adapter, n=1, **source_of(case))[:, -1:]
         window, tokens = np.concatenate([window, new], axis=1), np.concatenate([tokens, new], axis=1)
-    assert np.array_equal(decode.generate_on(model, case.batch["tokens"], adapter, n=n), tokens)
+    assert np.array_equal(decode.generate_on(model, case.batch["tokens"], adapter, n=n, **source_of(case)), tokens)
 
 
 @proves("T16")

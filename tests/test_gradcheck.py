@@ -208,12 +208,12 @@ if backend_name == "cupy":
     ARCHITECTURES = dict(list(ARCHITECTURES.items())[::2])
 
 
-@proves("L4", "T1", "T13", "T14", "T15")
+@proves("L4", "T1", "T13", "T14", "T15", "T17", "T18", "T19", "T20")
 @pytest.mark.parametrize("lora_config", TRAINED.values(), ids=TRAINED)
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_gradient_of_a_model(config, lora_config):
     small = replace(config, n_layer=1, d_ff=6, vocab_size=7) if lora_config is None else replace(config, vocab_size=7)
-    if lora_config is not None and config.activation == "silu_gated" and "up" in lora_config.targets:
+    if lora_config is not None and config.gated and "up" in lora_config.targets:
         lora_config = replace(lora_config, targets=(*lora_config.targets, "gate"))
     assert derivatives.check_model(small, lora_config) <= 1e-11
 
@@ -224,12 +224,12 @@ def test_gradient_of_a_model_by_central_difference(config):
     assert derivatives.check_model(config, ln.LoRAConfig(r=1), gradient=gradcheck.central_difference) <= 1e-4
 
 
-@proves("L4", "T13")
+@proves("L4", "T13", "T17", "T18", "T19", "T20")
 @given(st.data(), st.integers(0, 1000))
 def test_gradient_of_any_architecture(data, seed):
     """One layer, LoRA on all that a layer has; with settings that no preset has."""
     config = data.draw(configs(heads=("lm", "classify", "tag"), n_layer=1, vocab_size=5))
-    gate = ("gate",) if config.activation == "silu_gated" else ()
+    gate = ("gate",) if config.gated else ()
     lora_config = ln.LoRAConfig(r=1, targets=("q", "k", "v", "o", "up", "down", *gate))
     assert derivatives.check_model(config, lora_config, seed=seed) <= 1e-11
 

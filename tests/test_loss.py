@@ -13,6 +13,7 @@ from strategies import (
     bits,
     case_of,
     cases,
+    checked,
     deviation,
     device,
     farthest,
@@ -32,7 +33,6 @@ from strategies import (
 import lora_np as ln
 from lora_np import ops
 from lora_np.backend import asnumpy
-from lora_np.batch import check_batch
 from lora_np.binding import bind, frozen
 from lora_np.gradcheck import complex_step, relative_error
 from lora_np.vectors.derivatives import FLOOR
@@ -86,11 +86,11 @@ def test_loss_is_the_mean_over_counted_targets(case):
 def test_a_score_is_the_sum_of_the_losses_and_the_number_of_hits(case):
     """A hit: the target has the largest logit. Counted as a batch's own logits have it, in chunks of two."""
     model, adapter, batch, _ = case
-    checked = check_batch(model.config, *(batch.get(name) for name in ("tokens", "targets", "mask", "token_types")))
+    one = checked(model.config, batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LOSS, "HEAD_ROWS", 2)
-        run = frozen(bind(model, adapter, rows=len(checked.tokens)))
-        total, hits = LOSS.batch_score(run, checked)
+        run = frozen(bind(model, adapter, rows=len(one.tokens)))
+        total, hits = LOSS.batch_score(run, one)
     counted = batch["targets"] != -100
     logits = asnumpy(ln.forward(model, adapter=adapter, **inputs(batch)))[counted]
     count = int(counted.sum())
@@ -246,9 +246,9 @@ def test_the_loss_of_heads_per_row_is_the_mean_over_rows(fields):
 def test_counted_rows_are_found_where_each_row_has_an_adapter(case):
     """No padding is left out there, and the targets are still scored against the logits of their own places."""
     model, adapters, batch, _ = case
-    checked = check_batch(model.config, *(batch.get(name) for name in ("tokens", "targets", "mask", "token_types")))
-    total, _ = LOSS.batch_score(frozen(bind(model, adapters, rows=len(adapters))), checked)
-    expected = ln.loss(model, adapter=adapters, **batch) * len(checked.counted)
+    one = checked(model.config, batch)
+    total, _ = LOSS.batch_score(frozen(bind(model, adapters, rows=len(adapters))), one)
+    expected = ln.loss(model, adapter=adapters, **batch) * len(one.counted)
     assert abs(float(total) - expected) <= 1e-12 * (1 + expected)
 
 
@@ -356,7 +356,7 @@ def test_no_dropout_without_a_probability(case, seed):
 )
 def test_gradients_under_dropout(config):
     """Of the loss with the same masks, by complex step, for every target that has dropout."""
-    gate = ("gate",) if config.activation == "silu_gated" else ()
+    gate = ("gate",) if config.gated else ()
     model, adapter, batch, _ = case_of(config, N=2, T=3, **{**DROPOUT, "targets": (*DROPOUT["targets"], "k", *gate)})
     wide = ln.Model(config, {name: w.astype(complex) for name, w in model.weights.items()})
     params = {name: p.astype(complex) for name, p in adapter.params.items()}

@@ -7,13 +7,15 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from hypothesis import given
+from buckets import deberta_bucket, t5_bucket
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import (
     FLOAT64,
     bits,
     case_of,
     cases,
+    checked,
     configs,
     dense_updates,
     deviation,
@@ -52,12 +54,17 @@ ARCHITECTURES = derivatives.architectures()
 WIDE = ln.Config(512, 8, 1, 2, 512, 512)  # matrices beside which a token is small
 
 
-# --- T1 to T14: against a transformer that knows one text, no padding and no LoRA -----------------------------------
+# --- T1 to T20: against a transformer that knows one text, no padding and no LoRA -----------------------------------
+
+
+def rms_by_hand(config, w, x):
+    w = 1 + w if config.norm == "rms_1p" else w
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.eps) * w
 
 
 def norm_by_hand(config, w, name, x):
-    if config.norm == "rms":
-        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.eps) * w[f"{name}.weight"]
+    if config.norm != "layer":
+        return rms_by_hand(config, w[f"{name}.weight"], x)
     standard = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + config.eps)
     return standard * w[f"{name}.weight"] + w[f"{name}.bias"]
 
@@ -66,28 +73,60 @@ def linear_by_hand(w, name, x):
     return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 
 
-def turned_by_hand(config, x):
-    """Rotary: the pairs of x (T,K) as complex numbers, times exp(i t / theta^(2i/K))."""
-    T, K = x.shape
-    angles = np.outer(np.arange(T), config.rope_theta ** (-2 * np.arange(K // 2) / K))
-    z = (x[:, : K // 2] + 1j * x[:, K // 2 :]) * np.exp(1j * angles)
-    return np.hstack([z.real, z.imag])
+def turned_by_hand(config, i, x):
+    """Rotary: the pairs of the first p of x (T,K) as complex numbers, times exp(i t / (factor theta^(2i/p)))."""
+    p, theta, factors = config.rope_width or x.shape[1], config.rope_theta, np.array(config.rope_factors)
+    if config.window and config.window_theta and i not in config.full_layers:
+        theta, factors = config.window_theta, 1.0
+    angles = np.outer(np.arange(len(x)), theta ** (-2 * np.arange(p // 2) / p) / factors)
+    z = (x[:, : p // 2] + 1j * x[:, p // 2 : p]) * np.exp(1j * angles)
+    return np.hstack([z.real, z.imag, x[:, p:]])
 
 
-def attention_by_hand(config, w, name, x):
-    T, K = len(x), config.head_width
-    q, k, v = (linear_by_hand(w, f"{name}.{part}", x) for part in "qkv")
+def buckets_by_hand(config, places):
+    """The bucket of each key's place less each query's: (T,T)."""
+    n, last = config.score_buckets, config.score_distance
+    distances = places - places[:, None]
+    if config.disentangled:
+        return np.vectorize(lambda d: deberta_bucket(int(d), n, last))(distances)
+    return np.vectorize(lambda d: t5_bucket(int(d), n, last, causal=config.causal))(distances)
+
+
+def seen_by_hand(config, i, places):
+    """Which keys (columns) each query sees."""
+    behind = places[:, None] - places  # how far a key is behind a query
+    seen = behind >= 0 if config.causal else np.ones(behind.shape, dtype=bool)
+    return seen & (behind < config.window) if config.window and i not in config.full_layers else seen
+
+
+def attention_by_hand(config, w, i, part, x, places, source):
+    """x (T,D), whose tokens stand at `places`; the second attention asks the source's states (S,D)."""
+    name, asked = f"layers.{i}.{part}", source if part == "cross" else x
+    K = config.d_head or config.d_model // config.n_head
+    scale = config.score_scale or (3 * K if config.disentangled else K) ** -0.5
+    q, k, v = (linear_by_hand(w, f"{name}.{one}", z) for one, z in (("q", x), ("k", asked), ("v", asked)))
     heads = []
     for h in range(config.n_head):
-        g = h * config.kv_heads // config.n_head
-        q_h, k_h, v_h = q[:, h * K : (h + 1) * K], k[:, g * K : (g + 1) * K], v[:, g * K : (g + 1) * K]
+        g = h * (config.n_kv_head or config.n_head) // config.n_head
+        of_h, of_g = slice(h * K, (h + 1) * K), slice(g * K, (g + 1) * K)
+        q_h, k_h, v_h = q[:, of_h], k[:, of_g], v[:, of_g]
+        if config.qk_norm:
+            q_h, k_h = (rms_by_hand(config, w[f"{name}.{one}_norm.weight"], z) for one, z in (("q", q_h), ("k", k_h)))
         if config.positions == "rotary":
-            q_h, k_h = turned_by_hand(config, q_h), turned_by_hand(config, k_h)
+            q_h, k_h = turned_by_hand(config, i, q_h), turned_by_hand(config, i, k_h)
         if config.prefix:
-            k_h, v_h = (np.vstack([w[f"{name}.prefix.{part}"][g], x]) for part, x in (("k", k_h), ("v", v_h)))
-        scores = q_h @ k_h.T / math.sqrt(K)
-        if config.causal:
-            scores[:, config.prefix :][np.triu_indices(T, 1)] = -math.inf
+            k_h, v_h = (np.vstack([w[f"{name}.prefix.{one}"][g], z]) for one, z in (("k", k_h), ("v", v_h)))
+        scores = q_h @ k_h.T
+        if config.disentangled:
+            table = norm_by_hand(config, w, "embed.distances_norm", w["embed.distances"])
+            q_far, k_far = (linear_by_hand(w, f"{name}.{one}", table)[:, of_h] for one in "qk")
+            bucket, t = buckets_by_hand(config, places), np.arange(len(x))
+            scores = scores + (q_h @ k_far.T)[t[:, None], bucket] + (k_h @ q_far.T)[t, bucket]
+        scores = scores * scale
+        if part == "attn":
+            if config.score_buckets and not config.disentangled:
+                scores = scores + w["embed.score_bias"][buckets_by_hand(config, places), h]
+            scores[:, config.prefix :][~seen_by_hand(config, i, places)] = -math.inf
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         heads.append(p / p.sum(axis=-1, keepdims=True) @ v_h)
     return linear_by_hand(w, f"{name}.o", np.hstack(heads))
@@ -96,20 +135,22 @@ def attention_by_hand(config, w, name, x):
 ACTIVATION = {
     "gelu": np.vectorize(lambda v: v * math.erfc(-v / math.sqrt(2)) / 2),
     "gelu_tanh": np.vectorize(lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))),
-    "silu_gated": np.vectorize(lambda v: v / (1 + math.exp(-v))),
+    "silu": np.vectorize(lambda v: v / (1 + math.exp(-v))),
+    "relu": np.vectorize(lambda v: max(v, 0.0)),
+    "tanh": np.vectorize(math.tanh),
 }
 
 
-def feed_forward_by_hand(config, w, name, x):
-    act, up = ACTIVATION[config.activation], linear_by_hand(w, f"{name}.up", x)
-    h = act(linear_by_hand(w, f"{name}.gate", x)) * up if config.activation == "silu_gated" else act(up)
+def feed_forward_by_hand(config, w, i, x):
+    name, (act, *gated) = f"layers.{i}.mlp", config.activation.split("_gated")
+    up = linear_by_hand(w, f"{name}.up", x)
+    h = ACTIVATION[act](linear_by_hand(w, f"{name}.gate", x)) * up if gated else ACTIVATION[act](up)
     return linear_by_hand(w, f"{name}.down", h)
 
 
-def logits_by_hand(model, tokens, types):
-    """The logits of one text: tokens (T,) -> (T,V), (labels,), (T,labels) or (T,D)."""
-    config, w = model.config, {name: asnumpy(value) for name, value in model.weights.items()}
-    x = w["embed.tokens"][tokens]
+def states_by_hand(config, w, tokens, places, types, source):
+    """The states after the last layer and its norm, of one text: tokens (T,), source (S,D) or None -> (T,D)."""
+    x = config.embed_scale * w["embed.tokens"][tokens]
     if config.positions == "learned":
         x = x + w["embed.positions"][config.position_offset + np.arange(len(tokens))]
     if config.n_types:
@@ -117,35 +158,62 @@ def logits_by_hand(model, tokens, types):
     if not config.norm_first:
         x = norm_by_hand(config, w, "embed.norm", x)
     for i in range(config.n_layer):
-        for half, name, f in (("norm1", "attn", attention_by_hand), ("norm2", "mlp", feed_forward_by_hand)):
-            norm, name = f"layers.{i}.{half}", f"layers.{i}.{name}"
-            if config.norm_first:
-                x = x + f(config, w, name, norm_by_hand(config, w, norm, x))
+        parts = {"attn": "norm1", "cross": "norm_cross", "mlp": "norm2"}
+        for part in parts if source is not None else ("attn", "mlp"):
+            norm = f"layers.{i}.{parts[part]}"
+            h = norm_by_hand(config, w, norm, x) if config.norm_first else x
+            if part == "mlp":
+                y = feed_forward_by_hand(config, w, i, h)
             else:
-                x = norm_by_hand(config, w, norm, x + f(config, w, name, x))
-    if config.norm_first:
-        x = norm_by_hand(config, w, "norm", x)
+                y = attention_by_hand(config, w, i, part, h, places, source)
+            if config.norm_outputs:
+                y = norm_by_hand(config, w, f"{norm}_out", y)
+            x = x + y if config.norm_first else norm_by_hand(config, w, norm, x + y)
+    return norm_by_hand(config, w, "norm", x) if config.norm_first else x
+
+
+def logits_by_hand(model, tokens, places, types, source):
+    """The logits of one text: tokens (T,), and an encoder's tokens and their places, or None
+    -> (T,V), (labels,), (T,labels) or (T,D)."""
+    config, w = model.config, {name: asnumpy(value) for name, value in model.weights.items()}
+    if source is not None:
+        of_encoder = {name.removeprefix("encoder."): value for name, value in w.items() if name.startswith("encoder.")}
+        of_encoder["embed.tokens"] = w["embed.tokens"]
+        encoder = replace(config, n_layer=config.n_encoder, n_encoder=0, causal=False)
+        source = states_by_hand(encoder, of_encoder, *source, None, None)
+    x = states_by_hand(config, w, tokens, places, types, source)
     if config.head == "none":
         return x
     if config.head == "classify":
-        x = x[-1] if config.causal else np.tanh(linear_by_hand(w, "pooler", x[0]))
+        x = x[-1] if config.causal else ACTIVATION[config.pooler](linear_by_hand(w, "pooler", x[0]))
+    if config.head != "classify" or config.causal:
+        x = config.head_scale * x
     if config.head == "lm" and config.tie_head:
         return x @ w["embed.tokens"].T
     return linear_by_hand(w, "head", x)
 
 
+def texts(tokens, mask):
+    """What the mask keeps of each row: its tokens, and where they stood."""
+    places = [np.arange(len(row)) if mask is None else np.flatnonzero(mask[n]) for n, row in enumerate(tokens)]
+    return [(row[kept], kept) for row, kept in zip(tokens, places, strict=True)]
+
+
 def check_against_plain(model, adapter, batch):
     """The logits of a batch, beside those of the model with W0 + s B A, a text at a time."""
     tokens, mask = batch["tokens"], batch["mask"]
-    real = np.ones(tokens.shape, dtype=bool) if mask is None else mask
-    types = batch.get("token_types", np.zeros_like(tokens))
+    types = texts(batch.get("token_types", np.zeros_like(tokens)), mask)
+    sources = texts(batch["source"], batch["source_mask"]) if "source" in batch else [None] * len(tokens)
     plain = with_updates(model, dense_updates(model, adapter), adapter.whole)
     logits = ln.forward(model, adapter=adapter, **inputs(batch))
     for n, got in enumerate(real_logits(model.config, logits, mask)):
-        assert deviation(got, logits_by_hand(plain, tokens[n][real[n]], types[n][real[n]])) <= 1e-12
+        kept, places = texts(tokens, mask)[n]
+        assert deviation(got, logits_by_hand(plain, kept, places, types[n][0], sources[n])) <= 1e-12
 
 
-@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T9", "T10", "T11", "T13", "T14", "L2")
+@proves(
+    "T1", "T2", "T3", "T4", "T5", "T6", "T7", "T9", "T10", "T11", "T13", "T14", "T17", "T18", "T19", "T20", "L2"
+)  # fmt: skip
 @given(cases(heads=EVERY_HEAD, **FLOAT64))
 def test_forward_is_the_plain_transformer(case):
     """Each text alone, what the mask leaves out left out, every s B A added to its W0: within 1e-12."""
@@ -160,12 +228,18 @@ def test_forward_of_each_architecture_is_the_plain_transformer(config):
     check_against_plain(model, trained_adapter(model, ln.LoRAConfig(r=2, bias="all"), seed=0), batch)
 
 
-def rows_of_products(monkeypatch, call):
-    """How many rows each matrix is applied to, by the matrix's name, in calls of `project`."""
+def qualified(config, run, name):
+    """A name in the whole model: an encoder's own are those of any model."""
+    return f"encoder.{name}" if config.n_encoder and not run.config.n_encoder else name
+
+
+def rows_of_products(monkeypatch, config, call):
+    """How many rows each matrix of a model is applied to, by the matrix's name, in calls of `project`."""
     rows, project = {}, transformer.project
 
     def counting(run, name, x, *args):
-        rows[name] = rows.get(name, 0) + x.size // x.shape[-1]
+        own = qualified(config, run, name)
+        rows[own] = rows.get(own, 0) + x.size // x.shape[-1]
         return project(run, name, x, *args)
 
     for module in (transformer, LOSS, decode):
@@ -177,22 +251,24 @@ def rows_of_products(monkeypatch, call):
 @proves("T13", "T14")
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_padding_is_not_computed_nor_what_is_not_read(config, monkeypatch):
-    """Each matrix sees the true tokens alone; of a classifier's last layer, all but k and v the one that is read."""
+    """Each matrix sees the true tokens alone; of a classifier's last layer, all but k and v the one that is read: where
+    attention asks how far a key is, the feed-forward half does. q and k also see the table of distances (T19)."""
     model, batch = random_model(config, seed=0), derivatives.example_batch(config, N=3, T=5)
-    rows = rows_of_products(monkeypatch, lambda: ln.loss(model, **batch))
+    rows = rows_of_products(monkeypatch, config, lambda: ln.loss(model, **batch))
     true = int(batch["mask"].sum())
     assert true < 15
-    last = f"layers.{config.n_layer - 1}."
+    last = f"layers.{config.n_layer - 1}." + ("mlp." if config.score_buckets else "")
     for matrix in set(config.matrix_shapes()) - {"embed.tokens", "head"}:
         alone = config.head == "classify" and matrix.startswith(last) and not matrix.endswith((".k", ".v"))
-        assert rows[matrix] == (3 if alone else true), matrix
+        far = 2 * config.score_buckets if config.disentangled and matrix.endswith((".q", ".k")) else 0
+        assert rows[matrix] == (3 if alone else true) + far, matrix
     assert rows["head"] == (3 if config.head == "classify" else int((batch["targets"] != -100).sum()))
 
 
 @proves("T16")
 def test_a_prompts_last_layer_is_computed_for_its_last_token(monkeypatch):
     model = random_model(ARCHITECTURES["Llama, tied"], seed=0)
-    rows = rows_of_products(monkeypatch, lambda: ln.generate(model, [[1, 2, 3, 4]] * 2, n=1))
+    rows = rows_of_products(monkeypatch, model.config, lambda: ln.generate(model, [[1, 2, 3, 4]] * 2, n=1))
     assert [rows[f"layers.1.{matrix}"] for matrix in ("attn.q", "attn.k", "mlp.down")] == [2, 8, 2]
 
 
@@ -208,8 +284,12 @@ def test_no_gradient_of_a_frozen_weight_is_formed(case):
     with pytest.MonkeyPatch.context() as patch:
         calls = {name: spy_everywhere(patch, name) for name in names}
         _, grads = ln.loss_and_grads(case.model, case.adapter, **case.batch)
-    embed = "embed.tokens" in updates
-    assert [len(calls[name]) for name in names] == [2 * len(updates) - embed, embed, 0, 0]
+    config, embed = case.model.config, "embed.tokens" in updates
+    # An encoder looks its tokens up in the same table (T20); q and k have the table of distances too (T19).
+    looked_up = embed * (2 if config.n_encoder else 1)
+    twice = sum(name.endswith((".q", ".k")) for name in updates) if config.disentangled else 0
+    products = 2 * (len(updates) - embed + twice) + looked_up
+    assert [len(calls[name]) for name in names] == [products, looked_up, 0, 0]
     assert grads.keys() == case.adapter.params.keys()
 
 
@@ -235,18 +315,40 @@ def test_no_array_of_a_frozen_matrix_s_size_is_made_in_a_step(config):
 READERS = [(transformer, "project"), (LOSS, "project"), (transformer, "norm")]
 
 
-def changed_inputs(model, adapters, batch):
-    """The matrices and norms whose input differs between two adapters."""
-    inputs_of = []
-    for adapter in adapters:
-        with pytest.MonkeyPatch.context() as patch:
-            calls = [spy(patch, module, name) for module, name in READERS]
-            ln.loss(model, adapter=adapter, **batch)
-        inputs_of.append([(args[1], bits(args[2])) for part in calls for args in part])
-    return {name for (name, one), (_, other) in zip(*inputs_of, strict=True) if one != other}
+def inputs_of(model, adapter, batch):
+    """What each matrix and each norm is applied to, in the order of a forward."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = [spy(patch, module, name) for module, name in READERS]
+        ln.loss(model, adapter=adapter, **batch)
+    return [(qualified(model.config, args[0], args[1]), bits(args[2])) for part in calls for args in part]
 
 
-@proves("L4", "T13", "T14")
+def depending(model, adapter, batch, rng):
+    """The matrices and norms whose input depends on the adapter's last parameter, as another value of it shows.
+
+    A table by distance stands with the embedding: all that its stack has is above it.
+    """
+    *_, (trained, value) = adapter.params.items()
+    before = inputs_of(model, adapter, batch)
+    if "embed.score_bias" in trained or "embed.distances" in trained:
+        in_encoder = trained.startswith("encoder.")
+        stack = {name for name, _ in before if name.startswith("encoder.") == in_encoder}
+        own = {name for name in stack if not name.endswith((".cross.k", ".cross.v"))}
+    else:
+        own = set()
+    moved = replace(adapter, params={**adapter.params, trained: value + device(rng.standard_normal(value.shape))})
+    after = inputs_of(model, moved, batch)
+    return own | {name for (name, one), (_, other) in zip(before, after, strict=True) if one != other}
+
+
+def normed_backward(config, norms, depends, trained):
+    """The norms whose backward is to run; a query's and a key's (T17) where anything below Wo is trained."""
+    of_heads = {name for name in norms if name.endswith(("q_norm", "k_norm"))}
+    asked = {name for name in of_heads if f"{name.rpartition('.')[0]}.o" in depends}
+    return (norms - of_heads) & (depends | {trained.rpartition(".")[0]}) | asked
+
+
+@proves("L4", "T13", "T14", "T17", "T18", "T19", "T20")
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_backward_goes_down_to_what_is_trained_and_no_further(config):
     """Each weight, and each pair A, B, trained alone: dx is formed of the matrices whose input depends on it (which a
@@ -263,19 +365,20 @@ def test_backward_goes_down_to_what_is_trained_and_no_further(config):
     products = {*config.matrix_shapes(), "pooler"} - (
         {"embed.tokens"} if config.has_pooler else {"embed.tokens", "pooler"}
     )
+    norms = {name.rpartition(".")[0] for name in model.weights if "norm" in name}
     for adapter in alone:
-        *_, (trained, value) = adapter.params.items()
-        moved = replace(adapter, params={**adapter.params, trained: value + device(rng.standard_normal(value.shape))})
-        depends = changed_inputs(model, (adapter, moved), batch)
+        *_, trained = adapter.params
+        depends = depending(model, adapter, batch, rng)
         in_force = {**model.weights, **adapter.whole}
         weights = {id(in_force[bind(model, adapter, rows=2).weight_name(name)]): name for name in products}
         with pytest.MonkeyPatch.context() as patch:
             backward, normed = spy_everywhere(patch, "linear_backward"), spy(patch, transformer, "norm_backward")
             _, grads = ln.loss_and_grads(model, adapter, **batch)
         formed = [weights[id(W)] for _, W in backward if id(W) in weights]
-        assert sorted(formed) == sorted(depends & products), trained
-        norms = {name.rpartition(".")[0] for name in model.weights if "norm" in name}
-        assert {args[1] for args in normed} == norms & (depends | {trained.rpartition(".")[0]}), trained
+        far = [name for name in depends & products if config.disentangled and name.endswith((".q", ".k"))]
+        assert sorted(formed) == sorted([*(depends & products), *far]), trained
+        ran = {qualified(config, args[0], args[1]) for args in normed}
+        assert ran == normed_backward(config, norms, depends, trained), trained
         if trained in every:
             assert same_bits(grads, {trained: every[trained]}), trained
 
@@ -300,15 +403,21 @@ def test_what_is_kept_for_backward():
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_backward_takes_out_what_forward_saved(config):
     """So that memory falls as it runs: nothing of a half block is left when backward has passed it."""
-    model, batch = random_model(config, seed=0), derivatives.example_batch(config)
-    checked = check_batch(config, *(batch.get(name) for name in ("tokens", "targets", "mask", "token_types")))
+    model, batch = random_model(config, seed=0), checked(config, derivatives.example_batch(config))
     run = bind(model, trained_adapter(model, ln.LoRAConfig(r=2, targets=("embed", "q")), seed=0), rows=2)
-    at, last = LOSS.layouts(run, checked)
-    x, stack = transformer.states(run, checked, at, last)
+    run, encoded = LOSS.encode(run, batch)
+    at, last = LOSS.layouts(run, batch)
+    x, stack = transformer.states(run, batch, at, last)
     _, *halves = stack  # the embedding's tokens are not taken out: they are few
     assert all(halves)
-    transformer.states_backward(run, x, at, last, stack, {})
+    grads = {}
+    transformer.states_backward(run, x, at, last, stack, grads)
     assert halves == [{}] * len(halves)
+    if encoded is not None:
+        _, *halves = encoded.stack
+        assert all(halves)
+        LOSS.encode_backward(encoded, grads)
+        assert halves == [{}] * len(halves)
 
 
 @proves("L4", "T13", "T16")
@@ -336,13 +445,14 @@ def test_a_forward_keeps_nothing():
 @proves("L4")
 @given(cases(n_layer=2, whole=False, targets=("q", "o", "up")))
 def test_a_gradient_does_not_depend_on_what_else_is_trained(case):
-    """The upper layer's adapter alone has the gradients, to the bit, that it has when the lower layer's is trained too.
+    """The upper layer's adapter alone has the gradients, to the bit, that it has when what is below is trained too.
 
-    The lower layer's B is zero here, so that the forward is the same without it.
+    Every lower B is zero here, so that the forward is the same without it.
     """
     model, adapter, batch, _ = case
     params = {
-        name: p * 0 if name.startswith("layers.0.") and name.endswith(".B") else p for name, p in adapter.params.items()
+        name: p * 0 if not name.startswith("layers.1.") and name.endswith(".B") else p
+        for name, p in adapter.params.items()
     }
     upper = {name: p for name, p in params.items() if name.startswith("layers.1.")}
     _, grads = ln.loss_and_grads(model, replace(adapter, params=params), **batch)
@@ -422,14 +532,17 @@ def test_the_adapted_model_starts_as_the_base(case, seed):
 @proves("L3", "L4")
 @given(st.data(), seeds)
 def test_at_the_start_only_b_has_a_gradient(data, seed):
-    """dA = 0 exactly, dB is not 0. Three tokens that differ, all counted: q and k need someone to attend to two."""
+    """dA = 0 exactly, dB is not 0. Three tokens that differ, all counted: q and k need someone to attend to two, and a
+    feed-forward half a unit that is not zero."""
     config = data.draw(configs(heads=("lm", "classify", "tag")))
+    assume(config.window != 1 and "relu" not in config.activation + config.pooler)
     model = random_model(config, seed=seed)
     adapter = ln.init_adapter(model, data.draw(lora_configs(config, dropout=False)), seed=seed)
     rng = np.random.default_rng(seed)
     tokens = np.stack([rng.permutation(config.vocab_size)[:3] for _ in range(2)])
     targets = rng.integers(0, config.head_size, (2,) if config.head == "classify" else (2, 3))
-    _, grads = ln.loss_and_grads(model, adapter, tokens, targets)
+    source = {"source": tokens[::-1]} if config.n_encoder else {}
+    _, grads = ln.loss_and_grads(model, adapter, tokens, targets, **source)
     for name, g in grads.items():
         if name.endswith(".A"):
             assert not asnumpy(g).any()
@@ -569,7 +682,7 @@ def test_a_text_begins_the_same_however_long_it_is(case):
     model, adapter, batch, _ = case
     whole = real_logits(model.config, ln.forward(model, adapter=adapter, **inputs(batch)), batch["mask"])
     for t in range(1, batch["tokens"].shape[1]):
-        start = {name: None if a is None else a[:, :t] for name, a in inputs(batch).items()}
+        start = {name: a if a is None or name.startswith("source") else a[:, :t] for name, a in inputs(batch).items()}
         cut = real_logits(model.config, ln.forward(model, adapter=adapter, **start), start["mask"])
         for one, other in zip(whole, cut, strict=True):
             assert deviation(one[: len(other)], other) <= 1e-12
@@ -596,13 +709,14 @@ def test_what_stands_in_padding_never_changes_a_real_token(case, seed):
 
 
 def padded(batch, left, right):
-    """The batch with so many places of padding on either side."""
-    N, T = batch["tokens"].shape
-    mask = np.ones((N, T), dtype=bool) if batch["mask"] is None else batch["mask"]
-    fill = {"targets": -100, "mask": False}
+    """The batch with so many places of padding on either side, of what an encoder reads too."""
+    masks = {"mask": "tokens", "source_mask": "source"}
+    masks = {name: np.ones(batch[of].shape, dtype=bool) for name, of in masks.items() if of in batch}
+    given = {name: a for name, a in batch.items() if a is not None}
+    fill = {"targets": -100, "mask": False, "source_mask": False}
     return {
         name: np.pad(a, ((0, 0), (left, right)), constant_values=fill.get(name, 0)) if a.ndim == 2 else a
-        for name, a in {**batch, "mask": mask}.items()
+        for name, a in {**masks, **given}.items()
     }
 
 

@@ -27,7 +27,7 @@ from ..formats.merged.plan import plan_merge
 from ..formats.merged.survey import Module, survey
 from ..formats.merged.target import Plan
 from ..formats.models.folder import CONFIG, can_run, load_model
-from ..formats.models.gguf import ARCHITECTURE
+from ..formats.models.gguf import is_run
 from ..formats.models.gguf_file import open_gguf
 from ..formats.models.shards import stored_tensors
 from ..loss import forward
@@ -97,7 +97,7 @@ def _read_base(base: Path) -> bool:
     """Whether a base can be run. It is read, as damage is an error, and no answer."""
     if _is_gguf(base):
         with open_gguf(base) as file:
-            runs = file.get("general.architecture", str) == ARCHITECTURE
+            runs = file.get("general.architecture", str) == "llama" and is_run(file)
     else:
         runs = can_run(base)
     if runs:

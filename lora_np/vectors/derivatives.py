@@ -175,6 +175,12 @@ def architectures() -> dict[str, Config]:
         return replace(PRESETS[preset], **size | fields)
 
     llama = {"n_head": 4, "n_kv_head": 2}
+    near = {"score_buckets": 4, "score_distance": 4}
+    gemma = {
+        "norm": "rms_1p", "norm_outputs": True, "qk_norm": True, "embed_scale": 8**0.5, "activation": "gelu_tanh_gated",
+        "window": 2, "full_layers": (1,), "window_theta": 100.0, "rope_factors": (8.0,), "score_scale": 0.5,
+    }  # fmt: skip
+    t5 = {"n_encoder": 1, "positions": "none", "norm": "rms", "bias": False, "score_scale": 1.0, **near}
     return {
         "GPT-2, language model": small("gpt2"),
         "GPT-2, classifier": small("gpt2", head="classify", n_labels=3),
@@ -184,11 +190,21 @@ def architectures() -> dict[str, Config]:
         "RoBERTa, classifier": small("roberta-base", head="classify", n_labels=3),
         "Llama, tied": small("smollm2-135m", **llama),
         "Llama, untied": small("smollm2-135m", tie_head=False, **llama),
+        "Llama 3.1": small("smollm2-135m", **llama, d_head=4, rope_factors=(1.0, 8.0)),
+        "Phi-3": small("smollm2-135m", **llama, d_head=4, rope_width=2),
+        "Qwen 2": small("smollm2-135m", **llama, qkv_bias=True),
+        "Qwen 3": small("smollm2-135m", **llama, d_head=6, qk_norm=True),
+        "Gemma 3": small("smollm2-135m", **llama, **gemma),
+        "DistilBERT, classifier": small("bert-base", n_types=0, head="classify", n_labels=3, pooler="relu"),
+        "DeBERTa, classifier": small("deberta-v2-xxlarge", head="classify", n_labels=3, **near),
+        "T5": small("gpt2", **t5, activation="relu", head_scale=8**-0.5),
+        "T5 1.1": small("gpt2", **t5, activation="gelu_tanh_gated", tie_head=False),
+        "Marian": small("gpt2", n_encoder=1, norm_first=False, activation="silu", embed_scale=8**0.5),
     }
 
 
 def example_batch(config: Config, *, seed: int = 0, N: int = 2, T: int = 5) -> dict[str, Any]:
-    """A batch with padding on both sides and a target left out, as keyword arguments of `loss`."""
+    """A batch with padding on both sides and a target left out, as keyword arguments of `loss`; an encoder's source."""
     rng = np.random.default_rng(seed)
     mask = np.ones((N, T), dtype=bool)
     mask[0, 0] = mask[-1, -1] = False
@@ -200,6 +216,8 @@ def example_batch(config: Config, *, seed: int = 0, N: int = 2, T: int = 5) -> d
     batch = {"tokens": rng.integers(0, config.vocab_size, (N, T)), "targets": targets, "mask": mask}
     if config.n_types:
         batch["token_types"] = rng.integers(0, config.n_types, (N, T))
+    if config.n_encoder:
+        batch |= {"source": rng.integers(0, config.vocab_size, (N, T)), "source_mask": mask[::-1]}
     return batch
 
 
@@ -264,7 +282,7 @@ def table(*, seed: int = 0) -> Iterator[Row]:
     yield Row("T5", "erf, its derivative", "central difference", _erf_derivative_error(), 1e-8)
     yield Row("T5", "erf, against math.erf", "libm", _erf_error(), 1e-15)
     for name, config in architectures().items():
-        gate = ("gate",) if config.activation == "silu_gated" else ()
+        gate = ("gate",) if config.gated else ()
         everything = LoRAConfig(r=2, targets=("q", "k", "v", "o", "up", "down", "embed", "head", *gate))
         yield Row("L4", f"{name}: LoRA on q, v", "complex step", check_model(config, LoRAConfig(r=2), seed=seed), 1e-11)
         yield Row("L4", f"{name}: LoRA on all", "complex step", check_model(config, everything, seed=seed), 1e-11)

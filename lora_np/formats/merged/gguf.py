@@ -25,8 +25,9 @@ from ..adapters.head import brought_by
 from ..files.atomic import new_file
 from ..files.messages import shown
 from ..files.rounding import NAMES, numpy_dtype, rounded
-from ..models.gguf import ARCHITECTURE, check_one_file, open_weights
 from ..models.gguf import NAMES as TENSORS
+from ..models.gguf import check_one_file, open_weights
+from ..models.gguf_architectures import ARCHITECTURES
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, aligned, open_gguf, tensor_entry, with_count
 from .gguf_by_name import updates_by_name
 from .target import summed
@@ -108,7 +109,7 @@ def _updates(file: GGUFFile, path: Path) -> dict[str, Update]:
                     f"{found.get('general.architecture', str)!r:.60}, {file.path}'s is {architecture!r:.60}"
                 )
             return read_updates(found)
-    if architecture != ARCHITECTURE:
+    if architecture != "llama":
         naming = naming_in(file)
         contents = read_contents(path)
         return updates_by_name(naming, contents, {module: module for module in contents.pairs})
@@ -125,12 +126,12 @@ def _needs_head(file: GGUFFile, updates: Mapping[str, object]) -> bool:
     if HEAD in file.tensors or not {TABLE, HEAD} & updates.keys():
         return False
     architecture = file.get("general.architecture", str)
-    if architecture not in (ARCHITECTURE, *HEADLESS):
+    if architecture not in (*ARCHITECTURES, *HEADLESS):
         raise ValueError(
             f"{file.path}: {TABLE}: there is no {HEAD}, and whether its head is that table is not known here for "
-            f"{architecture!r:.60}, only for {ARCHITECTURE}"
+            f"{architecture!r:.60}, only for {' '.join(ARCHITECTURES)}"
         )
-    return architecture == ARCHITECTURE and TABLE in file.tensors
+    return architecture in ARCHITECTURES and TABLE in file.tensors
 
 
 def _check(file: GGUFFile, source: Tensor, updates: Sequence[Update]) -> None:
