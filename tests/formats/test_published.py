@@ -132,6 +132,15 @@ def test_phi3s_and_barts():
     assert (config.embed_scale, config.norm_first, config.tie_head, config.head) == (1.0, False, True, "none")
 
 
+def test_qwens_window_begins_at_a_layer_where_older_files_use_it():
+    raw = {**PUBLISHED["qwen2.5-0.5b"][1], "use_sliding_window": True, "max_window_layers": 21, "sliding_window": 99}
+    config = read("qwen2", raw)
+    assert (config.window, config.full_layers) == (99, tuple(range(21)))
+    assert read("qwen2", {**raw, "max_window_layers": 24}).window is None
+    newer = ["full_attention", *["sliding_attention"] * 23]
+    assert read("qwen2", {**raw, "layer_types": newer}).full_layers == (0,)
+
+
 REFUSED = {
     "longrope": (
         "phi3",
