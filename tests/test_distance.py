@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from buckets import deberta_bucket, t5_bucket
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import device, same_bits, seeds, whole_numbers
 
 from lora_np.backend import asnumpy, xp
 from lora_np.distance import ByDistance, deberta_buckets, t5_buckets
+from lora_np.vectors.buckets import deberta_bucket, t5_bucket
 
 proves = pytest.mark.proves
 FAR = np.arange(-512, 513)
