@@ -516,6 +516,8 @@ def _models() -> Iterator[Case]:
         ("post-norm", "Post-norm, GELU, both directions, token types: BERT", bert, 4, False),
         ("post-norm-padded", "The same, padded", bert, 4, True),
         ("one-token", "T = 1", gpt2, 1, False),
+        ("both-sides", "A norm before and one after each half", replace(llama, norm_outputs=True), 4, False),
+        ("post-norm-both", "Post-norm, and one more inside", replace(bert, norm_outputs=True), 4, False),
     ):
         yield _model_case("T13", name, title, config, T=T, padded=padded)
     for name, title, config, padded in (
@@ -524,6 +526,9 @@ def _models() -> Iterator[Case]:
         ("classifier-last", "A causal classifier reads the last true token", _config("GPT-2, classifier"), True),
         ("classifier-first", "Another reads the first, through the pooler", _config("BERT, classifier"), True),
         ("tagger", "A tagger: a label each token", _config("BERT, tagger"), False),
+        ("tied-scaled", "Tied, its states times 1/2", replace(gpt2, head_scale=0.5), False),
+        ("pooler-relu", "A pooler of ReLU", replace(_config("BERT, classifier"), pooler="relu"), False),
+        ("pooler-gelu", "A pooler of GELU", replace(_config("BERT, classifier"), pooler="gelu"), False),
     ):
         yield _model_case("T14", name, title, config, padded=padded)
     yield from _generations(gpt2, llama)

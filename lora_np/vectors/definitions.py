@@ -391,13 +391,13 @@ def feed_forward(t: Inputs, c: Scalars, i: int, x: Tracked) -> Tracked:
 
 
 def block(t: Inputs, c: Scalars, i: int, x: Tracked, positions: Array) -> Tracked:
-    """T13: x + f(norm(x)), or norm(x + f(x)), for attention and then the feed-forward half."""
-    name = f"layers.{i}"
-    if c["norm_first"]:
-        x = x + self_attention(t, c, i, norm_of(t, c, f"{name}.norm1", x), positions)
-        return x + feed_forward(t, c, i, norm_of(t, c, f"{name}.norm2", x))
-    x = norm_of(t, c, f"{name}.norm1", x + self_attention(t, c, i, x, positions))
-    return norm_of(t, c, f"{name}.norm2", x + feed_forward(t, c, i, x))
+    """T13: x + f(norm(x)), or norm(x + f(x)), for attention and then the feed-forward half; f may end in a norm."""
+    for half, f in (("norm1", partial(self_attention, positions=positions)), ("norm2", feed_forward)):
+        name = f"layers.{i}.{half}"
+        y = f(t, c, i, norm_of(t, c, name, x) if c["norm_first"] else x)
+        y = norm_of(t, c, f"{name}_out", y) if c.get("norm_outputs") else y
+        x = x + y if c["norm_first"] else norm_of(t, c, name, x + y)
+    return x
 
 
 def logits_of(t: Inputs, c: Scalars) -> Tracked:
@@ -421,8 +421,8 @@ def logits_of(t: Inputs, c: Scalars) -> Tracked:
         read = T - 1 - seen[:, ::-1].argmax(axis=1) if c["causal"] else seen.argmax(axis=1)
         x = x[np.arange(N), read]
         if not c["causal"]:
-            x = tanh(projected(t, c, "pooler", x))
-    return projected(t, c, "head", x)
+            return projected(t, c, "head", ACTIVATIONS[c.get("pooler", "tanh")](projected(t, c, "pooler", x)))
+    return projected(t, c, "head", x * c["head_scale"] if "head_scale" in c else x)
 
 
 def model(t: Inputs, c: Scalars) -> Outputs:

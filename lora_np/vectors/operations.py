@@ -66,11 +66,14 @@ ARCHITECTURE = {
     "token's learned position is row position_offset",
     "norm": "layer or rms",
     "norm_first": "x + f(norm(x)), and a last norm before the head; else norm(x + f(x)), and one after the embedding",
+    "norm_outputs": "true: f ends in a norm of its own, layers.0.norm1_out, norm2_out; false if it is not given",
     "positions": "learned: a table's rows are added; rotary: queries and keys are turned, with base rope_theta",
     "activation": "gelu (erf), gelu_tanh, or silu_gated: down(silu(gate x) * up x)",
     "causal": "whether a token sees only itself and what stands before it",
     "head": "lm (tied to embed.tokens with tie_head), tag: each token; classify: one token a text, the last true one "
-    "if causal, else the first, through tanh(pooler x)",
+    "if causal, else the first, through act(pooler x)",
+    "pooler": "that act: tanh, gelu or relu; tanh if it is not given",
+    "head_scale": "what the states that a head reads without a pooler are multiplied by; 1 if it is not given",
     "prefix": "how many keys and values of a layer's own stand before those of each text: every query sees them, they "
     "have no positions; none if it is not given",
     **{name: f"{text}; only with an adapter" for name, text in SCALE.items()},
