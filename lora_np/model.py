@@ -156,8 +156,8 @@ class Config:
                 "disentangled attention needs score_buckets; it is not causal, its heads share no keys, and its "
                 "queries and keys are neither turned nor normed"
             )
-        if self.full_layers and (self.window is None or max(self.full_layers) >= self.n_layer):
-            yield f"full_layers: expected a window, and layers in 0..{self.n_layer - 1}, got {self.full_layers}"
+        if self.full_layers and self.window is None:
+            yield "full_layers: expected a window"
         if self.window_theta is not None and (self.window is None or self.positions != "rotary"):
             yield "window_theta: expected a window, and rotary positions"
         others = (self.positions == "rotary", self.qk_norm, self.prefix, self.window, self.disentangled, self.n_types)

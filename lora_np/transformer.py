@@ -151,9 +151,10 @@ def embed_backward(model: AdaptedModel, dx: Array, saved: Activations, grads: Gr
 def attend(
     model: AdaptedModel, i: int, part: str, x_q: Array, at_q: Layout, x: Array, at: Layout, saved: Activations
 ) -> Array:
-    """T9 to T11: layer i's attention, with Wq, Wk, Wv and Wo (paper 4.2). Queries come from x_q (..., D), laid out by
-    at_q; keys and values from x (..., D), by at. The two are the same but for a last layer of which one token of each
-    sequence is read, where T = 1 for the queries, and for an encoder's states (T20). -> h (..., D), laid out as x_q."""
+    """T9 to T11, T17: layer i's attention, with Wq, Wk, Wv and Wo (paper 4.2). Queries come from x_q (..., D), laid out
+    by at_q; keys and values from x (..., D), by at. The two are the same but for a last layer of which one token of
+    each sequence is read, where T = 1 for the queries, and for an encoder's states (T20). -> h (..., D), laid out as
+    x_q."""
     name, config = f"layers.{i}.{part}", model.config
     q = query_or_key(model, i, f"{name}.q", x_q, at_q, saved)  # (..., D) -> (N,H,T,K)
     k, v = keys_values(model, i, part, x, at, saved)  # (..., D) -> 2 (N,G,T,K)

@@ -14,6 +14,7 @@ from lora_np.batch import check_batch, check_inputs
 LM = ln.Config(7, 6, 1, 1, 4, 4)
 CLASSIFIER = replace(LM, head="classify", n_labels=2)
 TYPES = replace(LM, n_types=2)
+TRANSLATOR = replace(LM, n_encoder=1)
 TOKENS = [[1, 2, 3], [4, 5, 6]]
 MASK = [[True, True, False], [True, True, True]]
 
@@ -74,6 +75,39 @@ def test_a_wrong_target_is_refused(config, arguments, error, message):
     arguments = {"tokens": TOKENS, "targets": TOKENS, "mask": None, "token_types": None, **arguments}
     with pytest.raises(error, match=message):
         check_batch(config, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "error", "message"),
+    [
+        (LM, {"source": TOKENS}, ValueError, "source: this model has no encoder"),
+        (LM, {"source_mask": MASK}, ValueError, "source: this model has no encoder"),
+        (TRANSLATOR, {}, ValueError, r"source: expected the tokens that the encoder reads, \(N, S\)"),
+        (TRANSLATOR, {"source": TOKENS[:1]}, ValueError, "source: expected as many rows as tokens has, 2, got 1"),
+        (TRANSLATOR, {"source": TOKENS[0]}, ValueError, r"source: expected shape \(N, T\) .*got \(3,\)"),
+        (TRANSLATOR, {"source": [[1.0] * 3] * 2}, TypeError, "source: expected integers, got float64"),
+        (TRANSLATOR, {"source": [[7], [0]]}, ValueError, r"source: expected ids in 0\.\.6, got 7 at \(0, 0\)"),
+        (TRANSLATOR, {"source": [[1] * 99] * 2}, ValueError, r"source: expected at most \d+ tokens a sequence, got 99"),
+        (
+            TRANSLATOR, {"source": TOKENS, "source_mask": [[True] * 2] * 2}, ValueError,
+            r"source_mask: expected the shape of tokens, \(2, 3\), got \(2, 2\)",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_source_is_refused(config, arguments, error, message):
+    with pytest.raises(error, match=message):
+        check_inputs(config, TOKENS, None, None, **arguments)
+
+
+def test_a_source_has_rows_and_a_mask_of_its_own():
+    batch = check_inputs(TRANSLATOR, TOKENS, None, None, [[1, 2, 0], [3, 0, 0]], MASK)
+    assert batch.source.tokens.tolist() == [[1, 2, 0], [3, 0, 0]]
+    assert batch.source.mask.tolist() == MASK
+    assert batch.mask is None
+    second = batch.rows(slice(1, 2))
+    assert (second.source.tokens.tolist(), second.source.first) == ([[3, 0, 0]], 1)
+    assert check_inputs(TRANSLATOR, TOKENS, None, None, TOKENS, [[1] * 3] * 2).source.mask is None
 
 
 @pytest.mark.parametrize("kind", [bool, int, float])

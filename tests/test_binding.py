@@ -9,7 +9,7 @@ from strategies import device, random_model, same_bits, trained_adapter
 import lora_np as ln
 from lora_np.adapter import fuse_grads, fused_parts, matrix_updates
 from lora_np.backend import asnumpy, xp
-from lora_np.binding import bind
+from lora_np.binding import SOURCE, bind, encoder_of, with_source
 from lora_np.layout import Layout
 
 proves = pytest.mark.proves
@@ -93,34 +93,94 @@ def test_what_is_below_a_matrix():
     assert [only_o.trained_below(name) for name in asked] == [False, False, False, True, True]
 
 
-@proves("L4", "T13")
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_the_depth_of_every_parameter(norm_first):
-    """As a token meets them: what writes into the residual stream stands above what reads it; a norm is first or last.
+CLASSIFIER = {"head": "classify", "n_labels": 2, "causal": False}
 
-    So the order is that of the forward, and within a step there is none: q, k, v and a prefix stand side by side.
+
+@proves("L4", "T13", "T17", "T20")
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prefix": 2, "n_types": 2, **CLASSIFIER},
+        {"norm": "rms", "qk_norm": True, "norm_outputs": True, **CLASSIFIER},
+        {"n_encoder": 1, "norm_outputs": True, "tie_head": False, "score_buckets": 4},
+    ],
+    ids=["usual", "norms", "encoder"],
+)
+def test_the_depth_of_every_parameter(fields, norm_first):
+    """As a token meets them: what writes into the residual stream stands above what reads it; a norm is first or last,
+    and one of what a sublayer gives stands right above that.
+
+    So the order is that of the forward, and within a step there is none: q, k, v, their norms and a prefix stand side
+    by side. An encoder's states are no state of the decoder: what a second attention asks of them is not above it.
     """
-    config = replace(
-        GROUPED, n_layer=1, norm_first=norm_first, activation="silu_gated", prefix=2, n_types=2,
-        head="classify", n_labels=2, causal=False,
-    )  # fmt: skip
+    config = replace(GROUPED, n_layer=1, norm_first=norm_first, activation="silu_gated", **fields)
     steps = [["embed."]]
     for norm, first, then in (
-        ("norm1", "attn.q attn.k attn.v attn.prefix", "attn.o"),
+        ("norm1", "attn.q attn.k attn.v attn.prefix attn.q_norm attn.k_norm", "attn.o"),
+        ("norm_cross", "cross.q cross.k cross.v", "cross.o"),
         ("norm2", "mlp.up mlp.gate", "mlp.down"),
     ):
-        half = [[norm], first.split(), [then]] if norm_first else [first.split(), [then], [norm]]
+        half = [first.split(), [then], [f"{norm}_out"]]
+        half = [[norm], *half] if norm_first else [*half, [norm]]
         steps += [[f"layers.0.{part}." for part in step] for step in half]
     steps += [["norm."], ["pooler."], ["head."]]
-    names = [[name for name in config.weight_shapes() if name.startswith(tuple(step))] for step in steps]
-    assert {name for step in names for name in step} == set(config.weight_shapes())
+    own = [name for name in config.weight_shapes() if not name.startswith("encoder.")]
+    matrices = [name for name in config.matrix_shapes() if not name.startswith("encoder.")]
+    names = [[name for name in own if name.startswith(tuple(step))] for step in steps]
+    assert {name for step in names for name in step} == set(own)
     model = replace(bound()[0], config=config)
     for i, step in enumerate(names):
         for name in step:
             run = replace(model, trained=frozenset({name}))
-            below = [matrix for matrix in config.matrix_shapes() if run.trained_below(matrix)]
+            below = [matrix for matrix in matrices if run.trained_below(matrix)]
             above = tuple(start for later in steps[i + 1 :] for start in later)
-            assert below == [m for m in config.matrix_shapes() if f"{m}.".startswith(above)], name
+            reached = [m for m in matrices if f"{m}.".startswith(above) and not m.endswith((".cross.k", ".cross.v"))]
+            assert below == reached, name
+
+
+@proves("T20", "L4")
+def test_an_encoder_alone_and_the_decoder_that_asks_its_states():
+    """The encoder under the names of any model, the token table being both's; the states count as trained if any of it
+    is, and then backward reaches the keys and values that are made of them, in every layer."""
+    model = random_model(replace(GROUPED, n_encoder=1), seed=0)
+    run, adapter = bound(model, targets=("q", "up"), layers=(0,), bias="lora_only")
+    encoder = encoder_of(run)
+    assert encoder.config == replace(GROUPED, n_layer=1, causal=False, head="none")
+    assert encoder.weights.keys() == encoder.config.weight_shapes().keys()
+    assert encoder.weights["layers.0.attn.q.weight"] is run.weights["encoder.layers.0.attn.q.weight"]
+    assert encoder.weights["embed.tokens"] is run.weights["embed.tokens"]
+    assert encoder.updates.keys() == {"layers.0.attn.q", "layers.0.mlp.up"}
+    assert encoder.updates["layers.0.attn.q"].A is adapter.params["encoder.layers.0.attn.q.A"]
+    assert encoder.trained == {name.removeprefix("encoder.") for name in adapter.params if name.startswith("encoder.")}
+    x, at = xp.zeros((3, 2, 8)), Layout(3, 2)
+    asked = [f"layers.{i}.{matrix}" for i in (0, 1) for matrix in ("attn.q", "cross.q", "cross.k", "cross.v", "mlp.up")]
+
+    def decoder(*trained):
+        alone = replace(run, trained=frozenset(trained))
+        return with_source(alone, encoder_of(alone), x, at)
+
+    of_encoder = decoder("encoder.layers.0.attn.q.A")
+    assert of_encoder.source is at
+    assert of_encoder.weights[SOURCE] is x
+    assert of_encoder.trained == {SOURCE}
+    assert [of_encoder.trained_below(name) for name in asked] == [False, False, True, True, True] + [True] * 5
+    own = decoder("layers.0.attn.q.A")
+    assert own.trained == {"layers.0.attn.q.A"}
+    assert [own.trained_below(name) for name in asked] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert decoder("embed.tokens").trained == {"embed.tokens", SOURCE}
+    assert decoder("encoder.embed.positions").lowest == of_encoder.lowest
 
 
 @proves("L4", "T14")

@@ -74,14 +74,14 @@ def test_planted_errors_are_caught(name, mistake, gradient):
 # --- Primitives ----------------------------------------------------------------------------------------------------
 
 
-@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T15", "L4")
+@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T15", "T18", "T19", "L4")
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_primitive_by_complex_step(name):
     p = PRIMITIVES[name]
     assert worst(p.forward, p.backward, p.inputs) <= 1e-12
 
 
-@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T15", "L4")
+@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T15", "T18", "T19", "L4")
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_primitive_by_central_difference(name):
     p = PRIMITIVES[name]

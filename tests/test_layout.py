@@ -1,5 +1,7 @@
 """Which tokens the rows of a state are: where each stands, and the way into heads and back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -131,6 +133,34 @@ def test_heads_are_turned_by_each_tokens_own_position(padded, past, read):
         (at.rotate_backward(xp.asarray(x), 0), (x[..., :2] + 1j * x[..., 2:]) / turn),
     ]:
         assert np.abs(asnumpy(got) - np.concatenate([z.real, z.imag], axis=-1)).max() <= 1e-14
+
+
+@proves("T11", "T9")
+@pytest.mark.parametrize("theta", [None, 7.0])
+def test_each_layer_has_its_own_angles(theta):
+    """The first p of K; factors; where layers have a window and a base for it, that one, and no factors."""
+    config = ln.Config(
+        7, 9, 3, 1, 6, 4, positions="rotary", rope_theta=50.0, rope_width=4, rope_factors=(2.0, 5.0), window=2,
+        full_layers=(1,), window_theta=theta,
+    )  # fmt: skip
+    at, last = lay_out(config, Batch(np.zeros((2, 4), dtype=int), None, None), "float64", packed=True,
+                       read=np.array([3, 1]))  # fmt: skip
+    x = np.random.default_rng(0).standard_normal((2, 1, 4, 6))
+    for i in range(3):
+        base, factors = (theta, (1.0, 1.0)) if theta is not None and i != 1 else (50.0, (2.0, 5.0))
+        turn = np.exp(1j * np.arange(4)[:, None] * base ** (-np.arange(2) / 2) / factors)
+        z = (x[..., :2] + 1j * x[..., 2:4]) * turn
+        expected = np.concatenate([z.real, z.imag, x[..., 4:]], axis=-1)
+        assert np.abs(asnumpy(at.rotate(xp.asarray(x), i)) - expected).max() <= 1e-14
+        one = np.stack([x[0, :, 3:4], x[1, :, 1:2]])
+        assert np.abs(asnumpy(last.rotate(xp.asarray(one), i))[:, 0, 0] - expected[[0, 1], 0, [3, 1]]).max() <= 1e-14
+
+
+@proves("T1", "T11", "T18")
+def test_no_positions_are_none():
+    at, _ = lay_out(replace(GPT2, positions="none"), Batch(np.zeros((2, 2), int), None, None), "float64", packed=True,
+                    read=None)  # fmt: skip
+    assert (at.positions, at.angles) == (None, None)
 
 
 @proves("T11")

@@ -1,6 +1,7 @@
 """What a model is: its configuration, the names and shapes of its weights, and that they are frozen."""
 
 import copy
+import math
 import pickle
 from dataclasses import FrozenInstanceError, replace
 
@@ -123,12 +124,131 @@ def test_derived_sizes():
         ({"position_offset": 8}, "leaves no place"),
         ({"eps": 0.0}, "Config.eps: expected a number above 0, got 0.0"),
         ({"rope_theta": -1.0}, "Config.rope_theta: expected a number above 0, got -1.0"),
+        ({"activation": "tanh"}, "Config.activation: expected one of gelu gelu_tanh silu relu .*, got 'tanh'"),
+        ({"pooler": "silu"}, "Config.pooler: expected one of tanh gelu relu, got 'silu'"),
+        ({"qkv_bias": 2}, "Config.qkv_bias: expected one of None True False, got 2"),
+        ({"d_head": 0}, "Config.d_head: expected an integer of at least 1, got 0"),
+        ({"positions": "rotary", "d_head": 3}, "a head's width is odd: 3"),
+        ({"positions": "rotary", "rope_width": 3}, "a head's width is odd: 3"),
+        ({"positions": "rotary", "rope_width": 6}, "rope_width = 6 passes a head's width, 4"),
+        (
+            {"positions": "rotary", "rope_factors": (1.0, 2.0, 3.0)},
+            "rope_factors: expected one, or 2, one for each frequency, got 3",
+        ),
+        ({"rope_factors": (1.0, 0.0)}, r"Config.rope_factors\[1\]: expected a number above 0, got 0.0"),
+        ({"embed_scale": 0}, "Config.embed_scale: expected a number above 0, got 0"),
+        ({"head_scale": math.inf}, "Config.head_scale: expected a number above 0, got inf"),
+        ({"window_theta": -1.0}, "Config.window_theta: expected a number above 0, got -1.0"),
+        ({"window": 0}, "Config.window: expected an integer of at least 1, got 0"),
+        ({"full_layers": (-1,)}, "Config.full_layers: expected an integer of at least 0, got -1"),
+        ({"window": 2, "causal": False}, "a window needs causal attention"),
+        ({"window": 2, "prefix": 1}, "a prefix stands at no distance: expected no window and no score_buckets"),
+        ({"score_buckets": 4, "prefix": 1}, "a prefix stands at no distance"),
+        ({"qk_norm": True}, "qk_norm is an RMS norm: expected norm='rms' or 'rms_1p'"),
+        ({"score_buckets": 6}, "score_buckets: expected a multiple of 4 below 256, got 6"),
+        ({"score_buckets": 8, "score_distance": 4}, "score_buckets: expected a multiple of 4 below 8, got 8"),
+        (
+            {"score_buckets": 8, "score_distance": 5, "disentangled": True, "causal": False},
+            "score_buckets: expected a multiple of 4 below 8, got 8",
+        ),
+        ({"score_scale": 0.0}, "Config.score_scale: expected a number above 0, got 0.0"),
+        ({"disentangled": True, "score_buckets": 4}, "disentangled attention needs score_buckets; it is not causal"),
+        ({"disentangled": True, "causal": False}, "disentangled attention needs score_buckets"),
+        (
+            {"disentangled": True, "causal": False, "score_buckets": 4, "n_kv_head": 1},
+            "its heads share no keys",
+        ),
+        *(
+            ({"n_encoder": 1, **other}, "n_encoder: expected a causal decoder with head lm or none, without rotary")
+            for other in (
+                {"positions": "rotary"}, {"norm": "rms", "qk_norm": True}, {"prefix": 1}, {"window": 2}, {"n_types": 1},
+                {"causal": False}, {"head": "tag", "n_labels": 2}, {"head": "classify", "n_labels": 2},
+            )
+        ),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_wrong_configuration_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"qk_norm": 1}, "Config.qk_norm: expected True or False, got int"),
+        ({"rope_factors": 2.0}, "Config.rope_factors: expected a sequence of numbers, got float"),
+        ({"full_layers": 1}, "Config.full_layers: expected a sequence of numbers, got int"),
+    ],
+    ids=str,
+)
+def test_a_field_of_another_type_is_refused(fields, message):
+    with pytest.raises(TypeError, match=message):
+        replace(SMALL, **fields)
+
+
+def test_what_follows_from_the_fields():
+    """By hand: widths, scales, and which layers have a window."""
+    wide = replace(SMALL, d_head=6)
+    assert (wide.head_width, SMALL.head_width, wide.turned, replace(wide, rope_width=2).turned) == (6, 4, 6, 2)
+    shapes = replace(wide, n_kv_head=1).matrix_shapes()
+    assert [shapes[f"layers.0.attn.{part}"] for part in "qkvo"] == [(12, 8), (6, 8), (6, 8), (8, 12)]
+    near = replace(SMALL, disentangled=True, causal=False, score_buckets=4, score_distance=8)
+    assert (SMALL.scale, near.scale, replace(near, score_scale=2.0).scale) == (1 / 2, 1 / math.sqrt(12), 2.0)
+    mixed = replace(SMALL, n_layer=3, window=5, full_layers=[1])
+    assert mixed.full_layers == (1,)
+    assert [mixed.window_of(i) for i in range(3)] == [5, None, 5]
+    assert [c.by_distance for c in (SMALL, mixed, near, replace(SMALL, score_buckets=4))] == [False, True, True, True]
+    assert [replace(SMALL, activation=a).gated for a in ("gelu", "relu_gated")] == [False, True]
+
+
+def test_each_field_has_its_weights():
+    """Which weights a field adds to GPT-2's, and which it takes away."""
+    base = SMALL.weight_shapes()
+
+    def differs(**fields):
+        shapes = replace(SMALL, **fields).weight_shapes()
+        return {n: shapes[n] for n in shapes if base.get(n) != shapes[n]}, base.keys() - shapes.keys()
+
+    assert differs(positions="none") == ({}, {"embed.positions"})
+    assert differs(qkv_bias=False) == ({}, {f"layers.{i}.attn.{part}.bias" for i in (0, 1) for part in "qkv"})
+    assert differs(qkv_bias=True) == ({}, set())
+    assert differs(score_buckets=4) == ({"embed.score_bias": (4, 2)}, set())
+    far = {"embed.distances": (8, 8), "embed.distances_norm.weight": (8,), "embed.distances_norm.bias": (8,)}
+    assert differs(score_buckets=4, disentangled=True, causal=False) == (far, set())
+    outs = {
+        f"layers.{i}.{norm}_out.{part}" for i in (0, 1) for norm in ("norm1", "norm2") for part in ("weight", "bias")
+    }
+    assert differs(norm_outputs=True) == (dict.fromkeys(outs, (8,)), set())
+    added, gone = differs(norm="rms", qk_norm=True, d_head=6)
+    assert {n: s for n, s in added.items() if "_norm" in n} == {
+        f"layers.{i}.attn.{part}_norm.weight": (6,) for i in (0, 1) for part in "qk"
+    }
+    assert gone == {name for name in base if "norm" in name and name.endswith(".bias")}
+    assert all(not replace(SMALL, bias=False, qkv_bias=True).weight_shapes().get(f"layers.0.{m}.bias")
+               for m in ("attn.o", "mlp.up", "mlp.down"))  # fmt: skip
+
+
+def test_an_encoder_s_weights_are_a_model_s_own():
+    """Under `encoder.`, but for the token table, which is the decoder's too; and a second attention in each layer."""
+    config = replace(SMALL, n_encoder=1, score_buckets=4)
+    shapes, alone = config.weight_shapes(), config.encoder.weight_shapes()
+    encoder = {name.removeprefix("encoder."): s for name, s in shapes.items() if name.startswith("encoder.")}
+    assert encoder == {name: s for name, s in alone.items() if name != "embed.tokens"}
+    assert (config.encoder.n_layer, config.encoder.causal, config.encoder.head, config.encoder.n_encoder) == (
+        1, False, "none", 0
+    )  # fmt: skip
+    decoder = {name: s for name, s in shapes.items() if not name.startswith("encoder.")}
+    cross = {name: s for name, s in decoder.items() if "cross" in name}
+    assert decoder.keys() - cross.keys() == replace(SMALL, score_buckets=4).weight_shapes().keys()
+    own = {n.replace(".attn.", ".cross.").replace("norm1", "norm_cross"): s for n, s in SMALL.weight_shapes().items()
+           if ".attn." in n or ".norm1." in n}  # fmt: skip
+    assert cross == own
+    assert config.sublayers == ("attn", "cross", "mlp")
+    assert config.depth == 6
+    assert {name for name in config.matrix_shapes() if "cross" in name} == {
+        f"layers.{i}.cross.{part}" for i in (0, 1) for part in "qkvo"
+    }
 
 
 # ---- weights ----

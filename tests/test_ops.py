@@ -14,6 +14,7 @@ from strategies import bits, deviation, device, dtypes, gamma, same_bits, seeds,
 
 from lora_np import ops
 from lora_np.backend import asnumpy, xp
+from lora_np.distance import PositionBias
 from lora_np.lora import lora_embedding, lora_embedding_backward, lora_linear, lora_linear_backward
 
 proves = pytest.mark.proves
@@ -316,6 +317,7 @@ ACTIVATIONS = {
     "gelu": (ops.gelu, lambda v: (v * standard_normal_cdf(v), standard_normal_cdf(v) + v * phi(v))),
     "gelu_tanh": (ops.gelu_tanh, gelu_tanh_parts),
     "silu": (ops.silu, lambda v: (v * sigmoid(v), sigmoid(v) * (1 + v * (1 - sigmoid(v))))),
+    "relu": (ops.relu, lambda v: (max(v, 0.0), float(v > 0))),
     "tanh": (ops.tanh, lambda v: (math.tanh(v), tanh_slope(v))),
 }
 
@@ -342,7 +344,8 @@ def test_activation_and_its_derivative(name, dtype):
 def test_activation_far_out(name, dtype):
     """At 1e4 nothing overflows, and the limits are exact: x or 0, 1 or -1."""
     y, dydx = map(asnumpy, ACTIVATIONS[name][0](device([-1e4, 0.0, 1e4], dtype)))
-    limits = ([-1, 0, 1], [0, 1, 0]) if name == "tanh" else ([0, 0, 1e4], [0, 0.5, 1])
+    at_zero = {"tanh": 1, "relu": 0}.get(name, 0.5)  # of relu, as its statement says
+    limits = ([-1, 0, 1], [0, at_zero, 0]) if name == "tanh" else ([0, 0, 1e4], [0, at_zero, 1])
     np.testing.assert_array_equal(y, np.array(limits[0], dtype))
     np.testing.assert_array_equal(dydx, np.array(limits[1], dtype))
 
@@ -488,28 +491,33 @@ def attentions(draw, causal=None, masked=None):
     return q, k, v, draw(st.booleans()) if causal is None else causal, mask
 
 
-def visible(n, t, T, S, causal, mask):
-    """The keys that query t of text n sees."""
-    return [s for s in range(S) if (mask is None or mask[n, s]) and (not causal or s <= S - T + t)]
+def visible(n, t, T, S, causal, mask, window=None):
+    """The keys that query t of text n sees: with a window, that many of those up to its own place."""
+    own = S - T + t
+    first = 0 if window is None else own - window + 1
+    return [s for s in range(first, S) if s >= 0 and (mask is None or mask[n, s]) and (not causal or s <= own)]
 
 
-def attention_by_hand(q, k, v, causal, mask):
-    """T9, T10, one query at a time, and a rounding bound of each output.
+def attention_by_hand(q, k, v, causal, mask, window=None, scale=None, bias=None):
+    """T9, T10, one query at a time, and a rounding bound of each output. bias: what is added, parts (N,H,T,S) of it.
 
-    A score errs by g(K + 2) |q| . |k| / sqrt(K), e; a probability by a factor exp(2 e) and S + 4 roundings; the
-    output, a mean of values, by that and S + 1 more.
+    A score errs by g(K + 4) (|q| . |k| / sqrt(K) and the sizes of what is added), e; a probability by a factor
+    exp(2 e) and S + 4 roundings; the output, a mean of values, by that and S + 1 more.
     """
     N, H, T, K = q.shape
     S = k.shape[2]
+    scale, bias = 1 / math.sqrt(K) if scale is None else scale, np.zeros((1, N, H, T, S)) if bias is None else bias
     y, bound = np.zeros_like(q), np.zeros_like(q)
     for n, h, t in itertools.product(range(N), range(H), range(T)):
         g = h // (H // k.shape[1])
-        seen = visible(n, t, T, S, causal, mask)
+        seen = visible(n, t, T, S, causal, mask, window)
         if not seen:
             continue
-        scores = [math.fsum(q[n, h, t] * k[n, g, s]) / math.sqrt(K) for s in seen]
+        added = bias[:, n, h, t]
+        scores = [math.fsum([*(scale * q[n, h, t] * k[n, g, s]), *added[:, s]]) for s in seen]
         y[n, h, t] = np.array(exact_softmax(scores)) @ v[n, g, seen]
-        e = gamma(K + 3) * max(float(np.abs(q[n, h, t]) @ np.abs(k[n, g, s])) for s in seen) / math.sqrt(K)
+        sizes = [scale * float(np.abs(q[n, h, t]) @ np.abs(k[n, g, s])) + np.abs(added[:, s]).sum() for s in seen]
+        e = gamma(K + 4) * max(sizes)
         spread = max(scores) - min(scores)
         bound[n, h, t] = (4 * e + 2 * gamma(2 * S + 8) + 4 * gamma(1) * spread) * np.abs(v[n, g, seen]).max()
     return y, bound
@@ -524,8 +532,9 @@ def tiles(rows=2, cache=16):
         yield
 
 
-def run_attention(q, k, v, causal, mask):
-    return ops.attention(*map(device, (q, k, v)), causal=causal, mask=None if mask is None else device(mask))
+def run_attention(q, k, v, causal, mask, **options):
+    mask = None if mask is None else device(mask)
+    return ops.attention(*map(device, (q, k, v)), causal=causal, mask=mask, **options)
 
 
 @proves("T9", "T10")
@@ -598,6 +607,88 @@ def test_causal_attention_never_looks_ahead(case):
         assert same_bits(asnumpy(run_attention(q, k2, v2, causal, mask)[0])[:, :, : t + 1], y[:, :, : t + 1])
 
 
+@st.composite
+def seen_by_place(draw):
+    """Attention that asks where keys stand, causal with a window or not: what `attentions` gives; and by name a window,
+    a scale, and a PositionBias, T18's or T19's, or None."""
+    causal = draw(st.booleans())
+    q, k, v, _, mask = draw(attentions(causal=causal))
+    (N, H, T, _), S, B = q.shape, k.shape[2], draw(st.integers(1, 4))
+    rng = np.random.default_rng(draw(seeds))
+    bucket, kind = rng.integers(0, B, S + T - 1), draw(st.sampled_from(["none", "T18", "T19"]))
+    bias = {
+        "none": None,
+        "T18": PositionBias(device(bucket), device(rng.standard_normal((N, H, T, B)))),
+        "T19": PositionBias(device(bucket), *(device(rng.standard_normal((N, H, n, B))) for n in (T, S))),
+    }[kind]
+    options = {"scale": draw(st.sampled_from([None, 1.0, 0.3])), "bias": bias}
+    return (q, k, v, causal, mask), options | {"window": draw(st.sampled_from([None, 1, 2, 3])) if causal else None}
+
+
+def bias_by_hand(bias, T, S):
+    """What each score gains, in its two parts: by its query, and by its key. -> (2,N,H,T,S), or None."""
+    if bias is None:
+        return None
+    bucket, t, s = asnumpy(bias.bucket), np.arange(T)[:, None], np.arange(S)
+    places = bucket[s - t + T - 1]
+    by_query = asnumpy(bias.c2p)[:, :, t, places]
+    by_key = 0 * by_query if bias.p2c is None else asnumpy(bias.p2c)[:, :, s, places]
+    return np.stack([by_query, by_key])
+
+
+@proves("T9", "T10", "T18", "T19")
+@given(seen_by_place())
+@tiles()
+def test_attention_by_place_is_a_mean_of_values(case):
+    """With a window, another scale, and what scores gain by distance."""
+    (q, k, v, causal, mask), options = case
+    bias = bias_by_hand(options["bias"], q.shape[2], k.shape[2])
+    expected, bound = attention_by_hand(q, k, v, causal, mask, **{**options, "bias": bias})
+    y = asnumpy(run_attention(q, k, v, causal, mask, **options)[0])
+    assert np.all(np.abs(y - expected) <= bound)
+
+
+@proves("T9", "T10", "T18", "T19")
+@given(seen_by_place(), seeds)
+@tiles()
+def test_attention_by_place_backward_is_the_derivative_along_any_direction(case, seed):
+    """Of q, k, v, and of what each query and key adds, by complex step."""
+    (*inputs, causal, mask), options = case
+    bias, rng = options["bias"], np.random.default_rng(seed)
+    added = [] if bias is None else [asnumpy(a) for a in bias[1:3] if a is not None]
+    dy, along = rng.standard_normal(inputs[0].shape), [rng.standard_normal(a.shape) for a in (*inputs, *added)]
+    moved = [a + 1e-30j * d for a, d in zip((*inputs, *added), along, strict=True)]
+    moved_bias = None if bias is None else PositionBias(bias.bucket, *map(device, moved[3:]))
+    y = asnumpy(run_attention(*moved[:3], causal, mask, **{**options, "bias": moved_bias})[0])
+    *gradients, dbias = ops.attention_backward(device(dy), run_attention(*inputs, causal, mask, **options)[1])
+    gradients += [] if bias is None else [a for a in dbias[1:3] if a is not None]
+    terms = np.concatenate([(asnumpy(g) * d).ravel() for g, d in zip(gradients, along, strict=True)])
+    assert abs((dy * y.imag).sum() / 1e-30 - terms.sum()) <= 1e-12 * np.abs(terms).sum()
+
+
+@proves("T9")
+@given(attentions(causal=True), st.integers(1, 3))
+@tiles()
+def test_a_window_never_looks_beyond_itself(case, window):
+    """Other keys and values before it change no bit of a query's output, nor have they a gradient."""
+    q, k, v, causal, mask = case
+    y, saved = run_attention(q, k, v, causal, mask, window=window)
+    (_, _, T, _), S = q.shape, k.shape[2]
+    for t in range(T):
+        own, first = S - T + t, max(0, S - T + t - window + 1)
+        k2, v2 = k.copy(), v.copy()
+        k2[:, :, :first], v2[:, :, :first] = 9.0, -9.0
+        k2[:, :, own + 1 :], v2[:, :, own + 1 :] = 9.0, -9.0
+        moved = run_attention(q, k2, v2, causal, mask, window=window)[0]
+        assert same_bits(asnumpy(moved)[:, :, t], asnumpy(y)[:, :, t])
+        dy = np.zeros(q.shape)
+        dy[:, :, t] = 1.0
+        _, dk, dv = (asnumpy(d) for d in ops.attention_backward(device(dy), saved)[:3])
+        for d in (dk, dv):
+            assert not d[:, :, :first].any()
+            assert not d[:, :, own + 1 :].any()
+
+
 @proves("T10")
 @given(attentions())
 @tiles()
@@ -658,6 +749,41 @@ def test_attention_holds_no_scores_of_a_whole_head(causal):
     assert peak < T * T * q.itemsize
 
 
+def by_distance(kind, H, T, B=8):
+    """T18's, or T19's, for one sequence of T tokens."""
+    rng, bucket = np.random.default_rng(0), np.arange(2 * T - 1) % B
+    if kind == "T18":
+        return PositionBias(bucket, np.broadcast_to(rng.standard_normal((1, H, 1, B)), (1, H, T, B)))
+    return PositionBias(bucket, *rng.standard_normal((2, 1, H, T, B)))
+
+
+@proves("T9", "T18", "T19")
+@pytest.mark.skipif(xp is not np, reason="tracemalloc sees the host's memory alone; on a GPU there is one tile")
+@pytest.mark.parametrize("kind", ["window", "T18", "T19"])
+def test_attention_by_place_holds_memory_in_proportion_to_its_length(kind):
+    """Twice as many tokens, twice the peak or less: less than the (T,T) of one head, of two."""
+    peaks = []
+    for T in (1024, 2048):
+        q, k, v, dy = np.random.default_rng(0).standard_normal((4, 1, 2, T, 4))
+        bias = None if kind == "window" else by_distance(kind, 2, T)
+        tracemalloc.start()
+        _, saved = ops.attention(q, k, v, causal=True, window=100 if kind == "window" else None, bias=bias)
+        ops.attention_backward(dy, saved)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < min(2.2 * peaks[0], 2048 * 2048 * 8)
+
+
+@proves("T9")
+@pytest.mark.skipif(xp is not np, reason="on a GPU there is one tile")
+def test_a_window_s_scores_are_computed_about_it_alone():
+    """Of each tile's queries the first sees the earliest key: no score stands further back."""
+    for start, stop, keys in (
+        (tile.t.start, tile.t.stop, tile.s) for tile in ops._tiles(1, 1, 1, 1024, 1024, causal=True, window=100)
+    ):
+        assert keys == slice(max(0, start - 99), stop)
+
+
 # --- T11: rotary ---------------------------------------------------------------------------------------------------
 
 
@@ -684,6 +810,51 @@ def test_rotary_turns_pairs(case, theta):
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
     bound = np.abs(x).max() * (8 * gamma(1) * np.abs(angles).max() + 8 * gamma(1))
     assert np.abs(y - np.concatenate([turned.real, turned.imag], axis=-1)).max() <= 4 * bound
+
+
+@proves("T11")
+@given(rotaries(), st.integers(0, 3), seeds)
+def test_rotary_of_the_first_p_and_with_scaled_frequencies(case, more, seed):
+    """As above, of x's first p elements, the angle over a factor; the others stay, to the bit, forward and backward."""
+    x, positions = case
+    p, rng = x.shape[-1], np.random.default_rng(seed)
+    wide = np.concatenate([x, rng.standard_normal((*x.shape[:-1], more))], axis=-1)
+    half = p // 2
+    for factors in ((4.0,), tuple(rng.uniform(1, 8, half))):
+        cos, sin = ops.rotary_angles(device(positions), p, 10000.0, "float64", factors)
+        y, saved = ops.rotary(device(wide), cos, sin)
+        each = factors * half if len(factors) == 1 else factors
+        angles = np.array([[float(t) / (each[i] * math.pow(1e4, i / half)) for i in range(half)] for t in positions])
+        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+        bound = 4 * np.abs(x).max() * (10 * gamma(1) * np.abs(angles).max() + 8 * gamma(1))
+        assert np.abs(asnumpy(y)[..., :p] - np.concatenate([turned.real, turned.imag], axis=-1)).max() <= bound
+        back = asnumpy(ops.rotary_backward(y, saved))
+        for a in (asnumpy(y), back):
+            assert same_bits(np.ascontiguousarray(a[..., p:]), np.ascontiguousarray(wide[..., p:]))
+        assert np.abs(back - wide).max() <= 16 * gamma(1) * np.abs(wide).max()
+
+
+@proves("T11")
+@pytest.mark.parametrize("p", [8, 64, 128])
+@pytest.mark.parametrize(("factor", "low", "high", "original"), [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192)])
+def test_llama_3_s_factors(p, factor, low, high, original):
+    """By wavelength, in exact fractions but for the power: short ones stay, long ones are `factor` times as long, and
+    between the two the frequency is a mean, by how many times a wave goes into `original`."""
+    theta = 500000.0
+    factors = ops.llama3_factors(p, theta, factor=factor, low=low, high=high, original=original)
+    assert len(factors) == p // 2
+    for i, found in enumerate(factors):
+        wavelength = Fraction(2 * math.pi * math.pow(theta, 2 * i / p))
+        if wavelength < Fraction(original) / Fraction(high):
+            expected = Fraction(1)
+        elif wavelength > Fraction(original) / Fraction(low):
+            expected = Fraction(factor)
+        else:
+            smooth = (Fraction(original) / wavelength - Fraction(low)) / (Fraction(high) - Fraction(low))
+            expected = 1 / ((1 - smooth) / Fraction(factor) + smooth)
+        assert abs(found - float(expected)) <= 64 * gamma(1) * float(expected)
+    assert factors[0] == 1.0
+    assert factors[-1] == factor
 
 
 @proves("T11")
@@ -943,6 +1114,7 @@ BLOCKWISE = {
     "gelu, derivative": lambda x, w, b: ops.gelu(x)[1],
     "gelu_tanh": lambda x, w, b: ops.gelu_tanh(x)[0],
     "silu": lambda x, w, b: ops.silu(x)[0],
+    "relu": lambda x, w, b: ops.relu(x)[0],
     "cross_entropy": lambda x, w, b: ops.cross_entropy(x.reshape(-1, 5).copy(), xp.arange(21) % 5)[0],
     "cross_entropy, softmax": lambda x, w, b: ops.cross_entropy(x.reshape(-1, 5).copy(), xp.arange(21) % 5)[1][0],
 }
@@ -1024,6 +1196,7 @@ OPERATIONS = {
     "gelu": ("x", ops.gelu, ops.activation_backward),
     "gelu_tanh": ("x", ops.gelu_tanh, ops.activation_backward),
     "silu": ("x", ops.silu, ops.activation_backward),
+    "relu": ("x", ops.relu, ops.activation_backward),
     "tanh": ("x", ops.tanh, ops.activation_backward),
     "softmax": ("x", ops.softmax, ops.softmax_backward),
     "attention": (

@@ -7,7 +7,6 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from buckets import deberta_bucket, t5_bucket
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import (
@@ -45,6 +44,7 @@ from lora_np.batch import check_batch
 from lora_np.binding import bind, frozen
 from lora_np.layout import Layout
 from lora_np.vectors import derivatives
+from lora_np.vectors.buckets import deberta_bucket, t5_bucket
 
 proves = pytest.mark.proves
 LOSS = import_module("lora_np.loss")  # ln.loss is the function in it

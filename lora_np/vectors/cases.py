@@ -13,6 +13,7 @@ from ..backend import Array
 from ..batch import IGNORED
 from ..formats.models.presets import PRESETS
 from ..model import Config, Model, init_weights
+from ..ops import llama3_factors
 from .derivatives import architectures
 from .dyadic import integers, numbers
 
@@ -222,6 +223,7 @@ def _primitives() -> Iterator[Case]:
     yield from _softmaxes()
     yield from _attentions()
     yield from _rotaries()
+    yield from _by_place()
     draw = _Names("T12", "given")
     inputs = {"x": draw("x", 2, 3, 4), "keep": draw.keep("keep", 2, 3, 4), "dy": draw("dy", 2, 3, 4)}
     yield Case("T12", "given", "dropout", "p = 1/4", {"p": 0.25}, inputs, ("x",))
@@ -232,7 +234,7 @@ def _primitives() -> Iterator[Case]:
 def _embeddings() -> Iterator[Case]:
     for name, title, T, extra in (
         ("tokens", "Tokens alone, some of them twice", 4, ()), ("all", "Tokens, positions and types", 4, (1, 2)),
-        ("one-token", "T = 1", 1, (1,)),
+        ("one-token", "T = 1", 1, (1,)), ("scaled", "Tokens times sqrt(3), positions not", 4, (1,)),
     ):  # fmt: skip
         draw = _Names("T1", name)
         inputs = {"tokens": draw.integers("tokens", 2, T, low=0, high=4), "tokens_table": draw("tokens_table", 5, 3)}
@@ -242,7 +244,8 @@ def _embeddings() -> Iterator[Case]:
             inputs |= {"types": draw.integers("types", 2, T, low=0, high=1), "types_table": draw("types_table", 2, 3)}
         inputs["dx"] = draw("dx", 2, T, 3)
         tables = tuple(n for n in inputs if n.endswith("_table"))
-        yield Case("T1", name, "embedding", title, {}, inputs, tables)
+        scalars = {"scale": 3**0.5} if name == "scaled" else {}
+        yield Case("T1", name, "embedding", title, scalars, inputs, tables)
 
 
 def _linears() -> Iterator[Case]:
@@ -276,23 +279,28 @@ def _norms() -> Iterator[Case]:
                 inputs["b"] = draw("b", 6)
             gradients = ("x", "w", *(("b",) if id == "T3" else ()))
             yield Case(id, name, operation, title, {"eps": eps}, inputs, gradients)
+    draw = _Names("T4", "one-plus")
+    inputs = {"x": draw("x", 2, 3, 6), "w": draw("w", 6, low=-0.5, high=0.5), "dy": draw("dy", 2, 3, 6)}
+    title = "1 + w in the place of w"
+    yield Case("T4", "one-plus", "rms_norm", title, {"eps": 1e-5, "one_plus": True}, inputs, ("x", "w"))
 
 
 def _activations() -> Iterator[Case]:
-    for id, operation in (("T5", "gelu"), ("T6", "gelu_tanh"), ("T7", "silu")):
+    for id, operation in (("T5", "gelu"), ("T6", "gelu_tanh"), ("T7", "silu"), ("T7", "relu")):
         for name, title, limit in (("near", "-2 to 2", 2.0), ("far", "-12 to 12", 12.0)):
             draw = _Names(id, f"{operation}-{name}")
             x = draw("x", 24, low=-limit, high=limit)
             x[:3] = 0.0, limit, -limit
             inputs = {"x": x, "dy": draw("dy", 24)}
             yield Case(id, f"{operation}-{name}", operation, title, {}, inputs, ("x",))
-    for name, T in (("mlp", 3), ("mlp-one-token", 1)):
+    for name, T, activation in (("mlp", 3, None), ("mlp-one-token", 1, None), ("mlp-gelu-tanh", 3, "gelu_tanh")):
         draw = _Names("T7", name)
         inputs = {
             "x": draw("x", 2, T, 4), "W_gate": draw("W_gate", 6, 4), "W_up": draw("W_up", 6, 4),
             "W_down": draw("W_down", 4, 6), "dy": draw("dy", 2, T, 4),
         }  # fmt: skip
-        yield Case("T7", name, "gated_mlp", f"T = {T}", {}, inputs, ("x", "W_gate", "W_up", "W_down"))
+        title, scalars = (f"T = {T}", {}) if activation is None else ("Gated by GELU", {"activation": activation})
+        yield Case("T7", name, "gated_mlp", title, scalars, inputs, ("x", "W_gate", "W_up", "W_down"))
 
 
 def _softmaxes() -> Iterator[Case]:
@@ -320,8 +328,8 @@ def _attentions() -> Iterator[Case]:
     padded[0, :2] = padded[1, 3:] = False
     one = np.zeros((2, 4), dtype=bool)
     one[0, 0] = one[1, 1] = True
-    # name, title; H, G, T, S; causal, mask
-    for id, name, title, (H, G, T, S), causal, mask in (
+    # name, title; H, G, T, S; causal, mask; a window, another scale
+    for id, name, title, (H, G, T, S), causal, mask, *place in (
         ("T9", "causal", "Each query sees what stands before it", (2, 2, 4, 4), True, None),
         ("T9", "bidirectional", "All see all", (2, 2, 4, 4), False, None),
         ("T9", "padded", "Padding on the left, and on the right", (2, 2, 4, 4), False, padded),
@@ -330,6 +338,9 @@ def _attentions() -> Iterator[Case]:
         ("T9", "none-seen", "Causal behind padding on the left: some queries see nothing", (2, 2, 4, 4), True, padded),
         ("T9", "one-token", "T = 1", (2, 2, 1, 1), True, None),
         ("T9", "cached", "Two queries at the end of four keys", (2, 2, 2, 4), True, None),
+        ("T9", "window", "A window of two keys", (2, 2, 5, 5), True, None, 2),
+        ("T9", "window-cached", "A window of two, two queries at the end of five keys", (2, 2, 2, 5), True, None, 2),
+        ("T9", "scaled", "Scores times 3/4", (2, 2, 4, 4), True, None, None, 0.75),
         ("T10", "causal", "Four query heads, two key/value heads", (4, 2, 4, 4), True, None),
         ("T10", "one-group", "Four query heads, one key/value head", (4, 1, 3, 3), False, None),
         ("T10", "padded", "Grouped and padded", (4, 2, 4, 4), False, padded),
@@ -341,7 +352,8 @@ def _attentions() -> Iterator[Case]:
         }  # fmt: skip
         if mask is not None:
             inputs["mask"] = mask
-        yield Case(id, name, "attention", title, {"causal": causal}, inputs, ("q", "k", "v"))
+        by_place = {n: value for n, value in zip(("window", "scale"), place, strict=False) if value is not None}
+        yield Case(id, name, "attention", title, {"causal": causal, **by_place}, inputs, ("q", "k", "v"))
 
 
 def _rotaries() -> Iterator[Case]:
@@ -356,6 +368,52 @@ def _rotaries() -> Iterator[Case]:
         draw = _Names("T11", name)
         inputs = {"x": draw("x", 2, 2, 4, K), "positions": positions, "dy": draw("dy", 2, 2, 4, K)}
         yield Case("T11", name, "rotary", title, {"theta": theta}, inputs, ("x",))
+    llama3 = llama3_factors(6, 100.0, factor=8.0, low=1.0, high=4.0, original=64)
+    for name, title, K, scalars in (
+        ("first-p", "The first 4 of 6", 6, {"width": 4}),
+        ("linear", "Every frequency over 4", 6, {"factors": [4.0]}),
+        ("llama3", "Llama 3's factors for theta = 100, 8 times 64 tokens", 6, {"factors": list(llama3)}),
+    ):  # fmt: skip
+        draw = _Names("T11", name)
+        inputs = {"x": draw("x", 2, 2, 4, K), "positions": np.arange(2, 6), "dy": draw("dy", 2, 2, 4, K)}
+        yield Case("T11", name, "rotary", title, {"theta": 100.0, **scalars}, inputs, ("x",))
+
+
+def _by_place() -> Iterator[Case]:
+    """T17 to T20."""
+    for name, title, H, K, eps in (
+        ("plain", "Two heads of four", 2, 4, 1e-5), ("eps-large", "eps = 1/4: where it stands shows", 3, 2, 0.25),
+    ):  # fmt: skip
+        draw = _Names("T17", name)
+        inputs = {
+            "x": draw("x", 2, H, 4, K), "w": draw("w", K, low=0.5, high=1.5), "positions": np.arange(1, 5),
+            "dy": draw("dy", 2, H, 4, K),
+        }  # fmt: skip
+        yield Case("T17", name, "head_norm", title, {"eps": eps, "theta": 100.0}, inputs, ("x", "w"))
+    for name, title, T, B, last, causal in (
+        ("causal", "Causal: distances beyond the last bucket", 24, 8, 16, True),
+        ("both", "Both sides: distances beyond the last bucket", 24, 8, 16, False),
+        ("short", "Shorter than the buckets that are of one distance each", 3, 8, 16, False),
+    ):  # fmt: skip
+        draw = _Names("T18", name)
+        inputs = {"table": draw("table", B, 2), "db": draw("db", 2, T, T)}
+        yield Case("T18", name, "score_bias", title, {"T": T, "causal": causal, "last": last}, inputs, ("table",))
+    for name, title, T, B in (
+        ("far", "Distances beyond the last bucket", 20, 8), ("near", "Shorter than the buckets of one distance", 3, 8),
+    ):  # fmt: skip
+        draw = _Names("T19", name)
+        inputs = {n: draw(n, 2, 2, T, 3) for n in ("q", "k")} | {n: draw(n, 2, 2 * B, 3) for n in ("q_far", "k_far")}
+        inputs["dz"] = draw("dz", 2, 2, T, T)
+        yield Case("T19", name, "disentangled", title, {"last": 16}, inputs, ("q", "k", "q_far", "k_far"))
+    for name, title, padded in (("plain", "Nothing is padding", False), ("padded", "Both sides are padded", True)):
+        draw = _Names("T20", name)
+        inputs = {"x": draw("x", 2, 4, 4), "X": draw("X", 2, 4, 4), "dy": draw("dy", 2, 4, 4)}
+        inputs |= {f"W_{one}": draw(f"W_{one}", 4, 4) for one in "qkvo"}
+        if padded:
+            inputs["mask"], inputs["source_mask"] = (np.ones((2, 4), dtype=bool) for _ in range(2))
+            inputs["mask"][0, 2:] = inputs["source_mask"][0, 3:] = inputs["source_mask"][1, :2] = False
+        gradients = ("x", "X", "W_q", "W_k", "W_v", "W_o")
+        yield Case("T20", name, "cross_attention", title, {"n_head": 2}, inputs, gradients)
 
 
 def _losses(id: str, **scalars: Any) -> Iterator[Case]:
@@ -459,6 +517,8 @@ def _models() -> Iterator[Case]:
         ("post-norm", "Post-norm, GELU, both directions, token types: BERT", bert, 4, False),
         ("post-norm-padded", "The same, padded", bert, 4, True),
         ("one-token", "T = 1", gpt2, 1, False),
+        ("both-sides", "A norm before and one after each half", replace(llama, norm_outputs=True), 4, False),
+        ("post-norm-both", "Post-norm, and one more inside", replace(bert, norm_outputs=True), 4, False),
     ):
         yield _model_case("T13", name, title, config, T=T, padded=padded)
     for name, title, config, padded in (
@@ -467,6 +527,9 @@ def _models() -> Iterator[Case]:
         ("classifier-last", "A causal classifier reads the last true token", _config("GPT-2, classifier"), True),
         ("classifier-first", "Another reads the first, through the pooler", _config("BERT, classifier"), True),
         ("tagger", "A tagger: a label each token", _config("BERT, tagger"), False),
+        ("tied-scaled", "Tied, its states times 1/2", replace(gpt2, head_scale=0.5), False),
+        ("pooler-relu", "A pooler of ReLU", replace(_config("BERT, classifier"), pooler="relu"), False),
+        ("pooler-gelu", "A pooler of GELU", replace(_config("BERT, classifier"), pooler="gelu"), False),
     ):
         yield _model_case("T14", name, title, config, padded=padded)
     yield from _generations(gpt2, llama)

@@ -11,12 +11,14 @@ and gives its outputs by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..backend import Array
+from .buckets import deberta_bucket, t5_bucket
 from .tracked import FUNCTION, Tracked, U, cos, erf, exp, joined, log, sin, sqrt, tanh, tracked
 
 Inputs: TypeAlias = Mapping[str, Any]
@@ -128,11 +130,13 @@ def truncated(dW: Tracked, k: int) -> Tracked:
     return Tracked((P[:, :k] * S[:k]) @ Qt[:k], E * (2 + 4 * S[k - 1] / (S[k - 1] - S[k])))
 
 
-# --- T1 to T16 ---------------------------------------------------------------------------------------------------
+# --- T1 to T20 ---------------------------------------------------------------------------------------------------
 
 
 def embedding(t: Inputs, c: Scalars) -> Outputs:
     x = t["tokens_table"][t["tokens"]]
+    if "scale" in c:
+        x = x * c["scale"]
     for what in ("positions", "types"):
         if what in t:
             x = x + t[f"{what}_table"][t[what]]
@@ -152,8 +156,13 @@ def layer_norm(t: Inputs, c: Scalars) -> Outputs:
     return {"y": normalised(t["x"] - t["x"].mean(), c["eps"]) * t["w"] + t["b"]}
 
 
+def norm_weight(t: Inputs, c: Scalars) -> Tracked:
+    """T4: w, or 1 + w."""
+    return t["w"] + 1 if c.get("one_plus") else t["w"]
+
+
 def rms_norm(t: Inputs, c: Scalars) -> Outputs:
-    return {"y": normalised(t["x"], c["eps"]) * t["w"]}
+    return {"y": normalised(t["x"], c["eps"]) * norm_weight(t, c)}
 
 
 def gelu_of(x: Tracked) -> Tracked:
@@ -168,6 +177,13 @@ def silu_of(x: Tracked) -> Tracked:
     return x * ((tanh(x * 0.5) + 1) * 0.5)
 
 
+def relu_of(x: Tracked) -> Tracked:
+    return x * (x.value > 0)
+
+
+ACTIVATIONS = {"gelu": gelu_of, "gelu_tanh": gelu_tanh_of, "silu": silu_of, "relu": relu_of, "tanh": tanh}
+
+
 def gelu(t: Inputs, c: Scalars) -> Outputs:
     return {"y": gelu_of(t["x"])}
 
@@ -180,9 +196,13 @@ def silu(t: Inputs, c: Scalars) -> Outputs:
     return {"y": silu_of(t["x"])}
 
 
+def relu(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": relu_of(t["x"])}
+
+
 def gated_mlp(t: Inputs, c: Scalars) -> Outputs:
     gate, up = t["x"] @ t["W_gate"].mT, t["x"] @ t["W_up"].mT
-    return {"y": (silu_of(gate) * up) @ t["W_down"].mT}
+    return {"y": (ACTIVATIONS[c.get("activation", "silu")](gate) * up) @ t["W_down"].mT}
 
 
 def weights_of(scores: Tracked, visible: Array) -> Tracked:
@@ -201,28 +221,38 @@ def softmax(t: Inputs, c: Scalars) -> Outputs:
     return {"p": weights_of(t["x"], t["mask"])}
 
 
-def attended(q: Tracked, k: Tracked, v: Tracked, causal: bool, mask: Array | None) -> Tracked:
+def attended(
+    q: Tracked, k: Tracked, v: Tracked, causal: bool, mask: Array | None, *, window: int | None = None,
+    scale: float | None = None,
+) -> Tracked:  # fmt: skip
     """T9, T10: q (N,H,T,K), k and v (N,G,S,K), mask (N,S) -> (N,H,T,K)."""
     (N, H, T, K), (G, S) = q.shape, k.shape[1:3]
     visible = np.ones((N, 1, T, S), dtype=bool)
     if causal:
         visible &= np.arange(S) <= np.arange(S - T, S)[:, None]
+    if window is not None:
+        visible &= np.arange(S) > np.arange(S - T, S)[:, None] - window
     if mask is not None:
         visible &= mask[:, None, None, :]
     shared = np.arange(H) // (H // G)  # the key/value head of each query head
-    p = weights_of((q @ k[:, shared].mT) * (1 / math.sqrt(K)), visible)
+    p = weights_of((q @ k[:, shared].mT) * (1 / math.sqrt(K) if scale is None else scale), visible)
     return p @ v[:, shared]
 
 
 def attention(t: Inputs, c: Scalars) -> Outputs:
-    return {"y": attended(t["q"], t["k"], t["v"], c["causal"], t.get("mask"))}
+    by_place = {name: c.get(name) for name in ("window", "scale")}
+    return {"y": attended(t["q"], t["k"], t["v"], c["causal"], t.get("mask"), **by_place)}
 
 
-def turned(x: Tracked, positions: Array, theta: float) -> Tracked:
-    """T11: x (N,H,T,K), positions (T,) or (N,T): the pair (x_i, x_{i + K/2}) by position / theta^(2i/K)."""
+def turned(
+    x: Tracked, positions: Array, theta: float, *, width: int | None = None, factors: Sequence[float] = (1.0,)
+) -> Tracked:
+    """T11: x (N,H,T,K), positions (T,) or (N,T): the pair (x_i, x_{i + p/2}) by position / (factor_i theta^(2i/p))."""
+    if width is not None and width < x.shape[-1]:
+        return joined([turned(x[..., :width], positions, theta, factors=factors), x[..., width:]], 3)
     K = x.shape[-1]
     i = np.arange(K) % (K // 2)
-    rate = theta ** (-2.0 * i / K)
+    rate = theta ** (-2.0 * i / K) / np.resize(factors, K // 2)[i]
     angle = Tracked(positions[..., None]) * Tracked(rate, local=FUNCTION * rate, noise=x.noise)
     if positions.ndim == 2:
         angle = angle[:, None]
@@ -232,11 +262,62 @@ def turned(x: Tracked, positions: Array, theta: float) -> Tracked:
 
 
 def rotary(t: Inputs, c: Scalars) -> Outputs:
-    return {"y": turned(t["x"], t["positions"], c["theta"])}
+    return {"y": turned(t["x"], t["positions"], c["theta"], width=c.get("width"), factors=c.get("factors", (1.0,)))}
 
 
 def dropout(t: Inputs, c: Scalars) -> Outputs:
     return {"y": dropped(t["x"], t, c)}
+
+
+def head_norm(t: Inputs, c: Scalars) -> Outputs:
+    """T17: the norm, then the turn."""
+    return {"y": turned(normalised(t["x"], c["eps"]) * t["w"], t["positions"], c["theta"])}
+
+
+def distances(T: int) -> Array:
+    """A key's place less its query's: (T,T), queries by row."""
+    return np.arange(T) - np.arange(T)[:, None]
+
+
+def score_bias(t: Inputs, c: Scalars) -> Outputs:
+    """T18: the table's row of each distance. table (B,H) -> (H,T,T)."""
+    bucket = np.vectorize(partial(t5_bucket, n=len(t["table"].value), last=c["last"], causal=c["causal"]))
+    return {"b": t["table"][bucket(distances(c["T"]))].swapaxes(1, 2).swapaxes(0, 1)}  # (T,T,H) -> (H,T,T)
+
+
+def far_scores(q: Tracked, k: Tracked, q_far: Tracked, k_far: Tracked, to_query: Array, to_key: Array) -> Tracked:
+    """T19: q, k (N,H,T,K), q_far, k_far (H,2B,K), the rows that each query and each key asks (T,T) -> (N,H,T,T)."""
+    t = np.arange(q.shape[2])
+    return q @ k.mT + (q @ k_far.mT)[:, :, t[:, None], to_query] + (k @ q_far.mT)[:, :, t, to_key]
+
+
+def rows_of(t: Inputs, c: Scalars, distance: Array) -> Array:
+    """T19: the row of the table of each distance."""
+    return np.vectorize(partial(deberta_bucket, n=t["k_far"].shape[1] // 2, last=c["last"]))(distance)
+
+
+def disentangled(t: Inputs, c: Scalars) -> Outputs:
+    rows = rows_of(t, c, distances(t["q"].shape[2]))
+    total = far_scores(t["q"], t["k"], t["q_far"], t["k_far"], rows, rows)
+    return {"z": total * (1 / math.sqrt(3 * t["q"].shape[-1]))}
+
+
+def split_heads(x: Tracked, H: int) -> Tracked:
+    """(N,T,D) -> (N,H,T,K)."""
+    return x.reshape(*x.shape[:2], H, -1).swapaxes(1, 2)
+
+
+def cross_attention(t: Inputs, c: Scalars) -> Outputs:
+    """T20: x (N,T,D) asks X (N,S,D)."""
+    return asked(t, c, t.get("source_mask"), causal=False)
+
+
+def asked(t: Inputs, c: Scalars, mask: Array | None, *, causal: bool) -> Outputs:
+    q, k, v = (
+        split_heads(z @ t[f"W_{one}"].mT, c["n_head"]) for one, z in (("q", t["x"]), ("k", t["X"]), ("v", t["X"]))
+    )
+    y = attended(q, k, v, causal, mask).swapaxes(1, 2)
+    return {"y": y.reshape(*t["x"].shape) @ t["W_o"].mT}
 
 
 def row_losses(logits: Tracked, targets: Array) -> Tracked:
@@ -310,13 +391,13 @@ def feed_forward(t: Inputs, c: Scalars, i: int, x: Tracked) -> Tracked:
 
 
 def block(t: Inputs, c: Scalars, i: int, x: Tracked, positions: Array) -> Tracked:
-    """T13: x + f(norm(x)), or norm(x + f(x)), for attention and then the feed-forward half."""
-    name = f"layers.{i}"
-    if c["norm_first"]:
-        x = x + self_attention(t, c, i, norm_of(t, c, f"{name}.norm1", x), positions)
-        return x + feed_forward(t, c, i, norm_of(t, c, f"{name}.norm2", x))
-    x = norm_of(t, c, f"{name}.norm1", x + self_attention(t, c, i, x, positions))
-    return norm_of(t, c, f"{name}.norm2", x + feed_forward(t, c, i, x))
+    """T13: x + f(norm(x)), or norm(x + f(x)), for attention and then the feed-forward half; f may end in a norm."""
+    for half, f in (("norm1", partial(self_attention, positions=positions)), ("norm2", feed_forward)):
+        name = f"layers.{i}.{half}"
+        y = f(t, c, i, norm_of(t, c, name, x) if c["norm_first"] else x)
+        y = norm_of(t, c, f"{name}_out", y) if c.get("norm_outputs") else y
+        x = x + y if c["norm_first"] else norm_of(t, c, name, x + y)
+    return x
 
 
 def logits_of(t: Inputs, c: Scalars) -> Tracked:
@@ -340,8 +421,8 @@ def logits_of(t: Inputs, c: Scalars) -> Tracked:
         read = T - 1 - seen[:, ::-1].argmax(axis=1) if c["causal"] else seen.argmax(axis=1)
         x = x[np.arange(N), read]
         if not c["causal"]:
-            x = tanh(projected(t, c, "pooler", x))
-    return projected(t, c, "head", x)
+            return projected(t, c, "head", ACTIVATIONS[c.get("pooler", "tanh")](projected(t, c, "pooler", x)))
+    return projected(t, c, "head", x * c["head_scale"] if "head_scale" in c else x)
 
 
 def model(t: Inputs, c: Scalars) -> Outputs:

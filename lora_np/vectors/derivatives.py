@@ -13,12 +13,15 @@ from .. import lora, ops
 from ..adapter import Adapter, LoRAConfig, init_adapter
 from ..backend import Array, asnumpy, xp
 from ..batch import IGNORED
+from ..distance import PositionBias, deberta_buckets, t5_buckets
 from ..formats.models.presets import PRESETS
 from ..gradcheck import Arrays, Scalar, central_difference, check, complex_step, relative_error
 from ..loss import loss, loss_and_grads
 from ..model import Config, Model, init_weights
 
 FLOOR = 1e-8  # of a model's largest gradient: what is smaller is held against this
+# What an architecture is there to show, with every weight trained; T13 if not said.
+SHOWS = {"Qwen 3": "T17", "T5": "T18", "DeBERTa, classifier": "T19", "T5 1.1": "T20", "Marian": "T20"}
 
 
 # --- Every primitive -----------------------------------------------------------------------------------------------
@@ -82,6 +85,7 @@ def primitives(seed: int = 0) -> Iterator[Primitive]:
     yield Primitive("T5", "gelu", wide, **_elementwise(ops.gelu))
     yield Primitive("T6", "gelu_tanh", wide, **_elementwise(ops.gelu_tanh))
     yield Primitive("T7", "silu", wide, **_elementwise(ops.silu))
+    yield Primitive("T7", "relu", wide, **_elementwise(ops.relu))
     yield Primitive("T14", "tanh", wide, **_elementwise(ops.tanh))
     yield Primitive(
         "T8", "softmax", {"x": normal(2, 3, 5)},
@@ -100,12 +104,9 @@ def primitives(seed: int = 0) -> Iterator[Primitive]:
         yield _attention(
             name, {"q": normal(2, 4, 5, 3), "k": normal(2, G, 5, 3), "v": normal(2, G, 5, 3)}, causal, keys
         )
-    angles = ops.rotary_angles(xp.arange(3, 8), 6, 10000.0, "float64")
-    yield Primitive(
-        "T11", "rotary", {"x": normal(2, 2, 5, 6)},
-        lambda x: ops.rotary(x, *angles)[0],
-        lambda dy, x: {"x": ops.rotary_backward(dy, ops.rotary(x, *angles)[1])},
-    )  # fmt: skip
+    yield from _attentions_by_place(normal)
+    for name, p, factors in [("rotary", 6, (1.0,)), ("rotary, the first 4 of 6, scaled", 4, (1.0, 8.0))]:
+        yield _rotary(name, ops.rotary_angles(xp.arange(3, 8), p, 10000.0, "float64", factors), normal)
     n, t = xp.arange(6) // 3, xp.arange(6) % 3
     drop = ops.dropout_mask(n, t, 6, 0.3, seed=1, stream="q", dtype="float64").reshape(2, 3, 6)
     yield Primitive(
@@ -146,6 +147,53 @@ def _attention(name: str, inputs: Arrays, causal: bool, mask: Array | None) -> P
     return Primitive(
         "T10" if "grouped" in name else "T9", name, inputs,
         lambda q, k, v: ops.attention(q, k, v, causal=causal, mask=keys)[0], backward,
+    )  # fmt: skip
+
+
+def _attentions_by_place(normal: Callable[..., Array]) -> Iterator[Primitive]:
+    """T9 with a window and another scale; what is added by distance, T18's table and T19's queries and keys."""
+    inputs = {"q": normal(2, 4, 5, 3), "k": normal(2, 2, 5, 3), "v": normal(2, 2, 5, 3)}
+    distance = xp.arange(-4, 5)
+    t5, deberta = t5_buckets(distance, 4, 4, causal=True), deberta_buckets(distance, 4, 4)
+
+    def bias(E: Array) -> PositionBias:
+        return PositionBias(t5, xp.broadcast_to(E.T[None, :, None], (2, 4, 5, 4)))  # (J,H) -> (N,H,T,J)
+
+    def disentangled(c2p: Array, p2c: Array) -> PositionBias:
+        return PositionBias(deberta, c2p, p2c)
+
+    name = "attention, a window of 2, another scale"
+    yield _by_place("T9", name, inputs, lambda: None, causal=True, window=2, scale=0.7)
+    biased = {**inputs, "E": normal(4, 4)}
+    yield _by_place("T18", "attention, a bias by distance", biased, bias, causal=True, scale=1.0)
+    added = {**inputs, "c2p": normal(2, 4, 5, 8), "p2c": normal(2, 4, 5, 8)}
+    yield _by_place("T19", "attention, disentangled", added, disentangled, causal=False)
+
+
+def _by_place(
+    id: str, name: str, inputs: Arrays, bias: Callable[..., PositionBias | None], **options: Any
+) -> Primitive:
+    def forward(q: Array, k: Array, v: Array, **added: Array) -> tuple[Array, ops.AttentionSaved]:
+        return ops.attention(q, k, v, bias=bias(**added), **options)
+
+    def backward(dy: Array, **inputs: Array) -> Arrays:
+        _, saved = forward(**inputs)
+        dq, dk, dv, dbias = ops.attention_backward(dy, saved)
+        grads = {"q": dq, "k": dk, "v": dv}
+        if dbias is None:
+            return grads
+        if dbias.p2c is None:
+            return {**grads, "E": dbias.c2p.sum(axis=(0, 2)).T}
+        return {**grads, "c2p": dbias.c2p, "p2c": dbias.p2c}
+
+    return Primitive(id, name, inputs, lambda **inputs: forward(**inputs)[0], backward)
+
+
+def _rotary(name: str, angles: tuple[Array, Array], normal: Callable[..., Array]) -> Primitive:
+    return Primitive(
+        "T11", name, {"x": normal(2, 2, 5, 6)},
+        lambda x: ops.rotary(x, *angles)[0],
+        lambda dy, x: {"x": ops.rotary_backward(dy, ops.rotary(x, *angles)[1])},
     )  # fmt: skip
 
 
@@ -286,7 +334,9 @@ def table(*, seed: int = 0) -> Iterator[Row]:
         everything = LoRAConfig(r=2, targets=("q", "k", "v", "o", "up", "down", "embed", "head", *gate))
         yield Row("L4", f"{name}: LoRA on q, v", "complex step", check_model(config, LoRAConfig(r=2), seed=seed), 1e-11)
         yield Row("L4", f"{name}: LoRA on all", "complex step", check_model(config, everything, seed=seed), 1e-11)
-        yield Row("T13", f"{name}: every weight", "complex step", check_model(config, None, seed=seed), 1e-11)
+        yield Row(
+            SHOWS.get(name, "T13"), f"{name}: every weight", "complex step", check_model(config, None, seed=seed), 1e-11
+        )
 
 
 def _erf_derivative_error() -> float:

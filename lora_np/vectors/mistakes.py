@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,14 +22,20 @@ from .definitions import (
     Outputs,
     Scalars,
     affine,
+    asked,
     attended,
+    distances,
     dropped,
+    far_scores,
     gelu_of,
     gelu_tanh_of,
     lesser,
+    norm_weight,
     normalised,
     row_losses,
+    rows_of,
     scale,
+    turned,
 )
 from .operations import OPERATIONS
 from .tracked import Tracked, cos, sin, sqrt, tanh, tracked
@@ -201,12 +207,12 @@ def _eps_outside(t: Inputs, c: Scalars) -> Outputs:
     x = t["x"] - t["x"].mean() if "b" in t else t["x"]
     square = (x * x).mean()
     _need(bool((square.value > 0).all()))  # a root has no gradient at zero
-    y = x / (sqrt(square) + c["eps"]) * t["w"]
+    y = x / (sqrt(square) + c["eps"]) * norm_weight(t, c)
     return {"y": y + t["b"] if "b" in t else y}
 
 
 def _rms_centred(t: Inputs, c: Scalars) -> Outputs:
-    return {"y": normalised(t["x"] - t["x"].mean(), c["eps"]) * t["w"]}
+    return {"y": normalised(t["x"] - t["x"].mean(), c["eps"]) * norm_weight(t, c)}
 
 
 def _not_centred(t: Inputs, c: Scalars) -> Outputs:
@@ -226,6 +232,7 @@ def _attention_of(
     def wrong(t: Inputs, c: Scalars) -> Outputs:
         q, k, v, K = t["q"], t["k"], t["v"], t["q"].shape[-1]
         if width is not None:
+            _need("scale" not in c)
             q = q * (width(K) * math.sqrt(K))
         _need(causal is None or causal != c["causal"])
         _need(mask or "mask" in t)
@@ -235,7 +242,8 @@ def _attention_of(
             shared = np.arange(H) % G
             k, v = k[:, shared], v[:, shared]
         causal_ = c["causal"] if causal is None else causal
-        return {"y": attended(q, k, v, causal_, t.get("mask") if mask else None)}
+        by_place = {name: c.get(name) for name in ("window", "scale")}
+        return {"y": attended(q, k, v, causal_, t.get("mask") if mask else None, **by_place)}
 
     return _instead(wrong)
 
@@ -243,12 +251,56 @@ def _attention_of(
 def _rotary_interleaved(t: Inputs, c: Scalars) -> Outputs:
     """The pairs (x_2i, x_2i+1)."""
     x, positions, K = t["x"], t["positions"], t["x"].shape[-1]
+    _need(not {"width", "factors"} & c.keys())
     rate = c["theta"] ** (-2.0 * (np.arange(K) // 2) / K)
     angle = Tracked(positions[..., None] * rate)
     if positions.ndim == 2:
         angle = angle[:, None]
     other = x[..., np.arange(K) ^ 1] * np.where(np.arange(K) % 2 == 0, -1.0, 1.0)
     return {"y": x * cos(angle) + other * sin(angle)}
+
+
+def _replaced(**changes: Callable[[Any], Any]) -> Callable[[Definition], Definition]:
+    """A scalar that the case gives, by name, is another."""
+
+    def alter(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+        _need(changes.keys() <= c.keys())
+        return t, {**c, **{name: change(c[name]) for name, change in changes.items()}}
+
+    return _altered(alter)
+
+
+def _positions_scaled_too(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+    _need("scale" in c)
+    return {**t, "positions_table": t["positions_table"] * c["scale"]}, c
+
+
+def _turned_first(t: Inputs, c: Scalars) -> Outputs:
+    return {"y": normalised(turned(t["x"], t["positions"], c["theta"]), c["eps"]) * t["w"]}
+
+
+def _mirrored(t: Inputs, c: Scalars) -> Outputs:
+    """Of keys ahead what is of keys behind."""
+    if "table" in t:
+        return {"b": OPERATIONS["score_bias"].definition(t, c)["b"].mT}
+    return _far(t, c, -1, -1)
+
+
+def _far(t: Inputs, c: Scalars, by_query: int, by_key: int, width: int = 3) -> Outputs:
+    """Disentangled scores, the distances times 1 or -1."""
+    distance = distances(t["q"].shape[2])
+    rows = (rows_of(t, c, sign * distance) for sign in (by_query, by_key))
+    return {"z": far_scores(t["q"], t["k"], t["q_far"], t["k_far"], *rows) * (1 / math.sqrt(width * t["q"].shape[-1]))}
+
+
+def _asked_with(mask: str | None, *, causal: bool = False) -> Callable[[Definition], Definition]:
+    """The second attention with another mask."""
+
+    def wrong(t: Inputs, c: Scalars) -> Outputs:
+        _need(causal or "source_mask" in t)
+        return asked(t, c, None if mask is None else t.get(mask), causal=causal)
+
+    return _instead(wrong)
 
 
 def _loss_with(divisor: Callable[[int, int], float]) -> Callable[[Definition], Definition]:
@@ -389,6 +441,29 @@ MISTAKES = (
     Mistake("causal attention sees what comes after", ("attention",), _attention_of(causal=False)),
     Mistake("the padding mask is left out", ("attention",), _attention_of(mask=False)),
     Mistake("query head h has key/value head h mod G", ("attention",), _attention_of(heads=False)),
+    Mistake("the window is one key too long", ("attention",), _replaced(window=lambda w: w + 1)),
+    Mistake("the window is left out", ("attention",), _replaced(window=lambda w: None)),
+    Mistake("the model's own scale of scores is left out", ("attention",), _replaced(scale=lambda s: None)),
+    Mistake("the token's embedding is not multiplied", ("embedding",), _replaced(scale=lambda s: 1.0)),
+    Mistake("the position's embedding is multiplied too", ("embedding",), _altered(_positions_scaled_too)),
+    Mistake("w stands in the place of 1 + w", ("rms_norm",), _replaced(one_plus=lambda one: False)),
+    Mistake("all of K are turned, not the first p", ("rotary",), _replaced(width=lambda p: None)),
+    Mistake("frequencies are multiplied by their factors", ("rotary",),
+            _replaced(factors=lambda factors: [1 / one for one in factors])),
+    Mistake("frequencies are not scaled", ("rotary",), _replaced(factors=lambda factors: [1.0])),
+    Mistake("the gate's activation is SiLU", ("gated_mlp",), _replaced(activation=lambda name: "silu")),
+    Mistake("the norm comes after the turn", ("head_norm",), _instead(_turned_first)),
+    Mistake("buckets are mirrored: keys ahead have those of keys behind", ("score_bias", "disentangled"),
+            _instead(_mirrored)),
+    Mistake("the last bucket begins at twice the distance", ("score_bias", "disentangled"),
+            _replaced(last=lambda last: 2 * last)),
+    Mistake("scores are divided by sqrt(K), not sqrt(3 K)", ("disentangled",),
+            _instead(lambda t, c: _far(t, c, 1, 1, width=1))),
+    Mistake("position to content asks the row of the distance the other way", ("disentangled",),
+            _instead(lambda t, c: _far(t, c, 1, -1))),
+    Mistake("the second attention is causal", ("cross_attention",), _asked_with("source_mask", causal=True)),
+    Mistake("the source's padding mask is left out", ("cross_attention",), _asked_with(None)),
+    Mistake("the decoder's mask is laid on the encoder's keys", ("cross_attention",), _asked_with("mask")),
     Mistake("the pairs (x_2i, x_2i+1) are turned", ("rotary",), _instead(_rotary_interleaved)),
     Mistake("positions are turned the other way", ("rotary",),
             _altered(lambda t, c: ({**t, "positions": -t["positions"]}, c))),

@@ -66,11 +66,14 @@ ARCHITECTURE = {
     "token's learned position is row position_offset",
     "norm": "layer or rms",
     "norm_first": "x + f(norm(x)), and a last norm before the head; else norm(x + f(x)), and one after the embedding",
+    "norm_outputs": "true: f ends in a norm of its own, layers.0.norm1_out, norm2_out; false if it is not given",
     "positions": "learned: a table's rows are added; rotary: queries and keys are turned, with base rope_theta",
     "activation": "gelu (erf), gelu_tanh, or silu_gated: down(silu(gate x) * up x)",
     "causal": "whether a token sees only itself and what stands before it",
     "head": "lm (tied to embed.tokens with tie_head), tag: each token; classify: one token a text, the last true one "
-    "if causal, else the first, through tanh(pooler x)",
+    "if causal, else the first, through act(pooler x)",
+    "pooler": "that act: tanh, gelu or relu; tanh if it is not given",
+    "head_scale": "what the states that a head reads without a pooler are multiplied by; 1 if it is not given",
     "prefix": "how many keys and values of a layer's own stand before those of each text: every query sees them, they "
     "have no positions; none if it is not given",
     **{name: f"{text}; only with an adapter" for name, text in SCALE.items()},
@@ -129,11 +132,11 @@ _TABLE = (
         {"adapters": "a list: w, alpha, r and rslora of each", "rank": "an integer, or null"},
     ),
     Operation(
-        "embedding", "Embedding", "x = tokens_table[tokens] + positions_table[positions] + types_table[types]",
+        "embedding", "Embedding", "x = scale tokens_table[tokens] + positions_table[positions] + types_table[types]",
         {"tokens": "(N, T) integers", "tokens_table": "(V, D)", "positions": "(T,) integers; if there are any",
          "positions_table": "(P, D)", "types": "(N, T) integers; if there are any", "types_table": "(2, D)",
          "dx": "(N, T, D)"},
-        {"x": "(N, T, D)"}, {},
+        {"x": "(N, T, D)"}, {"scale": "a number; 1 if it is not given"},
     ),
     Operation(
         "linear", "Linear", "y = x W^T + b",
@@ -146,7 +149,7 @@ _TABLE = (
     ),
     Operation(
         "rms_norm", "RMS norm", "y = w * x / sqrt(mean(x^2) + eps)", {**NORM, "dy": "(N, T, D)"},
-        {"y": "(N, T, D)"}, {"eps": "under the root"},
+        {"y": "(N, T, D)"}, {"eps": "under the root", "one_plus": "true: 1 + w in the place of w; if given"},
     ),
     *(
         Operation(name, title, equation, {"x": "(n,)", "dy": "(n,)"}, {"y": "(n,)"}, {})
@@ -154,12 +157,13 @@ _TABLE = (
             ("gelu", "GELU", "y = x (1 + erf(x / sqrt 2)) / 2"),
             ("gelu_tanh", "GELU by tanh", "y = x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2"),
             ("silu", "SiLU", "y = x / (1 + exp(-x))"),
+            ("relu", "ReLU", "y = max(x, 0)"),
         )
     ),
     Operation(
-        "gated_mlp", "The gated MLP", "y = (silu(x W_gate^T) * (x W_up^T)) W_down^T",
+        "gated_mlp", "The gated MLP", "y = (act(x W_gate^T) * (x W_up^T)) W_down^T",
         {"x": "(N, T, D)", "W_gate": "(F, D)", "W_up": "(F, D)", "W_down": "(D, F)", "dy": "(N, T, D)"},
-        {"y": "(N, T, D)"}, {},
+        {"y": "(N, T, D)"}, {"activation": "gelu, gelu_tanh, silu or relu; silu if it is not given"},
     ),
     Operation(
         "softmax", "Softmax", "p = exp(x) / sum exp(x) over the last axis, where mask is true; 0 elsewhere, and 0 "
@@ -169,17 +173,48 @@ _TABLE = (
     Operation(
         "attention", "Scaled dot-product attention",
         "y = softmax(q k^T / sqrt(K)) v, a head at a time; query head h has key/value head h div (H / G). A key counts "
-        "where mask is true; causal: query t of T stands at place S - T + t of S and sees the keys up to its own. A "
-        "query that sees no key gives zeros, and its gradients are zero",
+        "where mask is true; causal: query t of T stands at place S - T + t of S and sees the keys up to its own, or "
+        "the last `window` of these. A query that sees no key gives zeros, and its gradients are zero",
         {"q": "(N, H, T, K)", "k": "(N, G, S, K)", "v": "(N, G, S, K)", "mask": "(N, S) booleans; if there is one",
          "dy": "(N, H, T, K)"},
-        {"y": "(N, H, T, K)"}, {"causal": "true or false"},
+        {"y": "(N, H, T, K)"},
+        {"causal": "true or false", "window": "how many keys a query sees at most, its own the last; if given",
+         "scale": "in the place of 1 / sqrt(K); if given"},
     ),
     Operation(
         "rotary", "Rotary positions", "(y_i, y_{i + K/2}) is (x_i, x_{i + K/2}) turned by position / theta^(2i/K): "
         "y_i = x_i cos - x_{i + K/2} sin, y_{i + K/2} = x_{i + K/2} cos + x_i sin",
         {"x": "(N, H, T, K)", "positions": "(T,) or (N, T) integers", "dy": "(N, H, T, K)"}, {"y": "(N, H, T, K)"},
-        {"theta": "the base"},
+        {"theta": "the base", "width": "p, how many of K are turned: in all places K is p then; if given",
+         "factors": "what the frequencies are divided by, one or p/2; if given"},
+    ),
+    Operation(
+        "head_norm", "A query's or a key's norm, and its turn",
+        "y = rotary(w * x / sqrt(mean(x^2) + eps)), the mean over the K of each head",
+        {"x": "(N, H, T, K)", "w": "(K,)", "positions": "(T,) integers", "dy": "(N, H, T, K)"}, {"y": "(N, H, T, K)"},
+        {"eps": "under the root", "theta": "the base of rotary"},
+    ),
+    Operation(
+        "score_bias", "A bias by distance", "b[h, t, s] = table[bucket(s - t), h]; T5's buckets",
+        {"table": "(B, H)", "db": "(H, T, T)"}, {"b": "(H, T, T)"},
+        {"T": "queries, and keys", "causal": "true: B buckets behind the query; false: B / 2 on each side",
+         "last": "the distance from which on there is one bucket"},
+    ),
+    Operation(
+        "disentangled", "Disentangled scores",
+        "z[t, s] = (q[t] . k[s] + q[t] . k_far[bucket(s - t)] + k[s] . q_far[bucket(s - t)]) / sqrt(3 K), a head at a "
+        "time; DeBERTa's buckets",
+        {"q": "(N, H, T, K)", "k": "(N, H, T, K)", "q_far": "(H, 2 B, K)", "k_far": "(H, 2 B, K)",
+         "dz": "(N, H, T, T)"},
+        {"z": "(N, H, T, T)"}, {"last": "the distance from which on there is one bucket"},
+    ),
+    Operation(
+        "cross_attention", "The second attention", "y = attention(x W_q^T, X W_k^T, X W_v^T) W_o^T, n_head heads, not "
+        "causal",
+        {"x": "(N, T, D): the decoder's", "X": "(N, S, D): the encoder's states",
+         **{f"W_{one}": "(D, D)" for one in "qkvo"}, "source_mask": "(N, S) booleans: the keys that count",
+         "mask": "(N, T) booleans, the decoder's own: it hides nothing here", "dy": "(N, T, D)"},
+        {"y": "(N, T, D)"}, {"n_head": "heads"},
     ),
     Operation(
         "dropout", "Dropout, the mask given", "y = m * x, m = keep / (1 - p)",

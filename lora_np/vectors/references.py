@@ -6,6 +6,7 @@ outputs by name, and gradients by the names of inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeAlias
@@ -21,11 +22,14 @@ from ..backend import Array, asnumpy, xp
 from ..batch import IGNORED
 from ..decode import choose
 from ..decode import generate as generated
+from ..distance import PositionBias, deberta_buckets, t5_buckets
 from ..formats.models.presets import PRESETS
+from ..layout import Layout
 from ..lora import Update
 from ..loss import forward, loss_and_grads
 from ..model import Config, Model, init_weights
 from ..parallel import sharded_loss_and_grads
+from ..transformer import ACTIVATIONS
 from .definitions import rounded, scale
 
 Arrays: TypeAlias = Mapping[str, Array]
@@ -113,11 +117,13 @@ def combine(t: Arrays, c: Scalars) -> Answers:
 
 def embedding(t: Arrays, c: Scalars) -> Answers:
     parts = [name for name in ("tokens", "positions", "types") if name in t]
-    x = ops.embedding(t["tokens"], t["tokens_table"])
+    scale = c.get("scale", 1.0)
+    x = scale * ops.embedding(t["tokens"], t["tokens_table"])
     for name in parts[1:]:
         x = x + ops.embedding(t[name], t[f"{name}_table"])
     index = {name: xp.broadcast_to(t[name], t["tokens"].shape) for name in parts}
-    grads = {f"{n}_table": ops.embedding_backward(t["dx"], index[n], len(t[f"{n}_table"])) for n in parts}
+    dx = {**dict.fromkeys(parts, t["dx"]), "tokens": scale * t["dx"]}
+    grads = {f"{n}_table": ops.embedding_backward(dx[n], index[n], len(t[f"{n}_table"])) for n in parts}
     return {"x": x}, grads
 
 
@@ -136,7 +142,7 @@ def layer_norm(t: Arrays, c: Scalars) -> Answers:
 
 
 def rms_norm(t: Arrays, c: Scalars) -> Answers:
-    y, saved = ops.rms_norm(t["x"], t["w"], c["eps"])
+    y, saved = ops.rms_norm(t["x"], 1 + t["w"] if c.get("one_plus") else t["w"], c["eps"])
     return {"y": y}, {"x": ops.rms_norm_backward(t["dy"], saved), "w": ops.norm_weight_backward(t["dy"], saved)}
 
 
@@ -148,12 +154,13 @@ def _elementwise(f: Callable[[Array], tuple[Array, Array]]) -> Reference:
     return reference
 
 
-gelu, gelu_tanh, silu = _elementwise(ops.gelu), _elementwise(ops.gelu_tanh), _elementwise(ops.silu)
+gelu, gelu_tanh = _elementwise(ops.gelu), _elementwise(ops.gelu_tanh)
+silu, relu = _elementwise(ops.silu), _elementwise(ops.relu)
 
 
 def gated_mlp(t: Arrays, c: Scalars) -> Answers:
     gate, up = ops.linear(t["x"], t["W_gate"]), ops.linear(t["x"], t["W_up"])
-    act, slope = ops.silu(gate)
+    act, slope = ACTIVATIONS[c.get("activation", "silu")](gate)
     dh = ops.linear_backward(t["dy"], t["W_down"])
     d_gate, d_up = ops.activation_backward(dh * up, slope), dh * act
     return {"y": ops.linear(act * up, t["W_down"])}, {
@@ -170,14 +177,81 @@ def softmax(t: Arrays, c: Scalars) -> Answers:
 
 
 def attention(t: Arrays, c: Scalars) -> Answers:
-    y, saved = ops.attention(t["q"], t["k"], t["v"], causal=c["causal"], mask=t.get("mask"))
+    by_place = {name: c.get(name) for name in ("window", "scale")}
+    y, saved = ops.attention(t["q"], t["k"], t["v"], causal=c["causal"], mask=t.get("mask"), **by_place)
     return {"y": y}, dict(zip("qkv", ops.attention_backward(t["dy"], saved)[:3], strict=True))
 
 
-def rotary(t: Arrays, c: Scalars) -> Answers:
+def _angles(t: Arrays, c: Scalars) -> tuple[Array, Array]:
     positions = t["positions"] if t["positions"].ndim == 1 else t["positions"][:, None]
-    y, saved = ops.rotary(t["x"], *ops.rotary_angles(positions, t["x"].shape[-1], c["theta"], t["x"].dtype))
+    p, factors = c.get("width", t["x"].shape[-1]), tuple(c.get("factors", (1.0,)))
+    return ops.rotary_angles(positions, p, c["theta"], t["x"].dtype, factors)
+
+
+def rotary(t: Arrays, c: Scalars) -> Answers:
+    y, saved = ops.rotary(t["x"], *_angles(t, c))
     return {"y": y}, {"x": ops.rotary_backward(t["dy"], saved)}
+
+
+def head_norm(t: Arrays, c: Scalars) -> Answers:
+    normed, saved = ops.rms_norm(t["x"], t["w"], c["eps"])
+    y, turn = ops.rotary(normed, *_angles(t, c))
+    d = ops.rotary_backward(t["dy"], turn)
+    return {"y": y}, {"x": ops.rms_norm_backward(d, saved), "w": ops.norm_weight_backward(d, saved)}
+
+
+def _tile(T: int) -> tuple[slice, slice, slice, slice]:
+    """All scores of one sequence, or of two, as a tile."""
+    return slice(0, 2), slice(0, None), slice(0, T), slice(0, T)
+
+
+def score_bias(t: Arrays, c: Scalars) -> Answers:
+    T, table = c["T"], t["table"]
+    buckets = t5_buckets(xp.arange(1 - T, T), len(table), c["last"], causal=c["causal"])
+    bias = PositionBias(buckets, xp.broadcast_to(table.T[None, :, None], (1, table.shape[1], T, len(table))))
+    grads = bias.zeros()
+    grads.tile(*_tile(T)).add(t["db"][None])
+    return {"b": bias.tile(*_tile(T)).scores()[0]}, {"table": grads.c2p.sum(axis=(0, 2)).T}
+
+
+def disentangled(t: Arrays, c: Scalars) -> Answers:
+    """As the transformer composes it: position_bias and its backward, of projections that are given."""
+    (T, K), B = t["q"].shape[2:], t["k_far"].shape[1]
+    s = 1 / math.sqrt(3 * K)
+    c2p, p2c = s * t["q"] @ t["k_far"].swapaxes(-1, -2), s * t["k"] @ t["q_far"].swapaxes(-1, -2)
+    bias = PositionBias(deberta_buckets(xp.arange(1 - T, T), B // 2, c["last"]), c2p, p2c)
+    z = s * t["q"] @ t["k"].swapaxes(-1, -2) + bias.tile(*_tile(T)).scores()
+    grads = bias.zeros()
+    grads.tile(*_tile(T)).add(t["dz"])
+    assert grads.p2c is not None
+    d_query, d_key = s * grads.c2p, s * grads.p2c
+    dz = s * t["dz"]
+    return {"z": z}, {
+        "q": dz @ t["k"] + d_query @ t["k_far"],
+        "k": dz.swapaxes(-1, -2) @ t["q"] + d_key @ t["q_far"],
+        "k_far": (d_query.swapaxes(-1, -2) @ t["q"]).sum(axis=0),
+        "q_far": (d_key.swapaxes(-1, -2) @ t["k"]).sum(axis=0),
+    }
+
+
+def cross_attention(t: Arrays, c: Scalars) -> Answers:
+    at, source = (Layout(*t[one].shape[:2]) for one in ("x", "X"))
+    K = len(t["W_q"]) // c["n_head"]
+    q = at.heads(ops.linear(t["x"], t["W_q"]), K)
+    k, v = (source.heads(ops.linear(t["X"], t[f"W_{one}"]), K) for one in "kv")
+    y, saved = ops.attention(q, k, v, causal=False, mask=t.get("source_mask"))
+    rows = at.rows(y)
+    dy = at.heads(ops.linear_backward(t["dy"], t["W_o"]), K)
+    dq, dk, dv, _ = ops.attention_backward(dy, saved)
+    dq, dk, dv = at.rows(dq), source.rows(dk), source.rows(dv)
+    return {"y": ops.linear(rows, t["W_o"])}, {
+        "x": ops.linear_backward(dq, t["W_q"]),
+        "X": ops.linear_backward(dk, t["W_k"]) + ops.linear_backward(dv, t["W_v"]),
+        "W_q": ops.linear_weight_backward(dq, t["x"]),
+        "W_k": ops.linear_weight_backward(dk, t["X"]),
+        "W_v": ops.linear_weight_backward(dv, t["X"]),
+        "W_o": ops.linear_weight_backward(t["dy"], rows),
+    }
 
 
 def dropout(t: Arrays, c: Scalars) -> Answers:

@@ -3,7 +3,7 @@
 import torch
 from on_torch import linear_of
 from torch.nn import functional as F
-from torch_primitives import sees, turned
+from torch_primitives import ACTIVATIONS, sees, turned
 
 
 def model(adapted, t, c):
@@ -61,14 +61,16 @@ def model(adapted, t, c):
         for half, f in (("norm1", lambda x, i=i: attend(f"layers.{i}.attn", x)),
                         ("norm2", lambda x, i=i: feed(f"layers.{i}.mlp", x))):  # fmt: skip
             name = f"layers.{i}.{half}"
-            x = x + f(norm(name, x)) if c["norm_first"] else norm(name, x + f(x))
+            y = f(norm(name, x) if c["norm_first"] else x)
+            y = norm(f"{name}_out", y) if c.get("norm_outputs") else y
+            x = x + y if c["norm_first"] else norm(name, x + y)
     x = norm("norm", x) if c["norm_first"] else x
     if c["head"] == "classify":
         true = torch.ones(N, T, dtype=torch.bool) if mask is None else mask
         read = [row.nonzero()[-1 if c["causal"] else 0].item() for row in true]
         x = x[torch.arange(N), read]
-        x = x if c["causal"] else torch.tanh(project("pooler", x))
-    logits = project("head", x)
+        x = x if c["causal"] else ACTIVATIONS[c.get("pooler", "tanh")](project("pooler", x))
+    logits = project("head", x * c.get("head_scale", 1.0))
     if "targets" not in t:
         return {"logits": logits}
     return {"logits": logits, "loss": F.cross_entropy(logits.flatten(0, -2), t["targets"].flatten())}

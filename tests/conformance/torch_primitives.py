@@ -1,6 +1,7 @@
 """The transformer's primitives and the optimizer, as PyTorch has them."""
 
 import math
+from functools import partial
 
 import torch
 from on_torch import Masked
@@ -9,11 +10,23 @@ from torch.nn import functional as F
 
 def embedding(t, c):
     tables = [name for name in ("tokens", "positions", "types") if name in t]
-    return {"x": sum(F.embedding(t[name], t[f"{name}_table"]) for name in tables)}
+    scales = {"tokens": c.get("scale", 1.0)}
+    return {"x": sum(F.embedding(t[name], t[f"{name}_table"]) * scales.get(name, 1.0) for name in tables)}
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu, "relu": F.relu, "tanh": torch.tanh
+}  # fmt: skip
 
 
 def gated_mlp(t, c):
-    return {"y": (F.silu(t["x"] @ t["W_gate"].T) * (t["x"] @ t["W_up"].T)) @ t["W_down"].T}
+    act = ACTIVATIONS[c.get("activation", "silu")]
+    return {"y": (act(t["x"] @ t["W_gate"].T) * (t["x"] @ t["W_up"].T)) @ t["W_down"].T}
+
+
+def rms_norm(t, c):
+    w = 1 + t["w"] if c.get("one_plus") else t["w"]
+    return {"y": F.rms_norm(t["x"], w.shape, w, c["eps"])}
 
 
 def softmax(t, c):
@@ -32,12 +45,68 @@ def sees(N, T, S, causal, mask):
 def attention(t, c):
     (N, _, T, _), S = t["q"].shape, t["k"].shape[2]
     visible = sees(N, T, S, c["causal"], t.get("mask"))
-    return {"y": F.scaled_dot_product_attention(t["q"], t["k"], t["v"], attn_mask=visible, enable_gqa=True)}
+    if "window" in c:
+        visible &= torch.arange(S) > torch.arange(S - T, S)[:, None] - c["window"]
+    how = {"attn_mask": visible, "enable_gqa": True, "scale": c.get("scale")}
+    return {"y": F.scaled_dot_product_attention(t["q"], t["k"], t["v"], **how)}
 
 
-def turned(x, positions, theta):
+def rotary(t, c):
+    p = c.get("width", t["x"].shape[-1])
+    y = turned(t["x"][..., :p], t["positions"], c["theta"], c.get("factors", [1.0]))
+    return {"y": torch.cat([y, t["x"][..., p:]], -1)}
+
+
+def head_norm(t, c):
+    return {"y": turned(F.rms_norm(t["x"], t["w"].shape, t["w"], c["eps"]), t["positions"], c["theta"])}
+
+
+def t5_side(far, n, last):
+    """Buckets of distances on one side, as T5's own code has them."""
+    exact = n // 2
+    large = exact + (torch.log(far.clamp(min=1) / exact) / math.log(last / exact) * (n - exact)).long()
+    return torch.where(far < exact, far, large.clamp(max=n - 1))
+
+
+def distances(T):
+    return torch.arange(T) - torch.arange(T)[:, None]
+
+
+def score_bias(t, c):
+    d, B = distances(c["T"]), len(t["table"])
+    if c["causal"]:
+        bucket = t5_side((-d).clamp(min=0), B, c["last"])
+    else:
+        bucket = t5_side(d.abs(), B // 2, c["last"]) + (d > 0) * (B // 2)
+    return {"b": t["table"][bucket].permute(2, 0, 1)}
+
+
+def disentangled(t, c):
+    """As DeBERTa-v2 gathers them: a key's scores for all distances, transposed."""
+    q, k = t["q"], t["k"]
+    d, B = -distances(q.shape[2]), t["k_far"].shape[1] // 2
+    mid = B // 2
+    log = torch.ceil(torch.log(d.abs().clamp(min=1) / mid) / math.log((c["last"] - 1) / mid) * (mid - 1)) + mid
+    rows = (
+        (torch.where(d.abs() <= mid, d, (log * d.sign()).long()) + B).clamp(0, 2 * B - 1).expand(*q.shape[:2], -1, -1)
+    )
+    to_query = (q @ t["k_far"].mT).gather(-1, rows)
+    to_key = (k @ t["q_far"].mT).gather(-1, rows.mT).mT
+    return {"z": (q @ k.mT + to_query + to_key) / math.sqrt(3 * q.shape[-1])}
+
+
+def cross_attention(t, c):
+    (N, T, D), S = t["x"].shape, t["X"].shape[1]
+    q, k, v = ((t[x] @ t[f"W_{one}"].T).view(N, -1, c["n_head"], D // c["n_head"]).transpose(1, 2)
+               for one, x in (("q", "x"), ("k", "X"), ("v", "X")))  # fmt: skip
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees(N, T, S, False, t.get("source_mask")))
+    return {"y": y.transpose(1, 2).reshape(N, T, D) @ t["W_o"].T}
+
+
+def turned(x, positions, theta, factors=(1.0,)):
     K = x.shape[-1]
-    angles = positions[..., None] * (theta ** (-torch.arange(0, K, 2, dtype=x.dtype) / K))
+    rates = theta ** (-torch.arange(0, K, 2, dtype=x.dtype) / K) / torch.tensor(factors, dtype=x.dtype)
+    angles = positions[..., None] * rates
     angles = torch.cat([angles, angles], -1)
     angles = angles if positions.ndim == 1 else angles[:, None]
     half = torch.cat([-x[..., K // 2 :], x[..., : K // 2]], -1)
@@ -103,10 +172,10 @@ OPERATIONS = {
     "embedding": embedding, "gated_mlp": gated_mlp, "softmax": softmax, "attention": attention, "dropout": dropout,
     "linear": lambda t, c: {"y": F.linear(t["x"], t["W"], t.get("b"))},
     "layer_norm": lambda t, c: {"y": F.layer_norm(t["x"], t["w"].shape, t["w"], t["b"], c["eps"])},
-    "rms_norm": lambda t, c: {"y": F.rms_norm(t["x"], t["w"].shape, t["w"], c["eps"])},
+    "rms_norm": rms_norm, "rotary": rotary, "head_norm": head_norm, "score_bias": score_bias,
+    "disentangled": disentangled, "cross_attention": cross_attention, "relu": lambda t, c: {"y": F.relu(t["x"])},
     "gelu": lambda t, c: {"y": F.gelu(t["x"])}, "gelu_tanh": lambda t, c: {"y": F.gelu(t["x"], approximate="tanh")},
     "silu": lambda t, c: {"y": F.silu(t["x"])},
-    "rotary": lambda t, c: {"y": turned(t["x"], t["positions"], c["theta"])},
     "cross_entropy": lambda t, c: {"loss": F.cross_entropy(t["logits"], t["targets"])},
     "adamw": adamw, "clip": clip, "sample": sample, "subspace_similarity": subspace_similarity,
 }  # fmt: skip

@@ -3,7 +3,7 @@
 
 import { T, add, at, cols, f, flat, linear, map, mm, mul, row, scatter, take, tensor, times, total, zeros } from "./arrays.mjs";
 import { scale } from "./lora.mjs";
-import { attention, cross_entropy, gelu, gelu_tanh, layer_norm, rms_norm, rotary, silu } from "./transformer.mjs";
+import { attention, cross_entropy, gelu, gelu_tanh, layer_norm, relu, rms_norm, rotary, silu } from "./transformer.mjs";
 
 const like = (shape, a) => ({ shape, d: a.d });
 const swap = (x, shape) => { // (a, b, c, K) -> (a, c, b, K)
@@ -109,7 +109,10 @@ function network(t, c) { // logits, and the way back to the gradients by every w
   };
   const feed = (name) => c.activation === "silu_gated" ? through(gated(name), project(`${name}.down`)) :
     through(project(`${name}.up`), elementwise(c.activation === "gelu" ? gelu : gelu_tanh), project(`${name}.down`));
-  const half = (name, part) => c.norm_first ? beside(through(norm(name), part)) : through(beside(part), norm(name));
+  const half = (name, f) => {
+    const part = c.norm_outputs ? through(f, norm(`${name}_out`)) : f;
+    return c.norm_first ? beside(through(norm(name), part)) : through(beside(part), norm(name));
+  };
   const read = (x) => { // a classifier's one token a text
     const index = Array.from({ length: N }, (_, i) => {
       const true_ = [...Array(n).keys()].filter((j) => counts(i, j));
@@ -124,9 +127,10 @@ function network(t, c) { // logits, and the way back to the gradients by every w
   if (t.token_types) tables["embed.types"] = t.token_types;
   const layers = [...Array(c.n_layer).keys()].flatMap((i) => [
     half(`layers.${i}.norm1`, attend(`layers.${i}.attn`)), half(`layers.${i}.norm2`, feed(`layers.${i}.mlp`))]);
-  const pooled = c.causal ? [read] : [read, project("pooler"), elementwise(tanh)];
+  const scaled = c.head_scale ? [(x) => ({ y: times(x, c.head_scale), back: (dy) => times(dy, c.head_scale) })] : [];
+  const pooled = c.causal ? [read] : [read, project("pooler"), elementwise({ tanh, gelu, relu }[c.pooler ?? "tanh"])];
   const all = through(...(c.norm_first ? layers : [norm("embed.norm"), ...layers]), ...(c.norm_first ? [norm("norm")] : []),
-    ...(c.head === "classify" ? pooled : []), project("head"));
+    ...(c.head === "classify" ? pooled : []), ...scaled, project("head"));
   const { y, back } = all(Object.entries(tables).map(([name, index]) => take(t[name], index)).reduce(add));
   return { logits: y, gradients(dlogits) {
     const dx = back(dlogits);

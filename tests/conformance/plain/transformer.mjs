@@ -1,4 +1,4 @@
-// The transformer's primitives, forward and backward: T1 to T12, T15, T16.
+// The transformer's primitives, forward and backward: T1 to T12, T15 to T20.
 
 import {
   T, add, at, cols, f, flat, linear as affine, map, mm, mul, perRow, plusBias, row, scatter, sum, take, tensor, times,
@@ -6,13 +6,14 @@ import {
 } from "./arrays.mjs";
 import { maskOf } from "./lora.mjs";
 
-export function embedding(t) {
+export function embedding(t, c) {
   const parts = ["tokens", "positions", "types"].filter((name) => t[name]), d = {};
   const each = t.tokens.d.length / t.tokens.shape[0];
   const index = (name) => // (N, T)
     name === "positions" ? { shape: t.tokens.shape, d: t.tokens.d.map((_, i) => t.positions.d[i % each]) } : t[name];
-  for (const name of parts) d[`${name}_table`] = scatter(t.dx, index(name), t[`${name}_table`]);
-  return { x: parts.map((name) => take(t[`${name}_table`], index(name))).reduce(add), d };
+  const scaled = (name, x) => (name === "tokens" && c.scale ? times(x, c.scale) : x);
+  for (const name of parts) d[`${name}_table`] = scatter(scaled(name, t.dx), index(name), t[`${name}_table`]);
+  return { x: parts.map((name) => scaled(name, take(t[`${name}_table`], index(name)))).reduce(add), d };
 }
 export const linear = (t) => ({
   y: affine(t.x, t.W, t.b), d: { x: mm(t.dy, t.W), W: mm(T(t.dy), flat(t.x)), b: total(t.dy) },
@@ -21,12 +22,13 @@ const norm = (centred) => (t, c) => {
   const mean = (xs) => f(sum(xs) / xs.length), less = (xs) => (centred ? xs.map((x) => f(x - mean(xs))) : xs);
   const rstd = (xs) => f(1 / f(Math.sqrt(f(mean(less(xs).map((x) => f(x * x))) + f(c.eps)))));
   const xhat = perRow(t.x, (xs) => less(xs).map((x) => f(x * rstd(xs))));
-  const g = perRow(t.dy, (ds) => ds.map((x, j) => f(x * t.w.d[j])));
+  const w = c.one_plus ? map((x) => f(1 + x), t.w) : t.w;
+  const g = perRow(t.dy, (ds) => ds.map((x, j) => f(x * w.d[j])));
   const x = perRow(g, (gs, i) => {
     const along = mean(gs.map((v, j) => f(v * row(xhat, i)[j]))), out = less(gs);
     return out.map((v, j) => f(f(v - f(row(xhat, i)[j] * along)) * rstd(row(t.x, i))));
   });
-  return { y: plusBias(perRow(xhat, (r) => r.map((v, j) => f(v * t.w.d[j]))), t.b),
+  return { y: plusBias(perRow(xhat, (r) => r.map((v, j) => f(v * w.d[j]))), t.b),
     d: { x, w: total(mul(t.dy, xhat)), b: total(t.dy) } };
 };
 function erf(x) { // in float64: a series near 0, and a continued fraction of erfc beyond
@@ -56,10 +58,13 @@ const siluAt = (x) => {
   return [f(x * S), f(S + f(f(x * S) * f(1 - S)))];
 };
 export const [layer_norm, rms_norm] = [norm(true), norm(false)];
-export const [gelu, gelu_tanh, silu] = [geluAt, geluTanhAt, siluAt].map(elementwise);
-export function gated_mlp(t) {
-  const gate = affine(t.x, t.W_gate), up = affine(t.x, t.W_up), act = map((x) => siluAt(x)[0], gate), h = mul(act, up);
-  const dh = mm(t.dy, t.W_down), dGate = map((g, x, u) => f(f(g * u) * siluAt(x)[1]), dh, gate, up), dUp = mul(dh, act);
+const reluAt = (x) => [Math.max(x, 0), x > 0 ? 1 : 0];
+const activations = { gelu: geluAt, gelu_tanh: geluTanhAt, silu: siluAt, relu: reluAt };
+export const [gelu, gelu_tanh, silu, relu] = Object.values(activations).map(elementwise);
+export function gated_mlp(t, c) {
+  const actAt = activations[c.activation ?? "silu"], gate = affine(t.x, t.W_gate), up = affine(t.x, t.W_up);
+  const act = map((x) => actAt(x)[0], gate), h = mul(act, up);
+  const dh = mm(t.dy, t.W_down), dGate = map((g, x, u) => f(f(g * u) * actAt(x)[1]), dh, gate, up), dUp = mul(dh, act);
   const d = { W_gate: mm(T(dGate), flat(t.x)), W_up: mm(T(dUp), flat(t.x)), W_down: mm(T(t.dy), flat(h)) };
   return { y: affine(h, t.W_down), d: { ...d, x: add(mm(dGate, t.W_gate), mm(dUp, t.W_up)) } };
 }
@@ -87,8 +92,9 @@ export function attention(t, c) {
   for (let i = 0; i < N; i++)
     for (let h = 0; h < H; h++) {
       const g = Math.floor(h / (H / G)), [q, dy] = [t.q, t.dy].map((a) => part(a, i, h));
-      const [k, v] = [t.k, t.v].map((a) => part(a, i, g)), s = 1 / Math.sqrt(K);
-      const sees = (query) => (key) => (!t.mask || at(t.mask, i, key)) && (!c.causal || key <= S - n + query);
+      const [k, v] = [t.k, t.v].map((a) => part(a, i, g)), s = c.scale ?? 1 / Math.sqrt(K);
+      const sees = (query) => (key) => (!t.mask || at(t.mask, i, key)) && (!c.causal || key <= S - n + query) &&
+        (!c.window || key > S - n + query - c.window);
       const p = perRow(times(mm(q, T(k)), s), (xs, query) => softmaxRow(xs, sees(query)));
       const ds = times(perRow(mm(dy, T(v)), (dp, query) => softmaxRowBackward(row(p, query), dp)), s);
       put(part(y, i, h), mm(p, v));
@@ -98,19 +104,87 @@ export function attention(t, c) {
     }
   return { y, d };
 }
-function turned(x, positions, theta, sign) {
-  const [, H, n, K] = x.shape;
+function turned(x, positions, c, sign) {
+  const [, H, n, K] = x.shape, p = c.width ?? K, half = p / 2, factors = c.factors ?? [1];
   return perRow(x, (xs, i) => {
     const place = positions.shape.length === 1 ? i % n : Math.floor(i / (H * n)) * n + (i % n);
     return xs.map((v, j) => {
-      const angle = positions.d[place] * theta ** ((-2 * (j % (K / 2))) / K), other = xs[(j + K / 2) % K];
-      return f(f(v * f(Math.cos(angle))) + f((j < K / 2 ? -sign : sign) * f(other * f(Math.sin(angle)))));
+      if (j >= p) return v;
+      const rate = c.theta ** ((-2 * (j % half)) / p) / factors[factors.length === 1 ? 0 : j % half];
+      const angle = positions.d[place] * rate, other = xs[(j + half) % p];
+      return f(f(v * f(Math.cos(angle))) + f((j < half ? -sign : sign) * f(other * f(Math.sin(angle)))));
     });
   });
 }
-export const rotary = (t, c) => ({
-  y: turned(t.x, t.positions, c.theta, 1), d: { x: turned(t.dy, t.positions, c.theta, -1) },
-});
+export const rotary = (t, c) => ({ y: turned(t.x, t.positions, c, 1), d: { x: turned(t.dy, t.positions, c, -1) } });
+export function head_norm(t, c) {
+  const dy = turned(t.dy, t.positions, c, -1), { y, d } = rms_norm({ x: t.x, w: t.w, dy }, c);
+  return { y: turned(y, t.positions, c, 1), d: { x: d.x, w: d.w } };
+}
+const t5Side = (a, n, last) => { // the bucket of a distance on one side
+  const exact = n / 2;
+  if (a < exact) return a;
+  return Math.min(n - 1, exact + Math.floor((Math.log(a / exact) / Math.log(last / exact)) * (n - exact) + 1e-9));
+};
+export function score_bias(t, c) {
+  const [B, H] = t.table.shape, n = c.T, b = zeros([H, n, n]), table = zeros([B, H]);
+  for (let h = 0; h < H; h++)
+    for (let q = 0; q < n; q++)
+      for (let k = 0; k < n; k++) {
+        const d = k - q, bucket = c.causal ? t5Side(Math.max(-d, 0), B, c.last) :
+          t5Side(Math.abs(d), B / 2, c.last) + (d > 0 ? B / 2 : 0);
+        const place = (h * n + q) * n + k, entry = bucket * H + h;
+        b.d[place] = t.table.d[entry];
+        table.d[entry] = f(table.d[entry] + t.db.d[place]);
+      }
+  return { b, d: { table } };
+}
+export function disentangled(t, c) {
+  const [N, H, n, K] = t.q.shape, B = t.k_far.shape[1] / 2, mid = B / 2, s = f(1 / Math.sqrt(3 * K));
+  const z = zeros([N, H, n, n]), d = Object.fromEntries(["q", "k", "q_far", "k_far"].map((a) => [a, zeros(t[a].shape)]));
+  const rowOf = (distance) => {
+    const a = Math.abs(distance), log = Math.log(a / mid) / Math.log((c.last - 1) / mid);
+    const bucket = a <= mid ? a : mid + Math.ceil(log * (mid - 1) - 1e-9);
+    return Math.min(2 * B - 1, Math.max(0, B - Math.sign(distance) * bucket));
+  };
+  for (let i = 0; i < N; i++)
+    for (let h = 0; h < H; h++)
+      for (let q = 0; q < n; q++)
+        for (let k = 0; k < n; k++) {
+          const far = h * 2 * B + rowOf(k - q), [x, y] = [q, k].map((place) => (i * H + h) * n + place);
+          const dz = f(t.dz.d[x * n + k] * s);
+          let score = 0;
+          for (const [a, ai, b, bi] of [["q", x, "k", y], ["q", x, "k_far", far], ["k", y, "q_far", far]]) {
+            const [us, vs, du, dv] = [row(t[a], ai), row(t[b], bi), row(d[a], ai), row(d[b], bi)];
+            score = f(score + sum(us.map((u, j) => f(u * vs[j]))));
+            us.forEach((u, j) => ((du[j] = f(du[j] + f(dz * vs[j]))), (dv[j] = f(dv[j] + f(dz * u)))));
+          }
+          z.d[x * n + k] = f(score * s);
+        }
+  return { z, d };
+}
+const swap = (x, H) => { // (N, n, H K) -> (N, H, n, K)
+  const [N, n, D] = x.shape, K = D / H, y = zeros([N, H, n, K]);
+  for (let i = 0; i < N * n * H; i++)
+    row(y, (Math.floor(i / (n * H)) * H + (i % H)) * n + (Math.floor(i / H) % n)).set(x.d.subarray(i * K, (i + 1) * K));
+  return y;
+};
+const swapBack = (x) => { // the other way round
+  const [N, H, n, K] = x.shape, y = zeros([N, n, H * K]);
+  for (let i = 0; i < N * H * n; i++)
+    y.d.set(row(x, i), ((Math.floor(i / (H * n)) * n + (i % n)) * H + (Math.floor(i / n) % H)) * K);
+  return y;
+};
+export function cross_attention(t, c) {
+  const [q, k, v] = [[t.x, t.W_q], [t.X, t.W_k], [t.X, t.W_v]].map(([x, W]) => swap(affine(x, W), c.n_head));
+  const both = (dy) => attention({ q, k, v, mask: t.source_mask, dy }, { causal: false });
+  const y = swapBack(both(q).y), { d } = both(swap(mm(t.dy, t.W_o), c.n_head));
+  const [dq, dk, dv] = [d.q, d.k, d.v].map(swapBack);
+  return { y: affine(y, t.W_o), d: {
+    x: mm(dq, t.W_q), X: add(mm(dk, t.W_k), mm(dv, t.W_v)), W_q: mm(T(dq), flat(t.x)), W_k: mm(T(dk), flat(t.X)),
+    W_v: mm(T(dv), flat(t.X)), W_o: mm(T(t.dy), flat(y)),
+  } };
+}
 export const dropout = (t, c) => ({ y: mul(t.x, maskOf(t, c)), d: { x: mul(t.dy, maskOf(t, c)) } });
 export function cross_entropy(t) {
   const counts = t.targets.d.map((target) => target !== -100), n = counts.filter(Boolean).length, losses = [];
