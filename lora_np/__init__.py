@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from .adapter import Adapter, LoRAConfig, combine, count_parameters, init_adapter, merge, unmerge
 from .backend import asnumpy, backend_name
 from .decode import generate
+from .formats.models.presets import PRESETS
 from .lora import lora_linear, lora_linear_backward
 from .loss import forward, loss, loss_and_grads
-from .model import PRESETS, Config, Model, init_weights
+from .model import Config, Model, init_weights
 from .optim import adamw, clip
 from .parallel import sharded_loss_and_grads
 

@@ -187,10 +187,9 @@ def fuse_grads(config: Config, adapter: Adapter, grads: dict[str, Array]) -> dic
             result[name] = grads[name]
             continue
         parts = [grads[f"{matrix}.{factor}"] for matrix in fused_parts(config, stem)]
-        if len(parts) == 1:
-            result[name] = parts[0]
-        else:
-            result[name] = parts[0] + parts[1] + parts[2] if factor == "A" else xp.concatenate(parts)
+        if len(parts) > 1:
+            parts = [parts[0] + parts[1] + parts[2] if factor == "A" else xp.concatenate(parts)]
+        result[name] = parts[0]
     return result
 
 

@@ -59,7 +59,7 @@ class Batch:
 
 
 def check_inputs(
-    config: Config, tokens: Any, mask: Any, token_types: Any, source: Any = None, source_mask: Any = None
+    config: Config, tokens: Any, mask: Any = None, token_types: Any = None, source: Any = None, source_mask: Any = None
 ) -> Batch:
     """The inputs of a forward as host arrays; a ValueError or TypeError says what is wrong, and where."""
     tokens = _check_tokens(config, "tokens", tokens)
@@ -70,17 +70,9 @@ def check_inputs(
     return Batch(tokens, mask, types, source=_check_source(config, source, source_mask, len(tokens)))
 
 
-def check_batch(
-    config: Config,
-    tokens: Any,
-    targets: Any,
-    mask: Any,
-    token_types: Any,
-    source: Any = None,
-    source_mask: Any = None,
-) -> Batch:
-    """The inputs of a loss as host arrays; a ValueError or TypeError says what is wrong, and where."""
-    batch = check_inputs(config, tokens, mask, token_types, source, source_mask)
+def check_batch(config: Config, tokens: Any, targets: Any, *inputs: Any, **named: Any) -> Batch:
+    """The inputs of a loss, those beside targets as `check_inputs` takes them, as host arrays; errors as there."""
+    batch = check_inputs(config, tokens, *inputs, **named)
     if config.head == "none":
         raise ValueError("targets: expected a model with a head; this one's Config has head='none'")
     targets = as_array("targets", targets, host=True)

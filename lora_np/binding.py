@@ -33,7 +33,7 @@ class AdaptedModel:
         dropout_seed  of the dropout masks; None: no dropout, as in evaluation
         recompute     activation checkpointing: whether backward computes each sublayer again, from its input
         source        the layout of an encoder's states (T20), which are the weight SOURCE here
-        kept          in decoding, the keys and values that the second attention's layers take from them, by its name
+        source_kv     in decoding, the keys and values that each layer's second attention makes of them, by its name
     """
 
     config: Config
@@ -45,7 +45,7 @@ class AdaptedModel:
     dropout_seed: int | None = None
     recompute: bool = False
     source: Layout | None = None
-    kept: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
+    source_kv: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
 
     def weight_name(self, matrix: str) -> str:
         """The name of a matrix's weight: a tied head's is the token table's."""
@@ -62,6 +62,13 @@ class AdaptedModel:
         if name.endswith((".cross.k", ".cross.v")):
             return SOURCE in self.trained
         return self.lowest < _depth(self.config, name)
+
+    def attended(self, part: str, h: Array, at: Layout) -> tuple[Array, Layout]:
+        """What keys and values come from, and its layout: h; the second attention's from an encoder's states (T20)."""
+        if part != "cross":
+            return h, at
+        assert self.source is not None
+        return self.weights[SOURCE], self.source
 
     def dropout_mask(self, name: str, x: Array, at: Layout) -> Array | None:
         """L2, T12: the mask of an adapted matrix's input x (..., D); None without dropout."""
@@ -85,10 +92,8 @@ def _depth(config: Config, name: str) -> tuple[int, int]:
     if part[0] != "layers":
         return (-1, 0) if part[0] == "embed" else (config.depth, ("norm", "pooler", "head").index(part[0]))
     which = next(n for n, one in enumerate(config.sublayers) if part[2].removesuffix("_out") in (one, NORMS[one]))
-    is_norm = part[2].startswith("norm")
-    kind = (
-        "norm_out" if part[2].endswith("_out") else "norm" if is_norm else "out" if part[3] in ("o", "down") else "in"
-    )
+    norm, out = part[2].startswith("norm"), part[2].endswith("_out")
+    kind = "norm_out" if out else "norm" if norm else "out" if part[3] in ("o", "down") else "in"
     order = ("norm", "in", "out", "norm_out") if config.norm_first else ("in", "out", "norm_out", "norm")
     return count * int(part[1]) + which, order.index(kind)
 
@@ -96,22 +101,20 @@ def _depth(config: Config, name: str) -> tuple[int, int]:
 def encoder_of(model: AdaptedModel) -> AdaptedModel:
     """T20: the encoder alone, under the names that any model has; the token table is the decoder's too."""
 
-    def own(named: Mapping[str, Any]) -> dict[str, Any]:
-        names = {name.removeprefix(ENCODER): name for name in named if name.startswith((ENCODER, "embed.tokens"))}
-        return {ours: named[name] for ours, name in names.items()}
+    def encoders_part(named: Mapping[str, Any]) -> dict[str, Any]:
+        names = [name for name in named if name.startswith((ENCODER, "embed.tokens"))]
+        return {name.removeprefix(ENCODER): named[name] for name in names}
 
-    trained = frozenset(own(dict.fromkeys(model.trained)))
-    return replace(
-        model, config=model.config.encoder, weights=own(model.weights), updates=own(model.updates), trained=trained
-    )
+    weights, updates = encoders_part(model.weights), encoders_part(model.updates)
+    trained = frozenset(encoders_part(dict.fromkeys(model.trained)))
+    return replace(model, config=model.config.encoder, weights=weights, updates=updates, trained=trained)
 
 
-def with_source(model: AdaptedModel, encoder: AdaptedModel, x: Array, at: Layout) -> AdaptedModel:
-    """T20: the decoder, its second attention asking the encoder's states x (..., D), which are laid out by `at`."""
-    trained = {name for name in model.trained if not name.startswith(ENCODER)}
-    if encoder.trained:
-        trained.add(SOURCE)
-    return replace(model, weights={**model.weights, SOURCE: x}, trained=frozenset(trained), source=at)
+def with_source(model: AdaptedModel, x: Array, at: Layout, *, trained: bool) -> AdaptedModel:
+    """T20: the decoder, its second attention attending to the encoder's states x (..., D), which are laid out by `at`;
+    trained: whether anything of the encoder is."""
+    names = {name for name in model.trained if not name.startswith(ENCODER)} | ({SOURCE} if trained else set())
+    return replace(model, weights={**model.weights, SOURCE: x}, trained=frozenset(names), source=at)
 
 
 def is_adapter(given: object) -> bool:

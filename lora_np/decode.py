@@ -30,8 +30,9 @@ def keep_source(model: AdaptedModel, batch: Batch) -> AdaptedModel:
     model, encoded = encode(model, batch)
     if encoded is None:
         return model
-    x, names = model.weights[SOURCE], [f"layers.{i}.cross" for i in range(model.config.n_layer)]
-    return replace(model, kept={name: keys_values(model, name, x, encoded.at, {}) for name in names})
+    x, layers = model.weights[SOURCE], range(model.config.n_layer)
+    made = {f"layers.{i}.cross": keys_values(model, i, "cross", x, encoded.at, {}) for i in layers}
+    return replace(model, source_kv=made)
 
 
 def next_logits(model: AdaptedModel, cache: Cache, tokens: Array, mask: Array | None = None) -> Array:

@@ -1,8 +1,8 @@
 """What attention's scores gain by how far a key is from its query: a bias (T18), or disentangled scores (T19).
 
 A distance is a key's place less its query's, a whole number. Near ones have a bucket each; farther ones share them,
-their logarithms in equal parts. Scores are (T,S) for each head, but what each query, or each key, adds for each of B
-buckets is (T,B), or (S,B): memory grows with T.
+their logarithms in equal parts. Scores are (T,S) for each head, but what each query, or each key, adds for each of J
+buckets is (T,J), or (S,J): memory grows with T.
 """
 
 from __future__ import annotations
@@ -13,94 +13,75 @@ from typing import NamedTuple
 from .backend import Array, xp
 
 
-def t5_buckets(distance: Array, n: int, last: int, *, causal: bool) -> Array:
-    """T18 (Raffel et al. 2020, 2.1): the bucket, in 0..n-1, of each distance; from `last` on there is one.
+def t5_buckets(distance: Array, n: int, max_distance: int, *, causal: bool) -> Array:
+    """T18 (Raffel et al. 2020, 2.1): the bucket, in 0..n-1, of each distance; from max_distance on there is one.
 
-    Not causal: keys behind the query have the upper half. -> integers, of the shape of distance.
+    Not causal: the keys after the query have the upper half. -> integers, of the shape of distance.
     """
-    n, above = (n, 0) if causal else (n // 2, (distance > 0) * (n // 2))
-    far = xp.maximum(-distance, 0) if causal else xp.abs(distance)
+    size, offset = xp.maximum(-distance, 0), xp.zeros_like(distance)
+    if not causal:
+        n //= 2
+        size, offset = xp.abs(distance), n * (distance > 0)
     exact = n // 2
-    share = xp.log(xp.maximum(far, exact) / exact) / math.log(last / exact)  # of the logarithms from exact to last
-    return above + xp.where(far < exact, far, xp.minimum(exact + (share * (n - exact)).astype(int), n - 1))
+    fraction = xp.log(xp.maximum(size, exact) / exact) / math.log(max_distance / exact)  # of the way, in logarithms
+    return offset + xp.where(size < exact, size, xp.minimum(exact + (fraction * (n - exact)).astype(int), n - 1))
 
 
-def deberta_buckets(distance: Array, n: int, last: int) -> Array:
-    """T19 (He et al. 2021, eq. 3; its second version's logarithms): the bucket, in 0..2n-1, of each distance.
+def deberta_buckets(distance: Array, n: int, max_distance: int) -> Array:
+    """T19 (He et al. 2021, eq. 3; the logarithms are those of its second version's code): the bucket, in 0..2n-1.
 
-    Half of the n on each side are of one distance each; the last begins at `last`. A query's own place has n.
+    Half of the n on each side are of one distance each; the last begins at max_distance. A query's own place has n.
     -> integers, of the shape of distance.
     """
-    exact, far = n // 2, xp.abs(distance)
-    share = xp.log(xp.maximum(far, exact) / exact) / math.log((last - 1) / exact)
-    bucket = xp.where(far <= exact, far, xp.ceil(share * (exact - 1)).astype(int) + exact)
+    exact, size = n // 2, xp.abs(distance)
+    fraction = xp.log(xp.maximum(size, exact) / exact) / math.log((max_distance - 1) / exact)
+    bucket = xp.where(size <= exact, size, xp.ceil(fraction * (exact - 1)).astype(int) + exact)
     return xp.clip(n - xp.sign(distance) * bucket, 0, 2 * n - 1)
 
 
-class ByDistance(NamedTuple):
-    """T18, T19: what a score gains by the distance from its query to its key, of which there are B buckets.
+class PositionBias(NamedTuple):
+    """T18, T19: what scores gain by the bucket of the distance from query to key, of J buckets.
 
-    The bucket of each distance, 1-S to T-1, is in 0..B-1. by_query: what each query adds for a bucket; T18's are the
-    same for all sequences and queries, (1,H,1,B). by_key: what each key adds; None: nothing.
+    In He et al.'s words (2021, eq. 4), content to position and position to content.
     """
 
-    bucket: Array  # (S+T-1,)
-    by_query: Array  # (N,H,T,B)
-    by_key: Array | None = None  # (N,H,S,B)
+    bucket: Array  # (S+T-1,): of the distances 1-S to T-1; of a tile, (t,s)
+    c2p: Array  # (N,H,T,J): what a query adds for each bucket; T18's are the same for all queries of a head
+    p2c: Array | None = None  # (N,H,S,J): what a key adds; None: nothing (T18)
+    trained: bool = True  # whether their gradients are wanted
 
-    def grouped(self, G: int) -> ByDistance:
-        """The same with the heads of each group apart: (N,H,T,B) -> (N,G,R,T,B)."""
-        by_query, by_key = self.by_query, self.by_key
-        apart = None if by_key is None else by_key.reshape(len(by_key), G, -1, *by_key.shape[2:])
-        return ByDistance(self.bucket, by_query.reshape(len(by_query), G, -1, *by_query.shape[2:]), apart)
+    def tile(self, n: slice, h: slice, t: slice, s: slice) -> PositionBias:
+        """The part of some sequences, heads, queries and keys: views, and the buckets (t,s)."""
+        places = xp.arange(s.start, s.stop) - xp.arange(t.start, t.stop)[:, None] + self.c2p.shape[2] - 1
+        p2c = None if self.p2c is None else self.p2c[n, h, s]
+        return self._replace(bucket=self.bucket[places], c2p=self.c2p[n, h, t], p2c=p2c)
 
-    def ungrouped(self) -> ByDistance:
-        """The other way round: (N,G,R,T,B) -> (N,H,T,B)."""
-        by_query, by_key = self.by_query, self.by_key
-        together = None if by_key is None else by_key.reshape(len(by_key), -1, *by_key.shape[3:])
-        return ByDistance(self.bucket, by_query.reshape(len(by_query), -1, *by_query.shape[3:]), together)
+    def scores(self) -> Array:
+        """What a tile's scores gain. -> (n,h,t,s)."""
+        y = _from_buckets(self.c2p, self.bucket)
+        return y if self.p2c is None else y + _from_buckets(self.p2c, self.bucket.T).swapaxes(-1, -2)
 
-    def zeros(self) -> ByDistance:
-        """Where gradients are summed."""
-        by_key = None if self.by_key is None else xp.zeros(self.by_key.shape, dtype=self.by_key.dtype)
-        return ByDistance(self.bucket, xp.zeros(self.by_query.shape, dtype=self.by_query.dtype), by_key)
+    def zeros(self) -> PositionBias:
+        """Where the gradients are summed."""
+        p2c = None if self.p2c is None else xp.zeros(self.p2c.shape, dtype=self.p2c.dtype)
+        return self._replace(c2p=xp.zeros(self.c2p.shape, dtype=self.c2p.dtype), p2c=p2c)
 
-    def of(self, n: slice, g: slice, t: slice, s: slice, T: int) -> tuple[ByDistance, Array]:
-        """A tile's part, views, of the sequences n, groups g, queries t of T, keys s; and its buckets (t,s)."""
-        places = xp.arange(s.start, s.stop) - xp.arange(t.start, t.stop)[:, None] + (T - 1)
-        one = slice(None)  # where an axis has one element for all
-        by_query = self.by_query[n if len(self.by_query) > 1 else one, g, :, t if self.by_query.shape[3] > 1 else one]
-        by_key = None if self.by_key is None else self.by_key[n, g, :, s]
-        return ByDistance(self.bucket, by_query, by_key), self.bucket[places]
-
-    def scores(self, bucket: Array) -> Array:
-        """What a tile's scores gain: by_query (n,g,R,t,B), by_key (n,g,R,s,B), bucket (t,s) -> (n,g,R,t,s)."""
-        y = _from_buckets(self.by_query, bucket)
-        return y if self.by_key is None else y + _from_buckets(self.by_key, bucket.T).swapaxes(-1, -2)
-
-    def add_grads(self, dscores: Array, bucket: Array) -> None:
-        """Adds a tile's share to by_query and by_key, which are gradients here: dscores (n,g,R,t,s), bucket (t,s)."""
-        d = dscores if len(self.by_query) == len(dscores) else dscores.sum(axis=0, keepdims=True)
-        self.by_query[...] += _to_buckets(d, bucket, *self.by_query.shape[-2:])
-        if self.by_key is not None:
-            self.by_key[...] += _to_buckets(dscores.swapaxes(-1, -2), bucket.T, *self.by_key.shape[-2:])
-
-
-def _flat(bucket: Array, rows: int, B: int) -> Array:
-    """Where a bucket stands in a row of its own, or in the one row of all, when rows are laid end to end. -> (t,s)."""
-    return bucket if rows == 1 else bucket + B * xp.arange(rows)[:, None]
+    def add(self, dscores: Array) -> None:
+        """Adds the gradient of a tile's scores (n,h,t,s) to its parts, views of `zeros()`."""
+        self.c2p[...] += _to_buckets(dscores, self.bucket, self.c2p.shape[-1])
+        if self.p2c is not None:
+            self.p2c[...] += _to_buckets(dscores.swapaxes(-1, -2), self.bucket.T, self.p2c.shape[-1])
 
 
 def _from_buckets(x: Array, bucket: Array) -> Array:
-    """x (..., t, B), bucket (t,s) -> x[..., t, bucket[t,s]] (..., t, s)."""
-    *lead, rows, B = x.shape
-    return xp.take(x.reshape(*lead, rows * B), _flat(bucket, rows, B), axis=-1)
+    """x (...,t,J), bucket (t,s) -> x[..., t, bucket[t,s]] (...,t,s)."""
+    *lead, t, J = x.shape
+    return xp.take(x.reshape(*lead, t * J), bucket + J * xp.arange(t)[:, None], axis=-1)
 
 
-def _to_buckets(dy: Array, bucket: Array, rows: int, B: int) -> Array:
-    """The backward of `_from_buckets`: dy (..., t, s), bucket (t,s) -> (..., rows, B), sums in float64."""
-    lead = dy.shape[:-2]
-    M = math.prod(lead)
-    flat = xp.arange(M)[:, None, None] * (rows * B) + _flat(bucket, rows, B)  # (M,t,s)
-    sums = xp.bincount(flat.ravel(), weights=dy.reshape(-1), minlength=M * rows * B)
-    return sums.reshape(*lead, rows, B).astype(dy.dtype)
+def _to_buckets(dy: Array, bucket: Array, J: int) -> Array:
+    """The backward of `_from_buckets`: dy (...,t,s), bucket (t,s) -> (...,t,J), summed in float64."""
+    rows = dy.shape[:-1]
+    M = math.prod(rows)
+    flat = bucket + J * xp.arange(M).reshape(*rows, 1)  # each row's buckets laid end to end: (...,t,s)
+    return xp.bincount(flat.ravel(), weights=dy.ravel(), minlength=M * J).reshape(*rows, J).astype(dy.dtype)

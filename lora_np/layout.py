@@ -41,7 +41,7 @@ class Layout:
         selected   (N,), which row of the state before it that is; None: the rows are not a selection
         first      the batch's first sequence among those of the whole step, of which it may be a shard
         positions  (T,), (N,T) or (M,), rows of the position table; None with rotary positions
-        angles     rotary's cos and sin for each layer, (T,p/2) or (N,1,T,p/2) each; None without rotary positions
+        angles     rotary's cos and sin for each layer, (T,p/2) or (N,1,T,p/2) each; None: no rotary ones
         causal     whether a query sees only the keys up to its own place
         mask       (N,S) bool, the keys that count, those before included; None: all
         cache      the keys and values before, in decoding
@@ -69,9 +69,9 @@ class Layout:
             x = pick_backward(x, self.index, (self.N * self.T, x.shape[-1]))  # (M,D) -> (N*T,D)
         return x.reshape(self.N, self.T, -1)
 
-    def heads(self, x: Array, H: int) -> Array:
+    def heads(self, x: Array, K: int) -> Array:
         """(..., H*K) -> (N,H,T,K), zeros at padding. Its backward is `rows`."""
-        return self.unpack(x).reshape(self.N, self.T, H, -1).transpose(0, 2, 1, 3)  # (N,T,H*K) -> (N,H,T,K)
+        return self.unpack(x).reshape(self.N, self.T, -1, K).transpose(0, 2, 1, 3)  # (N,T,H*K) -> (N,H,T,K)
 
     def rows(self, x: Array) -> Array:
         """(N,H,T,K) -> (..., H*K). Its backward is `heads`."""
@@ -146,7 +146,7 @@ def lay_out(
 def _angles(config: Config, positions: Array, dtype: DType) -> list[tuple[Array, Array]]:
     """T11: each layer's cos and sin: those with a window may have a base of their own, and no factors."""
     usual = rotary_angles(positions, config.turned, config.rope_theta, dtype, config.rope_factors)
-    near = usual
+    windowed = usual
     if config.window_theta is not None:
-        near = rotary_angles(positions, config.turned, config.window_theta, dtype)
-    return [usual if config.window_of(i) is None else near for i in range(config.n_layer)]
+        windowed = rotary_angles(positions, config.turned, config.window_theta, dtype)
+    return [usual if config.window_of(i) is None else windowed for i in range(config.n_layer)]

@@ -49,7 +49,7 @@ def features(model: AdaptedModel, x: Array, at: Layout, saved: Activations) -> A
     """T14: what the head reads: a state, times a constant; an encoder's classifier has a pooler. (..., D) -> same."""
     config = model.config
     if not config.has_pooler:
-        return x if config.head_scale == 1 else config.head_scale * x
+        return config.head_scale * x
     h, saved["pooler.act"] = ACTIVATIONS[config.pooler](project(model, "pooler", x, at, saved))
     return h
 
@@ -58,7 +58,7 @@ def features_backward(model: AdaptedModel, dh: Array, saved: Activations, grads:
     """T14: dh (..., D) -> dx (..., D), or None where nothing below is trained."""
     config = model.config
     if not config.has_pooler:
-        return dh if config.head_scale == 1 else config.head_scale * dh
+        return config.head_scale * dh
     return project_backward(model, "pooler", activation_backward(dh, saved.pop("pooler.act")), saved, grads)
 
 
@@ -115,7 +115,7 @@ def encode(model: AdaptedModel, batch: Batch) -> tuple[AdaptedModel, Encoded | N
     encoder = encoder_of(model)
     at, last = layouts(encoder, batch.source)
     x, stack = states(encoder, batch.source, at, last)
-    return with_source(model, encoder, x, at), Encoded(encoder, at, stack)
+    return with_source(model, x, at, trained=bool(encoder.trained)), Encoded(encoder, at, stack)
 
 
 def encode_backward(encoded: Encoded | None, grads: Grads) -> None:
@@ -241,7 +241,7 @@ def loss_and_grads(
     """L4, T15: the loss and its gradients by what is trained: the adapter's parameters, or with "all" every weight.
 
     Arguments as for `loss`. dropout_seed: the seed of the dropout masks; None: no dropout, with a UserWarning where the
-    adapter's configuration has some. recompute: activation checkpointing: of each half block only the input is kept,
+    adapter's configuration has some. recompute: activation checkpointing: of each sublayer only the input is kept,
     and backward computes the rest again: less memory, more time, the same bits. -> (float, {name: array like the
     parameter}), with exactly the names of what is trained. No gradient of a frozen weight is formed.
     """
@@ -259,18 +259,18 @@ def step_of(
     tokens: Any,
     targets: Any,
     *,
-    mask: Any,
-    token_types: Any,
-    source: Any,
-    source_mask: Any,
     dropout_seed: int | None,
     trainable: Trainable,
     recompute: bool,
+    **inputs: Any,
 ) -> tuple[AdaptedModel, Batch]:
-    """The model and batch of a training step, checked: it is either one adapter or all weights that are trained."""
+    """The model and batch of a training step, checked: it is either one adapter or all weights that are trained.
+
+    inputs: mask, token_types, source and source_mask.
+    """
     check_model(model)
     adapter, tokens, targets = adapter_first(adapter, tokens, targets)
-    batch = check_batch(model.config, tokens, targets, mask, token_types, source, source_mask)
+    batch = check_batch(model.config, tokens, targets, **inputs)
     if dropout_seed is not None:
         check_count("dropout_seed", dropout_seed, at_least=0)
     if trainable not in ("adapter", "all"):

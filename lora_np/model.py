@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -20,8 +19,8 @@ from .checks import as_array, check_count, expect, few, is_number
 class Config:
     """The architecture.
 
-    Models are settings of these fields (PRESETS has some by name). The defaults are GPT-2's; below the first group are
-    what others have beside it.
+    Models are settings of these fields (`PRESETS` has some by name). The defaults are GPT-2's; the second group is what
+    others have beside it.
 
         vocab_size, n_positions         rows of the token table; longest sequence, and rows of the position table
         n_layer, n_head, d_model, d_ff  layers, heads, width D, feed-forward width F
@@ -45,7 +44,7 @@ class Config:
         pooler                          the activation of a classifier's pooler (T14)
         d_head                          a head's width K; None: D / H
         norm_outputs                    a norm of each sublayer's output too, before it joins the residual (T13)
-        embed_scale, head_scale         times the token's embedding (T1); times the state that a tied head reads (T14)
+        embed_scale, head_scale         times the token's embedding (T1); times the state that the head reads (T14)
         rope_width                      how many of K are turned (T11); None: all
         rope_factors                    what rotary's frequencies are divided by, each or all of them (T11)
         window, full_layers             how many keys, its own the last, a query sees (T9); layers where it sees all
@@ -54,7 +53,7 @@ class Config:
         score_scale                     times q k^T; None: 1 / sqrt(K) (T9), or 1 / sqrt(3K) (T19)
         score_buckets, score_distance   buckets of distance (T18; T19: on each side), and where the last begins; 0: none
         disentangled                    DeBERTa's attention (T19)
-        n_encoder                       layers of an encoder, which the decoder's second attention asks (T20)
+        n_encoder                       layers of an encoder, to which the decoder's second attention attends (T20)
         family                          whose names its files use; it has no bearing on what is computed
     """
 
@@ -151,8 +150,16 @@ class Config:
         most = 2 * (self.score_distance - self.disentangled)
         if self.score_buckets % 4 or self.score_buckets >= most:
             yield f"score_buckets: expected a multiple of 4 below {most}, got {self.score_buckets}"
-        if self.disentangled and (self.causal or not self.score_buckets or self.kv_heads != H):
-            yield "disentangled attention needs score_buckets; it is not causal, and its heads share no keys"
+        turned = self.positions == "rotary" or self.qk_norm
+        if self.disentangled and (self.causal or not self.score_buckets or self.kv_heads != H or turned):
+            yield (
+                "disentangled attention needs score_buckets; it is not causal, its heads share no keys, and its "
+                "queries and keys are neither turned nor normed"
+            )
+        if self.full_layers and (self.window is None or max(self.full_layers) >= self.n_layer):
+            yield f"full_layers: expected a window, and layers in 0..{self.n_layer - 1}, got {self.full_layers}"
+        if self.window_theta is not None and (self.window is None or self.positions != "rotary"):
+            yield "window_theta: expected a window, and rotary positions"
         others = (self.positions == "rotary", self.qk_norm, self.prefix, self.window, self.disentangled, self.n_types)
         if self.n_encoder and (any(others) or not self.causal or self.head not in ("lm", "none")):
             yield (
@@ -220,7 +227,7 @@ class Config:
 
     @property
     def has_pooler(self) -> bool:
-        """BERT's and RoBERTa's classifier reads its token through a linear and tanh (T14)."""
+        """An encoder's classifier reads its token through a linear and an activation (T14)."""
         return self.head == "classify" and not self.causal
 
     @property
@@ -329,54 +336,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _gpt2(n_layer: int, n_head: int, d_model: int, n_positions: int = 1024) -> Config:
-    return Config(50257, n_positions, n_layer, n_head, d_model, 4 * d_model)
-
-
-def _bert(vocab_size: int, n_layer: int, n_head: int, d_model: int, **fields: Any) -> Config:
-    encoder: dict[str, Any] = {
-        "n_positions": 512, "norm_first": False, "activation": "gelu", "causal": False, "head": "none",
-        "tie_head": False, "n_types": 2, "eps": 1e-12,
-    }  # fmt: skip
-    return Config(vocab_size, n_layer=n_layer, n_head=n_head, d_model=d_model, d_ff=4 * d_model, **encoder | fields)
-
-
-_ROBERTA: dict[str, Any] = {
-    "n_positions": 514, "n_types": 1, "position_offset": 2, "eps": 1e-5, "pooler_in_head": True,
-}  # fmt: skip
-
-
-class _Presets(dict[str, Config]):
-    """Configurations by name; for another name a KeyError says the nearest ones, or all."""
-
-    def __missing__(self, name: object) -> Config:
-        near = difflib.get_close_matches(str(name).lower(), self, cutoff=0.4)
-        hint = f"nearest are {', '.join(near)}" if near else f"there are {', '.join(self)}"
-        raise KeyError(f"PRESETS: no {name!r}; {hint}")
-
-
-PRESETS: Mapping[str, Config] = MappingProxyType(
-    _Presets({
-        "gpt2": _gpt2(12, 12, 768),
-        "gpt2-medium": _gpt2(24, 16, 1024),
-        "gpt2-large": _gpt2(36, 20, 1280),
-        "gpt2-xl": _gpt2(48, 25, 1600),
-        "gpt3-175b": _gpt2(96, 96, 12288, n_positions=2048),
-        "bert-base": _bert(30522, 12, 12, 768),
-        "roberta-base": _bert(50265, 12, 12, 768, **_ROBERTA),
-        "roberta-large": _bert(50265, 24, 16, 1024, **_ROBERTA),
-        "deberta-v2-xxlarge": _bert(
-            128100, 48, 24, 1536, n_types=0, eps=1e-7, positions="none", pooler="gelu", disentangled=True,
-            score_buckets=256, score_distance=512,
-        ),
-        "smollm2-135m": Config(
-            49152, 8192, 30, 9, 576, 1536, n_kv_head=3, norm="rms", positions="rotary", activation="silu_gated",
-            rope_theta=100000.0, bias=False,
-        ),
-    })
-)  # fmt: skip
-
-
 DTYPE_OF = "layers.0.norm1.weight"  # has the dtype of all: no matrix, so never held in bfloat16
 
 
@@ -439,9 +398,10 @@ def init_weights(
 ) -> dict[str, Array]:
     """Weights to start from, as GPT-2 does: N(0, 0.02), norms 1, biases 0; same seed, same bits.
 
-    What writes into the residual stream, attn.o and mlp.down, is N(0, 0.02 / sqrt(2 n_layer)) when norm_first, so that
-    the sum of 2 n_layer of them keeps its size. dtype: float32 or float64. names: only these, the same bits as among
-    all: each weight is drawn from the seed and its own name. -> {name: array} of config.weight_shapes().
+    What writes into the residual stream, o and down, is N(0, 0.02 / sqrt(2 n_layer)) when norm_first, so that the sum
+    of 2 n_layer of them (of an encoder-decoder, as many as its sublayers) keeps its size. dtype: float32 or float64.
+    names: only these, the same bits as among all: each weight is drawn from the seed and its own name. -> {name: array}
+    of config.weight_shapes().
     """
     expect("config", config, Config, "a Config")
     check_count("seed", seed, at_least=0)
@@ -464,6 +424,6 @@ def init_weights(
             first = rng.standard_normal(part.stop - part.start)
             first *= 0.02
             if config.norm_first and name.endswith((".o.weight", ".down.weight")):
-                first /= math.sqrt(2 * config.n_layer)
+                first /= math.sqrt((config.encoder if name.startswith(ENCODER) else config).depth)
             weights[name].reshape(-1)[part] = first
     return weights

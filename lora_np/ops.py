@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
 from .backend import Array, DType, backend_name, blocks, xp
-from .distance import ByDistance
+from .distance import PositionBias
 
 Saved: TypeAlias = tuple[Array, ...]
 
@@ -356,6 +356,10 @@ class Tile(NamedTuple):
     t: slice
     s: slice
 
+    def of(self, bias: PositionBias, R: int) -> PositionBias:
+        """Its part of what is added; a group is R heads next to each other."""
+        return bias.tile(self.n, slice(self.g.start * R, self.g.stop * R), self.t, self.s)
+
 
 def _tiles(N: int, G: int, R: int, T: int, S: int, *, causal: bool, window: int | None) -> Iterator[Tile]:
     """Scores (N,G,R,T,S) cut into tiles that stay in cache; on a GPU there is one."""
@@ -380,7 +384,7 @@ class AttentionSaved(NamedTuple):
     causal: bool
     window: int | None
     scale: float
-    near: ByDistance | None  # its parts (N,G,R,T,B), (N,G,R,S,B)
+    bias: PositionBias | None
 
     def parts(self) -> Iterator[tuple[Tile, Array, Array, Array, Array]]:
         """Each tile with its q (n,g,R,t,K), k and v (n,g,1,s,K), and probabilities p (n,g,R,t,s)."""
@@ -391,18 +395,17 @@ class AttentionSaved(NamedTuple):
             yield tile, q, k, v, self._probabilities(tile, q, k)
 
     def _probabilities(self, tile: Tile, q: Array, k: Array) -> Array:
-        """T8, T9: a tile's softmax(scale q k^T), and what is added: q (n,g,R,t,K), k (n,g,1,s,K) -> (n,g,R,t,s)."""
-        (T, S), (t, s) = (self.q.shape[3], self.k.shape[3]), (q.shape[-2], k.shape[-2])
+        """T8, T9: softmax of a tile's scale q k^T, and what is added: q (n,g,R,t,K), k (n,g,1,s,K) -> (n,g,R,t,s)."""
+        t, s = q.shape[-2], k.shape[-2]
         scores = (q * self.scale) @ k.swapaxes(-1, -2)  # (n,g,R,t,K) (n,g,1,K,s) -> (n,g,R,t,s)
+        if self.bias is not None:
+            scores += tile.of(self.bias, q.shape[2]).scores().reshape(scores.shape)
         minus_inf = xp.full((t, t), -math.inf, dtype=scores.real.dtype)
-        if self.near is not None:
-            part, bucket = self.near.of(*tile, T)
-            scores += part.scores(bucket)
         if self.causal and t > 1:
-            scores[..., s - t :] += xp.triu(minus_inf, 1)  # keys behind the query
-        if self.window is not None:
-            last_hidden = S - T + tile.t.start - self.window - tile.s.start  # of the first query; one more of each next
-            scores[..., :t] += xp.tril(minus_inf, last_hidden)[:, :s]
+            scores[..., s - t :] += xp.triu(minus_inf, 1)  # the keys after each query
+        if self.window is not None:  # the keys that its first query sees the last of, and so on
+            passed = self.k.shape[3] - self.q.shape[3] + tile.t.start - self.window - tile.s.start
+            scores[..., :t] += xp.tril(minus_inf, passed)
         if self.hidden is not None:
             scores += self.hidden[tile.n, ..., tile.s]
         return softmax(scores)[0]
@@ -417,23 +420,22 @@ def attention(
     mask: Array | None = None,
     window: int | None = None,
     scale: float | None = None,
-    near: ByDistance | None = None,
+    bias: PositionBias | None = None,
 ) -> tuple[Array, AttentionSaved]:
     """T9, T10: softmax(q k^T / sqrt(K)) v for each head; H query heads share G key/value heads, H/G to one.
 
     q (N,H,T,K); k, v (N,G,S,K); mask (N,S) bool, true where a key counts -> (N,H,T,K).
-    Causal: the queries are the last T of the S places, and each sees the keys up to its own; with a window, that many
-    of them. scale: in the place of 1 / sqrt(K). near: what is added to the scores (T18, T19).
+    Causal: the queries are the last T of the S places, and each sees the keys up to its own; with a window, which is
+    for causal attention, the last so many of them. scale: in the place of 1 / sqrt(K). bias: what is added to the
+    scores (T18, T19).
     A query that sees no key gives zeros, and its gradient is zero. Memory grows with T, not with T S.
     """
     (N, H, T, K), G = q.shape, k.shape[1]
-    R = H // G
+    R, scale = H // G, 1 / math.sqrt(K) if scale is None else scale
     hidden = None if mask is None else xp.where(mask, 0, -math.inf).astype(q.real.dtype)[:, None, None, None]
     # (N,H,T,K) -> (N,G,R,T,K); (N,G,S,K) -> (N,G,1,S,K)
-    saved = AttentionSaved(
-        q.reshape(N, G, R, T, K), k[:, :, None], v[:, :, None], hidden, causal, window,
-        1 / math.sqrt(K) if scale is None else scale, None if near is None else near.grouped(G),
-    )  # fmt: skip
+    q, k, v = q.reshape(N, G, R, T, K), k[:, :, None], v[:, :, None]
+    saved = AttentionSaved(q, k, v, hidden, causal, window, scale, bias)
     out = xp.empty((N, T, H, K), dtype=q.dtype)
     heads = out.reshape(N, T, G, R, K).transpose(0, 2, 3, 1, 4)  # a view (N,G,R,T,K)
     for (n, g, t, _), _, _, v_, p in saved.parts():
@@ -441,31 +443,27 @@ def attention(
     return out.transpose(0, 2, 1, 3), saved
 
 
-def attention_backward(
-    dy: Array, saved: AttentionSaved, *, dnear: ByDistance | None = None
-) -> tuple[Array, Array, Array]:
-    """T9, T10: dy (N,H,T,K) -> dq (N,H,T,K), dk and dv (N,G,S,K), which sum over the heads that share them.
-
-    dnear: saved.near.zeros(), to which the gradients of what was added are added (T18, T19).
-    """
+def attention_backward(dy: Array, saved: AttentionSaved) -> tuple[Array, Array, Array, PositionBias | None]:
+    """T9, T10: dy (N,H,T,K) -> dq (N,H,T,K), dk and dv (N,G,S,K), which sum over the heads that share them; and the
+    gradient of bias, where it is trained, else None."""
     N, G, R, T, K = saved.q.shape
     S = saved.k.shape[3]
     dy = dy.reshape(N, G, R, T, K)
     dq = xp.empty((N, T, G, R, K), dtype=dy.dtype).transpose(0, 2, 3, 1, 4)  # laid out as the projections want them
     dk = xp.zeros((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
     dv = xp.zeros((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
+    dbias = saved.bias.zeros() if saved.bias is not None and saved.bias.trained else None
     for tile, q_, k_, v_, p in saved.parts():
         n, g, t, s = tile
         dy_ = dy[n, g, :, t]
         dv[n, g, s] += (p.swapaxes(-1, -2) @ dy_).sum(axis=2)  # (n,g,R,s,t) (n,g,R,t,K) -> (n,g,s,K)
         dscores = softmax_backward(dy_ @ v_.swapaxes(-1, -2), p)  # (n,g,R,t,s)
-        if dnear is not None:
-            part, bucket = dnear.of(*tile, T)
-            part.add_grads(dscores, bucket)
+        if dbias is not None:
+            tile.of(dbias, R).add(dscores.reshape(len(dscores), -1, *dscores.shape[-2:]))  # (n,h,t,s)
         dscores *= saved.scale
         dq[n, g, :, t] = dscores @ k_
         dk[n, g, s] += (dscores.swapaxes(-1, -2) @ q_).sum(axis=2)
-    return dq.reshape(N, G * R, T, K), dk, dv
+    return dq.reshape(N, G * R, T, K), dk, dv, dbias
 
 
 # --- T11: rotary positions -----------------------------------------------------------------------------------------

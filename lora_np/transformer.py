@@ -6,8 +6,8 @@ trained into `grads`. L1, T9, ... number the statements of the specification (sp
 2021.
 
 Letters: N batch, T tokens, D width, H heads of width K, G key/value heads, S keys, P keys of a prefix, F feed-forward
-width. A state is (N,T,D), or packed to its M rows that are no padding, (M,D): `..., D`. Its `Layout` says which tokens
-the rows are.
+width, J buckets of distance. A state is (N,T,D), or packed to its M rows that are no padding, (M,D): `..., D`. Its
+`Layout` says which tokens the rows are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from .backend import Array, xp
 from .batch import Batch
 from .binding import SOURCE, AdaptedModel
-from .distance import ByDistance, deberta_buckets, t5_buckets
+from .distance import PositionBias, deberta_buckets, t5_buckets
 from .layout import Layout
 from .lora import lora_embedding, lora_embedding_backward, lora_linear, lora_linear_backward
 from .model import NORMS
@@ -87,10 +87,10 @@ def add(grads: Grads, name: str, value: Array) -> None:
 
 
 def norm(model: AdaptedModel, name: str, x: Array, saved: Activations) -> Array:
-    """T3 or T4: as the configuration says. x (..., D) -> (..., D)."""
-    w, eps = model.weights[f"{name}.weight"], model.config.eps
-    if model.config.norm == "layer":
-        y, saved[name] = layer_norm(x, w, model.weights[f"{name}.bias"], eps)
+    """T3, or without a bias T4. x (..., D) -> (..., D)."""
+    w, b, eps = model.weights[f"{name}.weight"], model.weights.get(f"{name}.bias"), model.config.eps
+    if b is not None:
+        y, saved[name] = layer_norm(x, w, b, eps)
     else:
         y, saved[name] = rms_norm(x, 1 + w if model.config.norm == "rms_1p" else w, eps)
     return y
@@ -103,7 +103,7 @@ def norm_backward(model: AdaptedModel, name: str, dy: Array, saved: Activations,
         add(grads, f"{name}.weight", norm_weight_backward(dy, kept))
     if f"{name}.bias" in model.trained:
         add(grads, f"{name}.bias", bias_backward(dy))
-    return layer_norm_backward(dy, kept) if model.config.norm == "layer" else rms_norm_backward(dy, kept)
+    return layer_norm_backward(dy, kept) if f"{name}.bias" in model.weights else rms_norm_backward(dy, kept)
 
 
 # --- T1: the embedding ---------------------------------------------------------------------------------------------
@@ -117,8 +117,7 @@ def embed(model: AdaptedModel, batch: Batch, at: Layout) -> tuple[Array, Activat
         x = embedding(saved["embed.tokens"], E)
     else:
         x, saved["update"] = lora_embedding(saved["embed.tokens"], E, update.A, update.B, update.s)
-    if model.config.embed_scale != 1:
-        x *= model.config.embed_scale
+    x *= model.config.embed_scale
     if at.positions is not None:
         x += embedding(at.positions, model.weights["embed.positions"])
         saved["embed.positions"] = at.positions
@@ -138,8 +137,7 @@ def embed_backward(model: AdaptedModel, dx: Array, saved: Activations, grads: Gr
         if name in model.trained:
             ids = xp.broadcast_to(saved[name], dx.shape[:-1])
             grads[name] = embedding_backward(dx, ids, len(model.weights[name]))
-    if model.config.embed_scale != 1:
-        dx = dx * model.config.embed_scale
+    dx = dx * model.config.embed_scale
     if "update" in saved:
         grads["embed.tokens.A"], grads["embed.tokens.B"] = lora_embedding_backward(dx, saved.pop("update"))
     if "embed.tokens" in model.trained:
@@ -158,15 +156,12 @@ def attend(
     each sequence is read, where T = 1 for the queries, and for an encoder's states (T20). -> h (..., D), laid out as
     x_q."""
     name, config = f"layers.{i}.{part}", model.config
-    q = at_q.heads(project(model, f"{name}.q", x_q, at_q, saved), config.n_head)  # (..., D) -> (..., H*K) -> (N,H,T,K)
-    k, v = keys_values(model, name, x, at, saved)  # (..., D) -> 2 (N,G,T,K)
-    if config.qk_norm:  # T17
-        q, k = norm(model, f"{name}.q_norm", q, saved), norm(model, f"{name}.k_norm", k, saved)
-    q, k = at_q.rotate(q, i), at.rotate(k, i)
+    q = query_or_key(model, i, f"{name}.q", x_q, at_q, saved)  # (..., D) -> (N,H,T,K)
+    k, v = keys_values(model, i, part, x, at, saved)  # (..., D) -> 2 (N,G,T,K)
     k, v, mask = context(model, i, k, v, at)  # (N,G,T,K) -> (N,G,S,K); (N,S)
-    near = near_scores(model, name, q, k, saved)
+    bias = position_bias(model, name, q, k, saved)  # T18, T19; None in most models
     y, saved[name] = attention(
-        q, k, v, causal=at.causal, mask=mask, window=config.window_of(i), scale=config.scale, near=near
+        q, k, v, causal=at.causal, mask=mask, window=config.window_of(i), scale=config.scale, bias=bias
     )
     return project(model, f"{name}.o", at_q.rows(y), at_q, saved)  # (N,H,T,K) -> (..., H*K) -> (..., D)
 
@@ -180,28 +175,43 @@ def attend_backward(
     dy = project_backward(model, f"{name}.o", dh, saved, grads)  # (..., D) -> (..., H*K)
     if dy is None:  # nothing below Wo is trained
         return [None, None, None]
-    dy, kept = at_q.heads(dy, model.config.n_head), saved.pop(name)  # (..., H*K) -> (N,H,T,K)
-    dnear = None if kept.near is None or not near_trained(model) else kept.near.zeros()
-    dq, dk, dv = attention_backward(dy, kept, dnear=dnear)  # (N,H,T,K), 2 (N,G,S,K)
-    if dnear is not None:
-        near_scores_backward(model, name, dnear.ungrouped(), dq, dk, saved, grads)
+    dy = at_q.heads(dy, model.config.head_width)  # (..., H*K) -> (N,H,T,K)
+    dq, dk, dv, dbias = attention_backward(dy, saved.pop(name))  # (N,H,T,K), 2 (N,G,S,K)
+    position_bias_backward(model, name, dbias, dq, dk, saved, grads)  # may add to dq and dk
     dk, dv = context_backward(model, i, dk, dv, grads)  # (N,G,S,K) -> (N,G,T,K)
-    dq, dk = at_q.rotate_backward(dq, i), at.rotate_backward(dk, i)
-    if model.config.qk_norm:
-        dq = norm_backward(model, f"{name}.q_norm", dq, saved, grads)
-        dk = norm_backward(model, f"{name}.k_norm", dk, saved, grads)
-    dx_q = project_backward(model, f"{name}.q", at_q.rows(dq), saved, grads)  # (N,H,T,K) -> (..., H*K) -> (..., D)
-    dx_k = project_backward(model, f"{name}.k", at.rows(dk), saved, grads)  # (N,G,T,K) -> (..., G*K) -> (..., D)
-    dx_v = project_backward(model, f"{name}.v", at.rows(dv), saved, grads)
+    dx_q = query_or_key_backward(model, i, f"{name}.q", dq, at_q, saved, grads)  # (N,H,T,K) -> (..., D)
+    dx_k = query_or_key_backward(model, i, f"{name}.k", dk, at, saved, grads)  # (N,G,T,K) -> (..., D)
+    dx_v = project_backward(model, f"{name}.v", at.rows(dv), saved, grads)  # (N,G,T,K) -> (..., G*K) -> (..., D)
     return [dx_q, dx_k, dx_v]
 
 
-def keys_values(model: AdaptedModel, name: str, x: Array, at: Layout, saved: Activations) -> tuple[Array, Array]:
-    """T9: Wk and Wv. x (..., D) -> 2 (N,G,T,K); of an encoder's states, in decoding, those that were kept (T16)."""
-    if name in model.kept:
-        return model.kept[name]
-    k = at.heads(project(model, f"{name}.k", x, at, saved), model.config.kv_heads)  # (..., G*K) -> (N,G,T,K)
-    return k, at.heads(project(model, f"{name}.v", x, at, saved), model.config.kv_heads)
+def query_or_key(model: AdaptedModel, i: int, name: str, x: Array, at: Layout, saved: Activations) -> Array:
+    """T9, T11, T17: Wq or Wk, each head normed where the model does so, and turned. x (..., D) -> (N,H or G,T,K)."""
+    y = at.heads(project(model, name, x, at, saved), model.config.head_width)  # (..., H*K) -> (N,H,T,K)
+    if model.config.qk_norm:
+        y = norm(model, f"{name}_norm", y, saved)
+    return at.rotate(y, i)
+
+
+def query_or_key_backward(
+    model: AdaptedModel, i: int, name: str, dy: Array, at: Layout, saved: Activations, grads: Grads
+) -> Array | None:
+    """T9, T11, T17: dy (N,H or G,T,K) -> dx (..., D), or None where nothing below is trained."""
+    dy = at.rotate_backward(dy, i)
+    if model.config.qk_norm:
+        dy = norm_backward(model, f"{name}_norm", dy, saved, grads)
+    return project_backward(model, name, at.rows(dy), saved, grads)  # (N,H,T,K) -> (..., H*K) -> (..., D)
+
+
+def keys_values(
+    model: AdaptedModel, i: int, part: str, x: Array, at: Layout, saved: Activations
+) -> tuple[Array, Array]:
+    """T9: x (..., D) -> 2 (N,G,T,K); of an encoder's states, in decoding, those that were made once (T16, T20)."""
+    name = f"layers.{i}.{part}"
+    if name in model.source_kv:
+        return model.source_kv[name]
+    k = query_or_key(model, i, f"{name}.k", x, at, saved)
+    return k, at.heads(project(model, f"{name}.v", x, at, saved), model.config.head_width)
 
 
 def context(model: AdaptedModel, i: int, k: Array, v: Array, at: Layout) -> tuple[Array, Array, Array | None]:
@@ -237,79 +247,6 @@ def context_backward(model: AdaptedModel, i: int, dk: Array, dv: Array, grads: G
     return dk[:, :, P:], dv[:, :, P:]
 
 
-# --- T18, T19: what scores gain by distance ------------------------------------------------------------------------
-
-
-def near_scores(model: AdaptedModel, name: str, q: Array, k: Array, saved: Activations) -> ByDistance | None:
-    """T18, T19: q (N,H,T,K), k (N,H,S,K) -> what is added to their scores; None where nothing is.
-
-    T18: a row of the table (B,H) for each bucket of distance. T19: each query with the key of a distance, and each key
-    with its query.
-    """
-    config, (T, S) = model.config, (q.shape[2], k.shape[2])
-    n, last, distance = config.score_buckets, config.score_distance, xp.arange(1 - S, T)
-    if n == 0 or name.endswith(".cross"):
-        return None
-    if not config.disentangled:
-        E = widened(model.weights["embed.score_bias"])
-        return ByDistance(t5_buckets(distance, n, last, causal=config.causal), E.T[None, :, None])  # (1,H,1,B)
-    q_far, k_far = far_heads(model, name, len(q), saved)  # 2 (1,H,2B,K)
-    saved[f"{name}.near"] = q, k, q_far, k_far
-    by_query = (config.scale * q) @ k_far.swapaxes(-1, -2)  # (N,H,T,K) (1,H,K,2B) -> (N,H,T,2B)
-    by_key = (config.scale * k) @ q_far.swapaxes(-1, -2)  # (N,H,S,2B)
-    return ByDistance(deberta_buckets(distance, n, last), by_query, by_key)
-
-
-def near_trained(model: AdaptedModel) -> bool:
-    """T18, T19: whether what is added to the scores needs a gradient: a trained table, or T19's, which q and k make."""
-    return model.config.disentangled or "embed.score_bias" in model.trained
-
-
-def near_scores_backward(
-    model: AdaptedModel, name: str, dnear: ByDistance, dq: Array, dk: Array, saved: Activations, grads: Grads
-) -> None:
-    """T18, T19: from the gradient of what was added; T19's share is added to dq (N,H,T,K) and dk (N,H,S,K)."""
-    if dnear.by_key is None:
-        add(grads, "embed.score_bias", dnear.by_query[0, :, 0].T)  # (1,H,1,B) -> (B,H)
-        return
-    q, k, q_far, k_far = saved.pop(f"{name}.near")
-    by_query, by_key = model.config.scale * dnear.by_query, model.config.scale * dnear.by_key
-    dq += by_query @ k_far  # (N,H,T,2B) (1,H,2B,K) -> (N,H,T,K)
-    dk += by_key @ q_far
-    dk_far = (by_query.swapaxes(-1, -2) @ q).sum(axis=0, keepdims=True)  # (N,H,2B,T) (N,H,T,K) -> (1,H,2B,K)
-    dq_far = (by_key.swapaxes(-1, -2) @ k).sum(axis=0, keepdims=True)
-    far_heads_backward(model, name, dq_far, dk_far, saved, grads)
-
-
-def far_heads(model: AdaptedModel, name: str, N: int, saved: Activations) -> tuple[Array, Array]:
-    """T19: the query and the key of each bucket of distance: Wq and Wk, with their updates, of the normed table (2B,D).
-
-    -> 2 (1,H,2B,K), or (N,H,2B,K) with an adapter for each row.
-    """
-    at, inner = far_layout(model, N), Activations()
-    x = norm(model, "embed.distances_norm", widened(model.weights["embed.distances"]), inner)  # (2B,D)
-    x = xp.broadcast_to(x, (at.N, *x.shape))  # (1,2B,D)
-    q, k = (at.heads(project(model, f"{name}.{one}", x, at, inner), model.config.n_head) for one in "qk")
-    saved[f"{name}.far"] = inner
-    return q, k
-
-
-def far_heads_backward(model: AdaptedModel, name: str, dq: Array, dk: Array, saved: Activations, grads: Grads) -> None:
-    """T19: 2 (1,H,2B,K), into the gradients of Wq, Wk and the table."""
-    at, inner = far_layout(model, 1), saved.pop(f"{name}.far")
-    dx_q = project_backward(model, f"{name}.q", at.rows(dq), inner, grads)  # (1,H,2B,K) -> (1,2B,H*K) -> (1,2B,D)
-    dx_k = project_backward(model, f"{name}.k", at.rows(dk), inner, grads)
-    if dx_q is not None and dx_k is not None and any(one.startswith("embed.distances") for one in model.trained):
-        dx = norm_backward(model, "embed.distances_norm", (dx_q + dx_k)[0], inner, grads)  # (2B,D)
-        if "embed.distances" in model.trained:
-            add(grads, "embed.distances", dx)
-
-
-def far_layout(model: AdaptedModel, N: int) -> Layout:
-    """T19: the rows of the table of distances, which dropout numbers as those of a sequence that no batch has."""
-    return Layout(N if model.by_row else 1, 2 * model.config.score_buckets, first=2**31)
-
-
 # --- T5 to T7: the feed-forward half -------------------------------------------------------------------------------
 
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu, "relu": relu, "tanh": tanh}
@@ -319,11 +256,10 @@ def feed_forward(model: AdaptedModel, i: int, x: Array, at: Layout, saved: Activ
     """T5 to T7: down(act(up(x))), or gated, down(act(gate(x)) * up(x)). x (..., D) -> (..., F) -> (..., D)."""
     name, activation = f"layers.{i}.mlp", ACTIVATIONS[model.config.activation.removesuffix("_gated")]
     up = project(model, f"{name}.up", x, at, saved)
+    gate = project(model, f"{name}.gate", x, at, saved) if model.config.gated else up
+    act, saved[f"{name}.act"] = activation(gate)
     if model.config.gated:
-        act, saved[f"{name}.act"] = activation(project(model, f"{name}.gate", x, at, saved))
-        saved[name] = act, up
-        return project(model, f"{name}.down", act * up, at, saved)
-    act, saved[f"{name}.act"] = activation(up)
+        saved[name], act = (act, up), act * up
     return project(model, f"{name}.down", act, at, saved)
 
 
@@ -343,6 +279,79 @@ def feed_forward_backward(model: AdaptedModel, i: int, dh: Array, saved: Activat
     return None if dx_gate is None or dx_up is None else dx_gate + dx_up
 
 
+# --- T18, T19: what scores gain by distance ------------------------------------------------------------------------
+
+
+def position_bias(model: AdaptedModel, name: str, q: Array, k: Array, saved: Activations) -> PositionBias | None:
+    """T18, T19: what is added to the scores of q (N,H,T,K) and k (N,G,S,K); None where nothing is.
+
+    T18: a row of the table (J,H) for each bucket of distance. T19: each query with the keys of the buckets, and each
+    key with their queries.
+    """
+    config, (N, H, T, _), S = model.config, q.shape, k.shape[2]
+    n, distance = config.score_buckets, xp.arange(1 - S, T)
+    if n == 0 or name.endswith(".cross"):
+        return None
+    if not config.disentangled:
+        E = widened(model.weights["embed.score_bias"])  # (J,H)
+        bucket, trained = t5_buckets(distance, n, config.score_distance, causal=config.causal), model.trained
+        return PositionBias(bucket, xp.broadcast_to(E.T[:, None], (N, H, T, n)), trained="embed.score_bias" in trained)
+    q_pos, k_pos = position_heads(model, name, N, saved)  # 2 (1,H,J,K)
+    saved[f"{name}.bias"] = q, k, q_pos, k_pos
+    c2p = (config.scale * q) @ k_pos.swapaxes(-1, -2)  # (N,H,T,K) (1,H,K,J) -> (N,H,T,J)
+    p2c = (config.scale * k) @ q_pos.swapaxes(-1, -2)  # (N,H,S,J)
+    return PositionBias(deberta_buckets(distance, n, config.score_distance), c2p, p2c)
+
+
+def position_bias_backward(
+    model: AdaptedModel, name: str, dbias: PositionBias | None, dq: Array, dk: Array, saved: Activations, grads: Grads
+) -> None:
+    """T18, T19: the gradients of the tables, and of Wq and Wk by way of T19's; its share is added to dq (N,H,T,K) and
+    dk (N,H,S,K)."""
+    if dbias is None:
+        return
+    if dbias.p2c is None:
+        add(grads, "embed.score_bias", dbias.c2p.sum(axis=(0, 2)).T)  # (N,H,T,J) -> (J,H)
+        return
+    q, k, q_pos, k_pos = saved.pop(f"{name}.bias")
+    c2p, p2c = model.config.scale * dbias.c2p, model.config.scale * dbias.p2c
+    dq += c2p @ k_pos  # (N,H,T,J) (1,H,J,K) -> (N,H,T,K)
+    dk += p2c @ q_pos
+    dk_pos = (c2p.swapaxes(-1, -2) @ q).sum(axis=0, keepdims=True)  # (N,H,J,T) (N,H,T,K) -> (1,H,J,K)
+    dq_pos = (p2c.swapaxes(-1, -2) @ k).sum(axis=0, keepdims=True)
+    position_heads_backward(model, name, dq_pos, dk_pos, saved, grads)
+
+
+def position_heads(model: AdaptedModel, name: str, N: int, saved: Activations) -> tuple[Array, Array]:
+    """T19: the query and the key of each bucket: Wq and Wk, updates and all, of the normed table of distances (J,D).
+
+    -> 2 (1,H,J,K), or (N,H,J,K) with an adapter for each row.
+    """
+    at, inner, E = position_layout(model, N), Activations(), widened(model.weights["embed.distances"])
+    x = norm(model, "embed.distances_norm", xp.broadcast_to(E, (at.N, *E.shape)), inner)  # (J,D) -> (1,J,D)
+    q, k = (at.heads(project(model, f"{name}.{one}", x, at, inner), model.config.head_width) for one in "qk")
+    saved[f"{name}.positions"] = inner
+    return q, k
+
+
+def position_heads_backward(
+    model: AdaptedModel, name: str, dq: Array, dk: Array, saved: Activations, grads: Grads
+) -> None:
+    """T19: 2 (1,H,J,K), into the gradients of Wq, Wk and the table."""
+    at, inner = position_layout(model, 1), saved.pop(f"{name}.positions")
+    dx_q = project_backward(model, f"{name}.q", at.rows(dq), inner, grads)  # (1,H,J,K) -> (1,J,H*K) -> (1,J,D)
+    dx_k = project_backward(model, f"{name}.k", at.rows(dk), inner, grads)
+    if dx_q is not None and dx_k is not None and any(one.startswith("embed.distances") for one in model.trained):
+        dx = norm_backward(model, "embed.distances_norm", dx_q + dx_k, inner, grads)[0]  # (1,J,D) -> (J,D)
+        if "embed.distances" in model.trained:
+            add(grads, "embed.distances", dx)
+
+
+def position_layout(model: AdaptedModel, N: int) -> Layout:
+    """T19: the rows of the table of distances, which dropout numbers as those of a sequence that no batch has."""
+    return Layout(N if model.by_row else 1, 2 * model.config.score_buckets, first=2**31)
+
+
 # --- T13: the block, in sublayers of one form ----------------------------------------------------------------------
 
 
@@ -359,11 +368,8 @@ def sublayer(model: AdaptedModel, depth: int, x: Array, before: Layout, after: L
     h_after = before.select(h, after)
     if part == "mlp":
         y = feed_forward(model, i, h_after, after, saved)
-    elif part == "cross":
-        assert model.source is not None
-        y = attend(model, i, part, h_after, at_q=after, x=model.weights[SOURCE], at=model.source, saved=saved)
     else:
-        y = attend(model, i, part, h_after, at_q=after, x=h, at=before, saved=saved)
+        y = attend(model, i, part, h_after, after, *model.attended(part, h, before), saved)
     if model.config.norm_outputs:
         y = norm(model, f"{name}_out", y, saved)
     y += before.select(x, after)
@@ -377,17 +383,19 @@ def sublayer_backward(
     i, part, name = place_of(model, depth)
     dy = dy if model.config.norm_first else norm_backward(model, name, dy, saved, grads)
     df = norm_backward(model, f"{name}_out", dy, saved, grads) if model.config.norm_outputs else dy
-    others: list[Array | None] = []  # laid out as x; dh is as the result
+    others: list[Array | None] = []
     if part == "mlp":
         dh = feed_forward_backward(model, i, df, saved, grads)
-    elif part == "cross":
-        assert model.source is not None
-        dh, *d_source = attend_backward(model, i, part, df, at_q=after, at=model.source, saved=saved, grads=grads)
-        for d in d_source:
+    else:
+        _, at = model.attended(part, df, before)
+        dh, *others = attend_backward(
+            model, i, part, df, after, at, saved, grads
+        )  # dh is laid out by after, others by at
+    if part == "cross":  # they are the encoder's
+        for d in others:
             if d is not None:
                 add(grads, SOURCE, d)
-    else:
-        dh, *others = attend_backward(model, i, part, df, at_q=after, at=before, saved=saved, grads=grads)
+        others = []
     if dh is None:
         return None
     dh = before.select_backward(dh, after)

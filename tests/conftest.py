@@ -1,7 +1,11 @@
-"""How many examples a property is tried on. `pytest --hypothesis-profile=thorough` tries many more."""
+"""How many examples a property is tried on, and which tests were skipped.
+
+`pytest --hypothesis-profile=thorough` tries many more examples.
+"""
 
 import os
 import signal
+from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
@@ -19,3 +23,10 @@ settings.register_profile("brief", settings.get_profile("ci"), max_examples=8)
 settings.register_profile("glance", settings.get_profile("ci"), max_examples=3)  # where all has been tried before
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)
 settings.load_profile("ci" if os.environ.get("CI") else "quick")  # the same examples in every run of CI
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Writes the tests and the files that were skipped into $SKIPPED_TESTS, if it is set: a line each."""
+    if "SKIPPED_TESTS" in os.environ:
+        names = dict.fromkeys(report.nodeid for report in terminalreporter.stats.get("skipped", []))
+        Path(os.environ["SKIPPED_TESTS"]).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")

@@ -11,6 +11,7 @@ import lora_np as ln
 from lora_np.formats.models import gguf_file
 from lora_np.formats.models.gguf import file_name
 
+ENCODED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")  # by the package
 KINDS = {kind.name: gguf.GGMLQuantizationType[kind.name] for kind in gguf_file.TENSOR_TYPES.values()}
 
 # Rows of 256 elements fill the blocks of every type; 8 heads share 2 keys.
@@ -25,16 +26,18 @@ KEYS = {
 }  # fmt: skip
 
 
-def encoded(rng, shape, kind):
-    """Random numbers as a tensor type has them: (rows, bytes) or, for F32 and F16, the numbers."""
-    if kind.name not in ("Q4_K", "Q6_K"):
+def encoded(rng, shape, kind, most=4):
+    """Random numbers as a tensor type has them: (rows, bytes) or, for F32 and F16, the numbers.
+
+    Types that the package does not encode are random blocks, of which none has a number of `most` or more.
+    """
+    if kind.name in ENCODED:
         return gguf.quants.quantize(rng.standard_normal(shape).astype(np.float32), kind)
     elements, size = gguf.GGML_QUANT_SIZES[kind]
-    blocks = rng.integers(0, 256, (shape[0], shape[1] // elements, size), dtype=np.uint8)
-    scale = np.array([0.01], np.float16).view(np.uint8)
-    for at in (0, 2) if kind.name == "Q4_K" else (size - 2,):  # where a block keeps its float16 scales
-        blocks[:, :, at : at + 2] = scale
-    return blocks.reshape(shape[0], -1)
+    blocks = rng.integers(0, 256, (4096, size), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        small = np.flatnonzero(np.abs(gguf.quants.dequantize(blocks, kind)).max(axis=1) < most)
+    return blocks[rng.choice(small, shape[0] * shape[1] // elements)].reshape(shape[0], -1)
 
 
 def write(path, config, kind="F32", *, seed=0, keys=None, tensors=None):

@@ -106,9 +106,10 @@ KINDS = {
     "usual": {},  # GPT-2, BERT, RoBERTa, Llama, and between them
     "window": {"causal": True, "prefix": 0},
     "score bias": {"prefix": 0},
-    "disentangled": {"causal": False, "prefix": 0, "n_kv_head": None},
+    "disentangled": {"causal": False, "prefix": 0, "n_kv_head": None, "qk_norm": False},
     "encoder": {"causal": True, "prefix": 0, "qk_norm": False, "n_types": 0},
 }
+NOT_TURNED = ("disentangled", "encoder")  # of these, no positions are rotary
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "gelu_gated", "gelu_tanh_gated", "silu_gated", "relu_gated")
 
 
@@ -146,6 +147,10 @@ def configs(draw, *, heads=("lm", "classify", "tag", "none"), kinds=tuple(KINDS)
     settings |= {**KINDS[kind], **fields}
     if settings["norm"] == "layer":
         settings["qk_norm"] = False
+    if max(settings.get("full_layers", ()), default=0) >= settings["n_layer"]:
+        settings["full_layers"] = ()
+    if settings["positions"] != "rotary":
+        settings.pop("window_theta", None)
     return ln.Config(
         **{
             "n_positions": 10 + offset,
@@ -163,7 +168,8 @@ def configs(draw, *, heads=("lm", "classify", "tag", "none"), kinds=tuple(KINDS)
 def _may_be(kind, fields, heads):
     """Whether an architecture of a kind can have these fields, and one of these heads."""
     fits = all(fields.get(name, value) == value for name, value in KINDS[kind].items())
-    return fits and (kind != "encoder" or bool({"lm", "none"} & {*heads}))
+    turned = kind in NOT_TURNED and fields.get("positions") == "rotary"
+    return fits and not turned and (kind != "encoder" or bool({"lm", "none"} & {*heads}))
 
 
 def _later(draw, kind, K):
@@ -175,7 +181,7 @@ def _later(draw, kind, K):
     buckets = st.sampled_from([4, 8])
     choices = {
         "norm": st.sampled_from(["layer", "rms", "rms_1p"]),
-        "positions": st.sampled_from(["learned", "none"] if kind == "encoder" else ["learned", "rotary", "none"]),
+        "positions": st.sampled_from(["learned", "none"] if kind in NOT_TURNED else ["learned", "rotary", "none"]),
         "activation": st.sampled_from(ACTIVATIONS),
         "d_head": st.just(d_head),
         "rope_width": st.just(turned),

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import device, same_bits, seeds, whole_numbers
 
-from lora_np.backend import asnumpy, xp
-from lora_np.distance import ByDistance, deberta_buckets, t5_buckets
+from lora_np.backend import asnumpy
+from lora_np.distance import PositionBias, deberta_buckets, t5_buckets
 from lora_np.vectors.buckets import deberta_bucket, t5_bucket
 
 proves = pytest.mark.proves
@@ -96,69 +96,50 @@ def test_near_distances_have_a_bucket_each_and_from_the_last_on_there_is_one(kin
 
 
 @st.composite
-def parts(draw):
-    """A ByDistance with the heads of each group apart, and a dscores of its whole: whole numbers, so sums are exact."""
-    N, G, R, T, S, B = (draw(st.integers(1, most)) for most in (2, 2, 2, 4, 4, 5))
+def biases(draw):
+    """A PositionBias, T18's or T19's, and a dscores (N,H,T,S): whole numbers, so sums are exact."""
+    N, H, T, S, J = (draw(st.integers(1, most)) for most in (2, 3, 4, 4, 5))
     rng = np.random.default_rng(draw(seeds))
-    bucket = device(rng.integers(0, B, S + T - 1))
-    if draw(st.booleans()):
-        near = ByDistance(bucket, whole_numbers(rng, 1, G, R, 1, B))
-    else:
-        near = ByDistance(bucket, whole_numbers(rng, N, G, R, T, B), whole_numbers(rng, N, G, R, S, B))
-    return near, whole_numbers(rng, N, G, R, T, S)
+    bucket = device(rng.integers(0, J, S + T - 1))
+    p2c = whole_numbers(rng, N, H, S, J) if draw(st.booleans()) else None
+    return PositionBias(bucket, whole_numbers(rng, N, H, T, J), p2c), whole_numbers(rng, N, H, T, S)
 
 
-def all_scores(near, N, T, S):
-    """What the score of each query and key gains, one at a time. -> (N,G,R,T,S)."""
-    bucket, by_query = (
-        asnumpy(near.bucket),
-        np.broadcast_to(asnumpy(near.by_query), (N, *near.by_query.shape[1:3], T, near.by_query.shape[-1])),
-    )
-    result = np.zeros((*by_query.shape[:3], T, S))
+def all_scores(bias, T, S):
+    """What the score of each query and key gains, one at a time. -> (N,H,T,S)."""
+    bucket, c2p = asnumpy(bias.bucket), asnumpy(bias.c2p)
+    result = np.zeros((*c2p.shape[:3], S))
     for t in range(T):
         for s in range(S):
-            result[..., t, s] = by_query[..., t, bucket[s - t + T - 1]]
-            if near.by_key is not None:
-                result[..., t, s] += asnumpy(near.by_key)[..., s, bucket[s - t + T - 1]]
+            result[..., t, s] = c2p[..., t, bucket[s - t + T - 1]]
+            if bias.p2c is not None:
+                result[..., t, s] += asnumpy(bias.p2c)[..., s, bucket[s - t + T - 1]]
     return result
 
 
 @proves("T18", "T19")
-@given(parts(), st.data())
+@given(biases(), st.data())
 def test_a_tile_s_scores_are_a_part_of_all(case, data):
-    near, dscores = case
-    N, G, _, T, S = dscores.shape
-    n, g, t, s = (slice(a, b) for a, b in (sorted(data.draw(st.sets(st.integers(0, size), min_size=2, max_size=2)))
-                                           for size in (N, G, T, S)))  # fmt: skip
-    part, bucket = near.of(n, g, t, s, T)
-    assert same_bits(part.scores(bucket), np.ascontiguousarray(all_scores(near, N, T, S)[n, g, :, t, s]))
+    bias, dscores = case
+    T, S = dscores.shape[2:]
+    n, h, t, s = (
+        slice(*sorted(data.draw(st.sets(st.integers(0, size), min_size=2, max_size=2)))) for size in dscores.shape
+    )
+    tile = bias.tile(n, h, t, s)
+    assert same_bits(tile.scores(), np.ascontiguousarray(all_scores(bias, T, S)[n, h, t, s]))
 
 
 @proves("T18", "T19")
-@given(parts(), st.booleans())
+@given(biases(), st.booleans())
 def test_the_gradient_is_the_transpose_whatever_the_tiles(case, cut):
-    """<scores(x), d> = <x, add_grads(d)>, to the last bit: these are whole numbers."""
-    near, dscores = case
-    N, G, _, T, S = dscores.shape
-    grads = near.zeros()
-    for t in [slice(0, T)] if not cut else [slice(t, t + 1) for t in range(T)]:
-        for s in [slice(0, S)] if not cut else [slice(s, s + 1) for s in range(S)]:
-            part, bucket = grads.of(slice(0, N), slice(0, G), t, s, T)
-            part.add_grads(dscores[:, :, :, t, s], bucket)
-    along = float((grads.by_query * near.by_query).sum())
-    if near.by_key is not None:
-        along += float((grads.by_key * near.by_key).sum())
-    assert along == math.fsum((all_scores(near, N, T, S) * asnumpy(dscores)).ravel())
-
-
-@proves("T18", "T19")
-@given(parts())
-def test_heads_are_grouped_and_ungrouped(case):
-    near, _ = case
-    G = near.by_query.shape[1]
-    flat = near.ungrouped()
-    assert flat.by_query.ndim == 4
-    again = flat.grouped(G)
-    for one, other in zip(near[1:], again[1:], strict=True):
-        assert (one is None and other is None) or same_bits(one, other)
-    assert not any(bool(xp.any(a)) for a in near.zeros()[1:] if a is not None)
+    """<scores(x), d> = <x, gradient of d>, exactly: these are whole numbers."""
+    bias, dscores = case
+    T, S = dscores.shape[2:]
+    grads, whole = bias.zeros(), slice(None)
+    for t in [slice(t, t + 1) for t in range(T)] if cut else [slice(0, T)]:
+        for s in [slice(s, s + 1) for s in range(S)] if cut else [slice(0, S)]:
+            grads.tile(whole, whole, t, s).add(dscores[:, :, t, s])
+    along = float((grads.c2p * bias.c2p).sum())
+    if bias.p2c is not None:
+        along += float((grads.p2c * bias.p2c).sum())
+    assert along == math.fsum((all_scores(bias, T, S) * asnumpy(dscores)).ravel())

@@ -50,7 +50,7 @@ def test_rows_are_unpacked_with_zeros_at_padding_and_packed_again(case, H, K):
     expected = np.zeros((N * T, H, K))
     expected[index] = x.reshape(-1, H, K)
     expected = expected.reshape(N, T, H, K).transpose(0, 2, 1, 3)
-    heads = at.heads(xp.asarray(x), H)
+    heads = at.heads(xp.asarray(x), K)
     assert (asnumpy(heads) == expected).all()
     assert (asnumpy(at.rows(heads)) == x).all()
 
@@ -59,7 +59,7 @@ def test_rows_are_unpacked_with_zeros_at_padding_and_packed_again(case, H, K):
 @given(small, small, small, small)
 def test_without_padding_all_tokens_are_rows(N, T, H, K):
     x = xp.asarray(np.arange(float(N * T * H * K)).reshape(N, T, H * K))
-    heads = Layout(N, T).heads(x, H)
+    heads = Layout(N, T).heads(x, K)
     assert heads.shape == (N, H, T, K)
     assert float(heads[N - 1, H - 1, T - 1, K - 1]) == N * T * H * K - 1
     assert (asnumpy(Layout(N, T).rows(heads)) == asnumpy(x)).all()

@@ -20,7 +20,7 @@ no_flag = pytest.mark.skipif(backend_name == "cupy", reason="CuPy's arrays have 
 
 # ---- configurations ----
 
-# Parameters of the published models (BERT and RoBERTa without their poolers, which come with a classifier).
+# Parameters of the published models (encoders without their poolers, which come with a classifier).
 SIZES = {
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
@@ -30,6 +30,15 @@ SIZES = {
     "roberta-base": 124_645_632 - 768 * 769,
     "roberta-large": 355_359_744 - 1024 * 1025,
     "smollm2-135m": 134_515_008,
+    "deberta-v3-base": 183_831_552,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3.2-1b": 1_235_814_400,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
+    "gemma-3-270m": 268_098_176,
+    "t5-small": 60_506_624,
+    "flan-t5-base": 247_577_856,
 }
 
 

@@ -14,7 +14,7 @@ from strategies import bits, deviation, device, dtypes, gamma, same_bits, seeds,
 
 from lora_np import ops
 from lora_np.backend import asnumpy, xp
-from lora_np.distance import ByDistance
+from lora_np.distance import PositionBias
 from lora_np.lora import lora_embedding, lora_embedding_backward, lora_linear, lora_linear_backward
 
 proves = pytest.mark.proves
@@ -553,7 +553,7 @@ def test_a_query_that_sees_no_key_gives_zeros_and_a_zero_gradient(case):
     q, k, v, causal, mask = case
     mask[0] = False  # the first text's queries see nothing
     y, saved = run_attention(q, k, v, causal, mask)
-    gradients = [asnumpy(d) for d in ops.attention_backward(device(np.ones(q.shape)), saved)]
+    gradients = [asnumpy(d) for d in ops.attention_backward(device(np.ones(q.shape)), saved)[:3]]
     assert not asnumpy(y)[0].any()
     assert not any(d[0].any() for d in gradients)
     (N, _, T, _), S = q.shape, k.shape[2]
@@ -572,7 +572,7 @@ def test_attention_backward_is_the_derivative_along_any_direction(case, seed):
     rng = np.random.default_rng(seed)
     dy, along = rng.standard_normal(inputs[0].shape), [rng.standard_normal(a.shape) for a in inputs]
     moved = asnumpy(run_attention(*(a + 1e-30j * d for a, d in zip(inputs, along, strict=True)), causal, mask)[0])
-    gradients = ops.attention_backward(device(dy), run_attention(*case)[1])
+    gradients = ops.attention_backward(device(dy), run_attention(*case)[1])[:3]
     terms = np.concatenate([(asnumpy(g) * d).ravel() for g, d in zip(gradients, along, strict=True)])
     assert abs((dy * moved.imag).sum() / 1e-30 - terms.sum()) <= 1e-12 * np.abs(terms).sum()
 
@@ -583,7 +583,7 @@ def test_attention_backward_is_the_derivative_along_any_direction(case, seed):
 def test_a_key_that_nobody_sees_has_no_gradient(case):
     q, k, _, causal, mask = case
     _, saved = run_attention(*case)
-    _, dk, dv = (asnumpy(d) for d in ops.attention_backward(device(np.ones(q.shape)), saved))
+    _, dk, dv = (asnumpy(d) for d in ops.attention_backward(device(np.ones(q.shape)), saved)[:3])
     (N, _, T, _), S = q.shape, k.shape[2]
     for n in range(N):
         seen = {s for t in range(T) for s in visible(n, t, T, S, causal, mask)}
@@ -610,7 +610,7 @@ def test_causal_attention_never_looks_ahead(case):
 @st.composite
 def seen_by_place(draw):
     """Attention that asks where keys stand, causal with a window or not: what `attentions` gives; and by name a window,
-    a scale, and a ByDistance, T18's or T19's, or None."""
+    a scale, and a PositionBias, T18's or T19's, or None."""
     causal = draw(st.booleans())
     q, k, v, _, mask = draw(attentions(causal=causal))
     (N, H, T, _), S, B = q.shape, k.shape[2], draw(st.integers(1, 4))
@@ -618,10 +618,10 @@ def seen_by_place(draw):
     bucket, kind = rng.integers(0, B, S + T - 1), draw(st.sampled_from(["none", "T18", "T19"]))
     near = {
         "none": None,
-        "T18": ByDistance(device(bucket), device(rng.standard_normal((1, H, 1, B)))),
-        "T19": ByDistance(device(bucket), *(device(rng.standard_normal((N, H, n, B))) for n in (T, S))),
+        "T18": PositionBias(device(bucket), device(np.broadcast_to(rng.standard_normal((1, H, 1, B)), (N, H, T, B)))),
+        "T19": PositionBias(device(bucket), *(device(rng.standard_normal((N, H, n, B))) for n in (T, S))),
     }[kind]
-    options = {"scale": draw(st.sampled_from([None, 1.0, 0.3])), "near": near}
+    options = {"scale": draw(st.sampled_from([None, 1.0, 0.3])), "bias": near}
     return (q, k, v, causal, mask), options | {"window": draw(st.sampled_from([None, 1, 2, 3])) if causal else None}
 
 
@@ -631,9 +631,8 @@ def near_by_hand(near, N, T, S):
         return None
     bucket, t, s = asnumpy(near.bucket), np.arange(T)[:, None], np.arange(S)
     places = bucket[s - t + T - 1]
-    H, B = near.by_query.shape[1], near.by_query.shape[3]
-    by_query = np.broadcast_to(asnumpy(near.by_query), (N, H, T, B))[:, :, t, places]
-    by_key = 0 * by_query if near.by_key is None else asnumpy(near.by_key)[:, :, s, places]
+    by_query = asnumpy(near.c2p)[:, :, t, places]
+    by_key = 0 * by_query if near.p2c is None else asnumpy(near.p2c)[:, :, s, places]
     return np.stack([by_query, by_key])
 
 
@@ -643,8 +642,8 @@ def near_by_hand(near, N, T, S):
 def test_attention_by_place_is_a_mean_of_values(case):
     """With a window, another scale, and what scores gain by distance."""
     (q, k, v, causal, mask), options = case
-    near = near_by_hand(options["near"], len(q), q.shape[2], k.shape[2])
-    expected, bound = attention_by_hand(q, k, v, causal, mask, **{**options, "near": near})
+    near = near_by_hand(options["bias"], len(q), q.shape[2], k.shape[2])
+    expected, bound = attention_by_hand(q, k, v, causal, mask, options["window"], options["scale"], near)
     y = asnumpy(run_attention(q, k, v, causal, mask, **options)[0])
     assert np.all(np.abs(y - expected) <= bound)
 
@@ -655,16 +654,15 @@ def test_attention_by_place_is_a_mean_of_values(case):
 def test_attention_by_place_backward_is_the_derivative_along_any_direction(case, seed):
     """Of q, k, v, and of what each query and key adds, by complex step."""
     (*inputs, causal, mask), options = case
-    near, rng = options["near"], np.random.default_rng(seed)
-    added = [] if near is None else [asnumpy(a) for a in near[1:] if a is not None]
+    near, rng = options["bias"], np.random.default_rng(seed)
+    added = [] if near is None else [asnumpy(a) for a in (near.c2p, near.p2c) if a is not None]
     dy, along = rng.standard_normal(inputs[0].shape), [rng.standard_normal(a.shape) for a in (*inputs, *added)]
     moved = [a + 1e-30j * d for a, d in zip((*inputs, *added), along, strict=True)]
-    moved_near = None if near is None else ByDistance(near.bucket, *map(device, moved[3:]))
-    y = asnumpy(run_attention(*moved[:3], causal, mask, **{**options, "near": moved_near})[0])
+    moved_near = None if near is None else PositionBias(near.bucket, *map(device, moved[3:]))
+    y = asnumpy(run_attention(*moved[:3], causal, mask, **{**options, "bias": moved_near})[0])
     saved = run_attention(*inputs, causal, mask, **options)[1]
-    dnear = None if near is None else saved.near.zeros()
-    gradients = [*ops.attention_backward(device(dy), saved, dnear=dnear)]
-    gradients += [] if near is None else [a for a in dnear.ungrouped()[1:] if a is not None]
+    *gradients, dbias = ops.attention_backward(device(dy), saved)
+    gradients += [] if dbias is None else [a for a in (dbias.c2p, dbias.p2c) if a is not None]
     terms = np.concatenate([(asnumpy(g) * d).ravel() for g, d in zip(gradients, along, strict=True)])
     assert abs((dy * y.imag).sum() / 1e-30 - terms.sum()) <= 1e-12 * np.abs(terms).sum()
 
@@ -686,7 +684,7 @@ def test_a_window_never_looks_beyond_itself(case, window):
         assert same_bits(asnumpy(moved)[:, :, t], asnumpy(y)[:, :, t])
         dy = np.zeros(q.shape)
         dy[:, :, t] = 1.0
-        _, dk, dv = (asnumpy(d) for d in ops.attention_backward(device(dy), saved))
+        _, dk, dv = (asnumpy(d) for d in ops.attention_backward(device(dy), saved)[:3])
         for d in (dk, dv):
             assert not d[:, :, :first].any()
             assert not d[:, :, own + 1 :].any()
@@ -704,8 +702,8 @@ def test_grouped_heads_share_their_keys_and_values(case):
     repeated, repeated_saved = run_attention(q, k.repeat(R, axis=1), v.repeat(R, axis=1), causal, mask)
     assert deviation(y, repeated) <= 1e-14
     dy = np.random.default_rng(0).standard_normal(q.shape)
-    dq, dk, dv = ops.attention_backward(device(dy), saved)
-    dq2, dk2, dv2 = (asnumpy(d) for d in ops.attention_backward(device(dy), repeated_saved))
+    dq, dk, dv = ops.attention_backward(device(dy), saved)[:3]
+    dq2, dk2, dv2 = (asnumpy(d) for d in ops.attention_backward(device(dy), repeated_saved)[:3])
     scale = np.abs(dk2).max() + np.abs(dv2).max() + np.abs(dq2).max() + 1e-300
     for one, other in (
         (dq, dq2),
@@ -720,7 +718,7 @@ def test_attention_to_one_token():
     """T = 1: the only key gets all the weight; a key's score does not matter, so dq = dk = 0."""
     q, k, v, dy = np.random.default_rng(0).standard_normal((4, 2, 3, 1, 4))
     y, saved = run_attention(q, k, v, True, None)
-    dq, dk, dv = (asnumpy(d) for d in ops.attention_backward(device(dy), saved))
+    dq, dk, dv = (asnumpy(d) for d in ops.attention_backward(device(dy), saved)[:3])
     assert same_bits(y, v)
     assert same_bits(dv, dy)
     assert not dq.any()
@@ -734,7 +732,7 @@ def test_attention_with_scores_of_1e4(dtype):
     k, v = device([[[[1.0], [0.5]]]], dtype), device([[[[3.0], [5.0]]]], dtype)
     y, saved = ops.attention(q, k, v, causal=False)
     assert asnumpy(y).item() == 3.0
-    assert all(np.isfinite(asnumpy(d)).all() for d in ops.attention_backward(y, saved))
+    assert all(np.isfinite(asnumpy(d)).all() for d in ops.attention_backward(y, saved)[:3])
 
 
 @proves("T9")
@@ -756,8 +754,8 @@ def by_distance(kind, H, T, B=8):
     """T18's, or T19's, for one sequence of T tokens."""
     rng, bucket = np.random.default_rng(0), np.arange(2 * T - 1) % B
     if kind == "T18":
-        return ByDistance(bucket, rng.standard_normal((1, H, 1, B)))
-    return ByDistance(bucket, *rng.standard_normal((2, 1, H, T, B)))
+        return PositionBias(bucket, np.broadcast_to(rng.standard_normal((1, H, 1, B)), (1, H, T, B)))
+    return PositionBias(bucket, *rng.standard_normal((2, 1, H, T, B)))
 
 
 @proves("T9", "T18", "T19")
@@ -770,8 +768,8 @@ def test_attention_by_place_holds_memory_in_proportion_to_its_length(kind):
         q, k, v, dy = np.random.default_rng(0).standard_normal((4, 1, 2, T, 4))
         near = None if kind == "window" else by_distance(kind, 2, T)
         tracemalloc.start()
-        _, saved = ops.attention(q, k, v, causal=True, window=100 if kind == "window" else None, near=near)
-        ops.attention_backward(dy, saved, dnear=None if near is None else saved.near.zeros())
+        _, saved = ops.attention(q, k, v, causal=True, window=100 if kind == "window" else None, bias=near)
+        ops.attention_backward(dy, saved)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < min(2.2 * peaks[0], 2048 * 2048 * 8)
@@ -1141,7 +1139,7 @@ def test_tiles_of_attention_change_nothing_beyond_rounding(case, rows, cache):
 
     def everything():
         y, saved = run_attention(*case)
-        return [asnumpy(a) for a in (y, *ops.attention_backward(device(dy), saved))], len(list(saved.parts()))
+        return [asnumpy(a) for a in (y, *ops.attention_backward(device(dy), saved)[:3])], len(list(saved.parts()))
 
     whole, one = everything()
     with tiles(rows, cache):
@@ -1205,7 +1203,7 @@ OPERATIONS = {
     "attention": (
         "q k v keys",
         lambda q, k, v, keys: ops.attention(q, k, v, causal=True, mask=keys),
-        ops.attention_backward,
+        lambda dy, saved: ops.attention_backward(dy, saved)[:3],
     ),
     "rotary": ("q", lambda q: ops.rotary(q, *ANGLES), ops.rotary_backward),
     "dropout": ("x m", lambda x, m: ops.dropout(x, m), ops.dropout_backward),

@@ -10,20 +10,22 @@ from pathlib import Path
 from ..formats.adapters.task import TASK, Task, load_task
 from ..formats.files.messages import listed, shown
 from ..formats.models.chat_template import load_chat_template
-from ..model import Model
+from ..model import Config, Model
 from ..training import tasks
 from ..training.examples import Tokens
 from ..training.loop import Score
 from ..training.records import FORMATS
 from ..training.text import ByteTokenizer
-from .base import whole
+from ..training.translation import decoder_start, ended
+from .base import tokenizer_of, whole
 
-LONGEST = {"lm": 256, "classify": 64, "tag": 128}
+LONGEST = {"lm": 256, "translate": 128, "classify": 64, "tag": 128}
 WINDOW = 64
 
 DATA = (
     "lm: a text, whose last part is held out; conversations (messages) as the base's chat template writes them; "
     "prompts with completions, instructions, or texts, as JSON lines, a JSON array, CSV or TSV, or a||b in each line. "
+    "translate: source and target as JSON, CSV or TSV, source<TAB>target or source||target lines. "
     "classify: text<TAB>label lines, or text and label as JSON, CSV or TSV. tag: CoNLL columns, the word first, its "
     "tag last, or tokens and ner_tags as JSON. The format is found from what is in the file"
 )
@@ -33,12 +35,14 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     """The arguments --task and --window."""
     parser.add_argument(
         "--task", choices=list(LONGEST),
-        help="the next token, a label for each text, or a tag for each word (default: the adapter's, or lm)",
+        help="the next token, a text after another (an encoder-decoder, or a decoder), a label for each text, or a tag "
+        "for each word (default: the adapter's, or lm)",
     )  # fmt: skip
     parser.add_argument(
         "--window", type=whole, metavar="T",
         help="tokens of a window, or the most of an example (default: the adapter's, or "
-        f"{LONGEST['lm']}, embedded base {WINDOW}; classify {LONGEST['classify']}, tag {LONGEST['tag']})",
+        f"{LONGEST['lm']}, embedded base {WINDOW}; translate {LONGEST['translate']}, each of source and target if an "
+        f"encoder reads the source; classify {LONGEST['classify']}, tag {LONGEST['tag']})",
     )  # fmt: skip
 
 
@@ -50,9 +54,16 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def reading(args: argparse.Namespace, path: Path) -> tasks.Reading:
+def reading(args: argparse.Namespace, path: Path, config: Config, tokenizer: Tokens) -> tasks.Reading:
     """How the files of data are read, for the base in `path`."""
-    return tasks.Reading(args.format, lambda: load_chat_template(path, args.chat_template))
+    start = decoder_start(path, config, tokenizer)
+    return tasks.Reading(args.format, lambda: load_chat_template(path, args.chat_template), start)
+
+
+def task_tokenizer(task: Task, path: Path, config: Config) -> Tokens:
+    """The tokenizer of the base in `path`, as the task has it."""
+    tokenizer = tokenizer_of(path, config)
+    return ended(tokenizer) if task.name == "translate" else tokenizer
 
 
 def task_of(args: argparse.Namespace) -> Task:
@@ -90,11 +101,13 @@ def fitting_task(args: argparse.Namespace, task: Task, model: Model, path: Path)
     A ValueError if the model is for another task, or other labels.
     """
     config = model.config
-    if config.head != task.name or (task.labels and config.n_labels != len(task.labels)):
+    whose = path if args.adapter is None else f"{path} with {args.adapter}"
+    if config.n_encoder and task.name != "translate":
+        raise ValueError(f"{whose}: an encoder-decoder: expected --task translate, got {task.name}")
+    if config.head != task.head or (task.labels and config.n_labels != len(task.labels)):
         labels = (
             f" with {len(task.labels)} labels, as the data has: {listed(_shown(task.labels))}" if task.labels else ""
         )
-        whose = path if args.adapter is None else f"{path} with {args.adapter}"
         raise ValueError(
             f"{whose}: expected a model for task {task.name}{labels}; got head {config.head!r} with "
             f"{config.n_labels or 'no'} labels"
@@ -104,13 +117,13 @@ def fitting_task(args: argparse.Namespace, task: Task, model: Model, path: Path)
 
 def score_text(task: Task, score: Score, unit: str = "") -> str:
     """A score for a line: the loss, and where there are labels, how many are right."""
-    accuracy = "" if task.name == "lm" else f", accuracy {score.accuracy:.1%}"
+    accuracy = f", accuracy {score.accuracy:.1%}" if task.labels else ""
     return f"{score.loss:.4f} {unit}".rstrip() + accuracy
 
 
 def short_score(task: Task, score: Score) -> str:
     """A score for a line of progress, which is short."""
-    return f"{score.loss:.4g}" if task.name == "lm" else f"{score.loss:.4g} ({score.accuracy:.1%})"
+    return f"{score.loss:.4g} ({score.accuracy:.1%})" if task.labels else f"{score.loss:.4g}"
 
 
 def unit_of(task: Task, tokenizer: Tokens) -> str:

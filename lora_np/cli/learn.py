@@ -16,8 +16,19 @@ from ..training import curve, finetune, plot, tasks
 from ..training.job import Job
 from ..training.loop import Progress, Settings, TrainingError, evaluate
 from ..training.ranks import Ranks, world
-from .base import AddCommand, adapted, add_base, add_seed, add_storage, base_path, tokenizer_of, whole
-from .data import DATA, add_reading, add_task, fitting_task, reading, score_text, short_score, task_of, unit_of
+from .base import AddCommand, adapted, add_base, add_seed, add_storage, base_path, whole
+from .data import (
+    DATA,
+    add_reading,
+    add_task,
+    fitting_task,
+    reading,
+    score_text,
+    short_score,
+    task_of,
+    task_tokenizer,
+    unit_of,
+)
 from .lora_options import add_lora, continued, new_config
 from .output import Bar, emit, one_end, terminable
 
@@ -37,18 +48,18 @@ def _finetune(args: argparse.Namespace, ranks: Ranks) -> None:
     ranks.of_first(lambda: _check_outputs(args))
     task = task_of(args)
     head: dict[str, Any] = {}
-    if task.name != "lm":
-        head = {"head": task.name, "n_labels": len(task.labels), "seed": args.seed}
+    if task.labels:
+        head = {"head": task.head, "n_labels": len(task.labels), "seed": args.seed}
     with Bar(shown=ranks.is_first) as bar:
         path = ranks.of_first(lambda: base_path(args, bar))
         model, start = _start(args, path, head)
         task = fitting_task(args, task, model, path)
-        tokenizer = tokenizer_of(path, model.config)
+        tokenizer = task_tokenizer(task, path, model.config)
         data = tasks.learn_from(
             args.data, args.dev, task, tokenizer, N=args.batch, held_out=args.held_out, seed=args.seed,
-            reading=reading(args, path),
+            reading=reading(args, path, model.config, tokenizer),
         )  # fmt: skip
-        lora = new_config(args, model.config, train_head=task.name != "lm") if start is None else start.config
+        lora = new_config(args, model.config, train_head=bool(task.labels)) if start is None else start.config
         job = _job(args, task, data.epoch, lora)
         _check_ranks(args, task, ranks)
         notes = [summary.line() for summary in data.read]
@@ -159,10 +170,12 @@ def run_eval(args: argparse.Namespace) -> int:
         path = base_path(args, bar)
     model, adapter = adapted(args, path)
     task = fitting_task(args, task, model, path)
-    tokenizer = tokenizer_of(path, model.config)
-    batches, summary = tasks.evaluation(args.data, task, tokenizer, most=args.windows, reading=reading(args, path))
+    tokenizer = task_tokenizer(task, path, model.config)
+    batches, summary = tasks.evaluation(
+        args.data, task, tokenizer, most=args.windows, reading=reading(args, path, model.config, tokenizer)
+    )
     # A classifier's or tagger's base alone has a head that nobody trained.
-    kinds: dict[str, Adapter | None] = {"base": None} if adapter is None or task.name == "lm" else {}
+    kinds: dict[str, Adapter | None] = {"base": None} if adapter is None or not task.labels else {}
     if adapter is not None:
         kinds["adapter"] = adapter
     unit = unit_of(task, tokenizer)
@@ -174,7 +187,7 @@ def run_eval(args: argparse.Namespace) -> int:
         bar.note(summary.line())
     result: dict[str, Any] = {"losses": {name: score.loss for name, score in scores.items()}}
     result["data"] = summary.as_json()
-    if task.name != "lm":
+    if task.labels:
         result["accuracies"] = {name: score.accuracy for name, score in scores.items()}
     emit(args, result, [f"{name}: {score_text(task, score, unit)}" for name, score in scores.items()])
     return 0
@@ -182,7 +195,9 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def add_commands(command: AddCommand) -> None:
     """The commands of this file, and their arguments."""
-    p = command("finetune", run_finetune, "train an adapter: on texts, on texts with labels, or on words with tags")
+    p = command(
+        "finetune", run_finetune, "train an adapter: on texts, translations, texts with labels, or words with tags"
+    )
     p.add_argument("--data", type=Path, required=True, metavar="FILE", help=DATA)
     p.add_argument("--dev", type=Path, metavar="FILE", help="what is held out (default: a part of --data)")
     add_base(p)

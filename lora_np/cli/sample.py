@@ -10,7 +10,12 @@ from ..training.sample import write_sample
 from .base import AddCommand
 from .output import emit
 
-OPTIONS = {"reviews.tsv": "--task classify", "tags.conll": "--task tag", "chat.jsonl": "--base MODEL"}
+OPTIONS = {
+    "reviews.tsv": "--task classify",
+    "tags.conll": "--task tag",
+    "french.tsv": "--task translate",
+    "chat.jsonl": "--base MODEL",
+}
 
 
 def run_sample(args: argparse.Namespace) -> int:
@@ -26,5 +31,7 @@ def run_sample(args: argparse.Namespace) -> int:
 
 def add_commands(command: AddCommand) -> None:
     """The command of this file, and its argument."""
-    p = command("sample", run_sample, "small files of data to try things on: text, pairs, chat, labels, tags")
+    p = command(
+        "sample", run_sample, "small files of data to try things on: text, pairs, chat, translations, labels, tags"
+    )
     p.add_argument("out", type=Path, metavar="DIR", help="a new folder for them")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..adapter import TARGETS, target_of
+from ..adapter import TARGETS, layer_of, target_of
 from ..formats.adapters.peft_config import ends_in
 from ..formats.files.messages import nearest
-from ..formats.models.names import FAMILIES, Family, family_of
+from ..formats.models.family import Family
+from ..formats.models.names import FUSED, NAMED, family_of
 from ..model import Config
 
 ALL = ("all", "all-linear")
-OTHERS = {  # of families whose models are not run here
-    "Wqkv": "qkv", "qkv_proj": "qkv", "query_key_value": "qkv", "fc1": "up", "fc2": "down", "wi": "up", "wo": "down",
-    "dense_h_to_4h": "up", "dense_4h_to_h": "down", "embed_out": "head", "embed_in": "embed", "out_proj": "o",
-    "q_lin": "q", "k_lin": "k", "v_lin": "v", "out_lin": "o", "lin1": "up", "lin2": "down",
+OTHERS = {  # of families whose models are not run here, and what has one meaning in most
+    "Wqkv": "qkv", "query_key_value": "qkv", "dense_h_to_4h": "up", "dense_4h_to_h": "down", "embed_out": "head",
+    "embed_in": "embed", "out_proj": "o",
 }  # fmt: skip
 
 
@@ -35,11 +35,11 @@ def _meant(name: str, config: Config) -> Iterable[str]:
     if name in TARGETS:
         return [name]
     if name.lower() in ALL:
-        return dict.fromkeys(target_of(matrix) for matrix in config.matrix_shapes() if matrix.startswith("layers."))
-    own, others = _called(name, [family_of(config)]), _called(name, FAMILIES)
+        return dict.fromkeys(target_of(matrix) for matrix in config.matrix_shapes() if layer_of(matrix) is not None)
+    own, others = _called(name, [family_of(config)]), _called(name, NAMED)
     found = own or OTHERS.get(name, "").split() or others
     if not own and len(found) != 1:  # of another family's, only what means one thing
-        theirs = {module.rpartition(".")[2] for family in FAMILIES for module, _ in _modules(family)}
+        theirs = {module.rpartition(".")[2] for family in NAMED for module, _ in _modules(family)}
         raise ValueError(
             f"--targets: {name!r:.60}: expected names of {' '.join(TARGETS)}, or all, or a family's own "
             f"(q_proj, c_attn){nearest(name, [*TARGETS, *ALL, *OTHERS, *sorted(theirs)])}"
@@ -57,5 +57,6 @@ def _modules(family: Family) -> Iterator[tuple[str, str]]:
     """What a family calls each module that can be a target, and the target."""
     for names in (family.modules, *family.heads.values()):
         for ours, theirs in names.items():
-            if target_of(ours) in TARGETS:
-                yield theirs, target_of(ours)
+            for part in FUSED["mlp.gate_up"] if ours.endswith("mlp.gate_up") else [ours]:
+                if target_of(part) in TARGETS:
+                    yield theirs, target_of(part)

@@ -11,22 +11,28 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..decode import generate_on
+from ..formats.adapters.task import load_task
 from ..formats.files.messages import shown
 from ..formats.models.chat_template import Conversation, load_chat_template
-from ..model import Model
+from ..model import Config, Model
 from ..training.examples import Tokens, prompt_ids
-from ..training.inputs import Input, input_name, read_prompts
+from ..training.inputs import Input, input_name, read_prompts, read_sources
 from ..training.records import FORMATS
+from ..training.translation import Source, decoder_start, encode_source, ended, source_prompt
 from .base import AddCommand, adapted, add_base, add_seed, add_storage, awaited, base_path, tokenizer_of, utf8, whole
 from .output import Bar, emit
 
 
 class Prompt(NamedTuple):
-    """What is gone on from: its ids, its text, None where it is not shown again, and the tokens that end the answer."""
+    """What is gone on from: its ids, its text, None where it is not shown again, and the tokens that end the answer.
+
+    source: what an encoder reads (T20); the ids are then the decoder's first.
+    """
 
     ids: list[int]
     text: str | None
     stop: Collection[int]
+    source: Source | None = None
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -37,15 +43,22 @@ def run_generate(args: argparse.Namespace) -> int:
         model, adapter = adapted(args, path)
         _check_head(model, path if args.adapter is None else args.adapter)
         tokenizer = tokenizer_of(path, model.config)
-        asked = (
-            [Input(0, args.prompt)] if args.prompts is None else read_prompts(awaited(args.prompts, bar), args.format)
+        if translates := _translates(args, path, model.config):
+            tokenizer = ended(tokenizer)
+        read = read_sources if translates else read_prompts
+        asked = [Input(0, args.prompt)] if args.prompts is None else read(awaited(args.prompts, bar), args.format)
+        prompts = (
+            _sources(args, asked, tokenizer, path, model.config)
+            if translates
+            else _prompts(args, asked, tokenizer, path)
         )
         results = []
-        for n, (one, prompt) in enumerate(zip(asked, _prompts(args, asked, tokenizer, path), strict=True)):
-            _note_length(args, one, len(prompt.ids), model.config.longest, bar)
+        for n, (one, prompt) in enumerate(zip(asked, prompts, strict=True)):
+            _note_length(args, one, prompt, model.config.longest, bar)
+            inputs = {} if prompt.source is None else {"source": prompt.source.tokens[None]}
             tokens = generate_on(
                 model, np.array([prompt.ids]), adapter, n=args.n, temperature=args.temperature, top_k=args.top_k,
-                top_p=args.top_p, seed=args.seed if args.temperature > 0 else None, stop=prompt.stop,
+                top_p=args.top_p, seed=args.seed if args.temperature > 0 else None, stop=prompt.stop, **inputs,
             )[0].tolist()  # fmt: skip
             given = {"messages": one.asked.messages} if isinstance(one.asked, Conversation) else {"prompt": one.asked}
             results.append({"line": one.line, **given, "text": _said(tokenizer, prompt, tokens)})
@@ -65,6 +78,35 @@ def _check_head(model: Model, path: Path) -> None:
         raise ValueError(f"{path}: {what} and writes none: lora-np predict gives its labels")
     if model.config.head != "lm" or not model.config.causal:
         raise ValueError(f"{path}: expected a language model, which writes text, got one without such a head")
+
+
+def _translates(args: argparse.Namespace, base: Path, config: Config) -> bool:
+    """Whether what is asked is a source: of an encoder-decoder, and of what was trained for that task."""
+    task = load_task(base if args.adapter is None else args.adapter)
+    translates = config.n_encoder > 0 or (task is not None and task.name == "translate")
+    for option in ("chat", "system", "chat_template"):
+        if translates and getattr(args, option):
+            raise ValueError(f"--{option.replace('_', '-')}: this model translates, and has no conversations")
+    return translates
+
+
+def _sources(
+    args: argparse.Namespace, asked: Sequence[Input], tokenizer: Tokens, base: Path, config: Config
+) -> list[Prompt]:
+    """The prompts' tokens, where each is a source: what is written after it is shown alone."""
+    start = decoder_start(base, config, tokenizer)
+    stop = [] if tokenizer.eos is None else [tokenizer.eos]
+    prompts = []
+    for one in asked:
+        if start is None:
+            prompts.append(Prompt(source_prompt(tokenizer, one.asked), None, stop))
+            continue
+        try:
+            source = encode_source(tokenizer, one.asked, config.longest)
+        except ValueError as error:
+            raise ValueError(f"{_where(args, one)}: {error}") from None
+        prompts.append(Prompt([start], None, stop, source))
+    return prompts
 
 
 def _prompts(args: argparse.Namespace, asked: Sequence[Input], tokenizer: Tokens, base: Path) -> list[Prompt]:
@@ -111,8 +153,11 @@ def _where(args: argparse.Namespace, one: Input) -> str:
     return "--prompt" if args.prompts is None else f"{input_name(args.prompts)}:{one.line}"
 
 
-def _note_length(args: argparse.Namespace, one: Input, T: int, longest: int, bar: Bar) -> None:
+def _note_length(args: argparse.Namespace, one: Input, prompt: Prompt, longest: int, bar: Bar) -> None:
     """Says where a prompt is longer than the model takes."""
+    T = len(prompt.ids)
+    if prompt.source is not None and prompt.source.cut:
+        bar.note(f"{_where(args, one)}: cut to {longest} tokens, as the model takes no more")
     if longest <= T:
         bar.note(
             f"{_where(args, one)}: {T} tokens, and the model takes {longest}: the last {max(1, longest // 2)} count"
@@ -127,12 +172,12 @@ def _lines(args: argparse.Namespace, result: dict[str, Any]) -> list[str]:
 
 def add_commands(command: AddCommand) -> None:
     """The command of this file, and its arguments."""
-    p = command("generate", run_generate, "text after a prompt, or an answer to it")
+    p = command("generate", run_generate, "text after a prompt, an answer to it, or its translation")
     add_base(p)
     add_storage(p)
     p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter's folder")
     asked = p.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", type=utf8, help="the text to go on from")
+    asked.add_argument("--prompt", type=utf8, help="the text to go on from, or to translate")
     asked.add_argument(
         "--prompts", type=Path, metavar="FILE",
         help="a prompt in each line, or prompt or messages as JSON, CSV or TSV; completions are left out (-: standard "

@@ -27,7 +27,7 @@ from ..formats.merged.plan import plan_merge
 from ..formats.merged.survey import Module, survey
 from ..formats.merged.target import Plan
 from ..formats.models.folder import CONFIG, can_run, load_model
-from ..formats.models.gguf import ARCHITECTURE
+from ..formats.models.gguf import is_run
 from ..formats.models.gguf_file import open_gguf
 from ..formats.models.shards import stored_tensors
 from ..loss import forward
@@ -97,7 +97,7 @@ def _read_base(base: Path) -> bool:
     """Whether a base can be run. It is read, as damage is an error, and no answer."""
     if _is_gguf(base):
         with open_gguf(base) as file:
-            runs = file.get("general.architecture", str) == ARCHITECTURE
+            runs = is_run(file)
     else:
         runs = can_run(base)
     if runs:
@@ -252,9 +252,13 @@ def _effects(base: Model, adapter: Adapter, merged: Model | None, tokens: Array)
 
     And whose outputs are not finite: nothing is concluded from those.
     """
-    outputs = {"the base": forward(base, tokens), "the base with the adapter": forward(base, tokens, adapter)}
+    source = tokens if base.config.n_encoder else None  # read and written alike: any tokens will do
+    outputs = {
+        "the base": forward(base, tokens, source=source),
+        "the base with the adapter": forward(base, tokens, adapter, source=source),
+    }
     if merged is not None:
-        outputs["the merged model"] = forward(merged, tokens)
+        outputs["the merged model"] = forward(merged, tokens, source=source)
     finite = {name: asnumpy(y) for name, y in outputs.items() if np.isfinite(asnumpy(y)).all()}
     pairs = zip(("effect of the adapter", "merged beside unmerged"), pairwise(outputs), strict=False)
     effects = {

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from ..adapter import Adapter, LoRAConfig, count_parameters, init_adapter
 from ..backend import backend_name
 from ..batch import BatchDict
-from ..model import PRESETS, Config, Model, init_weights
+from ..formats.models.presets import PRESETS
+from ..model import Config, Model, init_weights
 from ..training.loop import Settings, State, placed, train
 from ..training.text import encode, random_windows, standard_library
 from .counts import HALF, size

@@ -6,7 +6,8 @@ import math
 from typing import NamedTuple
 
 from ..adapter import LoRAConfig, count_parameters
-from ..model import PRESETS, Config
+from ..formats.models.presets import PRESETS
+from ..model import Config
 from .section import Claim, Section, Table, graded, listed
 
 HALF = 2  # bytes of a number in float16, in which GPT-3's 175B weights are 350 GB

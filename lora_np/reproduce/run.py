@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from ..adapter import Adapter
 from ..batch import BatchDict
 from ..formats.models.folder import load_model
-from ..model import PRESETS, Config, Model
+from ..formats.models.presets import PRESETS
+from ..model import Config, Model
 from ..training import embedded
 from ..training.examples import Tokens, bucketed, in_order, steps_an_epoch
 from ..training.loop import Progress, Settings, evaluate

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..formats.adapters.peft_config import FREE, OFF, READ
-from ..formats.models.names import BERT, GPT2, LLAMA, ROBERTA, Family
+from ..formats.models.families import FAMILIES
+from ..formats.models.family import Family
+from ..formats.models.names import module_of
 
-FAMILIES = {"GPT-2": GPT2, "BERT": BERT, "RoBERTa": ROBERTA, "Llama": LLAMA}
+SHOWN = {"GPT-2": "gpt2", "BERT": "bert", "RoBERTa": "roberta", "Llama": "llama"}
 ADAPTED = ("embed.tokens", *(f"layers.{{i}}.{part}" for part in (
     "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.up", "mlp.gate", "mlp.down")))  # fmt: skip
 TYPE = "peft_type"
@@ -65,15 +67,16 @@ def _keys() -> str:
 
 def _families() -> str:
     """The full names of the modules that may be adapted, by family."""
-    rows = [[f"`{_i(ours)}`", *(_module(family, ours) for family in FAMILIES.values())] for ours in ADAPTED]
-    heads = [", ".join(f"`{_i(of['head'])}`" for of in _different(family)) for family in FAMILIES.values()]
-    return _table(["here", *FAMILIES], [*rows, ["`head`", *heads]])
+    families = [FAMILIES[name] for name in SHOWN.values()]
+    rows = [[f"`{_i(ours)}`", *(_module(family, ours) for family in families)] for ours in ADAPTED]
+    heads = [", ".join(f"`{_i(of['head'])}`" for of in _different(family)) for family in families]
+    return _table(["here", *SHOWN], [*rows, ["`head`", *heads]])
 
 
 def _module(family: Family, ours: str) -> str:
-    fused = family.fused and ours.endswith((".q", ".k", ".v"))
-    theirs = family.modules.get(ours)
-    return f"`{_i(f'{family.trunk}.{theirs}')}`" if theirs else "in `attn.qkv`" if fused else ""
+    theirs, module = family.modules.get(ours), module_of(ours, family)
+    fused = f"in `{module.removeprefix('layers.{i}.')}`" if module != ours else ""
+    return f"`{_i(f'{family.trunk}.{theirs}')}`" if theirs else fused
 
 
 def _different(family: Family) -> list[Mapping[str, str]]:

@@ -29,10 +29,19 @@ class Tokens(Protocol):
 
 
 class Example(NamedTuple):
-    """A text's tokens (T,), and what they are scored against: (T,), or () for a classifier."""
+    """A text's tokens (T,), and what they are scored against: (T,), or () for a classifier.
+
+    source: what an encoder-decoder's encoder reads (S,); tokens are then its decoder's.
+    """
 
     tokens: Array
     targets: Array
+    source: Array | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens, those of the source too."""
+        return len(self.tokens) + (0 if self.source is None else len(self.source))
 
 
 class Piece(NamedTuple):
@@ -90,10 +99,11 @@ def _behind(tokenizer: Tokens, before: str, ids: list[int], text: str) -> list[i
 
 
 class Encoded(NamedTuple):
-    """An example; and whether its end was cut off, its end token with it."""
+    """An example; whether its end was cut off, its end token with it; and whether its source was cut."""
 
     example: Example
     cut: bool
+    source_cut: bool = False
 
 
 def encode_pieces(
@@ -173,18 +183,28 @@ def each(
 
 
 def padded(examples: Sequence[Example]) -> BatchDict:
-    """A batch: the examples filled up on the right to the longest. -> tokens and mask (N,T), targets (N,T) or (N,)."""
-    T = max(len(example.tokens) for example in examples)
-    lengths = np.array([len(example.tokens) for example in examples])
-    tokens, mask = np.zeros((len(examples), T), dtype=np.int64), np.arange(T) < lengths[:, None]
-    for row, example in zip(tokens, examples, strict=True):
-        row[: len(example.tokens)] = example.tokens
+    """A batch: the examples filled up on the right to the longest. -> tokens and mask (N,T), targets (N,T) or (N,).
+
+    Where examples have sources, also source and source_mask (N,S).
+    """
+    tokens, mask = _filled([example.tokens for example in examples], 0)
+    batch = {"tokens": tokens, "mask": mask}
     if examples[0].targets.ndim == 0:
-        return {"tokens": tokens, "mask": mask, "targets": np.array([example.targets for example in examples])}
-    targets = np.full(tokens.shape, IGNORED)
-    for row, example in zip(targets, examples, strict=True):
-        row[: len(example.targets)] = example.targets
-    return {"tokens": tokens, "mask": mask, "targets": targets}
+        return batch | {"targets": np.array([example.targets for example in examples])}
+    batch["targets"], _ = _filled([example.targets for example in examples], IGNORED)
+    sources = [example.source for example in examples if example.source is not None]
+    if sources:
+        batch["source"], batch["source_mask"] = _filled(sources, 0)
+    return batch
+
+
+def _filled(rows: Sequence[Array], value: int) -> tuple[Array, Array]:
+    """Rows filled up on the right to the longest, with a value (N,T); and where they were not (N,T)."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    found = np.full(mask.shape, value, dtype=np.int64)
+    found[mask] = np.concatenate(rows)
+    return found, mask
 
 
 def steps_an_epoch(examples: Sequence[Example], N: int) -> int:
@@ -201,7 +221,7 @@ def bucketed(examples: Sequence[Example], *, N: int, seed: int, step: int) -> Ba
     epoch, i = divmod(step, steps_an_epoch(examples, N))
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(examples))
-    lengths = np.array([len(example.tokens) for example in examples])
+    lengths = np.array([example.length for example in examples])
     batches = []
     for start in range(0, len(order), POOL * N):
         pool = order[start : start + POOL * N]
@@ -219,4 +239,4 @@ def in_order(examples: Sequence[Example], *, N: int) -> Iterator[BatchDict]:
 
 def by_length(examples: Sequence[Example]) -> list[int]:
     """Which example comes first, second and so on, the shortest first."""
-    return sorted(range(len(examples)), key=lambda n: len(examples[n].tokens))
+    return sorted(range(len(examples)), key=lambda n: examples[n].length)

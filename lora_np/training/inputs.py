@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..formats.models.chat_template import Conversation
 from .records import (
+    SOURCE,
     Kinds,
     Maker,
     conll_sentences,
@@ -31,10 +32,13 @@ from .text import decoded, read_text
 STANDARD_INPUT = Path("-")
 PROMPTS: Kinds = {
     "conversations": {"messages": ("messages", "conversations")},
-    "prompts": {"prompt": ("prompt", "question")},
+    "prompts": {"prompt": ("prompt", "question", "source")},
     "instructions": {"instruction": ("instruction",)},
     "texts": {"text": ("text", "sentence")},
 }
+SOURCES: Kinds = {
+    "sources": {"source": SOURCE}, "instructions": PROMPTS["instructions"], "texts": PROMPTS["texts"],
+}  # fmt: skip
 TEXTS: Kinds = {"texts": PROMPTS["texts"]}
 SENTENCES: Kinds = {"sentences": {"tokens": ("tokens", "words")}}
 
@@ -59,11 +63,29 @@ def read_prompts(path: Path, format: str | None = None) -> list[Input]:
     line that is wrong, and what was expected there.
     """
     text, path = _read(path)
+    if format == "parallel":
+        raise ValueError(f"{path}: format parallel is for task translate")
     format = format or find_named_format(text, PROMPTS) or ("bars" if has_bars(text) else "text")
     if format in ("bars", "text"):
         lines = [Input(number, line) for number, line in numbered(text) if line.strip(BLANK)]
         return [_up_to_bars(one) for one in lines] if format == "bars" else lines
     return _in_rows(text, format, PROMPTS, path)
+
+
+def read_sources(path: Path, format: str | None = None) -> list[Input]:
+    """The texts of a file that are to be translated.
+
+    A line is one, up to its bars if half of the lines have them (a||b), or to a tab; empty lines are none. JSON, CSV
+    and TSV have source, prompt, instruction or text. Errors as of `read_prompts`.
+    """
+    text, path = _read(path)
+    format = format or find_named_format(text, SOURCES) or ("bars" if has_bars(text) else "parallel")
+    if format in ("bars", "parallel", "text"):
+        end = "||" if format == "bars" else "\t"
+        return [
+            Input(number, line.partition(end)[0].strip(BLANK)) for number, line in numbered(text) if line.strip(BLANK)
+        ]
+    return _in_rows(text, format, SOURCES, path)
 
 
 def read_texts(path: Path, format: str | None = None) -> tuple[list[Input], int]:
@@ -125,6 +147,10 @@ def _prompt(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> st
     return text_of(fields["prompt"], "prompt", where)
 
 
+def _source(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> str:
+    return text_of(fields["source"], "source", where).strip(BLANK)
+
+
 def _conversation(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Conversation:
     return _asked(fields["messages"], row, where)
 
@@ -152,5 +178,5 @@ def _words(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> lis
 
 _MAKERS: Mapping[str, Maker] = {
     "conversations": _conversation, "prompts": _prompt, "instructions": instruction_of, "texts": _text,
-    "sentences": _words,
+    "sentences": _words, "sources": _source,
 }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,16 +16,22 @@ from ..formats.models.chat_template import Conversation
 from .rows import BLANK, DELIMITERS, Row, json_rows, mostly_objects, numbered, past_space, table_rows
 from .text import read_text
 
-FORMATS = ("json", "csv", "tsv", "bars", "labelled", "conll", "text")
+FORMATS = ("json", "csv", "tsv", "bars", "parallel", "labelled", "conll", "text")
 # Kinds of records, with their fields, and under which names files have these. The first kind whose fields are all there
 # is a file's.
 Kinds: TypeAlias = Mapping[str, Mapping[str, tuple[str, ...]]]
+INSTRUCTIONS = {"instruction": ("instruction",), "output": ("output", "response")}
+SOURCE = ("source", "prompt", "question")
 KINDS: Mapping[str, Kinds] = {
     "lm": {
         "conversations": {"messages": ("messages", "conversations")},
         "pairs": {"prompt": ("prompt", "question"), "completion": ("completion", "response", "answer")},
-        "instructions": {"instruction": ("instruction",), "output": ("output", "response")},
+        "instructions": INSTRUCTIONS,
         "texts": {"text": ("text", "sentence")},
+    },
+    "translate": {
+        "translations": {"source": SOURCE, "target": ("target", "completion", "response", "answer")},
+        "instructions": INSTRUCTIONS,
     },
     "classify": {"labelled": {"text": ("text", "sentence"), "label": ("label", "labels")}},
     "tag": {"tagged": {"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "labels")}},
@@ -90,15 +96,17 @@ def read_records(path: Path, task: str, format: str | None = None) -> Records | 
         if task != "lm":
             raise ValueError(f"{path}: expected records for task {task}, got format text")
         return None
-    by_lines: dict[str, tuple[str, str, Callable[[str, str], Any]]] = {
-        "bars": ("lm", "pairs", _bars), "labelled": ("classify", "labelled", _columns)
-    }  # fmt: skip
+    by_lines: dict[str, dict[str, tuple[str, Callable[[str, str], Any]]]] = {
+        "bars": {"lm": ("pairs", _bars), "translate": ("translations", _barred)},
+        "parallel": {"translate": ("translations", _parallel)},
+        "labelled": {"classify": ("labelled", _columns)},
+    }
     if format in by_lines:
-        of, kind, parse = by_lines[format]
-        _check_task(path, format, of, task)
+        _check_task(path, format, by_lines[format], task)
+        kind, parse = by_lines[format][task]
         return Records(kind, [n for n, _ in lines], [parse(line, f"{path}:{n}") for n, line in lines])
     if format == "conll":
-        _check_task(path, format, "tag", task)
+        _check_task(path, format, ["tag"], task)
         sentences = list(_sentences(text, path))
         return Records("tagged", [n for n, _ in sentences], [one for _, one in sentences])
     return records_of(rows_of(text, format, path), KINDS[task], _MAKERS, path)
@@ -111,9 +119,9 @@ def rows_of(text: str, format: str, path: Path) -> Iterator[Row]:
     return json_rows(text, [(number, line) for number, line in numbered(text) if line.strip(BLANK)], path)
 
 
-def _check_task(path: Path, format: str, of: str, task: str) -> None:
-    if of != task:
-        raise ValueError(f"{path}: format {format} is for task {of}, got task {task}")
+def _check_task(path: Path, format: str, of: Iterable[str], task: str) -> None:
+    if task not in of:
+        raise ValueError(f"{path}: format {format} is for task {' or '.join(of)}, got task {task}")
 
 
 # --- Which format it is ----------------------------------------------------------------------------------------------
@@ -128,9 +136,9 @@ def find_format(text: str, task: str) -> str:
     named = find_named_format(text, KINDS[task])
     if named is not None:
         return named
-    if task != "lm":
-        return {"classify": "labelled", "tag": "conll"}[task]
-    return "bars" if has_bars(text) else "text"
+    if task in ("lm", "translate") and has_bars(text):
+        return "bars"
+    return {"lm": "text", "translate": "parallel", "classify": "labelled", "tag": "conll"}[task]
 
 
 def find_named_format(text: str, kinds: Kinds) -> str | None:
@@ -238,6 +246,18 @@ def _pair(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Pair
     return Pair(*(text_of(fields[name], name, where) for name in ("prompt", "completion")))
 
 
+def _translation(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Pair:
+    source, target = (text_of(fields[name], name, where) for name in ("source", "target"))
+    return _translated(source, target, where)
+
+
+def _translated(source: str, target: str, where: str) -> Pair:
+    """A text and its translation, without what is blank around them."""
+    if not source.strip(BLANK):
+        raise ValueError(f"{where}: expected a text and its translation, got {source!r:.60}")
+    return Pair(source.strip(BLANK), target.strip(BLANK))
+
+
 def _instruction(fields: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Pair:
     return Pair(instruction_of(fields, row, where), text_of(fields["output"], "output", where))
 
@@ -315,7 +335,7 @@ def _message(one: dict[str, Any], where: str) -> dict[str, Any]:
 
 _MAKERS: Mapping[str, Maker] = {
     "conversations": _conversation, "turns": _turns, "pairs": _pair, "instructions": _instruction, "texts": _alone,
-    "labelled": _labelled, "tagged": _tagged,
+    "labelled": _labelled, "tagged": _tagged, "translations": _translation,
 }  # fmt: skip
 
 
@@ -325,6 +345,26 @@ def _bars(line: str, where: str) -> Pair:
     if not bars:
         raise ValueError(f"{where}: expected prompt||completion, as other lines have it, got {line!r:.80}")
     return Pair(prompt + bars, completion.rstrip(BLANK))
+
+
+def _barred(line: str, where: str) -> Pair:
+    """`source||target`: the bars belong to neither."""
+    source, target = _parted(line, "||", "source||target", where)
+    return _translated(source, target, where)
+
+
+def _parallel(line: str, where: str) -> Pair:
+    """`source<TAB>target`, no quoting."""
+    source, target = _parted(line, "\t", "a text, a tab and its translation", where)
+    return _translated(source, target, where)
+
+
+def _parted(line: str, by: str, expected: str, where: str) -> list[str]:
+    """The two parts of a line."""
+    parts = line.split(by)
+    if len(parts) != 2:
+        raise ValueError(f"{where}: expected {expected}, got {line!r:.80}")
+    return parts
 
 
 def _columns(line: str, where: str) -> Labelled:

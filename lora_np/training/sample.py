@@ -39,6 +39,24 @@ QUESTIONS = {
     "What kind of place is the {name}?": "The {name} is {article} {kind}.",
 }
 
+KINDS_FR = {
+    "bakery": "une boulangerie", "bookshop": "une librairie", "inn": "une auberge", "workshop": "un atelier",
+    "tea room": "un salon de thé", "dairy": "une crèmerie", "florist": "un fleuriste", "tailor": "un tailleur",
+}  # fmt: skip
+SELLS_FR = {
+    "rye bread": "du pain de seigle", "old maps": "de vieilles cartes", "fish soup": "de la soupe de poisson",
+    "clocks": "des horloges", "plum cake": "du gâteau aux prunes", "goat cheese": "du fromage de chèvre",
+    "white tulips": "des tulipes blanches", "rain coats": "des imperméables",
+}  # fmt: skip
+FRENCH = {
+    "Where is the {name}?": "Où se trouve le {name} ?",
+    "The {name} is in {street}.": "Le {name} se trouve dans {street}.",
+    "{owner} keeps the {name}.": "{owner} tient le {name}.",
+    "The {name} is {article} {kind}.": "Le {name} est {kind_fr}.",
+    "The {name} sells {sells}.": "Le {name} vend {sells_fr}.",
+    "{owner} sells {sells} in {street}.": "{owner} vend {sells_fr} dans {street}.",
+}
+
 
 class Place(NamedTuple):
     """A place in the town: what there is to say about it."""
@@ -130,10 +148,19 @@ def _tags(rng: random.Random) -> Iterator[str]:
             yield ""
 
 
+def _french(rng: random.Random) -> Iterator[str]:
+    """Sentences and their translations into French: source<TAB>target."""
+    for place in _places(rng):
+        words = place._asdict() | {"kind_fr": KINDS_FR[place.kind], "sells_fr": SELLS_FR[place.sells]}
+        for source, target in rng.sample(list(FRENCH.items()), 3):
+            yield f"{source.format(**words)}\t{target.format(**words)}"
+
+
 FILES = {
     "text.txt": _text,
     "pairs.txt": _pairs,
     "chat.jsonl": _chat,
+    "french.tsv": _french,
     "reviews.tsv": _labels,
     "tags.conll": _tags,
 }

@@ -13,7 +13,8 @@ from .examples import Example
 
 NAMES = {
     "conversations": "conversations", "pairs": "prompts with completions", "instructions": "instructions",
-    "texts": "texts", "labelled": "texts with labels", "tagged": "sentences with tags",
+    "translations": "texts with translations", "texts": "texts", "labelled": "texts with labels",
+    "tagged": "sentences with tags",
 }  # fmt: skip
 FEW = 5  # names in a line
 
@@ -26,6 +27,7 @@ class Summary:
     longest    tokens of an example at most
     examples   that are trained on, or scored; tokens: of all of them; scored: tokens that count in the loss, or labels
     cut        those longer than `longest`: their ends, with the end tokens, are left out
+    cut_sources  those whose source, which an encoder reads, is longer than `longest`
     left_out   of which nothing is scored within `longest`: their prompts fill it, or they are empty
     empty      completions without a character
     endless    conversations whose last answer does not end with a special token, at which generate --chat stops
@@ -41,6 +43,7 @@ class Summary:
     tokens: int = 0
     scored: int = 0
     cut: int = 0
+    cut_sources: int = 0
     left_out: int = 0
     empty: int = 0
     endless: int = 0
@@ -53,7 +56,7 @@ class Summary:
         """Counts an example."""
         targets = example.targets[example.targets != IGNORED]
         self.examples += 1
-        self.tokens += len(example.tokens)
+        self.tokens += example.length
         self.scored += targets.size
         self._first = targets.tobytes() if self._first is None else self._first
         self.same = self.same and targets.tobytes() == self._first
@@ -76,6 +79,7 @@ class Summary:
         few = ", ".join(map(shown, once[:FEW])) + (f" and {len(once) - FEW} more" if len(once) > FEW else "")
         found = [
             (self.cut, f"{self.cut:,} longer than {self.longest} cut, their end tokens with them"),
+            (self.cut_sources, f"{self.cut_sources:,} with a source longer than {self.longest}, cut"),
             (self.left_out, f"{self.left_out:,} left out: nothing to score in the first {self.longest} tokens"),
             (self.empty, f"{self.empty:,} with an empty completion"),
             (self.unscored, f"{self.unscored:,} answers not scored: the template writes them otherwise in the past"),
@@ -91,6 +95,8 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """The counts, and the remarks, for --json."""
-        names = ("kind", "examples", "tokens", "scored", "cut", "left_out", "empty", "endless", "unscored")
+        names = (
+            "kind", "examples", "tokens", "scored", "cut", "cut_sources", "left_out", "empty", "endless", "unscored"
+        )  # fmt: skip
         found = {name: getattr(self, name) for name in names}
         return {"path": str(self.path), **found, "labels": dict(sorted(self.labels.items())), "remarks": self.remarks()}

@@ -31,16 +31,19 @@ from .examples import (
 from .records import Pair, Records, label_names, read_records
 from .summary import Summary
 from .text import all_windows, random_windows, read_text, split
+from .translation import encode_translation
 
 EVALUATED = 32  # texts in a batch of what is held out
 WINDOWS = 64  # at most so many of a plain text are held out
 
 
 class Reading(NamedTuple):
-    """How files are read: their format, None as it is found; and the base's chat template, loaded when it is needed."""
+    """How files are read: their format, None as it is found; the base's chat template, loaded when it is needed; and
+    the token that an encoder-decoder's decoder begins with, None where the base is none."""
 
     format: str | None = None
     template: Callable[[], ChatTemplate] | None = None
+    start: int | None = None
 
 
 AS_FOUND = Reading()
@@ -72,7 +75,7 @@ def task_of(name: str, path: Path, longest: int, format: str | None = None) -> T
 
 def labels_in(path: Path, name: str, format: str | None = None) -> tuple[str, ...]:
     """The labels that a file has for a task of this name, in order; none for a language model."""
-    if name == "lm":
+    if name in ("lm", "translate"):
         return ()
     found = read_records(path, name, format)
     assert found is not None
@@ -112,6 +115,7 @@ def _encoded(
     def fit(found: Encoded | None) -> Example | None:
         summary.left_out += found is None
         summary.cut += found is not None and found.cut
+        summary.cut_sources += found is not None and found.source_cut
         return None if found is None else found.example
 
     def labelled(one: Any) -> Example:
@@ -122,6 +126,8 @@ def _encoded(
 
     def pair(one: Pair) -> Example | None:
         summary.empty += not one.completion.strip(" \t\r\n")
+        if task.name == "translate":
+            return fit(encode_translation(tokenizer, one, task.longest, reading.start))
         return fit(encode_pair(tokenizer, one, task.longest))
 
     def chat(one: Any) -> Example | None:
@@ -251,7 +257,8 @@ def _tokens(path: Path, tokenizer: Tokens) -> Array:
 
 def _digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
-    for tokens, targets in examples:
-        digest.update(f"{len(tokens)} {targets.size}".encode())
-        digest.update(tokens.astype("<i8").tobytes() + targets.astype("<i8").tobytes())
+    for one in examples:
+        arrays = [one.tokens, one.targets, *([] if one.source is None else [one.source])]
+        digest.update(" ".join(str(a.size) for a in arrays).encode())
+        digest.update(b"".join(a.astype("<i8").tobytes() for a in arrays))
     return digest.hexdigest()

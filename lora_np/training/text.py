@@ -37,7 +37,7 @@ class ByteTokenizer:
     """The byte tokenizer as the models' own are: a text's UTF-8 bytes, and no special tokens."""
 
     vocab_size = BYTES
-    eos = None
+    eos: int | None = None
 
     def special(self) -> dict[str, str]:
         """The special tokens by name: none."""

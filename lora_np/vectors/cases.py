@@ -11,7 +11,8 @@ import numpy as np
 from ..adapter import LoRAConfig, init_adapter
 from ..backend import Array
 from ..batch import IGNORED
-from ..model import PRESETS, Config, Model, init_weights
+from ..formats.models.presets import PRESETS
+from ..model import Config, Model, init_weights
 from ..ops import llama3_factors
 from .derivatives import architectures
 from .dyadic import integers, numbers

@@ -13,10 +13,11 @@ from .. import lora, ops
 from ..adapter import Adapter, LoRAConfig, init_adapter
 from ..backend import Array, asnumpy, xp
 from ..batch import IGNORED
-from ..distance import ByDistance, deberta_buckets, t5_buckets
+from ..distance import PositionBias, deberta_buckets, t5_buckets
+from ..formats.models.presets import PRESETS
 from ..gradcheck import Arrays, Scalar, central_difference, check, complex_step, relative_error
 from ..loss import loss, loss_and_grads
-from ..model import PRESETS, Config, Model, init_weights
+from ..model import Config, Model, init_weights
 
 FLOOR = 1e-8  # of a model's largest gradient: what is smaller is held against this
 # What an architecture is there to show, with every weight trained; T13 if not said.
@@ -141,7 +142,7 @@ def _attention(name: str, inputs: Arrays, causal: bool, mask: Array | None) -> P
 
     def backward(dy: Array, q: Array, k: Array, v: Array) -> Arrays:
         _, saved = ops.attention(q, k, v, causal=causal, mask=keys)
-        return dict(zip("qkv", ops.attention_backward(dy, saved), strict=True))
+        return dict(zip("qkv", ops.attention_backward(dy, saved)[:3], strict=True))
 
     return Primitive(
         "T10" if "grouped" in name else "T9", name, inputs,
@@ -155,34 +156,34 @@ def _attentions_by_place(normal: Callable[..., Array]) -> Iterator[Primitive]:
     distance = xp.arange(-4, 5)
     t5, deberta = t5_buckets(distance, 4, 4, causal=True), deberta_buckets(distance, 4, 4)
 
-    def bias(E: Array) -> ByDistance:
-        return ByDistance(t5, E.T[None, :, None])
+    def bias(E: Array) -> PositionBias:
+        return PositionBias(t5, xp.broadcast_to(E.T[:, None], (2, 4, 5, 4)))  # (H,J) -> (N,H,T,J)
 
-    def disentangled(by_query: Array, by_key: Array) -> ByDistance:
-        return ByDistance(deberta, by_query, by_key)
+    def disentangled(c2p: Array, p2c: Array) -> PositionBias:
+        return PositionBias(deberta, c2p, p2c)
 
     name = "attention, a window of 2, another scale"
     yield _by_place("T9", name, inputs, lambda: None, causal=True, window=2, scale=0.7)
     biased = {**inputs, "E": normal(4, 4)}
     yield _by_place("T18", "attention, a bias by distance", biased, bias, causal=True, scale=1.0)
-    added = {**inputs, "by_query": normal(2, 4, 5, 8), "by_key": normal(2, 4, 5, 8)}
+    added = {**inputs, "c2p": normal(2, 4, 5, 8), "p2c": normal(2, 4, 5, 8)}
     yield _by_place("T19", "attention, disentangled", added, disentangled, causal=False)
 
 
-def _by_place(id: str, name: str, inputs: Arrays, near: Callable[..., ByDistance | None], **options: Any) -> Primitive:
+def _by_place(
+    id: str, name: str, inputs: Arrays, bias: Callable[..., PositionBias | None], **options: Any
+) -> Primitive:
     def forward(q: Array, k: Array, v: Array, **added: Array) -> tuple[Array, ops.AttentionSaved]:
-        return ops.attention(q, k, v, near=near(**added), **options)
+        return ops.attention(q, k, v, bias=bias(**added), **options)
 
     def backward(dy: Array, **inputs: Array) -> Arrays:
         _, saved = forward(**inputs)
-        dnear = None if saved.near is None else saved.near.zeros()
-        grads = dict(zip("qkv", ops.attention_backward(dy, saved, dnear=dnear), strict=True))
-        if dnear is not None and "E" in inputs:
-            grads["E"] = dnear.ungrouped().by_query[0, :, 0].T
-        elif dnear is not None:
-            _, by_query, by_key = dnear.ungrouped()
-            assert by_key is not None
-            grads |= {"by_query": by_query, "by_key": by_key}
+        *d, dbias = ops.attention_backward(dy, saved)
+        grads = dict(zip("qkv", d, strict=True))
+        if dbias is not None and dbias.p2c is not None:
+            grads |= {"c2p": dbias.c2p, "p2c": dbias.p2c}
+        elif dbias is not None:
+            grads["E"] = dbias.c2p.sum(axis=(0, 2)).T  # (N,H,T,J) -> (J,H)
         return grads
 
     return Primitive(id, name, inputs, lambda **inputs: forward(**inputs)[0], backward)

@@ -52,15 +52,21 @@ class Mistake(NamedTuple):
     operations: tuple[str, ...]
     wrong: Callable[[Definition], Definition]
 
+    def gives(self, case: Case) -> dict[str, tuple[Array, Array]] | None:
+        """What it gives for a case, each array with its error; None where it cannot be made, or shows nothing."""
+        if case.operation not in self.operations:
+            return None
+        try:
+            return errors(case, self.wrong(OPERATIONS[case.operation].definition))
+        except WrongCase:
+            return None
+
     def explains(self, case: Case, got: Mapping[str, Array]) -> bool:
         """Whether all that was got for a case is what this mistake gives, within its bounds."""
-        if case.operation not in self.operations:
-            return False
-        try:
-            wrong = errors(case, self.wrong(OPERATIONS[case.operation].definition))
-        except WrongCase:
-            return False
-        return all(a.shape == wrong[n][0].shape and error_ratio(a, *wrong[n]) <= 1 for n, a in got.items())
+        wrong = self.gives(case)
+        return wrong is not None and all(
+            a.shape == wrong[n][0].shape and error_ratio(a, *wrong[n]) <= 1 for n, a in got.items()
+        )
 
 
 def _altered(f: Callable[[Inputs, Scalars], tuple[Inputs, Scalars]]) -> Callable[[Definition], Definition]:

@@ -22,11 +22,12 @@ from ..backend import Array, asnumpy, xp
 from ..batch import IGNORED
 from ..decode import choose
 from ..decode import generate as generated
-from ..distance import ByDistance, deberta_buckets, t5_buckets
+from ..distance import PositionBias, deberta_buckets, t5_buckets
+from ..formats.models.presets import PRESETS
 from ..layout import Layout
 from ..lora import Update
 from ..loss import forward, loss_and_grads
-from ..model import PRESETS, Config, Model, init_weights
+from ..model import Config, Model, init_weights
 from ..parallel import sharded_loss_and_grads
 from ..transformer import ACTIVATIONS
 from .definitions import rounded, scale
@@ -178,7 +179,7 @@ def softmax(t: Arrays, c: Scalars) -> Answers:
 def attention(t: Arrays, c: Scalars) -> Answers:
     by_place = {name: c.get(name) for name in ("window", "scale")}
     y, saved = ops.attention(t["q"], t["k"], t["v"], causal=c["causal"], mask=t.get("mask"), **by_place)
-    return {"y": y}, dict(zip("qkv", ops.attention_backward(t["dy"], saved), strict=True))
+    return {"y": y}, dict(zip("qkv", ops.attention_backward(t["dy"], saved)[:3], strict=True))
 
 
 def _angles(t: Arrays, c: Scalars) -> tuple[Array, Array]:
@@ -199,33 +200,32 @@ def head_norm(t: Arrays, c: Scalars) -> Answers:
     return {"y": y}, {"x": ops.rms_norm_backward(d, saved), "w": ops.norm_weight_backward(d, saved)}
 
 
-def _tile(T: int) -> tuple[slice, slice, slice, slice, int]:
-    """All scores of one sequence, or of two, as a tile."""
-    return slice(0, 2), slice(0, None), slice(0, T), slice(0, T), T
+def _whole(bias: PositionBias, T: int) -> PositionBias:
+    """All scores of all sequences and heads as one tile, of T queries and keys."""
+    return bias.tile(slice(None), slice(None), slice(0, T), slice(0, T))
 
 
 def score_bias(t: Arrays, c: Scalars) -> Answers:
     T, table = c["T"], t["table"]
     buckets = t5_buckets(xp.arange(1 - T, T), len(table), c["last"], causal=c["causal"])
-    near = ByDistance(buckets, table.T[None, :, None]).grouped(1)
-    part, bucket = near.of(*_tile(T))
-    grads = near.zeros()
-    grads.of(*_tile(T))[0].add_grads(t["db"][None, None], bucket)
-    return {"b": part.scores(bucket)[0, 0]}, {"table": grads.by_query[0, 0, :, 0].T}
+    c2p = xp.broadcast_to(table.T[:, None], (1, table.shape[1], T, len(table)))  # (H,J) -> (1,H,T,J)
+    bias = PositionBias(buckets, c2p)
+    grads = bias.zeros()
+    _whole(grads, T).add(t["db"][None])
+    return {"b": _whole(bias, T).scores()[0]}, {"table": grads.c2p.sum(axis=(0, 2)).T}
 
 
 def disentangled(t: Arrays, c: Scalars) -> Answers:
-    """As the transformer composes it: near_scores and near_scores_backward, of projections that are given."""
+    """As the transformer composes it: of projections that are given."""
     (T, K), B = t["q"].shape[2:], t["k_far"].shape[1]
     s = 1 / math.sqrt(3 * K)
-    by_query, by_key = s * t["q"] @ t["k_far"].swapaxes(-1, -2), s * t["k"] @ t["q_far"].swapaxes(-1, -2)
-    near = ByDistance(deberta_buckets(xp.arange(1 - T, T), B // 2, c["last"]), by_query, by_key).grouped(1)
-    part, bucket = near.of(*_tile(T))
-    z = s * t["q"] @ t["k"].swapaxes(-1, -2) + part.scores(bucket)[:, 0]
-    grads = near.zeros()
-    grads.of(*_tile(T))[0].add_grads(t["dz"][:, None], bucket)
-    d_query, d_key = s * grads.by_query[:, 0], s * grads.by_key[:, 0]  # type: ignore[index]
-    dz = s * t["dz"]
+    c2p, p2c = s * t["q"] @ t["k_far"].swapaxes(-1, -2), s * t["k"] @ t["q_far"].swapaxes(-1, -2)
+    bias = PositionBias(deberta_buckets(xp.arange(1 - T, T), B // 2, c["last"]), c2p, p2c)
+    z = s * t["q"] @ t["k"].swapaxes(-1, -2) + _whole(bias, T).scores()
+    grads = bias.zeros()
+    _whole(grads, T).add(t["dz"])
+    assert grads.p2c is not None
+    d_query, d_key, dz = s * grads.c2p, s * grads.p2c, s * t["dz"]
     return {"z": z}, {
         "q": dz @ t["k"] + d_query @ t["k_far"],
         "k": dz.swapaxes(-1, -2) @ t["q"] + d_key @ t["q_far"],
@@ -241,7 +241,7 @@ def cross_attention(t: Arrays, c: Scalars) -> Answers:
     y, saved = ops.attention(q, k, v, causal=False, mask=t.get("source_mask"))
     rows = at.rows(y)
     dy = at.heads(ops.linear_backward(t["dy"], t["W_o"]), c["n_head"])
-    dq, dk, dv = ops.attention_backward(dy, saved)
+    dq, dk, dv, _ = ops.attention_backward(dy, saved)
     dq, dk, dv = at.rows(dq), source.rows(dk), source.rows(dv)
     return {"y": ops.linear(rows, t["W_o"])}, {
         "x": ops.linear_backward(dq, t["W_q"]),

@@ -57,7 +57,7 @@ def test_bottlenecks_stand_after_each_half_of_each_layer():
         assert np.abs(without - y).max() > 1e-3
 
 
-@settings(max_examples=6)
+@settings(max_examples=min(6, settings().max_examples))
 @given(
     seeds, st.integers(1, 2), st.sampled_from([{}, {"norm": "rms", "positions": "rotary", "activation": "silu_gated"}])
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run
+from our_vectors import ours
 
 pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 
@@ -28,7 +29,9 @@ def expected(folder, *ids, change=lambda name, a: a):
     return folder
 
 
-def test_vectors_says_what_it_wrote(tmp_path, capsys):
+def test_vectors_says_what_it_wrote(tmp_path, capsys, monkeypatch):
+    """Of those that are made once for all tests."""
+    monkeypatch.setattr("lora_np.cli.conformance.made", ours)
     status, out, _ = run(capsys, "vectors", "--out", tmp_path / "vectors", "--json")
     result = json.loads(out)
     assert status == 0

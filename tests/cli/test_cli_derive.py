@@ -117,7 +117,7 @@ def test_bad_input_is_one_line(home, capsys, argv, message):
 
 @pytest.mark.parametrize("name", ["tuned/config.json", "b/adapter_config.json"])
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=min(25, settings().max_examples))
 def test_json_that_is_made_to_do_harm(tmp_path_factory, name, data):
     home = tmp_path_factory.mktemp("bad")
     make(home)
@@ -126,7 +126,7 @@ def test_json_that_is_made_to_do_harm(tmp_path_factory, name, data):
 
 
 @given(size=st.floats(allow_nan=False, allow_infinity=False, width=32), key=st.sampled_from(["A", "B"]))
-@settings(max_examples=25)
+@settings(max_examples=min(25, settings().max_examples))
 def test_numbers_of_any_size(tmp_path_factory, size, key):
     home = tmp_path_factory.mktemp("bad")
     make(home)

@@ -75,7 +75,7 @@ def test_the_good_files_are_good(good, tmp_path_factory):
 
 @pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=min(25, settings().max_examples))
 def test_json_that_is_made_to_do_harm(good, tmp_path_factory, name, data):
     home = copy(good, tmp_path_factory)
     (home / name).write_bytes(data.draw(hostile_json((home / name).read_text())))
@@ -83,7 +83,7 @@ def test_json_that_is_made_to_do_harm(good, tmp_path_factory, name, data):
 
 
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=min(25, settings().max_examples))
 def test_tensors_of_other_names_dtypes_and_shapes(good, tmp_path_factory, data):
     """In the base, the adapter or the merged model; the header fits the file, or not."""
     home = copy(good, tmp_path_factory)

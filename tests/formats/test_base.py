@@ -60,7 +60,7 @@ def test_layers_that_the_file_cannot_have_are_refused_before_their_names_are_mad
     path = write(tmp_path / "x", kind, most, 20)
 
     def load():
-        with pytest.raises(ValueError, match=rf"x.*: expected 8 tensors at least of each of {most} layers, got 20"):
+        with pytest.raises(ValueError, match=rf"x.*: expected 6 tensors at least of each of {most} layers, got 20"):
             ln.load_model(path)
 
     assert steps_of(load) < 5000

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_np.formats.files import bounded
@@ -64,6 +64,10 @@ def theirs(source, messages, **options):
     return texts[0], [list(span) for span in spans[0]] if spans else None
 
 
+# A process renders all conversations of an example, and its start takes longer than they do: many in a few examples.
+MANY = 5
+together = settings(max_examples=max(2, settings().max_examples // MANY))
+
 words = st.text(st.characters(codec="utf-8", exclude_characters="<>|\0"), min_size=1, max_size=8)
 contents = st.one_of(words.filter(lambda text: text.strip()), st.just("a <|im_end|> b"), st.just(" a\n\n"))
 dialogues = st.lists(st.tuples(contents, contents), min_size=1, max_size=4).map(
@@ -75,8 +79,12 @@ dialogues = st.lists(st.tuples(contents, contents), min_size=1, max_size=4).map(
 )
 
 
+several = st.lists(dialogues, min_size=1, max_size=2 * MANY)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@given(many=st.lists(dialogues, min_size=1, max_size=4))
+@together
+@given(many=several)
 def test_texts_and_what_is_said_are_transformers(shape, many):
     """The spans are found by rendering beginnings; transformers is told them by generation blocks."""
     for messages, found in zip(many, render(plain(shape), *many), strict=True):
@@ -86,35 +94,37 @@ def test_texts_and_what_is_said_are_transformers(shape, many):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@given(messages=dialogues)
-def test_generation_blocks_are_the_spans_where_a_template_has_them(shape, messages):
-    text, spans = theirs(marked(shape), messages, return_assistant_tokens_mask=True)
-    assert render(marked(shape), messages) == [Rendered(text, spans, 0)]
+@together
+@given(many=several)
+def test_generation_blocks_are_the_spans_where_a_template_has_them(shape, many):
+    expected = (theirs(marked(shape), messages, return_assistant_tokens_mask=True) for messages in many)
+    assert render(marked(shape), *many) == [Rendered(text, spans, 0) for text, spans in expected]
 
 
-@given(messages=dialogues)
-def test_an_answer_is_behind_the_generation_prompt(messages):
+@together
+@given(many=several)
+def test_an_answer_is_behind_the_generation_prompt(many):
     """By hand, for ChatML: what is between the assistant's header and the line end behind its end token."""
-    (found,) = render(plain("chatml"), messages)
-    said = [found.text[start:end] for start, end in found.spans]
-    assert said == [one["content"] + "<|im_end|>" for one in messages if one["role"] == "assistant"]
-    for start, end in found.spans:
-        assert found.text[:start].endswith("<|im_start|>assistant\n")
-        assert found.text[end] == "\n"
+    for messages, found in zip(many, render(plain("chatml"), *many), strict=True):
+        said = [found.text[start:end] for start, end in found.spans]
+        assert said == [one["content"] + "<|im_end|>" for one in messages if one["role"] == "assistant"]
+        for start, end in found.spans:
+            assert found.text[:start].endswith("<|im_start|>assistant\n")
+            assert found.text[end] == "\n"
 
 
 @pytest.mark.parametrize("template", [plain, marked])
 @pytest.mark.parametrize("shape", SHAPES)
-@given(messages=dialogues, data=st.data())
-def test_answers_that_are_given_are_not_scored(shape, template, messages, data):
+@together
+@given(many=several, data=st.data())
+def test_answers_that_are_given_are_not_scored(shape, template, many, data):
     """Of the same text, the spans of the answers behind them."""
-    given = data.draw(st.integers(0, len(messages) - 1))
-    source = template(shape)
-    (whole,), (part,) = (
-        ChatTemplate(source, "here").render([Conversation(messages, None, n)], NAMES, SPECIAL) for n in (0, given)
-    )
-    assert (part.text, part.unscored) == (whole.text, 0)
-    assert part.spans == whole.spans[given // 2 :]
+    given = [data.draw(st.integers(0, len(messages) - 1)) for messages in many]
+    asked = [Conversation(messages, None, n) for messages, n in zip(many, given, strict=True)]
+    found = ChatTemplate(template(shape), "here").render([*map(Conversation, many), *asked], NAMES, SPECIAL)
+    for n, whole, part in zip(given, found[: len(many)], found[len(many) :], strict=True):
+        assert (part.text, part.unscored) == (whole.text, 0)
+        assert part.spans == whole.spans[n // 2 :]
 
 
 ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot|>", "mistral": "</s>", "gemma": "<|end|>", "phi-3": "<|end|>"}
@@ -122,12 +132,13 @@ ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot|>", "mistral": "</s>", "gemma"
 
 @pytest.mark.parametrize("template", [plain, marked])
 @pytest.mark.parametrize("shape", SHAPES)
-@given(text=st.text("ab| ", min_size=1, max_size=8))
-def test_a_prompt_is_transformers_and_what_ends_the_answer_is_known(shape, template, text):
-    messages = [{"role": "user", "content": text}]
-    expected, _ = theirs(plain(shape), messages, add_generation_prompt=True)
-    found = ChatTemplate(template(shape), "here").prompts([Conversation(messages)], NAMES, SPECIAL)
-    assert [*map(tuple, found)] == [(expected, ENDS[shape])]
+@together
+@given(texts=st.lists(st.text("ab| ", min_size=1, max_size=8), min_size=1, max_size=2 * MANY))
+def test_a_prompt_is_transformers_and_what_ends_the_answer_is_known(shape, template, texts):
+    asked = [[{"role": "user", "content": text}] for text in texts]
+    expected = (theirs(plain(shape), messages, add_generation_prompt=True)[0] for messages in asked)
+    found = ChatTemplate(template(shape), "here").prompts([*map(Conversation, asked)], NAMES, SPECIAL)
+    assert [*map(tuple, found)] == [(text, ENDS[shape]) for text in expected]
 
 
 def test_where_no_special_token_ends_an_answer_none_is_said():
@@ -368,7 +379,7 @@ BOMBS = [
 LIMITED = """
 import pathlib, resource, sys
 from lora_np.formats.models import chat_template
-chat_template.SECONDS = 2.0
+chat_template.SECONDS = 1.0
 
 def peak():
     # Linux hands ru_maxrss on from the process that started this one; VmHWM starts anew. In kilobytes, or the system's.

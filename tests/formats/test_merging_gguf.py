@@ -224,13 +224,13 @@ ADAPTER = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alph
 def test_any_architecture_by_the_names_of_its_tensors(tmp_path):
     """llama.cpp's adapter says which tensor each update is for, and its rows stand as that one's do."""
     base = {"a.weight": (6, 5), "token_embd.weight": (7, 4), "b": (3,)}
-    write_other(tmp_path / "tied.gguf", "qwen2", base)
-    head = write_other(tmp_path / "base.gguf", "qwen2", {**base, "output.weight": (7, 4)})
+    write_other(tmp_path / "tied.gguf", "falcon", base)
+    head = write_other(tmp_path / "base.gguf", "falcon", {**base, "output.weight": (7, 4)})
     shapes = {
         "a.weight.lora_a": (2, 5), "a.weight.lora_b": (6, 2),
         "token_embd.weight.lora_a": (7, 3), "token_embd.weight.lora_b": (4, 3),
     }  # fmt: skip
-    lora = write_other(tmp_path / "x.gguf", "qwen2", shapes, ADAPTER)
+    lora = write_other(tmp_path / "x.gguf", "falcon", shapes, ADAPTER)
     merge_gguf(tmp_path / "base.gguf", [tmp_path / "x.gguf"], [1.0], tmp_path / "m.gguf")
     found = {name: value for name, (value, _, _) in tensors(tmp_path / "m.gguf").items()}
     due = {
@@ -242,7 +242,7 @@ def test_any_architecture_by_the_names_of_its_tensors(tmp_path):
     assert found.keys() == due.keys()
     for name, value in due.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"tied.gguf: token_embd.weight: there is no output.weight.*'qwen2'"):
+    with pytest.raises(ValueError, match=r"tied.gguf: token_embd.weight: there is no output.weight.*'falcon'"):
         merge_gguf(tmp_path / "tied.gguf", [tmp_path / "x.gguf"], [1.0], tmp_path / "n.gguf")
 
 

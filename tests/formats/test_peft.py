@@ -17,8 +17,8 @@ import lora_np as ln
 from lora_np.formats.adapters import peft
 from lora_np.formats.adapters.peft_config import OFF
 from lora_np.formats.files import atomic
+from lora_np.formats.models.families.gpt2 import GPT2 as GPT2_FAMILY
 from lora_np.formats.models.folder import model_hash
-from lora_np.formats.models.names import GPT2 as GPT2_FAMILY
 from lora_np.formats.models.names import family_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

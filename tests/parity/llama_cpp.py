@@ -59,10 +59,13 @@ class Runner:
 
 
 def write_model(path, architecture, keys, tensors, vocab_size):
-    """A model's file with a vocabulary of words, as llama.cpp needs one. keys: without the architecture's name."""
+    """A model's file with a vocabulary of words, as llama.cpp needs one.
+
+    keys: without the architecture's name; tensors: arrays, or bytes and the type that they are of
+    """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](f"{architecture}.{key}", value)
     first = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] if architecture == "bert" else ["<unk>", "<s>", "</s>", "\n"]
     writer.add_tokenizer_model("bert" if architecture == "bert" else "llama")
@@ -71,7 +74,8 @@ def write_model(path, architecture, keys, tensors, vocab_size):
     writer.add_token_scores([0.0] * vocab_size)
     writer.add_token_types([3] * len(first) + [1] * (vocab_size - len(first)))
     for name, value in tensors.items():
-        writer.add_tensor(name, value)
+        data, kind = value if isinstance(value, tuple) else (value, None)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -281,7 +281,7 @@ def assert_close(ours: dict[str, Any], theirs: dict[str, np.ndarray], tolerance:
     for name, value in theirs.items():
         got = ln.asnumpy(ours[name])
         assert (got.shape, got.dtype) == (value.shape, value.dtype), name
-        error, size = abs(got - value).max(), largest if name.endswith("attn.k.bias") else abs(value).max()
+        error, size = abs(got - value).max(), largest if name.endswith(".k.bias") else abs(value).max()
         if not error <= tolerance * size:
             wrong[name] = f"{error:.1e} of {size:.1e}"
     assert not wrong, f"errors above {tolerance}: {wrong}"

@@ -42,7 +42,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint_and_nothing_else(checkpoi
 
 
 @given(st.floats(0, 1, exclude_max=True))
-@settings(max_examples=20)
+@settings(max_examples=min(20, settings().max_examples))
 def test_a_truncated_checkpoint_is_refused_in_one_line(tmp_path_factory, part):
     folder = tmp_path_factory.mktemp("cut")
     model, adapter = make()

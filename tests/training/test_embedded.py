@@ -60,7 +60,7 @@ def test_each_flipped_bit_of_a_cached_base_is_seen(cache):
         if not path.is_file():
             continue
         data = path.read_bytes()
-        for at in range(8 * len(data)) if len(data) < 1000 else rng.sample(range(8 * len(data)), 1000):
+        for at in range(8 * len(data)) if len(data) < 100 else rng.sample(range(8 * len(data)), 200):
             path.write_bytes(data[: at // 8] + bytes([data[at // 8] ^ 1 << at % 8]) + data[at // 8 + 1 :])
             assert not embedded._is_whole(folder), (path, at)
         for changed in (b"", data[:-1], data + b"\n"):
@@ -121,9 +121,9 @@ def test_who_loses_the_race_takes_the_winner_s(cache, monkeypatch, damaged):
 def test_demonstrations_at_once_share_one_cache(cache):
     argv = [sys.executable, "-m", "lora_np", "demo", "--quick"]
     for _ in range(2):
-        running = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+        running = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
         done = [process.communicate(timeout=300) for process in running]
-        assert [process.returncode for process in running] == [0, 0, 0], done
+        assert [process.returncode for process in running] == [0, 0], done
         (folder,) = cache.iterdir()  # one, and nothing half-written
         assert embedded._is_whole(folder)
         (folder / "base" / "config.json").write_text("{}")

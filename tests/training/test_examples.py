@@ -42,7 +42,7 @@ def test_what_follows_the_prompt_is_scored_and_nothing_else(prompt, completion, 
     if not scored:
         assert found is None
         return
-    tokens, targets = found.example
+    tokens, targets, _ = found.example
     assert tokens.tolist() == [*first, *rest][: len(tokens)]
     assert len(tokens) == len(targets) <= longest
     assert targets[targets != -100].tolist() == scored
@@ -54,7 +54,7 @@ def test_what_follows_the_prompt_is_scored_and_nothing_else(prompt, completion, 
 @given(texts, st.integers(2, 30))
 def test_a_text_too_long_keeps_the_token_that_ends_it(text, longest):
     ids = Framed().encode(text)
-    tokens, target = examples.encode_labelled(Framed(), text, 3, longest)
+    tokens, target, _ = examples.encode_labelled(Framed(), text, 3, longest)
     assert target == 3
     assert tokens.tolist() == (ids if len(ids) <= longest else [*ids[: longest - 1], 257])
 
@@ -62,7 +62,7 @@ def test_a_text_too_long_keeps_the_token_that_ends_it(text, longest):
 @given(st.lists(st.text("aé€", min_size=1, max_size=4), min_size=1, max_size=6), st.integers(1, 40))
 def test_each_words_tag_is_asked_of_its_first_token(words, longest):
     tags = list(range(10, 10 + len(words)))
-    tokens, targets = examples.encode_tagged(ByteTokenizer(), words, tags, longest)
+    tokens, targets, _ = examples.encode_tagged(ByteTokenizer(), words, tags, longest)
     assert bytes(tokens.tolist()) == " ".join(words).encode()[:longest]
     starts = np.cumsum([0, *(len(word.encode()) + 1 for word in words[:-1])])
     expected = np.full(len(" ".join(words).encode()), -100)

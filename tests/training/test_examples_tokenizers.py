@@ -97,7 +97,7 @@ def test_generate_goes_on_from_what_was_trained(made, kind, prompt, completion):
     """What generate starts from is what training had before the first scored token; what is scored writes the
     completion behind the prompt, to the letter; the end token comes once, behind all."""
     tokenizer = made[kind]
-    tokens, targets = encode_pair(tokenizer, Pair(prompt, completion), 100).example
+    tokens, targets, _ = encode_pair(tokenizer, Pair(prompt, completion), 100).example
     ids = [*tokens.tolist(), int(targets[-1])]
     start = prompt_ids(tokenizer, prompt)
     assert ids[: len(start)] == start
@@ -115,7 +115,7 @@ def test_the_first_token_of_a_completion(made, kind):
     space = "Ġ" if kind[0] == "byte-level" else "▁"
 
     def first(prompt, completion):
-        _, targets = encode_pair(tokenizer, Pair(prompt, completion), 100).example
+        _, targets, _ = encode_pair(tokenizer, Pair(prompt, completion), 100).example
         return tokenizer.backend.id_to_token(int(targets[targets != -100][0]))
 
     assert first("x||", "b") == "b"
@@ -161,7 +161,7 @@ def test_tokens_of_a_conversation_are_transformers(tmp_path_factory, around, tur
     ]
     (folder / "data").write_text(json.dumps({"messages": messages}))
     reading = Reading(None, lambda: load_chat_template(folder))
-    ((tokens, targets),), summary = read_examples(folder / "data", Task("lm", longest=500), tokenizer, reading)
+    ((tokens, targets, _),), summary = read_examples(folder / "data", Task("lm", longest=500), tokenizer, reading)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -191,5 +191,5 @@ def test_an_answers_first_token_does_not_reach_into_the_prompt(tmp_path):
     messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a"}]
     (tmp_path / "data").write_text(json.dumps({"messages": messages}))
     reading = Reading(None, lambda: load_chat_template(tmp_path))
-    ((_, targets),), _ = read_examples(tmp_path / "data", Task("lm", longest=500), tokenizer, reading)
+    ((_, targets, _),), _ = read_examples(tmp_path / "data", Task("lm", longest=500), tokenizer, reading)
     assert [tokenizer.backend.id_to_token(int(i)) for i in targets[targets != -100]] == ["a", "<|im_end|>"]

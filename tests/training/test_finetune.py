@@ -40,11 +40,11 @@ def files(tmp_path_factory):
 
 def learn(
     files, name, out, *, steps=60, resume=False, report=lambda seen: None, dev=None, lr=3e-2, start=None,
-    note=lambda line: None, **settings,
+    note=lambda line: None, fields=None, **settings,
 ):  # fmt: skip
     task = tasks.task_of(name, files / name, 24)
-    fields = {} if name == "lm" else {"n_labels": len(task.labels)}
-    config = ln.Config(256, **SMALL, head=name, causal=name != "tag", **fields)
+    fields = {"causal": name != "tag"} | (fields or {}) | ({} if name == "lm" else {"n_labels": len(task.labels)})
+    config = ln.Config(256, **SMALL, head=name, **fields)
     weights = ln.init_weights(config, seed=0)
     weights["embed.tokens"] *= 20  # letters that lie apart, as in a model that has learned to read
     model = ln.Model(config, weights)
@@ -67,6 +67,29 @@ def test_each_task_learns_what_its_file_has_to_teach(files, tmp_path, name):
     assert load_task(tmp_path / "out") == tasks.task_of(name, files / name, 24)
     again = ln.load_adapter(tmp_path / "out", model)
     assert evaluate(model, again, data.held_out) == done.curve[60]
+
+
+ENCODERS = {
+    "BERT": {"norm_first": False, "n_types": 2},
+    "DistilBERT": {"norm_first": False, "pooler": "relu", "pooler_in_head": True},
+    "DeBERTa": {
+        "norm_first": False, "positions": "none", "disentangled": True, "score_buckets": 8, "score_distance": 16,
+        "pooler": "gelu", "pooler_in_head": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("name", ["classify", "tag"])
+def test_an_encoder_learns_labels_through_its_own_head(files, tmp_path, name, encoder):
+    """Whatever its pooler's activation, its positions and its scores; a trained pooler comes back with its head."""
+    fields = {"causal": False, **ENCODERS[encoder]}
+    model, data, done = learn(files, name, tmp_path / "out", steps=40, fields=fields)
+    assert done.curve[40].accuracy > 0.95
+    assert ("pooler.weight" in done.adapter.params) == (name == "classify" and fields.get("pooler_in_head", False))
+    again = ln.load_adapter(tmp_path / "out", model)
+    assert again.params.keys() == done.adapter.params.keys()
+    assert evaluate(model, again, data.held_out) == done.curve[40]
 
 
 def test_stopped_and_resumed_it_ends_in_the_same_bits(files, tmp_path):

@@ -35,7 +35,7 @@ def same(one, other):
     return one.keys() == other.keys() and all((asnumpy(one[n]) == asnumpy(other[n])).all() for n in one)
 
 
-@settings(max_examples=8)
+@settings(max_examples=min(8, settings().max_examples))
 @given(
     k=st.integers(0, 6),
     shards=st.sampled_from([None, 1, 3, 9]),
@@ -76,7 +76,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was():
 
 
 @given(shards=st.integers(2, 7), dropout=st.sampled_from([0.0, 0.4]))
-@settings(max_examples=8)
+@settings(max_examples=min(8, settings().max_examples))
 @pytest.mark.proves("O4", "T15")
 def test_the_shards_of_a_step_are_the_whole_batch(shards, dropout):
     """Uneven parts, uncounted targets and dropout included: the mean is over the whole batch's counted targets."""

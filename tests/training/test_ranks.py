@@ -118,7 +118,7 @@ def test_each_rank_gets_the_sum_of_the_tree_to_the_bit(shards, size, seed, dtype
 
 
 @proves("O4")
-@settings(max_examples=10)
+@settings(max_examples=min(10, settings().max_examples))
 @given(
     size=st.integers(2, 5),
     shards=st.integers(1, 5),

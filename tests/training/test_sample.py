@@ -6,12 +6,14 @@ import json
 import pytest
 
 from lora_np import cli
+from lora_np.training.records import read_records
 from lora_np.training.sample import write_sample
 from lora_np.training.tasks import labels_in
 
 KINDS = ("PER", "LOC", "ORG")
 DIGESTS = {
-    "chat.jsonl": "011bb365b0577815", "pairs.txt": "e8abc05ad8458950", "reviews.tsv": "33a863d411a43fce",
+    "chat.jsonl": "011bb365b0577815", "french.tsv": "07a9461cec3fab59",
+    "pairs.txt": "e8abc05ad8458950", "reviews.tsv": "33a863d411a43fce",
     "tags.conll": "584bedbf9bd5eef9", "text.txt": "10a43fa47065fc5d",
 }  # fmt: skip
 
@@ -35,6 +37,8 @@ def test_each_file_has_what_its_task_learns_from(folder):
         roles = [message["role"] for message in json.loads(line)["messages"] if message["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) != []
     assert "||" not in (folder / "text.txt").read_text()
+    found = read_records(folder / "french.tsv", "translate")
+    assert (found.kind, len(found.found)) == ("translations", 300)
 
 
 def test_the_command_says_how_to_learn_from_each_and_writes_over_nothing(tmp_path, capsys):

@@ -5,8 +5,24 @@ import pytest
 from our_vectors import of, ours
 
 from lora_np.vectors.answers import defined, error_ratio
-from lora_np.vectors.mistakes import MISTAKES, WrongCase, explained
+from lora_np.vectors.mistakes import MISTAKES, Mistake, WrongCase, explained
 from lora_np.vectors.operations import OPERATIONS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def once():
+    """What a mistake gives for a case is computed once for all the mistakes that it is compared with."""
+    gives, kept = Mistake.gives, {}
+
+    def kept_or_computed(mistake, case):
+        key = mistake.text, case.id, case.name
+        if key not in kept:
+            kept[key] = gives(mistake, case)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mistake, "gives", kept_or_computed)
+        yield
 
 
 def wrong(mistake):

@@ -17,24 +17,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...adapter import Adapter, LoRAConfig, adapted_shapes, matrix_updates
-from ...backend import Array, asnumpy
+from ...adapter import Adapter, LoRAConfig, adapted_shapes
+from ...backend import Array, asnumpy, xp
 from ...lora import Update
 from ...model import Config, Model
 from ..files.atomic import new_file
 from ..files.json_file import from_fields
 from ..files.messages import shown
 from ..models.base import Base
+from ..models.families import FAMILIES
 from ..models.gguf import NAMES, file_name, paired_heads
-from ..models.gguf_file import GGUFFile, import_gguf, open_gguf
-from ..models.names import BERT, GPT2, LLAMA, family_of
+from ..models.gguf_file import ALL, GGUFFile, import_gguf, open_gguf
+from ..models.names import family_of, module_of, module_parts, module_shapes
 from .fused_qkv import put_together, stored_apart, take_apart
 from .gguf_alpha import folding_for, folding_of, times
 from .header import KEY, check_config, check_savable, read_about, write_about_any
 from .peft_config import described, most_common
 from .peft_tensors import Slot, checked_groups, factor_slots
 
-ARCHITECTURES = ((LLAMA, "llama"), (GPT2, "gpt2"), (BERT, "bert"))
 KIND, TYPE, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
 INVOCATION = "adapter.alora.invocation_tokens"
 FACTORS = (".lora_a", ".lora_b")
@@ -120,7 +120,7 @@ def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
         if alpha != folding.alpha:
             raise ValueError(f"{path}: {ALPHA}: expected {folding.alpha:g}, as {KEY} has it, got {alpha:g}")
         params = _read(file, model, places)
-        params = {name: times(value, 1 / folding.of(name)) for name, value in params.items()}
+        params = {name: xp.asarray(times(value, 1 / folding.of(name))) for name, value in params.items()}
         return Adapter(lora_config, put_together(model.config, params, names, str(path)))
 
 
@@ -143,26 +143,14 @@ def read_updates(file: GGUFFile) -> dict[str, Update]:
     return result
 
 
-def tensor_updates(config: Config, adapter: Adapter) -> dict[str, Update]:
-    """`read_updates` of an adapter of llama's architecture that is in memory."""
-    result = {}
-    for name, update in matrix_updates(config, adapter).items():
-        A, B = asnumpy(update.A), asnumpy(update.B)
-        if name == "embed.tokens":
-            A, B = B.T, A.T
-        result[tensor_name(name)] = Update(A, in_pairs(B, _heads(name, config)), update.s)
-    return result
-
-
 # --- What is in a file -----------------------------------------------------------------------------------------------
 
 
 def _architecture(config: Config, where: str) -> str:
     """What llama.cpp calls the model; a ValueError if it has no such one."""
-    family = family_of(config)
-    found = next((name for known, name in ARCHITECTURES if known is family), None)
+    found = family_of(config).gguf
     if found is None or config.head not in ("lm", "none"):
-        supported = ", ".join(name for _, name in ARCHITECTURES)
+        supported = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values() if family.gguf))
         what = "this architecture" if found is None else f"a model with head {config.head!r}"
         raise ValueError(f"{where}: {what} is not supported in llama.cpp's files: {supported} are, with no labels")
     return found
@@ -206,24 +194,34 @@ def _check_adapter(file: GGUFFile) -> float:
 
 def _read_theirs(file: GGUFFile, model: Base, alpha: float) -> Adapter:
     """An adapter from a file of llama.cpp's own."""
-    matrices = {tensor_name(name): name for name in adapted_shapes(model.config)}
-    ranks: dict[str, int] = {}
-    for key, tensor in file.tensors.items():
-        name = key[: -len(FACTORS[0])]
-        if name not in matrices:
+    config, shapes, family = model.config, module_shapes(model.config), family_of(model.config)
+    modules = {tensor_name(name): name for name in shapes if module_of(name, family) == name}
+    ranks, params = dict[str, int](), dict[str, Array]()
+    for key in file.tensors:
+        tensor, end = key[: -len(FACTORS[0])], key[-len(FACTORS[0]) :]
+        if tensor not in modules:
             raise ValueError(f"{file.path}: the tensor {shown(key)} has no place in this model")
-        if key.endswith(FACTORS[1]):
-            ranks[matrices[name]] = tensor.shape[-1]
+        module, rank = modules[tensor], file.tensors[tensor + FACTORS[1]].shape[-1]
+        (n_out, n_in), is_turned = shapes[module], key == TABLE + FACTORS[0]
+        shape = {FACTORS[0]: (n_in, rank) if is_turned else (rank, n_in), FACTORS[1]: (n_out, rank)}[end]
+        if file.tensors[key].shape != shape:
+            raise ValueError(f"{file.path}: {key}: expected shape {shape}, got {file.tensors[key].shape}")
+        factor, heads = ("A", 0) if end == FACTORS[0] else ("B", _heads(module, config))
+        values = file.read(key, model.dtype, heads=heads)
+        # An Adapter has no name for gate and up together: each has the same A, and its rows of B.
+        parts = {module: ALL} if module in adapted_shapes(config) else module_parts(config, module)
+        for matrix, rows in parts.items():
+            ranks[matrix] = rank
+            params[f"{matrix}.{factor}"] = values.T if is_turned else values if factor == "A" else values[rows]
     alphas = {name: alpha or float(rank) for name, rank in ranks.items()}
     common = most_common(ranks.values(), 1), most_common(alphas.values(), 1.0)
-    lora_config = from_fields(LoRAConfig, described(model.config, ranks, alphas, *common), str(file.path))
+    lora_config = from_fields(LoRAConfig, described(config, ranks, alphas, *common), str(file.path))
     names = [f"{name}.{factor}" for name in ranks for factor in "AB"]
     try:
-        places = _places(model, lora_config, names)
+        checked_groups(config, lora_config, names)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
-    params = _read(file, model, places)
-    return Adapter(lora_config, {name: params[name] for name in names})
+    return Adapter(lora_config, {name: xp.asarray(np.ascontiguousarray(params[name])) for name in names})
 
 
 # --- Where a tensor's numbers stand ----------------------------------------------------------------------------------
@@ -251,7 +249,7 @@ class _Place(NamedTuple):
 
 def _places(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, _Place]:
     """The file's tensors by their keys. Errors as `checked_groups` has them."""
-    config, shapes, result = model.config, adapted_shapes(model.config), {}
+    config, shapes, result = model.config, module_shapes(model.config), {}
     for module, parts in checked_groups(config, lora_config, names).items():
         A, B = factor_slots(model, lora_config, module, parts, shapes[module])
         key = tensor_name(module)
@@ -281,7 +279,7 @@ def tensor_name(matrix: str) -> str:
 
 def _heads(matrix: str, config: Config) -> int:
     """How many heads have their rows in pairs, in the file's tensor of this matrix; 0: none."""
-    return paired_heads(f"{matrix}.weight", config) if family_of(config) is LLAMA else 0
+    return paired_heads(f"{matrix}.weight", config) if family_of(config).gguf == "llama" else 0
 
 
 def in_pairs(rows: Array, heads: int) -> Array:

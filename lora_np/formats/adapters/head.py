@@ -12,6 +12,7 @@ from ..files.json_file import read_json
 from ..files.messages import named
 from ..files.npz_file import HEADER, open_arrays
 from ..models.labels import named_labels
+from ..models.names import NAMED
 from ..models.shards import stored_tensors
 from .adapter import kind_of
 from .contents import adapter_tensors
@@ -21,11 +22,11 @@ from .keys import adapter_names, read_key
 from .peft_config import CONFIG
 from .task import TASK, Task, load_task
 
-# What PEFT's files call the modules of a head, and RoBERTa's pooler, which is a part of its own; ours: head, pooler.
-MODULES = {
-    "score": "head", "classifier": "head", "classifier.out_proj": "head", "head": "head",
-    "classifier.dense": "pooler", "pooler": "pooler",
-}  # fmt: skip
+LABELS = ("classify", "tag")
+# What PEFT's files call the modules of a head for labels, and a pooler that is a part of it; ours: head, pooler.
+MODULES = {"pooler": "pooler"} | {
+    theirs: ours for family in NAMED for head in LABELS for ours, theirs in family.heads.get(head, {}).items()
+}
 TASKS = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag", "FEATURE_EXTRACTION": "none"}
 
 

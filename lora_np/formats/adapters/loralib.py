@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...adapter import Adapter, LoRAConfig, adapted_shapes, fused_parts, target_of, trained_whole
+from ...adapter import Adapter, LoRAConfig, adapted_shapes, target_of, trained_whole
 from ...backend import Array, asnumpy
 from ...model import Config, Model
 from ..files.atomic import new_file, write_tensors
@@ -24,7 +24,7 @@ from ..files.json_file import from_fields
 from ..files.messages import shown
 from ..files.safetensors_file import TensorFile, open_tensors
 from ..models.base import Base
-from ..models.names import family_of, module_names
+from ..models.names import family_of, module_names, module_of, module_parts
 from .fused_qkv import take_apart
 from .header import KEY, check_savable, write_about
 from .peft_config import SAME, described, most_common
@@ -87,6 +87,8 @@ def _factor_slots(
     model: Base, lora_config: LoRAConfig, module: str, parts: list[str], shape: tuple[int, int]
 ) -> tuple[Slot, Slot]:
     """The tensors of one module's A and B: those of its parts, one below the other; shape: (out, in), each part's."""
+    if len({rows.stop - rows.start for rows in module_parts(model.config, module).values() if parts != [module]}) > 1:
+        raise ValueError(f"{module}: loralib's MergedLinear has parts of one size, but here q, k and v differ")
     r, s = lora_config.rank(parts[0]), lora_config.scale(parts[0])
     for part in parts:
         if lora_config.rank(part) != r or abs(lora_config.scale(part) - s) > SAME * abs(s):
@@ -160,7 +162,8 @@ def _keys(file: TensorFile, config: Config) -> dict[tuple[str, str], str]:
 
 def _matrices(config: Config, module: str) -> list[str]:
     """Our matrices in a module: q, k and v where they are one."""
-    return list(fused_parts(config, module)) if family_of(config).fused else [module]
+    parts = list(module_parts(config, module))
+    return parts if module_of(parts[0], family_of(config)) == module else [module]
 
 
 def _parts(

@@ -18,7 +18,7 @@ from ..files.json_file import from_fields
 from ..files.messages import nearest, shown
 from ..files.safetensors_file import DTYPES, check_widens
 from ..models.base import Base
-from ..models.names import module_names, saved_whole
+from ..models.names import module_names, module_parts, module_shapes, saved_whole
 from .contents import Contents, Pair
 from .peft_config import AUTO_SAVED, CONFIG, MERGE, READ, check_keys, described, most_common
 from .peft_tensors import base_tensor, whole_slots
@@ -44,12 +44,18 @@ def adapter_of(contents: Contents, model: Base) -> Adapter:
     for line in [*mistargeted(contents, _known(contents, config, full)), *contents.left_out]:
         raise ValueError(f"{contents.path / CONFIG}: {line}")
     found = {ours[full[module]]: (module, several) for module, several in contents.pairs.items()}
-    shapes, params, pairs = adapted_shapes(config), dict[str, Array](), dict[str, Pair]()
+    shapes, params, pairs = module_shapes(config), dict[str, Array](), dict[str, Pair]()
+    adaptable = adapted_shapes(config)
     for name in (name for name in shapes if name in found):
         module, several = found[name]
-        pairs[name] = _one(several, name, shapes[name], f"{where}: {shown(module)}")
-        for factor, values in (("A", pairs[name].A), ("B", pairs[name].B)):
-            params[f"{name}.{factor}"] = _wide(values, model.dtype, f"{where}: {shown(module)}.lora_{factor}")
+        pair = _one(several, name, shapes[name], f"{where}: {shown(module)}")
+        stem = f"{where}: {shown(module)}.lora_"
+        A, B = (_wide(values, model.dtype, stem + factor) for factor, values in (("A", pair.A), ("B", pair.B)))
+        # An Adapter has no name for gate and up together: each has the same A, and its rows of B.
+        parts = {name: slice(None)} if name in adaptable else module_parts(config, name)
+        for matrix, rows in parts.items():
+            pairs[matrix] = pair
+            params |= {f"{matrix}.A": A, f"{matrix}.B": np.ascontiguousarray(B[rows])}
     lora_config = replace(_config(contents, config, pairs), train_head=trains_head)
     return Adapter(lora_config, params | _whole(contents, model, full, trained_whole(config, lora_config, pairs)))
 
@@ -60,7 +66,7 @@ def _full_names(contents: Contents, config: Config) -> dict[str, str]:
     Where one prefix in the place of another makes all modules known, that is mended.
     """
     known = module_names(config)
-    theirs, adaptable = set(known.values()), {known[name] for name in adapted_shapes(config) if name in known}
+    theirs, adaptable = set(known.values()), {known[name] for name in module_shapes(config) if name in known}
     unknown = [module for module in contents.pairs if module not in theirs]
     change = change_of_prefix(unknown, theirs) if unknown else None
     if unknown and change is None:
@@ -86,7 +92,7 @@ def _full_names(contents: Contents, config: Config) -> dict[str, str]:
 def _known(contents: Contents, config: Config, full: Mapping[str, str]) -> Known:
     """What the configuration may name of the model: all matrices, and which of them PEFT takes for linear."""
     names, shapes = module_names(config), config.weight_shapes()
-    linear = {names[name] for name in adapted_shapes(config) if name in names}
+    linear = {names[name] for name in module_shapes(config) if name in names}
     tables = {names[name] for name in names if len(shapes.get(name, shapes.get(f"{name}.weight", ()))) == 2}
     matrices, output = linear | tables, names.get("head", "")
     # PEFT knows a language model's output, and a classifier's by its name, which RoBERTa's does not have.

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ...adapter import TARGETS, LoRAConfig, adapted_shapes, target_of, trained_whole
+from ...adapter import TARGETS, LoRAConfig, layer_of, target_of, trained_whole
 from ...model import Config
 from ..files.expressions import Expression, fitting
 from ..files.messages import nearest, shown
-from ..models.names import family_of, module_names, saved_whole, short_names
+from ..models.names import family_of, module_names, module_shapes, saved_whole, short_names
 from .peft_tensors import grouped
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -180,8 +180,9 @@ def _select(config: Config, groups: Collection[str]) -> Selection:
     full, short = module_names(config), short_names(config)
     wanted = {full[name] for name in groups}
     endings = list(dict.fromkeys(short[name] for name in groups))
-    layers = dict.fromkeys(sorted({int(name.split(".")[1]) for name in groups if name.startswith("layers.")}))
-    lists = [full[name].split(".")[0] for name in groups if name.startswith("layers.")]
+    numbers = {name: layer_of(name) for name in groups}
+    layers = dict.fromkeys(sorted({n for n in numbers.values() if n is not None}))
+    lists = [full[name].split(".")[0] for name, n in numbers.items() if n is not None]
     for selection in (Selection(endings), Selection(endings, layers), Selection(endings, layers, lists[:1])):
         if {name for name in _adaptable(config).values() if selection.takes(name)} == wanted:
             return selection
@@ -191,13 +192,13 @@ def _select(config: Config, groups: Collection[str]) -> Selection:
 def _adaptable(config: Config) -> dict[str, str]:
     """Our name -> the full name of each module that may be adapted."""
     full = module_names(config)
-    return {name: full[name] for name in adapted_shapes(config) if name in full}
+    return {name: full[name] for name in module_shapes(config) if name in full}
 
 
 def _task(config: Config, lora_config: LoRAConfig) -> str | None:
     """PEFT's task type. A classifier's makes PEFT train the head whole, so it is left out where that is not so."""
     if config.head == "lm" and config.causal:
-        return "CAUSAL_LM"
+        return "SEQ_2_SEQ_LM" if config.n_encoder else "CAUSAL_LM"
     return {"classify": "SEQ_CLS", "tag": "TOKEN_CLS"}.get(config.head) if lora_config.train_head else None
 
 
@@ -312,10 +313,11 @@ def resolved(
 
 def _common_layers(config: Config, names: Iterable[str]) -> list[int] | None:
     """The layers adapted, if they are the same for every target and not all; else None."""
-    layers: dict[str, list[int]] = {}
+    layers: dict[str, set[int]] = {}
     for name in names:
-        if name.startswith("layers."):
-            layers.setdefault(target_of(name), []).append(int(name.split(".")[1]))
-    first = next(iter(layers.values()), [])
+        layer = layer_of(name)
+        if layer is not None:
+            layers.setdefault(target_of(name), set()).add(layer)
+    first = next(iter(layers.values()), set())
     alike = all(value == first for value in layers.values())
-    return first if alike and 0 < len(first) < config.n_layer else None
+    return sorted(first) if alike and 0 < len(first) < max(config.n_layer, config.n_encoder) else None

@@ -18,13 +18,13 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ...adapter import LoRAConfig, adapted_shapes, fused_parts, target_of, trained_whole
+from ...adapter import LoRAConfig, adapted_shapes, target_of, trained_whole
 from ...backend import Array, asnumpy
 from ...model import Config
 from ...ops import widened
 from ..files.safetensors_file import TensorFile
 from ..models.base import Base
-from ..models.names import family_of, module_names, module_of
+from ..models.names import family_of, module_names, module_of, module_parts, module_shapes
 from .keys import PREFIX
 
 Index: TypeAlias = tuple[slice, ...]
@@ -64,7 +64,7 @@ class Slot:
 def slots(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:
     """The tensors of PEFT's file that holds the parameters `names`, by their keys. Errors as in `param_shapes`."""
     config, full = model.config, module_names(model.config)
-    groups, shapes = checked_groups(config, lora_config, names), adapted_shapes(config)
+    groups, shapes = checked_groups(config, lora_config, names), module_shapes(config)
     result: dict[str, Slot] = {}
     for module, parts in groups.items():
         A, B = factor_slots(model, lora_config, module, parts, shapes[module])
@@ -124,7 +124,7 @@ def grouped(config: Config, matrices: Collection[str]) -> dict[str, list[str]]:
     for module, parts in groups.items():
         if module in parts and len(parts) > 1:
             raise ValueError(f"adapter: {module} and {parts[0]} adapt one matrix of the file")
-    return {name: groups[name] for name in shapes if name in groups}
+    return {name: groups[name] for name in module_shapes(config) if name in groups}
 
 
 def factor_slots(
@@ -134,7 +134,7 @@ def factor_slots(
     n_out, n_in = shape
     rank = sum(lora_config.rank(part) for part in parts)
     A, B = Slot((rank, n_in), model.dtype, {}), Slot((n_out, rank), model.dtype, {})
-    rows = {module: slice(None)} if parts == [module] else fused_parts(model.config, module)
+    rows = {module: slice(None)} if parts == [module] else module_parts(model.config, module)
     start = 0
     for part in parts:
         columns = slice(start, start + lora_config.rank(part))
@@ -151,7 +151,7 @@ def base_tensor(model: Base, module: str, kind: str) -> Array | None:
     elif kind == "weight" and module in model.weights:  # a table
         names = [module]
     else:
-        names = [f"{part}.{kind}" for part in fused_parts(model.config, module)]
+        names = [f"{part}.{kind}" for part in module_parts(model.config, module)]
     if not all(name in model.weights for name in names) or (len(names) > 1 and kind == "weight"):
         return None
     return np.concatenate([asnumpy(widened(model.weights[name])) for name in names])
@@ -173,7 +173,7 @@ def whole_slots(model: Base, names: Collection[str]) -> dict[tuple[str, str], Sl
         if module == stem:
             result[module, kind] = Slot(shapes[name], model.dtype, {name: (slice(None),)})
             continue
-        places: dict[str, Index] = {f"{part}.{kind}": (rows,) for part, rows in fused_parts(config, module).items()}
+        places: dict[str, Index] = {f"{part}.{kind}": (rows,) for part, rows in module_parts(config, module).items()}
         result[module, kind] = Slot(
             (sum(shapes[part][0] for part in places),),
             model.dtype,

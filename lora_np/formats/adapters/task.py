@@ -16,21 +16,27 @@ TASK = "task.json"
 class Task:
     """What is learned, the names of the labels in the order of their logits, and how long a text is at most.
 
-    name    "lm", the next token; "classify", a label for each text; "tag", one for each word
+    name    "lm", the next token; "translate", a text after another; "classify", a label for each text; "tag", one for
+            each word
     """
 
-    name: Literal["lm", "classify", "tag"]
+    name: Literal["lm", "translate", "classify", "tag"]
     labels: tuple[str, ...] = ()
     longest: int = 64
 
     def __post_init__(self) -> None:
-        if self.name not in ("lm", "classify", "tag"):
-            raise ValueError(f"Task.name: expected lm, classify or tag, got {self.name!r:.60}")
+        if self.name not in ("lm", "translate", "classify", "tag"):
+            raise ValueError(f"Task.name: expected lm, translate, classify or tag, got {self.name!r:.60}")
         if self.longest < 1:
             raise ValueError(f"Task.longest: expected at least 1, got {self.longest}")
         object.__setattr__(self, "labels", tuple(self.labels))
-        if len(set(self.labels)) < len(self.labels) or (self.name != "lm" and len(self.labels) < 2):
+        if len(set(self.labels)) < len(self.labels) or (self.head != "lm" and len(self.labels) < 2):
             raise ValueError(f"Task.labels: expected two different names at least, got {self.labels!r:.60}")
+
+    @property
+    def head(self) -> str:
+        """The head of the model that learns it."""
+        return "lm" if self.name == "translate" else self.name
 
 
 def save_task(folder: Path, task: Task) -> None:

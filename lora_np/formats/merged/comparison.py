@@ -15,8 +15,9 @@ from ...lora import Update
 from ..adapters.prefix import moved
 from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from ..models.base import Base
+from ..models.families import MODEL_TYPES
 from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
-from ..models.huggingface import MODEL_TYPES, is_no_weight, read_config
+from ..models.huggingface import is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
 from .coarse import SAMPLE, Nearness
 from .evidence import NEAR, Sums, sums_of

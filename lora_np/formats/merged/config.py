@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...model import Config
-from ..models.huggingface import MODEL_TYPES
+from ..models.families import MODEL_TYPES
 
 
 def merged_config(
@@ -15,7 +15,7 @@ def merged_config(
     """A Hugging Face config.json `raw`, which says `saved`, made to say `config`: its head, labels, untied tables."""
     result = dict(raw)
     if saved.head != config.head:
-        heads = MODEL_TYPES[raw["model_type"]].heads
+        heads = MODEL_TYPES[raw["model_type"]][0].classes
         result["architectures"] = [next(name for name, head in heads.items() if head == config.head)]
     if labels is None and config.n_labels is not None and config.n_labels != saved.n_labels:
         labels = [f"LABEL_{i}" for i in range(config.n_labels)]

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from ...adapter import check_weights
 from ..adapters.contents import Contents
-from ..adapters.head import MODULES
 from ..adapters.peft import records_base
 from ..files.rounding import NAMES
 from ..models.folder import MODEL_TYPE, can_run
-from ..models.huggingface import MODEL_TYPES, Place, is_no_weight
+from ..models.huggingface import Place, is_no_weight
 from ..models.shards import Stored
 from .any_adapter import read_for
 from .any_base import AnyBase, open_any_base
@@ -25,8 +24,8 @@ def plan_merge(base_path: Path, adapter_paths: Sequence[Path], weights: Sequence
     """Reads adapters, without the base's weights, and says what each tensor of the merged model is.
 
     What PEFT wrote is merged by its modules' names, whatever the architecture, and llama.cpp's files onto what is not
-    run; what tells our own names, or brings another head, onto a model that can be run. A ValueError or
-    FileNotFoundError, in one line, says what does not fit.
+    run; what tells our own names, onto a model that can be run. A ValueError or FileNotFoundError, in one line, says
+    what does not fit.
     """
     check_weights(adapter_paths, weights)
     by_name = _by_name(base_path, adapter_paths)
@@ -41,19 +40,12 @@ def _by_name(path: Path, adapter_paths: Sequence[Path]) -> tuple[AnyBase, list[C
     if base.model_type == MODEL_TYPE:
         return None
     adapters = [read_for(base, one) for one in adapter_paths]
-    if base.model_type in MODEL_TYPES and any(_brings_head(adapter, base) for adapter in adapters):
-        return None
     return base, adapters
 
 
 def _is_named(adapter: Path, base: Path) -> bool:
     """Whether an adapter goes by modules' names: PEFT's folders, and other files where no model is run."""
     return not records_base(adapter) if adapter.is_dir() else not can_run(base)
-
-
-def _brings_head(adapter: Contents, base: AnyBase) -> bool:
-    """Whether it has the whole of a head that the base has not."""
-    return any(name.rpartition(".")[0] in MODULES and name not in base.tensors for name in adapter.whole)
 
 
 def _plan_by_name(base: AnyBase, adapters: Sequence[Contents], weights: Sequence[float]) -> Plan:

@@ -12,7 +12,7 @@ from ...model import Config
 from ...ops import narrowed
 
 Storage: TypeAlias = Literal["bfloat16"]
-LAYER_TENSORS = 8  # of each layer of any file, at least: two norms; q, k, v, o, up and down, or c_attn and more biases
+LAYER_TENSORS = 6  # of each layer of any file, at least: two norms; q, k and v in one, o, gate and up in one, and down
 
 
 class Wanted(NamedTuple):

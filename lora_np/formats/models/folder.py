@@ -19,9 +19,10 @@ from ..files.json_file import from_fields, read_json, to_fields, write_json
 from ..files.messages import named
 from ..files.safetensors_file import DTYPES, TensorFile, open_tensors, refuse_pickle
 from .base import Base, Storage, Wanted, check_layers, held
+from .families import MODEL_TYPES
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
-from .huggingface import MODEL_TYPES, load_huggingface, read_config
+from .huggingface import load_huggingface, read_config
 from .tokenizer import Tokenizer
 from .tokenizer_files import write_tokenizer
 
@@ -99,7 +100,7 @@ def load_model(
     seed: int | None = None,
     storage: Storage | None = None,
 ) -> Model:
-    """Reads a folder that `save_model` wrote, one of Hugging Face's (GPT-2, BERT, RoBERTa, Llama), or a .gguf file.
+    """Reads a folder that `save_model` wrote, one of Hugging Face's (the families in families/), or a .gguf file.
 
     All weights must be finite. Those of our own are checked against the hash that was recorded; those of others must
     all have a place in the model.
@@ -145,7 +146,10 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def _unsupported(folder: Path, found: object) -> ValueError:
-    return ValueError(f"{folder / CONFIG}: model type {found!r:.60} is not supported; supported: {' '.join(SUPPORTED)}")
+    return ValueError(
+        f"{folder / CONFIG}: model type {found!r:.60} is not supported; supported: {' '.join(SUPPORTED)}; others "
+        "are merged and verified by their tensors' names"
+    )
 
 
 def read_any_header(folder: Path) -> dict[str, Any]:
@@ -184,7 +188,7 @@ def read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:
 
 def check_own(file: TensorFile, config: Config) -> None:
     """A ValueError unless the tensors are exactly the configuration's weights, all of one dtype."""
-    check_layers(config.n_layer, len(file.shapes), str(file.path))
+    check_layers(config.n_layer + config.n_encoder, len(file.shapes), str(file.path))
     file.check_names(config.weight_shapes())
     for name, dtype in file.dtypes.items():
         if dtype not in DTYPES:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ MAX_ENTRIES = 2**16  # keys, and tensors
 MAX_STRINGS = 2**21  # in all arrays together
 MAX_DIMS = 4  # the format's own limit
 BLOCK_ELEMENTS = 2**18  # that are decoded at once
+ALL = slice(None)
 
 # How struct reads each type of value; STRING and ARRAY are read by hand.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -43,15 +45,34 @@ class TensorType(NamedTuple):
     bytes: int
 
 
+# Every type that the gguf package decodes; NVFP4 and MXFP4 in its newer versions alone.
 TENSOR_TYPES = {
     0: TensorType("F32", 1, 4),
     1: TensorType("F16", 1, 2),
     30: TensorType("BF16", 1, 2),
     2: TensorType("Q4_0", 32, 18),
     3: TensorType("Q4_1", 32, 20),
+    6: TensorType("Q5_0", 32, 22),
+    7: TensorType("Q5_1", 32, 24),
     8: TensorType("Q8_0", 32, 34),
+    10: TensorType("Q2_K", 256, 84),
+    11: TensorType("Q3_K", 256, 110),
     12: TensorType("Q4_K", 256, 144),
+    13: TensorType("Q5_K", 256, 176),
     14: TensorType("Q6_K", 256, 210),
+    16: TensorType("IQ2_XXS", 256, 66),
+    17: TensorType("IQ2_XS", 256, 74),
+    18: TensorType("IQ3_XXS", 256, 98),
+    19: TensorType("IQ1_S", 256, 50),
+    20: TensorType("IQ4_NL", 32, 18),
+    21: TensorType("IQ3_S", 256, 110),
+    22: TensorType("IQ2_S", 256, 82),
+    23: TensorType("IQ4_XS", 256, 136),
+    29: TensorType("IQ1_M", 256, 56),
+    34: TensorType("TQ1_0", 256, 54),
+    35: TensorType("TQ2_0", 256, 66),
+    39: TensorType("MXFP4", 32, 17),
+    40: TensorType("NVFP4", 64, 36),
 }
 
 
@@ -130,35 +151,45 @@ class GGUFFile:
             raise ValueError(f"{self.path}: {key}: expected a finite number, got {value}")
         return value
 
-    def read(self, name: str, dtype: DType, *, heads: int = 0) -> Array:
+    def read(self, name: str, dtype: DType, *, heads: int = 0, rows: slice = ALL) -> Array:
         """A tensor's values, in host memory, decoded by the gguf package a few rows at a time.
 
         heads: if not 0, the rows of each of so many heads come in pairs (2j, 2j+1), and are put back (j, j + K/2).
-        A ValueError if an element is NaN or infinite.
+        rows: which of them. A ValueError if an element is NaN or infinite; an ImportError if the package is too old.
         """
-        gguf = import_gguf()
-        tensor, raw = self.tensors[name], self.read_raw(name)
-        kind = gguf.GGMLQuantizationType(tensor.kind)
+        tensor, raw, decode = self.tensors[name], self.read_raw(name, rows), self._decoder(name)
         if heads:
             raw = raw.reshape(heads, -1, 2, tensor.row_bytes).swapaxes(1, 2).reshape(raw.shape)
-        values = np.empty((tensor.rows, tensor.shape[-1]), dtype)
+        values = np.empty((len(raw), tensor.shape[-1]), dtype)
         step = max(1, BLOCK_ELEMENTS // tensor.shape[-1])
-        for start in range(0, tensor.rows, step):
-            rows = slice(start, start + step)
+        for start in range(0, len(raw), step):
+            block = slice(start, start + step)
             with np.errstate(all="ignore"):  # what overflows is found below
-                values[rows] = gguf.quants.dequantize(raw[rows], kind)
-            if not np.isfinite(values[rows]).all():
+                values[block] = decode(raw[block])
+            if not np.isfinite(values[block]).all():
                 raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
-        return values.reshape(tensor.shape)
+        return values.reshape(tensor.shape if rows == ALL else values.shape)
 
-    def read_raw(self, name: str) -> Array:
-        """A tensor as it stands in the file. -> uint8 (rows, bytes of a row)"""
+    def _decoder(self, name: str) -> Callable[[Array], Array]:
+        """What makes float32 numbers of a tensor's bytes."""
+        gguf, kind = import_gguf(), self.tensors[name].kind
+        try:
+            decode = partial(gguf.quants.dequantize, qtype=gguf.GGMLQuantizationType(kind))
+            decode(np.zeros((1, TENSOR_TYPES[kind].bytes), np.uint8))
+        except (NotImplementedError, ValueError):
+            what = f"{self.path}: {name}: tensor type {TENSOR_TYPES[kind].name}"
+            raise ImportError(f"{what} needs a newer gguf: pip install --upgrade gguf") from None
+        return decode
+
+    def read_raw(self, name: str, rows: slice = ALL) -> Array:
+        """A tensor as it stands in the file, all rows or some. -> uint8 (rows, bytes of a row)"""
         tensor = self.tensors[name]
-        self._file.seek(tensor.offset)
-        raw = np.fromfile(self._file, np.uint8, tensor.rows * tensor.row_bytes)
-        if raw.size < tensor.rows * tensor.row_bytes:
+        start, stop, _ = rows.indices(tensor.rows)
+        self._file.seek(tensor.offset + start * tensor.row_bytes)
+        raw = np.fromfile(self._file, np.uint8, (stop - start) * tensor.row_bytes)
+        if raw.size < (stop - start) * tensor.row_bytes:
             raise ValueError(f"{self.path}: {name}: the file ends within it")
-        return raw.reshape(tensor.rows, tensor.row_bytes)
+        return raw.reshape(stop - start, tensor.row_bytes)
 
     def parts(self, start: int, end: int) -> Iterator[bytes]:
         """The file's bytes from `start` to before `end`, a part at a time."""

@@ -1,153 +1,29 @@
-"""Hugging Face's model folders: GPT-2, BERT, RoBERTa and Llama, from config.json and safetensors.
-
-Each key of config.json that has a bearing on the result is in a table below: one that gives a field of our Config, or
-one that must have the value with which it changes nothing. Each tensor of the files is a weight, or known to be none.
-"""
+"""Hugging Face's model folders, from config.json and safetensors, as the model's family has them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...adapter import fused_parts
 from ...backend import Array, asnumpy, xp
 from ...model import Config, Model
 from ...ops import widened
 from ..files.json_file import from_fields
-from ..files.messages import shown
 from ..files.safetensors_file import WIDENED
 from .base import Wanted, check_layers, held
+from .families import MODEL_TYPES, family_in
+from .family import Family, check_values, value_of
 from .heads import completed, taken, with_head
-from .names import family_of, module_names, module_of
+from .names import family_of, module_names, module_of, module_parts, stored_name
 from .shards import Stored, stored_tensors
 
 CONFIG = "config.json"
-NEEDED: Any = object()  # stands for a default: there is none
-
-
-class Key(NamedTuple):
-    """A field of our Config: the type of its value in config.json, and what an absent key means."""
-
-    field: str
-    kind: type
-    default: Any = NEEDED
-
-
-@dataclass(frozen=True)
-class ModelType:
-    """A model type: how its config.json is read.
-
-    heads     Config.head by the names of its classes
-    keys      the keys that give a field of our Config
-    neutral   the keys that must have one of these values; the first stands for an absent key
-    fixed     the fields that all models of this type share
-    activations   Config.activation by their names
-    left_out  tensors that are no weights of ours, without the trunk's name: a regular expression
-    same      other names of keys: where both are there, they must agree
-    """
-
-    heads: Mapping[str, str]
-    keys: Mapping[str, Key]
-    neutral: Mapping[str, tuple[Any, ...]]
-    fixed: Mapping[str, Any]
-    activations: Mapping[str, str]
-    left_out: str
-    same: Mapping[str, str] = field(default_factory=dict)
-
-
-def _classes(prefix: str, **heads: str) -> dict[str, str]:
-    return {prefix + name: head for name, head in heads.items()}
-
-
-_HEADS = {"Model": "none", "ForSequenceClassification": "classify", "ForTokenClassification": "tag"}
-_GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False,), "is_encoder_decoder": (False,), "pruned_heads": ({},),
-    "quantization_config": (None,),
-}  # fmt: skip
-_ENCODER = ModelType(
-    heads={},
-    keys={
-        "vocab_size": Key("vocab_size", int),
-        "max_position_embeddings": Key("n_positions", int),
-        "num_hidden_layers": Key("n_layer", int),
-        "num_attention_heads": Key("n_head", int),
-        "hidden_size": Key("d_model", int),
-        "intermediate_size": Key("d_ff", int),
-        "type_vocab_size": Key("n_types", int, 2),
-        "layer_norm_eps": Key("eps", float, 1e-12),
-        "hidden_act": Key("activation", str, "gelu"),
-    },
-    neutral={**_NEUTRAL, "position_embedding_type": ("absolute",), "is_decoder": (False,)},
-    fixed={"norm": "layer", "norm_first": False, "positions": "learned", "causal": False, "tie_head": False},
-    activations=_GELU,
-    left_out=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)",
-)
-# Encoders' heads for masked words are left out: such a file is read as one without a head.
-MODEL_TYPES: Mapping[str, ModelType] = {
-    "gpt2": ModelType(
-        heads=_classes("GPT2", LMHeadModel="lm", **_HEADS),
-        keys={
-            "vocab_size": Key("vocab_size", int),
-            "n_positions": Key("n_positions", int, 1024),
-            "n_layer": Key("n_layer", int),
-            "n_head": Key("n_head", int),
-            "n_embd": Key("d_model", int),
-            "n_inner": Key("d_ff", int, None),
-            "layer_norm_epsilon": Key("eps", float, 1e-5),
-            "activation_function": Key("activation", str, "gelu_new"),
-            "tie_word_embeddings": Key("tie_head", bool, True),
-        },
-        neutral={**_NEUTRAL, "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
-        same={
-            "max_position_embeddings": "n_positions", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-            "hidden_size": "n_embd",
-        },
-        fixed={"norm": "layer", "norm_first": True, "positions": "learned", "causal": True},
-        activations=_GELU,
-        left_out=r"h\.\d+\.attn\.(bias|masked_bias)",
-    ),
-    "bert": replace(
-        _ENCODER,
-        heads=_classes("Bert", ForMaskedLM="none", ForPreTraining="none", **_HEADS),
-        left_out=rf"{_ENCODER.left_out}|cls\..*",
-    ),
-    "roberta": replace(
-        _ENCODER,
-        heads=_classes("Roberta", ForMaskedLM="none", **_HEADS),
-        keys={**_ENCODER.keys, "pad_token_id": Key("position_offset", int, 1)},
-        fixed={**_ENCODER.fixed, "pooler_in_head": True},
-        left_out=rf"{_ENCODER.left_out}|lm_head\..*",
-    ),
-    "llama": ModelType(
-        heads=_classes("Llama", ForCausalLM="lm", **_HEADS),
-        keys={
-            "vocab_size": Key("vocab_size", int),
-            "max_position_embeddings": Key("n_positions", int, 2048),
-            "num_hidden_layers": Key("n_layer", int),
-            "num_attention_heads": Key("n_head", int),
-            "num_key_value_heads": Key("n_kv_head", int, None),
-            "hidden_size": Key("d_model", int),
-            "intermediate_size": Key("d_ff", int),
-            "rms_norm_eps": Key("eps", float, 1e-6),
-            "hidden_act": Key("activation", str, "silu"),
-            "tie_word_embeddings": Key("tie_head", bool, False),
-        },
-        neutral={
-            **_NEUTRAL, "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1.0, None),
-        },
-        fixed={"norm": "rms", "norm_first": True, "positions": "rotary", "causal": True, "bias": False},
-        activations={"silu": "silu_gated"},
-        left_out=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
-    ),
-}  # fmt: skip
 BUFFERS = r".*\.(inv_freq|position_ids|masked_bias)"  # of any type
-ROTARY = ("rope_parameters", "rope_scaling")  # the newer key, and the older
 
 
 class Files(NamedTuple):
@@ -156,7 +32,7 @@ class Files(NamedTuple):
     saved, config   what the file is a model of, and what it is read as, which may have another head
     tensors         every tensor of the files, by its key
     places          the tensors that `config` has weights in; own: those that `saved` has
-    tied            a copy of the token table, under the tied head's key
+    tied            copies of the token table, as under the tied head's key
     in_trunk        whether the trunk's name stands in front of the keys
     """
 
@@ -174,7 +50,7 @@ class Files(NamedTuple):
         return "float64" if any(self.tensors[key].dtype == "F64" for key in self.own) else "float32"
 
     def check_tied(self, table: Array, dtype: str, where: str) -> None:
-        """A ValueError unless the tied head's copy is the token table (V,D), a host array."""
+        """A ValueError unless each copy is the token table (V,D), a host array."""
         for key in self.tied:
             if not np.array_equal(self.tensors[key].read(dtype), table):
                 raise ValueError(
@@ -187,12 +63,14 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
     where = str(folder / CONFIG)
     saved = read_config(raw, where)
     tensors = stored_tensors(folder)
-    check_layers(saved.n_layer, len(tensors), where)
-    config = with_head(saved, head, n_labels)
+    check_layers(saved.n_layer + saved.n_encoder, len(tensors), where)
     family = family_of(saved)
+    if family.ties_absent and saved.head == "lm" and _head_key(saved) not in tensors:
+        saved = replace(saved, tie_head=True)
+    config = with_head(saved, head, n_labels)
     if family_of(config) is not family:
         raise ValueError(f"{folder}: a {raw['model_type']} model with head {config.head!r} is not supported")
-    in_trunk = any(name.startswith(f"{family.trunk}.") for name in tensors)
+    in_trunk = any(name.startswith(stored_name(family, f"{family.trunk}.")) for name in tensors)
     own = with_old_names(places(saved, in_trunk=in_trunk), tensors)
     usable = set(taken(saved, config))
     wanted = {
@@ -200,8 +78,9 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
         for key, place in with_old_names(places(config, in_trunk=in_trunk), tensors).items()
         if usable.issuperset(place.parts) and (key in tensors or key in own)
     }
-    tied = _tied_head(saved, tensors)
-    _check_tensors(folder, {**wanted, **own, **tied}, tensors, left_out(raw["model_type"], saved))
+    tied = _copies(saved, tensors, in_trunk=in_trunk)
+    _check_tensors(folder, {**wanted, **own, **tied}, tensors, left_out(saved))
+    _check_zeros(saved, tensors)
     return Files(saved, config, tensors, wanted, own, tied, in_trunk)
 
 
@@ -225,59 +104,41 @@ def load_huggingface(folder: Path, raw: Mapping[str, Any], wanted: Wanted) -> Mo
 
 def read_config(raw: Mapping[str, Any], where: str) -> Config:
     """The Config of a config.json; a ValueError names the key that is missing, or whose value is not supported."""
-    kind = MODEL_TYPES[raw["model_type"]]
-    for key, allowed in kind.neutral.items():
-        value = raw.get(key, allowed[0])
-        if not any(value == one and type(value) is type(one) for one in allowed):
-            raise ValueError(f"{where}: {key}: {value!r:.60} is not supported, only {allowed[0]!r}")
-    for other, key in kind.same.items():
+    family = family_in(raw)
+    if family.within is not None:
+        inner = raw.get(family.within)
+        if not isinstance(inner, dict):
+            raise ValueError(f"{where}: {family.within}: expected an object, got {inner!r:.60}")
+        raw = {**inner, "architectures": raw.get("architectures")}
+    check_values(raw, family.neutral, where)
+    for other, key in family.same.items():
         if other in raw and raw[other] != raw.get(key):
             raise ValueError(f"{where}: {other}: expected {raw.get(key)!r:.60}, as {key} says, got {raw[other]!r:.60}")
-    fields = {key.field: _value(raw, name, key, where) for name, key in kind.keys.items()}
-    activation = fields["activation"]
-    if activation not in kind.activations:
-        name = next(name for name, key in kind.keys.items() if key.field == "activation")
-        raise ValueError(f"{where}: {name}: {activation!r:.60} is not supported, only {' '.join(kind.activations)}")
-    fields |= {**kind.fixed, "activation": kind.activations[activation], "head": _head(raw, kind, where)}
-    if fields["d_ff"] is None:
-        fields["d_ff"] = 4 * fields["d_model"]
-    if fields.get("n_types") == 0:
-        raise ValueError(f"{where}: type_vocab_size: expected at least 1, got 0")
-    if "position_offset" in fields:
-        if fields["position_offset"] < 0:
-            raise ValueError(f"{where}: pad_token_id: expected at least 0, got {fields['position_offset']}")
-        fields["position_offset"] += 1  # RoBERTa counts from the padding token's row
-    if fields["positions"] == "rotary":
-        fields["rope_theta"] = _rope_theta(raw, where)
-        _check_head_width(raw, fields, where)
-    if fields["head"] in ("classify", "tag"):
-        fields["n_labels"] = _labels(raw, where)
-    return from_fields(Config, fields, where)
+    said = {key.field: value_of(raw, name, key, where) for name, key in family.keys.items()}
+    said |= {**family.fixed, "activation": _activation(raw, family, where), "head": _head(raw, family, where)}
+    said |= family.more(raw, said, where)
+    if said["head"] in ("classify", "tag"):
+        said["n_labels"] = _labels(raw, where)
+    config = from_fields(Config, said, where)
+    return config if family_of(config) is family else replace(config, family=family.name)
 
 
-def _value(raw: Mapping[str, Any], name: str, key: Key, where: str) -> Any:
-    """A key's value, of its type. A whole number will do for a float."""
-    value = raw.get(name, key.default)
-    if value is None and key.default is None:
-        return None
-    if value is NEEDED:
-        raise ValueError(f"{where}: {name} is missing")
-    kinds = (int, float) if key.kind is float else (key.kind,)
-    if type(value) not in kinds or (key.kind is float and value <= 0):
-        raise ValueError(f"{where}: {name}: expected {_KINDS[key.kind]}, got {value!r:.60}")
-    return value
+def _activation(raw: Mapping[str, Any], family: Family, where: str) -> str:
+    """Our name of the activation."""
+    name, key = next((name, key) for name, key in family.keys.items() if key.field == "activation")
+    value = value_of(raw, name, key, where)
+    if value not in family.activations:
+        raise ValueError(f"{where}: {name}: {value!r:.60} is not supported, only {' '.join(family.activations)}")
+    return family.activations[value]
 
 
-_KINDS = {int: "an integer", float: "a number above 0", str: "a name", bool: "true or false"}
-
-
-def _head(raw: Mapping[str, Any], kind: ModelType, where: str) -> str:
+def _head(raw: Mapping[str, Any], family: Family, where: str) -> str:
     """The head of the class that the file was saved by."""
     value = raw.get("architectures")
     names = value if isinstance(value, list) else [value]
-    if len(names) != 1 or not isinstance(names[0], str) or names[0] not in kind.heads:
-        raise ValueError(f"{where}: architectures: expected one of {' '.join(kind.heads)}, got {value!r:.60}")
-    return kind.heads[names[0]]
+    if len(names) != 1 or not isinstance(names[0], str) or names[0] not in family.classes:
+        raise ValueError(f"{where}: architectures: expected one of {' '.join(family.classes)}, got {value!r:.60}")
+    return family.classes[names[0]]
 
 
 def _labels(raw: Mapping[str, Any], where: str) -> int:
@@ -290,35 +151,6 @@ def _labels(raw: Mapping[str, Any], where: str) -> int:
     if labels is not None and number is not None and len(labels) != number:
         raise ValueError(f"{where}: num_labels: id2label has {len(labels)}, got {number!r:.60}")
     return len(labels) if labels is not None else 2 if number is None else number
-
-
-def _rope_theta(raw: Mapping[str, Any], where: str) -> float:
-    """Rotary's base, from where the older and the newer files have it. No scaling is supported."""
-    found = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
-    for key in ROTARY:
-        value = raw.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: {key}: expected an object, got {value!r:.60}")
-        for name, inner in value.items():
-            if name == "rope_theta":
-                found[f"{key}.rope_theta"] = inner
-            elif (name, inner) not in [("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)]:
-                raise ValueError(f"{where}: {key}: {shown(name)} = {inner!r:.60} is not supported")
-    for name, value in found.items():
-        if type(value) not in (int, float) or value <= 0:
-            raise ValueError(f"{where}: {name}: expected a number above 0, got {value!r:.60}")
-    if len(set(found.values())) > 1:
-        raise ValueError(f"{where}: {' and '.join(found)} differ: {' '.join(map(repr, found.values()))}")
-    return float(next(iter(found.values()), 10000.0))
-
-
-def _check_head_width(raw: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
-    """A ValueError unless head_dim, where it is given, is D / H."""
-    width = raw.get("head_dim")
-    if width is not None and (type(width) is not int or width * fields["n_head"] != fields["d_model"]):
-        raise ValueError(f"{where}: head_dim: {width!r:.60} is not supported, only hidden_size / num_attention_heads")
 
 
 # --- The tensors ---------------------------------------------------------------------------------------------------
@@ -346,12 +178,14 @@ def places(config: Config, *, in_trunk: bool) -> dict[str, Place]:
         stem, kind = (name, "weight") if name in full else name.rsplit(".", 1)
         module = module_of(stem, family)
         transposed = family.fan_in_fan_out and stem.startswith("layers.") and len(shape) == 2
-        parts = {f"{part}.{kind}": rows for part, rows in fused_parts(config, module).items()}
+        parts = {f"{part}.{kind}": rows for part, rows in module_parts(config, module).items()}
         if module == stem:
             parts = {name: slice(None)}
         else:
             shape = (max(rows.stop for rows in parts.values()), *shape[1:])
-        result[f"{full[module]}.{kind}"] = Place(shape[::-1] if transposed else shape, transposed, parts)
+        result[stored_name(family, f"{full[module]}.{kind}")] = Place(
+            shape[::-1] if transposed else shape, transposed, parts
+        )
     return result
 
 
@@ -366,23 +200,36 @@ def with_old_names(result: dict[str, Place], tensors: Mapping[str, Stored]) -> d
     return {names[key]: place for key, place in result.items()}
 
 
-def _tied_head(saved: Config, tensors: Mapping[str, Stored]) -> dict[str, Place]:
-    """A tied language model's head, where the files have it all the same: a copy of the token table."""
-    if saved.head != "lm" or not saved.tie_head:
-        return {}
-    key = f"{module_names(saved)['head']}.weight"
-    return {key: Place(saved.weight_shapes()["embed.tokens"], False, {})} if key in tensors else {}
+def _head_key(saved: Config) -> str:
+    return stored_name(family_of(saved), f"{module_names(saved)['head']}.weight")
 
 
-def left_out(model_type: str, config: Config) -> re.Pattern[str]:
+def _copies(saved: Config, tensors: Mapping[str, Stored], *, in_trunk: bool) -> dict[str, Place]:
+    """What the files have beside the token table: copies of it, as a tied language model's head is one."""
+    family = family_of(saved)
+    keys = [f"{family.trunk}.{name}.weight" if in_trunk else f"{name}.weight" for name in family.copies]
+    keys += [_head_key(saved)] if saved.head == "lm" and saved.tie_head else []
+    return {key: Place(saved.weight_shapes()["embed.tokens"], False, {}) for key in keys if key in tensors}
+
+
+def _check_zeros(saved: Config, tensors: Mapping[str, Stored]) -> None:
+    """A ValueError if a tensor is not zero that has no place in our models."""
+    for key in family_of(saved).zeros:
+        if key in tensors and tensors[key].read("float64").any():
+            raise ValueError(f"{tensors[key]}: expected zeros, got others: it has no place in this model")
+
+
+def left_out(config: Config) -> re.Pattern[str]:
     """The keys of tensors that are no weights of ours, with the trunk's name in front or without."""
-    return re.compile(rf"({re.escape(family_of(config).trunk)}\.)?({MODEL_TYPES[model_type].left_out})")
+    family = family_of(config)
+    zeros = "".join(f"|{re.escape(key)}" for key in family.zeros)
+    return re.compile(rf"({re.escape(family.trunk)}\.)?({family.left_out}){zeros}")
 
 
 def is_no_weight(key: str, model_type: str) -> bool:
     """Whether files of this type of models may have a tensor of this name that is no weight, as a buffer is none."""
     known = MODEL_TYPES.get(model_type)
-    return re.fullmatch(rf"(\w+\.)?({known.left_out})" if known else BUFFERS, key) is not None
+    return re.fullmatch(rf"(\w+\.)?({known[0].left_out})" if known else BUFFERS, key) is not None
 
 
 def _check_tensors(

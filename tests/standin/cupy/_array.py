@@ -95,7 +95,8 @@ def wrap(value):
 # ---- functions and methods, from their signatures ----
 
 TAKES_ARRAYS = """
-    A a a1 a2 a_max a_min array ary b condition dst fill_value indices m max min out prototype self src v val value x y
+    A a a1 a2 a_max a_min array ary b condition dst fill_value indices m max min out prototype self src v val value
+    weights x y
 """
 ARRAYS = frozenset(TAKES_ARRAYS.split())  # the parameters of these names
 
