@@ -158,7 +158,7 @@ def test_an_encoder_alone_and_the_decoder_that_asks_its_states():
 
     def decoder(*trained):
         alone = replace(run, trained=frozenset(trained))
-        return with_source(alone, encoder_of(alone), x, at)
+        return with_source(alone, x, at, trained=bool(encoder_of(alone).trained))
 
     of_encoder = decoder("encoder.layers.0.attn.q.A")
     assert of_encoder.source is at

@@ -122,7 +122,7 @@ def all_scores(bias, S):
 
 
 @proves("T18", "T19")
-@given(parts(), st.data())
+@given(biases(), st.data())
 def test_a_tile_s_scores_are_a_part_of_all(case, data):
     bias, dscores = case
     n, h, t, s = (slice(a, b) for a, b in (sorted(data.draw(st.sets(st.integers(0, size), min_size=2, max_size=2)))
@@ -132,7 +132,7 @@ def test_a_tile_s_scores_are_a_part_of_all(case, data):
 
 
 @proves("T18", "T19")
-@given(parts(), st.booleans())
+@given(biases(), st.booleans())
 def test_the_gradient_is_the_transpose_whatever_the_tiles(case, cut):
     """<scores(x), d> = <x, add(d)>, to the last bit: these are whole numbers."""
     bias, dscores = case
