@@ -20,7 +20,12 @@ COLUMNS = {
     "merge": ("test_a_merge",),
     "verify": ("test_verify",),
     "PEFT's files": ("test_an_adapter_of_pefts", "test_an_adapter_of_ours"),
-    "GGUF": ("test_logits_are_transformers", "test_llama_cpp_says_the_same", "test_a_file_of_several_types"),
+    "GGUF": (
+        "test_logits_are_transformers",
+        "test_llama_cpp_says_the_same",
+        "test_a_file_of_several_types",
+        "test_an_adapter_in_llama_cpps_file",
+    ),
 }
 # The families, and what their cases' names begin with: the longest that fits.
 ROWS = {

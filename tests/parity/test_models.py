@@ -489,6 +489,18 @@ def test_finetune(name, tmp_path, capsys):
     compare(base, make_batch(base.model.config, "right", seed=8), adapter, module)
 
 
+@pytest.mark.parametrize("pair", ["llama3", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"], indirect=True)
+def test_an_adapter_in_llama_cpps_file(pair, tmp_path):
+    """Out and back, in float32: the configuration, and A and B, which is rounded once where three have one alpha."""
+    single = {name: ln.asnumpy(value).astype("float32") for name, value in pair.model.weights.items()}
+    model, adapter = ln.Model(pair.model.config, single), our_adapter(pair)
+    params = {name: xp.asarray(ln.asnumpy(value).astype("float32")) for name, value in adapter.params.items()}
+    ln.save_adapter(tmp_path / "a.gguf", ln.Adapter(adapter.config, params), model)
+    again = ln.load_adapter(tmp_path / "a.gguf", model)
+    assert again.config == adapter.config
+    assert_close(dict(again.params), {name: ln.asnumpy(value) for name, value in params.items()}, 2.0**-23)
+
+
 # --- Decoding --------------------------------------------------------------------------------------------------------
 
 

@@ -28,11 +28,11 @@ from ..models.base import Base
 from ..models.families import FAMILIES
 from ..models.gguf import NAMES, file_name, paired_heads
 from ..models.gguf_file import GGUFFile, import_gguf, open_gguf
-from ..models.names import family_of
+from ..models.names import family_of, module_of, module_shapes
 from .fused_qkv import put_together, stored_apart, take_apart
 from .gguf_alpha import folding_for, folding_of, times
 from .header import KEY, check_config, check_savable, read_about, write_about_any
-from .peft_config import described, most_common
+from .peft_config import MERGE, described, most_common
 from .peft_tensors import Slot, checked_groups, factor_slots
 
 KIND, TYPE, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
@@ -205,12 +205,16 @@ def _check_adapter(file: GGUFFile) -> float:
 
 def _read_theirs(file: GGUFFile, model: Base, alpha: float) -> Adapter:
     """An adapter from a file of llama.cpp's own."""
-    matrices = {tensor_name(name): name for name in adapted_shapes(model.config)}
+    family, adaptable = family_of(model.config), adapted_shapes(model.config)
+    modules = (name for name in module_shapes(model.config) if module_of(name, family) == name)
+    matrices = {tensor_name(name): name for name in modules}
     ranks: dict[str, int] = {}
     for key, tensor in file.tensors.items():
         name = key[: -len(FACTORS[0])]
         if name not in matrices:
             raise ValueError(f"{file.path}: the tensor {shown(key)} has no place in this model")
+        if matrices[name] not in adaptable:
+            raise ValueError(f"{file.path}: {shown(key)}: gate and up have one A: {MERGE}")
         if key.endswith(FACTORS[1]):
             ranks[matrices[name]] = tensor.shape[-1]
     alphas = {name: alpha or float(rank) for name, rank in ranks.items()}
@@ -250,7 +254,7 @@ class _Place(NamedTuple):
 
 def _places(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, _Place]:
     """The file's tensors by their keys. Errors as `checked_groups` has them."""
-    config, shapes, result = model.config, adapted_shapes(model.config), {}
+    config, shapes, result = model.config, module_shapes(model.config), {}
     for module, parts in checked_groups(config, lora_config, names).items():
         A, B = factor_slots(model, lora_config, module, parts, shapes[module])
         key = tensor_name(module)

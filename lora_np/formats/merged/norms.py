@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ...adapter import adapted_shapes, fused_parts
 from ...backend import Array, asnumpy
 from ...model import Config
 from ..adapters.adapter import kind_of
@@ -17,7 +16,7 @@ from ..adapters.base import load_base_for
 from ..adapters.contents import read_contents
 from ..adapters.gguf import tensor_name
 from ..models.base import Base
-from ..models.names import module_names
+from ..models.names import module_names, module_parts, module_shapes
 from .any_base import open_any_base
 from .base import open_base
 from .matching import base_keys
@@ -65,7 +64,7 @@ def _norms_by_our_names(
     is_gguf = Path(base).suffix.lower() == ".gguf"
     opened: Base = load_base_for(adapter, base) if is_gguf else open_base(base, [Path(adapter)])
     config = opened.config
-    shapes = adapted_shapes(config)
+    shapes = module_shapes(config)
     names = {theirs: ours for ours, theirs in module_names(config).items()}
     if kind_of(adapter) == "npz":
         names = {ours: ours for ours in shapes}
@@ -76,7 +75,7 @@ def _norms_by_our_names(
         ours = names.get(module.name, "")
         if shapes.get(ours) != (module.n_out, module.n_in):
             raise _another(base, adapter, module, shapes.get(ours))
-        weights = [_weight_of(config, part) for part in fused_parts(config, ours)]
+        weights = [_weight_of(config, part) for part in module_parts(config, ours)]
         parts = [scaled(_wide(opened.weights[name])) for name in weights]
         norms.append(math.hypot(*(size * float(np.linalg.norm(W)) for size, W in parts)))
     return norms
