@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="from nothing (default: %(default)s)")
     parser.add_argument("--lora-steps", type=int, default=600, help="of LoRA (default: %(default)s)")
     parser.add_argument("-r", type=int, default=16, help="the rank (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="writes the first language's model there")
     parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args()
     config = config_of(128, 2, 128)
@@ -144,6 +146,8 @@ def main() -> None:
 
     began = time.perf_counter()
     model = from_nothing(config, first, args.steps, args.lr)
+    if args.out is not None:
+        ln.save_model(args.out, model)
     add(f"{args.first}, every weight", model, None, first, began)
     add(f"{args.then}, before", model, None, then)
     began = time.perf_counter()

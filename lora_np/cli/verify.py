@@ -97,7 +97,7 @@ def _read_base(base: Path) -> bool:
     """Whether a base can be run. It is read, as damage is an error, and no answer."""
     if _is_gguf(base):
         with open_gguf(base) as file:
-            runs = file.get("general.architecture", str) == "llama" and is_run(file)
+            runs = is_run(file)
     else:
         runs = can_run(base)
     if runs:

@@ -29,7 +29,9 @@ def test_a_preset_is_of_its_family(preset, family):
     assert family_of(replace(config, family=family)) is FAMILIES[family]
 
 
-@pytest.mark.parametrize("fields", [{"activation": "relu"}, {"qk_norm": True}, {"window": 3}, {"embed_scale": 2.0}])
+@pytest.mark.parametrize(
+    "fields", [{"activation": "relu"}, {"norm_outputs": True}, {"window": 3}, {"embed_scale": 2.0}]
+)
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_what_its_config_json_cannot_say_is_not_of_a_family(config, fields):
     assert family_of(replace(config, **fields)) is not family_of(config)

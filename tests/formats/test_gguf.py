@@ -17,7 +17,7 @@ import lora_np as ln
 from lora_np.formats.merged.norms import base_norms
 from lora_np.formats.merged.survey import survey
 from lora_np.formats.models import gguf_file
-from lora_np.formats.models.gguf import file_name
+from lora_np.formats.models.gguf import Source, file_name
 from lora_np.formats.models.gguf_file import open_gguf
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files: the extra models")
@@ -81,6 +81,20 @@ def test_in_float64_the_same_numbers(path):
     assert wide.dtype == np.float64
     for name, value in wide.weights.items():
         np.testing.assert_array_equal(ln.asnumpy(value), ln.asnumpy(narrow.weights[name]))
+
+
+@pytest.mark.proves("T4")
+def test_from_1_plus_w_the_same_is_computed(path):
+    """Gemma's norms: with w read from fl(1 + w), for any float32 w, 1 + w is that number again, exactly."""
+    rng = np.random.default_rng(0)
+    w = np.ldexp(rng.uniform(-1, 1, 2**16), rng.integers(-40, 40, 2**16)).astype(np.float32)
+    stored = np.float32(1) + w
+    write(path, SMALL, tensors={"w": (stored, KINDS["F32"])})
+    with open_gguf(path) as file:
+        for dtype in ("float32", "float64"):
+            read = Source("w", slice(None), 0, plus_one=True).read(file, dtype)
+            assert read.dtype == dtype
+            np.testing.assert_array_equal(1 + read, stored)
 
 
 def test_bfloat16_is_held_as_it_is(path):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...adapter import Adapter, LoRAConfig, adapted_shapes, matrix_updates
+from ...adapter import Adapter, LoRAConfig, adapted_shapes
 from ...backend import Array, asnumpy, xp
 from ...lora import Update
 from ...model import Config, Model
@@ -27,12 +27,12 @@ from ..files.messages import shown
 from ..models.base import Base
 from ..models.families import FAMILIES
 from ..models.gguf import NAMES, file_name, paired_heads
-from ..models.gguf_file import GGUFFile, import_gguf, open_gguf
-from ..models.names import family_of, module_of, module_shapes
+from ..models.gguf_file import ALL, GGUFFile, import_gguf, open_gguf
+from ..models.names import family_of, module_of, module_parts, module_shapes
 from .fused_qkv import put_together, stored_apart, take_apart
 from .gguf_alpha import folding_for, folding_of, times
 from .header import KEY, check_config, check_savable, read_about, write_about_any
-from .peft_config import MERGE, described, most_common
+from .peft_config import described, most_common
 from .peft_tensors import Slot, checked_groups, factor_slots
 
 KIND, TYPE, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
@@ -143,17 +143,6 @@ def read_updates(file: GGUFFile) -> dict[str, Update]:
     return result
 
 
-def tensor_updates(config: Config, adapter: Adapter) -> dict[str, Update]:
-    """`read_updates` of an adapter of llama's architecture that is in memory."""
-    result = {}
-    for name, update in matrix_updates(config, adapter).items():
-        A, B = asnumpy(update.A), asnumpy(update.B)
-        if name == "embed.tokens":
-            A, B = B.T, A.T
-        result[tensor_name(name)] = Update(A, in_pairs(B, _heads(name, config)), update.s)
-    return result
-
-
 # --- What is in a file -----------------------------------------------------------------------------------------------
 
 
@@ -205,28 +194,34 @@ def _check_adapter(file: GGUFFile) -> float:
 
 def _read_theirs(file: GGUFFile, model: Base, alpha: float) -> Adapter:
     """An adapter from a file of llama.cpp's own."""
-    family, adaptable = family_of(model.config), adapted_shapes(model.config)
-    modules = (name for name in module_shapes(model.config) if module_of(name, family) == name)
-    matrices = {tensor_name(name): name for name in modules}
-    ranks: dict[str, int] = {}
-    for key, tensor in file.tensors.items():
-        name = key[: -len(FACTORS[0])]
-        if name not in matrices:
+    config, shapes, family = model.config, module_shapes(model.config), family_of(model.config)
+    modules = {tensor_name(name): name for name in shapes if module_of(name, family) == name}
+    ranks, params = dict[str, int](), dict[str, Array]()
+    for key in file.tensors:
+        tensor, end = key[: -len(FACTORS[0])], key[-len(FACTORS[0]) :]
+        if tensor not in modules:
             raise ValueError(f"{file.path}: the tensor {shown(key)} has no place in this model")
-        if matrices[name] not in adaptable:
-            raise ValueError(f"{file.path}: {shown(key)}: gate and up have one A: {MERGE}")
-        if key.endswith(FACTORS[1]):
-            ranks[matrices[name]] = tensor.shape[-1]
+        module, rank = modules[tensor], file.tensors[tensor + FACTORS[1]].shape[-1]
+        (n_out, n_in), is_turned = shapes[module], key == TABLE + FACTORS[0]
+        shape = {FACTORS[0]: (n_in, rank) if is_turned else (rank, n_in), FACTORS[1]: (n_out, rank)}[end]
+        if file.tensors[key].shape != shape:
+            raise ValueError(f"{file.path}: {key}: expected shape {shape}, got {file.tensors[key].shape}")
+        factor, heads = ("A", 0) if end == FACTORS[0] else ("B", _heads(module, config))
+        values = file.read(key, model.dtype, heads=heads)
+        # An Adapter has no name for gate and up together: each has the same A, and its rows of B.
+        parts = {module: ALL} if module in adapted_shapes(config) else module_parts(config, module)
+        for matrix, rows in parts.items():
+            ranks[matrix] = rank
+            params[f"{matrix}.{factor}"] = values.T if is_turned else values if factor == "A" else values[rows]
     alphas = {name: alpha or float(rank) for name, rank in ranks.items()}
     common = most_common(ranks.values(), 1), most_common(alphas.values(), 1.0)
-    lora_config = from_fields(LoRAConfig, described(model.config, ranks, alphas, *common), str(file.path))
+    lora_config = from_fields(LoRAConfig, described(config, ranks, alphas, *common), str(file.path))
     names = [f"{name}.{factor}" for name in ranks for factor in "AB"]
     try:
-        places = _places(model, lora_config, names)
+        checked_groups(config, lora_config, names)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
-    params = _read(file, model, places)
-    return Adapter(lora_config, {name: params[name] for name in names})
+    return Adapter(lora_config, {name: xp.asarray(np.ascontiguousarray(params[name])) for name in names})
 
 
 # --- Where a tensor's numbers stand ----------------------------------------------------------------------------------

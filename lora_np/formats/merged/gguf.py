@@ -14,19 +14,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import Array
+from ...adapter import matrix_updates
+from ...backend import Array, asnumpy
 from ...lora import Update
 from ...model import Config
 from ..adapters.adapter import kind_of, load_adapter
 from ..adapters.contents import read_contents
-from ..adapters.gguf import read_updates, tensor_updates
+from ..adapters.gguf import in_pairs, read_updates, tensor_name
 from ..adapters.gguf_names import naming_in
 from ..adapters.head import brought_by
 from ..files.atomic import new_file
 from ..files.messages import shown
 from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.gguf import NAMES as TENSORS
-from ..models.gguf import check_one_file, open_weights
+from ..models.gguf import check_one_file, is_run, lazy_weights, open_model
 from ..models.gguf_architectures import ARCHITECTURES
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, aligned, open_gguf, tensor_entry, with_count
 from .gguf_by_name import updates_by_name
@@ -60,11 +61,11 @@ def merge_gguf(
 ) -> MergedFile:
     """L5: writes a .gguf base with adapters merged into it, W0 + sum_i w_i s_i B_i A_i, as a new .gguf file.
 
-    Adapters in .gguf fit a base of any architecture, by the names of its tensors; the others one of llama's. Version,
-    metadata, alignment, order, and what no adapter touches keep their bytes. An update of the token table or of the
-    head unties the two where they were one: output.weight comes behind the other tensors. No more is held than one
-    tensor and the adapters. A FileExistsError if there is anything at `out`; a ValueError or FileNotFoundError, in one
-    line, says what does not fit, and where.
+    Adapters in .gguf fit a base of any architecture, by the names of its tensors; others one that is run here, and
+    PEFT's those of which the modules' names are known. Version, metadata, alignment, order, and what no adapter touches
+    keep their bytes. An update of the token table or of the head unties the two where they were one: output.weight
+    comes behind the other tensors. No more is held than one tensor and the adapters. A FileExistsError if there is
+    anything at `out`; a ValueError or FileNotFoundError, in one line, says what does not fit, and where.
     """
     target = Path(out)
     if target.suffix.lower() != ".gguf":
@@ -87,8 +88,8 @@ def due_updates(
     file.check_tensors()
     updates: dict[str, list[Update]] = {}
     for path, w in zip(adapters, weights, strict=True):
-        for name, update in _updates(file, path).items():
-            updates.setdefault(name, []).append(update._replace(s=w * update.s))
+        for name, several in _updates(file, path).items():
+            updates.setdefault(name, []).extend(update._replace(s=w * update.s) for update in several)
     is_new_head = _needs_head(file, updates)
     for name, its_updates in updates.items():
         source = file.tensors.get(TABLE if is_new_head and name == HEAD else name)
@@ -98,7 +99,7 @@ def due_updates(
     return updates, is_new_head
 
 
-def _updates(file: GGUFFile, path: Path) -> dict[str, Update]:
+def _updates(file: GGUFFile, path: Path) -> dict[str, list[Update]]:
     """An adapter's updates by the names of the base's tensors."""
     architecture = file.get("general.architecture", str)
     if kind_of(path) == "gguf":
@@ -108,17 +109,35 @@ def _updates(file: GGUFFile, path: Path) -> dict[str, Update]:
                     f"{path}: made for another base: its architecture is "
                     f"{found.get('general.architecture', str)!r:.60}, {file.path}'s is {architecture!r:.60}"
                 )
-            return read_updates(found)
-    if architecture != "llama":
-        naming = naming_in(file)
-        contents = read_contents(path)
-        return updates_by_name(naming, contents, {module: module for module in contents.pairs})
+            return {name: [update] for name, update in read_updates(found).items()}
+    if is_run(file):
+        return _updates_of_model(file, path)
+    naming = naming_in(file)
+    contents = read_contents(path)
+    by_name = updates_by_name(naming, contents, {module: module for module in contents.pairs})
+    return {name: [update] for name, update in by_name.items()}
+
+
+def _updates_of_model(file: GGUFFile, path: Path) -> dict[str, list[Update]]:
+    """The updates of an adapter of the model in the file; of matrices that share a tensor, each its own rows."""
     dtype = "float64" if brought_by(path).is_double else "float32"
-    config, weights = open_weights(file, dtype)
-    adapter = load_adapter(path, _Opened(config, weights, np.dtype(dtype)))
+    config, sources = open_model(file)
+    adapter = load_adapter(path, _Opened(config, lazy_weights(file, sources, dtype), np.dtype(dtype)))
     for name in adapter.whole:
         raise ValueError(f"{path}: {name} is trained whole: only A and B can be merged onto a .gguf file")
-    return tensor_updates(config, adapter)
+    result: dict[str, list[Update]] = {}
+    for name, update in matrix_updates(config, adapter).items():
+        A, B = asnumpy(update.A), asnumpy(update.B)
+        if name == "embed.tokens":
+            A, B = B.T, A.T
+        source = sources.get(f"{name}.weight")
+        if source is None:  # a table, or a head that is tied to it
+            result[tensor_name(name)] = [Update(A, B, update.s)]
+            continue
+        rows = np.zeros((file.tensors[source.tensor].shape[0], B.shape[1]), B.dtype)
+        rows[source.rows] = in_pairs(B, source.heads)
+        result.setdefault(source.tensor, []).append(Update(A, rows, update.s))
+    return result
 
 
 def _needs_head(file: GGUFFile, updates: Mapping[str, object]) -> bool:

@@ -16,7 +16,7 @@ from ..adapters.base import load_base_for
 from ..adapters.contents import read_contents
 from ..adapters.gguf import tensor_name
 from ..models.base import Base
-from ..models.names import module_names, module_parts, module_shapes
+from ..models.names import family_of, module_names, module_of, module_parts, module_shapes
 from .any_base import open_any_base
 from .base import open_base
 from .matching import base_keys
@@ -64,12 +64,12 @@ def _norms_by_our_names(
     is_gguf = Path(base).suffix.lower() == ".gguf"
     opened: Base = load_base_for(adapter, base) if is_gguf else open_base(base, [Path(adapter)])
     config = opened.config
-    shapes = module_shapes(config)
+    shapes, family = module_shapes(config), family_of(config)
     names = {theirs: ours for ours, theirs in module_names(config).items()}
     if kind_of(adapter) == "npz":
         names = {ours: ours for ours in shapes}
     if kind_of(adapter) == "gguf":
-        names = {tensor_name(ours): ours for ours in shapes}
+        names = {tensor_name(ours): ours for ours in shapes if module_of(ours, family) == ours}
     norms = []
     for module in modules:
         ours = names.get(module.name, "")

@@ -56,10 +56,9 @@ def load_gguf(path: Path, wanted: Wanted) -> Model:
     return Model(config, completed(config, weights, wanted.seed, str(path)))
 
 
-def open_weights(file: GGUFFile, dtype: str) -> tuple[Config, LazyWeights]:
-    """A file's Config and its weights in `dtype`, which are read when asked for; errors are those of `load_gguf`."""
-    config, sources = open_model(file)
-    return config, LazyWeights({name: partial(source.read, file, dtype) for name, source in sources.items()})
+def lazy_weights(file: GGUFFile, sources: Mapping[str, Source], dtype: str) -> LazyWeights:
+    """The weights of `open_model` in `dtype`, which are read when asked for."""
+    return LazyWeights({name: partial(source.read, file, dtype) for name, source in sources.items()})
 
 
 def open_model(file: GGUFFile) -> tuple[Config, dict[str, Source]]:

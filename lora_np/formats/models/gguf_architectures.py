@@ -7,13 +7,14 @@ window of Phi-3, which transformers and this package keep.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
 from ...model import Config
 from .base import check_layers
 from .gguf_file import GGUFFile
+from .names import family_of
 
 Value: TypeAlias = Callable[..., Any]  # of a key of the architecture's; its type and its default follow
 
@@ -50,7 +51,7 @@ class Architecture:
     """How an architecture maps to Config, and how its tensors stand.
 
     name      llama.cpp's
-    family    whose module names its adapters have, where Config alone does not say it
+    family    whose module names its adapters have
     fixed     Config's fields that all its models share
     more      the fields that depend on what else is said; read: the keys that it reads
     layer     the tensor of each weight of a layer; one that several name has the rows of each below one another
@@ -59,7 +60,7 @@ class Architecture:
     """
 
     name: str
-    family: str | None
+    family: str
     fixed: Mapping[str, Any]
     more: Callable[[Value, Mapping[str, Any]], dict[str, Any]] = lambda value, fields: {}
     read: tuple[str, ...] = ()
@@ -71,8 +72,10 @@ class Architecture:
 
 def _gemma3(value: Value, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A window in all layers but every sixth; scores by D / H instead of K in the largest model, of 62 layers."""
-    D, H, K, n_layer = fields["d_model"], fields["n_head"], fields["head_width"], fields["n_layer"]
-    found: dict[str, Any] = {"embed_scale": D**0.5, "score_scale": (D // H if n_layer == 62 else K) ** -0.5}
+    D, n_layer = fields["d_model"], fields["n_layer"]
+    found: dict[str, Any] = {"embed_scale": D**0.5}
+    if n_layer == 62:
+        found["score_scale"] = (D // fields["n_head"]) ** -0.5
     period = value("attention.sliding_window_pattern", int, 6)
     if window := value("attention.sliding_window", int, 0):
         full = tuple(range(period - 1, n_layer, period)) if period else ()
@@ -87,7 +90,7 @@ def _phi3(value: Value, fields: Mapping[str, Any]) -> dict[str, Any]:
 _LLAMA: dict[str, Any] = {"norm": "rms", "positions": "rotary", "activation": "silu_gated", "bias": False}
 _FUSED = {"attn.q": "attn_qkv", "attn.k": "attn_qkv", "attn.v": "attn_qkv", "mlp.gate": "ffn_up"}
 _ALL = (
-    Architecture("llama", None, _LLAMA, in_pairs=True, frequencies=True),
+    Architecture("llama", "llama", _LLAMA, in_pairs=True, frequencies=True),
     Architecture("qwen2", "qwen2", {**_LLAMA, "qkv_bias": True}),
     Architecture("qwen3", "qwen3", {**_LLAMA, "qk_norm": True}),
     Architecture(
@@ -141,7 +144,7 @@ def read_config(file: GGUFFile, architecture: Architecture) -> Config:
         "eps": value("attention.layer_norm_rms_epsilon", float),
         "rope_theta": value("rope.freq_base", float, 10000.0),
     }
-    made = partial(_config, file, {**architecture.fixed, "family": architecture.family})
+    made = partial(_config, file, architecture.fixed)
     width = value("attention.key_length", default=0)
     if width and width * n_head != D:
         fields["d_head"] = width
@@ -153,7 +156,8 @@ def read_config(file: GGUFFile, architecture: Architecture) -> Config:
     if turned != width:
         fields["rope_width"] = turned
     fields["rope_factors"] = _factors(file, architecture, value, turned)
-    return made({**fields, **architecture.more(value, {**fields, "head_width": width})})
+    config = made({**fields, **architecture.more(value, fields)})
+    return config if family_of(config).name == architecture.family else replace(config, family=architecture.family)
 
 
 def _config(file: GGUFFile, fixed: Mapping[str, Any], fields: Mapping[str, Any]) -> Config:

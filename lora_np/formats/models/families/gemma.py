@@ -31,5 +31,5 @@ GEMMA = replace(
     },
     more=_more,
     says=(*LLAMA.says, "embed_scale"),
-    gguf=None,
+    gguf="gemma",
 )  # fmt: skip
