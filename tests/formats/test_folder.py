@@ -109,6 +109,10 @@ def test_another_head_takes_what_the_file_has_and_makes_the_rest(tmp_path_factor
     model = random_model(config, seed=seed, dtype=dtype)
     ln.save_model(path, model)
     n_labels = labels if head in ("classify", "tag") else None
+    if config.n_encoder and n_labels is not None:
+        with pytest.raises(ValueError, match="n_encoder: expected a causal decoder with head lm or none"):
+            ln.load_model(path, head=head, n_labels=n_labels, seed=7)
+        return
     loaded = ln.load_model(path, head=head, n_labels=n_labels, seed=7)
     assert loaded.config == replace(config, head=head, n_labels=n_labels)
     made = ln.init_weights(loaded.config, seed=7, dtype=dtype)

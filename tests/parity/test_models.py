@@ -87,11 +87,6 @@ class Case:
     positions: bool = True
 
     @property
-    def is_two(self) -> bool:
-        """Whether it is an encoder and a decoder."""
-        return self.prefix in ("T5", "MT5", "Bart")
-
-    @property
     def decodes(self) -> bool:
         return self.end not in (CLASSIFY, TAG)
 
@@ -467,9 +462,10 @@ def test_verify(pair, by_peft, tmp_path, capsys):
 
 
 LINES = {
-    None: ["the cat sat on the mat. "] * 60,
-    CLASSIFY: [f"{word} it is\t{label}" for label in "abc" for word in (label * n for n in range(2, 12))],
-    TAG: [line for _ in range(12) for line in ("the a", "cat b", "sat c", "")],
+    None: ("lm", ["the cat sat on the mat. "] * 60),
+    TWO: ("translate", [f"{word}||{word[::-1]}" for word in ("cat", "sat", "mat", "the", "on", "a")] * 4),
+    CLASSIFY: ("classify", [f"{label * n} it is\t{label}" for label in "abc" for n in range(2, 12)]),
+    TAG: ("tag", [line for _ in range(12) for line in ("the a", "cat b", "sat c", "")]),
 }
 
 
@@ -478,13 +474,12 @@ SIZES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.is_two])
+@pytest.mark.parametrize("name", CASES)
 def test_finetune(name, tmp_path, capsys):
     """The command, on a model of bytes of this family: its loss falls, and PEFT loads what it writes."""
     base = make(name, tmp_path / "base", vocabulary=256)
-    kind = base.case.end if base.case.end in LINES else None
-    (tmp_path / "data").write_text("\n".join(LINES[kind]) + "\n")
-    task = {None: "lm", CLASSIFY: "classify", TAG: "tag"}[kind]
+    task, lines = LINES[base.case.end if base.model.config.n_encoder or base.model.config.head != "lm" else None]
+    (tmp_path / "data").write_text("\n".join(lines) + "\n")
     places = ("--base", base.folder, "--data", tmp_path / "data", "--out", tmp_path / "ad")
     status, said = run(capsys, "finetune", *places, *SIZES, "--task", task)
     assert status == 0
@@ -492,6 +487,18 @@ def test_finetune(name, tmp_path, capsys):
     adapter = ln.load_adapter(tmp_path / "ad", base.model)
     module = peft.PeftModel.from_pretrained(opened(base, base.folder)[0], str(tmp_path / "ad")).eval()
     compare(base, make_batch(base.model.config, "right", seed=8), adapter, module)
+
+
+@pytest.mark.parametrize("pair", ["llama3", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"], indirect=True)
+def test_an_adapter_in_llama_cpps_file(pair, tmp_path):
+    """Out and back, in float32: the configuration, and A and B, which is rounded once where three have one alpha."""
+    single = {name: ln.asnumpy(value).astype("float32") for name, value in pair.model.weights.items()}
+    model, adapter = ln.Model(pair.model.config, single), our_adapter(pair)
+    params = {name: xp.asarray(ln.asnumpy(value).astype("float32")) for name, value in adapter.params.items()}
+    ln.save_adapter(tmp_path / "a.gguf", ln.Adapter(adapter.config, params), model)
+    again = ln.load_adapter(tmp_path / "a.gguf", model)
+    assert again.config == adapter.config
+    assert_close(dict(again.params), {name: ln.asnumpy(value) for name, value in params.items()}, 2.0**-23)
 
 
 # --- Decoding --------------------------------------------------------------------------------------------------------
