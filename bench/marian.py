@@ -124,9 +124,9 @@ def main() -> None:
         "--first", default="fr", help="the language that is learned from nothing (default: %(default)s)"
     )
     parser.add_argument("--then", default="de", help="the language that LoRA learns (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2000, help="from nothing (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="from nothing (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="from nothing (default: %(default)s)")
-    parser.add_argument("--lora-steps", type=int, default=600, help="of LoRA (default: %(default)s)")
+    parser.add_argument("--lora-steps", type=int, default=150, help="of LoRA (default: %(default)s)")
     parser.add_argument("-r", type=int, default=16, help="the rank (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes the first language's model there")
     parser.add_argument("--json", action="store_true", help="as JSON")
