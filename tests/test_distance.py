@@ -96,7 +96,7 @@ def test_near_distances_have_a_bucket_each_and_from_the_last_on_there_is_one(kin
 
 
 @st.composite
-def parts(draw):
+def biases(draw):
     """A PositionBias, and a dscores of all its scores: whole numbers, so sums are exact."""
     N, H, T, S, J = (draw(st.integers(1, most)) for most in (2, 3, 4, 4, 5))
     rng = np.random.default_rng(draw(seeds))
