@@ -84,10 +84,12 @@ def attention(t, c, planted):
     (N, H, T, K), (G, S) = t["q"].shape, t["k"].shape[1:3]
     heads = [h % G if planted == "heads interleaved" else h // (H // G) for h in range(H)]
     k, v = t["k"][:, heads], t["v"][:, heads]
-    width = f(K if planted == "divided by K" else math.sqrt(K))
+    width = f(1 / c["scale"] if "scale" in c else K if planted == "divided by K" else math.sqrt(K))
     sees = np.ones((N, 1, T, S), bool)
     if c["causal"] and planted != "sees the future":
         sees &= np.tri(T, S, S - T, dtype=bool)
+    if "window" in c:
+        sees &= ~np.tri(T, S, S - T - c["window"], dtype=bool)
     if "mask" in t:
         sees &= t["mask"][:, None, None]
     scores = np.where(sees, t["q"] @ k.swapaxes(2, 3) / width, -np.inf)
