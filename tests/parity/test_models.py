@@ -443,6 +443,17 @@ def test_a_merge(pair, by_peft, tmp_path, writer):
     compare(pair, make_batch(pair.model.config, "right", seed=3), adapter, module)
 
 
+@pytest.mark.parametrize("name", ["t5", "t5-v1.1", "llama3", "gemma3_text"])
+def test_a_merge_of_the_head_alone(tmp_path, name):
+    """It unties what was tied; T5's head goes on reading states times a constant."""
+    pair = make(name, tmp_path / "base")
+    adapter = our_adapter(pair, targets=("head",))
+    ln.save_adapter(tmp_path / "ad", adapter, pair.model)
+    merge_folder(tmp_path / "base", [tmp_path / "ad"], [1.0], tmp_path / "merged")
+    assert ln.load_model(tmp_path / "merged").config == ln.merge(pair.model, adapter).config
+    compare(pair, make_batch(pair.model.config, "right", seed=3), adapter, opened(pair, tmp_path / "merged")[0])
+
+
 def run(capsys, *argv):
     """A command's exit status, and what it prints as JSON."""
     capsys.readouterr()

@@ -38,7 +38,8 @@ def test_nothing_printed_rests_on_what_is_not():
         (d.key, key)
         for d in PRINTED.values()
         for key in d.uses.values()
-        if key not in PRINTED and key.rpartition(".")[0] in DOCUMENT.modules
+        if key not in PRINTED
+        and key.rpartition(".")[0] in DOCUMENT.modules
         and key.rpartition(".")[2] in DOCUMENT.modules[key.rpartition(".")[0]].definitions
     }
     assert missing == set()

@@ -18,6 +18,7 @@ from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.huggingface import Place
 from ..models.shards import Stored
 from .any_base import AnyBase
+from .config import untied
 from .experts import ALL, Index, find_experts
 from .matching import base_names, remarks_on
 from .tied import is_head, is_table
@@ -49,11 +50,12 @@ class Changes:
 
     def config(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """config.json with what follows: a head that is tied no more, and the vocabulary's size where a table grew."""
-        said: dict[str, Any] = {"tie_word_embeddings": False} if self.unties else {}
+        said: dict[str, Any] = {}
         for key, found in self.tensors.items():
             if is_table(key) and any(c.whole is not None for c in found.changes.values()):
                 said["vocab_size"] = found.place.shape[0]
-        result = {**raw, **{k: v for k, v in said.items() if k in raw or k == "tie_word_embeddings"}}
+        said |= untied(raw) if self.unties else {}
+        result = {**raw, **{k: v for k, v in said.items() if k in raw or k != "vocab_size"}}
         text = raw.get("text_config")
         if isinstance(text, dict) and said:
             result["text_config"] = {**text, **said}

@@ -24,5 +24,13 @@ def merged_config(
         result["label2id"] = {label: i for i, label in enumerate(labels)}
         result |= {"num_labels": len(labels)} if "num_labels" in raw else {}
     if saved.head == "lm" == config.head and saved.tie_head and not config.tie_head:
-        result["tie_word_embeddings"] = False
+        result |= untied(raw)
     return result
+
+
+def untied(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of a head that is tied no more; T5's is then read as unscaled, unless it says otherwise."""
+    said: dict[str, Any] = {"tie_word_embeddings": False}
+    if raw.get("model_type") == "t5":
+        said["scale_decoder_outputs"] = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True))
+    return said
