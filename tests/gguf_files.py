@@ -12,7 +12,8 @@ from lora_np.formats.models import gguf_file
 from lora_np.formats.models.gguf import file_name
 
 ENCODED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")  # by the package
-KINDS = {kind.name: gguf.GGMLQuantizationType[kind.name] for kind in gguf_file.TENSOR_TYPES.values()}
+KNOWN = gguf.GGMLQuantizationType.__members__  # older versions lack the newest
+KINDS = {kind.name: KNOWN[kind.name] for kind in gguf_file.TENSOR_TYPES.values() if kind.name in KNOWN}
 
 # Rows of 256 elements fill the blocks of every type; 8 heads share 2 keys.
 WIDE = replace(
