@@ -11,6 +11,7 @@ import pytest
 
 import lora_np
 from lora_np import backend
+from lora_np.vectors.derivatives import architectures
 
 PACKAGE = Path(lora_np.__file__).parent
 on_standin = pytest.mark.skipif(backend.backend_name == "numpy", reason="NumPy has no device")
@@ -209,22 +210,24 @@ for name, config in architectures().items():
             params, state = ln.adamw(adapter.params, grads, state, lr=rates, weight_decay=0.1)
             adapter = replace(adapter, params=params)
             counts = xp.copies.to_device, xp.copies.to_host, xp.copies.syncs
-            print(bool(config.n_types), masked, config.head == "classify", *counts)
+            more = bool(config.n_types) + (config.head == "classify") + 3 * bool(config.n_encoder)
+            print(masked, more + (len(config.rope_factors) > 1), *counts)
 """
 
 
 def test_a_training_step_copies_only_its_batch_and_its_loss():
     """Tokens, counted places and targets go in, and the loss comes out.
 
-    Types too, where there are any; a mask, with the places that it keeps; the tokens that a classifier reads.
+    Types too, where there are any; a mask, with the places that it keeps; the tokens that a classifier reads; of what an
+    encoder reads tokens, mask and places; factors of rotary's frequencies, where each has its own.
 
     However many layers, rows or optimizer steps; and nothing else makes the host wait.
     """
     found = python(STEP, backend="cupy", first=[cupy_names.STANDIN])
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
-    assert len(lines) == 8 * 4 * 2
+    assert len(lines) == len(architectures()) * 4 * 2
     for line in lines:
-        types, masked, reads, to_device, to_host, syncs = line.split()
-        expected = 3 + (types == "True") + 2 * (masked == "True") + (reads == "True")
+        masked, more, to_device, to_host, syncs = line.split()
+        expected = 3 + 2 * (masked == "True") + int(more)
         assert (int(to_device), int(to_host), int(syncs)) == (expected, 1, 0), line

@@ -51,7 +51,7 @@ def test_conform_says_yes(tmp_path, capsys, given):
     status, out, _ = run(capsys, "conform", results, *(["--vectors", VECTORS] if given else []))
     lines = out.splitlines()
     assert status == 0
-    assert lines[-1] == "conforms: yes, 19 of 155 cases"
+    assert lines[-1] == "conforms: yes, 19 of 180 cases"
     assert lines[-2].startswith("no results: A1 A2 L1 L2 L3 L5")
     assert [line.split()[:5] for line in lines[1:3]] == [["L4", "16", "16", "0", "0"], ["T10", "3", "3", "0", "0"]]
 
@@ -62,7 +62,7 @@ def test_conform_says_no_and_what_it_looks_like(tmp_path, capsys):
     assert status == 1
     assert "L4 bias: grad/A is " in out
     assert "looks like" not in out
-    assert out.splitlines()[-1] == "conforms: no, 18 of 155 cases"
+    assert out.splitlines()[-1] == "conforms: no, 18 of 180 cases"
     third = expected(tmp_path / "third", "L4", change=lambda name, a: a / 3 if name.endswith("bias/grad/A") else a)
     status, out, _ = run(capsys, "conform", third, "--vectors", VECTORS)
     assert "L4 looks like this mistake: dA lacks the scale s (1 of 1 failing cases)" in out
@@ -96,7 +96,7 @@ def test_what_is_not_read_is_named_and_no_case_of_an_id_is_no(tmp_path, capsys):
     (line,) = (line for line in out.splitlines() if line.startswith("L4: not read, as no case asks for it: "))
     assert first in line
     assert line.endswith(f"and {len(gradients) - 8} more")
-    assert out.splitlines()[-1] == "conforms: no, 3 of 155 cases"
+    assert out.splitlines()[-1] == "conforms: no, 3 of 180 cases"
     result = json.loads(run(capsys, "conform", results, "--json")[1])
     assert (result["holds"], result["right"], result["cases"]) == (False, 3, 155)
     assert [(one["id"], one["holds"], len(one["not_read"])) for one in result["ids"]] == [
@@ -109,7 +109,7 @@ def test_a_file_of_no_id_is_named(tmp_path, capsys):
     (results / "L4.safetensors").rename(results / "l-4.safetensors")
     status, out, _ = run(capsys, "conform", results)
     assert (status, "not read: l-4.safetensors: there is no such id" in out) == (0, True)
-    assert out.splitlines()[-1] == "conforms: yes, 3 of 155 cases"
+    assert out.splitlines()[-1] == "conforms: yes, 3 of 180 cases"
     (results / "T10.safetensors").unlink()
     status, out, err = run(capsys, "conform", results)
     assert (status, out, "there are no results: expected files like" in err) == (2, "", True)

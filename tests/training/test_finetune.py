@@ -333,7 +333,7 @@ def test_a_task_survives_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "sort"}, "Task.name: expected lm, classify or tag, got 'sort'"),
+        ({"name": "sort"}, "Task.name: expected lm, translate, classify or tag, got 'sort'"),
         ({"labels": ["a", "a"]}, r"Task.labels: expected two different names at least, got \('a', 'a'\)"),
         ({"labels": []}, r"Task.labels: expected two different names at least, got \(\)"),
         ({"longest": 0}, "Task.longest: expected at least 1, got 0"),
