@@ -218,8 +218,8 @@ for name, config in architectures().items():
 def test_a_training_step_copies_only_its_batch_and_its_loss():
     """Tokens, counted places and targets go in, and the loss comes out.
 
-    Types too, where there are any; a mask, with the places that it keeps; the tokens that a classifier reads; of what an
-    encoder reads tokens, mask and places; factors of rotary's frequencies, where each has its own.
+    Types too, where there are any; a mask, with the places that it keeps; what a classifier reads; an encoder's tokens,
+    mask and places; the factors of rotary's frequencies, where each has its own.
 
     However many layers, rows or optimizer steps; and nothing else makes the host wait.
     """
