@@ -585,9 +585,10 @@ def full_rank_factors(dW, s):
 
 def unfused(config, updates):
     """Updates of matrices, each fused qkv cut into its rows of q, k and v."""
-    D, kv, result = config.d_model, config.kv_heads * config.head_width, dict(updates)
+    K, result = config.d_head or config.d_model // config.n_head, dict(updates)
+    q, kv = config.n_head * K, (config.n_kv_head or config.n_head) * K
     for name in [name for name in updates if name.endswith(".qkv")]:
-        parts = np.split(result.pop(name), [D, D + kv])
+        parts = np.split(result.pop(name), [q, q + kv])
         result |= dict(zip((f"{name.removesuffix('qkv')}{part}" for part in "qkv"), parts, strict=True))
     return result
 
@@ -620,15 +621,15 @@ def test_full_rank_represents_any_update(case, seed):
 # --- L4: against full fine-tuning -----------------------------------------------------------------------------------
 
 
-def full_gradients(merged, batch, config):
+def full_gradients(merged, batch):
     """The gradient of each matrix's W at the merged point, as full fine-tuning has it, by the matrix's name."""
     _, grads = ln.loss_and_grads(merged, None, **batch, trainable="all")
     host = {name: asnumpy(g) for name, g in grads.items()}
     full = {name.removesuffix(".weight"): g for name, g in host.items()}
     full["embed.tokens"] = host["embed.tokens"].T
     full["head"] = host.get("head.weight", host["embed.tokens"])
-    for i in range(config.n_layer):
-        full[f"layers.{i}.attn.qkv"] = np.concatenate([full[f"layers.{i}.attn.{part}"] for part in "qkv"])
+    for stem in [name[:-1] for name in full if name.endswith(".attn.q")]:
+        full[f"{stem}qkv"] = np.concatenate([full[f"{stem}{part}"] for part in "qkv"])
     return host, full
 
 
@@ -643,7 +644,7 @@ def test_gradients_are_the_chain_rule_of_full_fine_tuning(case):
     """
     model, adapter, batch, _ = case
     _, grads = ln.loss_and_grads(model, adapter, **batch)
-    host, full = full_gradients(ln.merge(model, adapter), batch, model.config)
+    host, full = full_gradients(ln.merge(model, adapter), batch)
 
     def slack(g, everything):
         return 1e-11 * np.abs(g).max() + 2.0**-50 * largest(everything)

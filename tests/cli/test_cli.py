@@ -546,7 +546,7 @@ def test_spec_writes_the_page_and_nothing_over_it(tmp_path, capsys):
     argv = ["spec", "--no-gradcheck", "--json", "--out", tmp_path / "spec"]
     status, out, _ = run(capsys, *argv)
     result = json.loads(out)
-    assert (status, result["clauses"], result["beyond_bound"]) == (0, 31, [])
+    assert (status, result["clauses"], result["beyond_bound"]) == (0, 35, [])
     page = (tmp_path / "spec" / "index.html").read_bytes()
     assert result["page"] == f"{tmp_path / 'spec' / 'index.html'}"
     assert page.startswith(b"<!doctype html>")
