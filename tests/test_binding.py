@@ -83,7 +83,7 @@ def test_the_lowest_trained_parameter(fields, lowest):
 
 @proves("L4", "T13")
 def test_what_is_below_a_matrix():
-    """Pre-norm, a half block's own norm is below its matrices; post-norm, it is above them."""
+    """Pre-norm, a sublayer's own norm is below its matrices; post-norm, it is above them."""
     first, post = replace(bound()[0], trained=frozenset({"layers.1.norm1.weight"})), replace(GROUPED, norm_first=False)
     last = replace(first, config=post)
     asked = ("layers.0.mlp.down", "layers.1.attn.q", "layers.1.attn.o", "layers.1.mlp.up", "head")

@@ -71,7 +71,7 @@ def test_shards_change_nothing_beyond_rounding(case, dropout_seed, data):
 @proves("O4", "T12", "T13")
 @given(cases(min_rows=2, dropout=True, whole=False, targets=("q", "down")), seeds)
 def test_shards_that_compute_again_have_the_same_bits(case, dropout_seed):
-    """In each shard backward computes every half block again, with the masks of its own rows."""
+    """In each shard backward computes every sublayer again, with the masks of its own rows."""
     with pytest.MonkeyPatch.context() as patch:
         computed = spy(patch, transformer, "sublayer")
         loss, grads = sharded(case, shards=2, dropout_seed=dropout_seed)

@@ -385,7 +385,7 @@ def test_backward_goes_down_to_what_is_trained_and_no_further(config):
 
 @proves("L4", "T13")
 def test_what_is_kept_for_backward():
-    """Nothing below the lowest trained parameter, nor of a frozen matrix; with checkpoints, a half block's input."""
+    """Nothing below the lowest trained parameter, nor of a frozen matrix; with checkpoints, a sublayer's input."""
     model = random_model(replace(GPT2, n_layer=3), seed=0)
     checked = check_batch(model.config, [[1, 2, 3]], [[2, 3, 4]], None, None)
     run = bind(model, trained_adapter(model, ln.LoRAConfig(r=2, targets=("up",), layers=(1,)), seed=0), rows=1)
@@ -402,7 +402,7 @@ def test_what_is_kept_for_backward():
 @proves("L4", "T13")
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_backward_takes_out_what_forward_saved(config):
-    """So that memory falls as it runs: nothing of a half block is left when backward has passed it."""
+    """So that memory falls as it runs: nothing of a sublayer is left when backward has passed it."""
     model, batch = random_model(config, seed=0), checked(config, derivatives.example_batch(config))
     run = bind(model, trained_adapter(model, ln.LoRAConfig(r=2, targets=("embed", "q")), seed=0), rows=2)
     run, encoded = LOSS.encode(run, batch)
