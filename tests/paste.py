@@ -1,6 +1,6 @@
 """All blocks of the README files, in order, as one script for bash, to run in a fresh clone: a new user, pasting.
 
-Left out are blocks after a comment `<!-- not pasted: why -->`, and, without --long, lines whose comment counts minutes.
+Left out are blocks after a comment `<!-- not pasted: why -->`, and, without --long, lines whose comment counts minutes or hours.
 Blocks of Python that follow each other are one program, as in one session.
 """
 
@@ -21,7 +21,7 @@ READMES = [
     "bench/README.md",
 ]
 BLOCK = re.compile(r"(?:<!-- not pasted: (?P<why>.+?) -->\n+)?^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
-MINUTES = re.compile(r"#.*\bminutes?\b")
+LONG = re.compile(r"#.*\b(minutes?|hours?)\b")
 SHOWN = {"bibtex"}  # kinds of blocks that are not run
 
 
@@ -54,7 +54,7 @@ def script(name: str, text: str, *, long: bool) -> Iterator[str]:
             yield f"python - <<'END'\n{session}END"
         else:
             session = ""
-            yield from (line for line in code.splitlines() if long or not MINUTES.search(line))
+            yield from (line for line in code.splitlines() if long or not LONG.search(line))
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def test_every_block_is_pasted_or_says_why_not():
 
 def test_a_script_pastes_blocks_in_order_and_leaves_out_what_is_marked_or_long(tmp_path):
     text = (
-        "```sh\nx=7\necho one $x  # a second\nfalse  # 5 minutes\n```\n```python\na = 2\n```\nand\n"
+        "```sh\nx=7\necho one $x  # a second\nfalse  # 5 minutes\nfalse  # half an hour\n```\n```python\na = 2\n```\nand\n"
         "```python\nprint(a)\n```\n<!-- not pasted: needs one's GPU -->\n```sh\nfalse\n```\n```sh\necho three $x\n```\n"
     )
     short, long = ("\n".join(paste.script("R", text, long=long)) for long in (False, True))
@@ -90,7 +90,7 @@ def test_a_script_pastes_blocks_in_order_and_leaves_out_what_is_marked_or_long(t
     done = subprocess.run(["bash", "-euc", short], capture_output=True, text=True, cwd=tmp_path, check=True, env=env)
     assert done.stdout == "one 7\n2\nthree 7\n"
     assert done.stderr.splitlines() == [
-        "== R:1", "== R:6", "== R:10", "== R:14: left out: needs one's GPU", "== R:17",
+        "== R:1", "== R:7", "== R:11", "== R:15: left out: needs one's GPU", "== R:18",
     ]  # fmt: skip
     assert subprocess.run(["bash", "-euc", long], capture_output=True, cwd=tmp_path, check=False).returncode == 1
 
