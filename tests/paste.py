@@ -1,7 +1,7 @@
 """All blocks of the README files, in order, as one script for bash, to run in a fresh clone: a new user, pasting.
 
-Left out are blocks after a comment `<!-- not pasted: why -->`, and, without --long, lines whose comment counts minutes or hours.
-Blocks of Python that follow each other are one program, as in one session.
+Left out are blocks after a comment `<!-- not pasted: why -->`, and, without --long, lines whose comment counts minutes
+or hours. Blocks of Python that follow each other are one program, as in one session.
 """
 
 import re
