@@ -13,9 +13,10 @@ from .cli import early as _early  # noqa: F401  # first, as what follows takes a
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from .adapter import Adapter, LoRAConfig, combine, count_parameters, init_adapter, merge, unmerge
+from .adapter import Adapter, LoRAConfig, combine, count_parameters, init_adapter, init_pissa, merge, unmerge
 from .backend import asnumpy, backend_name
 from .decode import generate
+from .dora import dora_linear, dora_linear_backward
 from .formats.models.presets import PRESETS
 from .lora import lora_linear, lora_linear_backward
 from .loss import forward, loss, loss_and_grads
@@ -63,11 +64,14 @@ __all__ = [  # but for testing, which needs an extra
     "clip",
     "combine",
     "count_parameters",
+    "dora_linear",
+    "dora_linear_backward",
     "evaluate",
     "forward",
     "generate",
     "gradcheck",
     "init_adapter",
+    "init_pissa",
     "init_weights",
     "load_adapter",
     "load_model",

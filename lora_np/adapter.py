@@ -11,7 +11,8 @@ import numpy as np
 
 from .backend import Array, xp
 from .checks import as_array, check_count, expect, is_number
-from .lora import Update, init_factors, merge_matrix, sum_updates
+from .dora import dora_merge_matrix, weight_norm
+from .lora import Update, init_factors, merge_matrix, nearest_update, sum_updates
 from .model import ENCODER, Config, Model, check_model
 from .ops import widened
 
@@ -46,6 +47,7 @@ class LoRAConfig:
         alpha_pattern   alphas that differ, likewise
         layers          the layers adapted; None for all
         init, sigma     A's start (L3): "uniform" in +-1/sqrt(in), or "normal" with deviation sigma
+        dora            whether the length of each row of W is trained too, as m (L10)
     """
 
     r: int = 8
@@ -60,6 +62,7 @@ class LoRAConfig:
     layers: tuple[int, ...] | None = None
     init: Literal["uniform", "normal"] = "uniform"
     sigma: float = 0.02
+    dora: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str) or not isinstance(self.targets, Iterable):
@@ -74,7 +77,7 @@ class LoRAConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             expect(f"LoRAConfig.{name}", getattr(self, name), Mapping, "a dict by target or matrix")
             object.__setattr__(self, name, dict(getattr(self, name)))
-        for name in ("train_head", "rslora"):
+        for name in ("train_head", "rslora", "dora"):
             expect(f"LoRAConfig.{name}", getattr(self, name), bool, "True or False")
         for where, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             check_count(f"LoRAConfig.{where}", r, at_least=1)
@@ -116,8 +119,8 @@ class LoRAConfig:
 class Adapter:
     """The update of a model: a configuration and a flat dict of arrays.
 
-    params: A (r, in) and B (out, r) of each adapted matrix, as layers.3.attn.q.A and layers.3.attn.q.B; and what is
-    trained whole, a copy under its weight's own name.
+    params: A (r, in) and B (out, r) of each adapted matrix, as layers.3.attn.q.A and layers.3.attn.q.B, with DoRA m
+    (out,), layers.3.attn.q.m; and what is trained whole, a copy under its weight's own name.
     """
 
     config: LoRAConfig
@@ -139,6 +142,18 @@ class Adapter:
                     f"Adapter: {name}: expected A ({r}, in) and B (out, {r}), as the configuration's rank is {r}; "
                     f"got A {A.shape} and B {B.shape}"
                 )
+        self._check_magnitudes()
+
+    def _check_magnitudes(self) -> None:
+        """A ValueError unless there is an m (out,) for each B (out, r) with DoRA, and none without."""
+        found = {name[:-2]: value.shape for name, value in self.params.items() if name.endswith(".m")}
+        wanted = {name: (len(self.params[f"{name}.B"]),) for name in self.matrices if self.config.dora}
+        for name in dict.fromkeys((*wanted, *found)):
+            if found.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"Adapter: {name}.m: with dora={self.config.dora} expected "
+                    f"{f'shape {wanted[name]}' if name in wanted else 'none'}, got {found.get(name, 'none')}"
+                )
 
     def __repr__(self) -> str:
         c, size = self.config, sum(value.size for value in self.params.values())
@@ -153,7 +168,7 @@ class Adapter:
     @property
     def whole(self) -> dict[str, Array]:
         """What is trained whole, by its weight's name."""
-        return {name: value for name, value in self.params.items() if name[-2:] not in (".A", ".B")}
+        return {name: value for name, value in self.params.items() if name[-2:] not in (".A", ".B", ".m")}
 
 
 # --- Its names, and the model's --------------------------------------------------------------------------------------
@@ -164,8 +179,9 @@ def matrix_updates(config: Config, adapter: Adapter) -> dict[str, Update]:
     updates = {}
     for name in adapter.matrices:
         A, B, s = adapter.params[f"{name}.A"], adapter.params[f"{name}.B"], adapter.config.scale(name)
+        m = adapter.params.get(f"{name}.m")
         for matrix, rows in fused_parts(config, name).items():
-            updates[matrix] = Update(A, B[rows], s, adapter.config.dropout, name)
+            updates[matrix] = Update(A, B[rows], s, adapter.config.dropout, name, None if m is None else m[rows])
     return updates
 
 
@@ -179,11 +195,11 @@ def fused_parts(config: Config, name: str) -> dict[str, slice]:
 
 
 def fuse_grads(config: Config, adapter: Adapter, grads: dict[str, Array]) -> dict[str, Array]:
-    """Gradients under the adapter's own names: a fused pair's A sums over its parts, its B joins them."""
+    """Gradients under the adapter's own names: a fused pair's A sums over its parts, its B and m join them."""
     result = {}
     for name in adapter.params:
         stem, _, factor = name.rpartition(".")
-        if factor not in ("A", "B"):
+        if factor not in ("A", "B", "m"):
             result[name] = grads[name]
             continue
         parts = [grads[f"{matrix}.{factor}"] for matrix in fused_parts(config, stem)]
@@ -191,6 +207,19 @@ def fuse_grads(config: Config, adapter: Adapter, grads: dict[str, Array]) -> dic
             parts = [parts[0] + parts[1] + parts[2] if factor == "A" else xp.concatenate(parts)]
         result[name] = parts[0]
     return result
+
+
+def weight_of(config: Config, name: str) -> str:
+    """The name of a matrix's weight: a tied head's, and the look-up's, is the token table."""
+    return name if name == "embed.tokens" else config.head_weight if name == "head" else f"{name}.weight"
+
+
+def norm_of(config: Config, weights: Mapping[str, Array], name: str, update: Update) -> Array:
+    """L10: c of the matrix `name` with its update: the norms of its rows. -> (out,)."""
+    W0 = weights[weight_of(config, name)]
+    if name == "embed.tokens":  # stored (V,D): its rows are the table's columns
+        return weight_norm(W0, update.B.T, update.A.T, update.s, axis=0)
+    return weight_norm(W0, update.A, update.B, update.s)
 
 
 def adapted_shapes(config: Config) -> dict[str, tuple[int, int]]:
@@ -283,33 +312,74 @@ def init_adapter(model: Model, lora_config: LoRAConfig, *, seed: int) -> Adapter
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         params |= {f"{name}.A": A, f"{name}.B": B}
+        if lora_config.dora:
+            params[f"{name}.m"] = _magnitude(model, name, A, B)
     for name in trained_whole(model.config, lora_config, adapted):
         source = name if name in model.weights else model.config.head_weight
         params[name] = widened(model.weights[source]).copy()
     return Adapter(lora_config, params)
 
 
+def _magnitude(model: Model, name: str, A: Array, B: Array) -> Array:
+    """L10: the start of m, the norms of W0's rows, since B is zero. -> (out,)."""
+    parts = fused_parts(model.config, name).items()
+    return xp.concatenate([norm_of(model.config, model.weights, part, Update(A, B[rows], 1.0)) for part, rows in parts])
+
+
+def init_pissa(model: Model, lora_config: LoRAConfig) -> tuple[Model, Adapter]:
+    """L12 (PiSSA, Meng et al. 2024): W0 = residual + s B A, where s B A has W0's r leading singular directions.
+
+    B = U sqrt(S / s), A = sqrt(S / s) V^T, by SVD in float64. -> the model of the residuals round(W0 - s B A), which is
+    the base that stays frozen, and the adapter to train on it. Trained, it is plain LoRA of the first base too, of rank
+    2r: combine([trained, adapter], [1, -1]), which is s B A less that of the start.
+    A ValueError with DoRA, or unless s > 0.
+    """
+    start = init_adapter(model, lora_config, seed=0)  # with what is trained whole
+    if lora_config.dora:
+        raise ValueError("init_pissa: expected dora=False: m would be that of the residual")
+    factors: dict[str, Array] = {}
+    for name in start.matrices:
+        r, s = lora_config.rank(name), lora_config.scale(name)
+        if s <= 0:
+            raise ValueError(f"init_pissa: {name}: expected s > 0, got {s:g}")
+        parts = [widened(model.weights[weight_of(model.config, part)]) for part in fused_parts(model.config, name)]
+        W0 = parts[0].T if name == "embed.tokens" else xp.concatenate(parts)  # (out,in)
+        found, _ = nearest_update(W0, r)
+        for factor, value in (("A", found.A), ("B", found.B)):
+            factors[f"{name}.{factor}"] = (value / math.sqrt(s)).astype(model.dtype)
+    config, changes = merge_plan(model.config, [Adapter(lora_config, factors)], [-1.0])
+    residuals = {name: change.of(model.weights) for name, change in changes.items()}
+    return Model(config, {**model.weights, **residuals}), Adapter(lora_config, {**start.params, **factors})
+
+
 def count_parameters(config: Config, lora_config: LoRAConfig) -> int:
-    """L8 (paper, tables 2 to 4): r (in + out) for each adapted matrix, and the size of what is trained whole.
+    """L8 (paper, tables 2 to 4): r (in + out) for each adapted matrix, with DoRA out more; and what is trained whole.
 
     It needs no weights: the configuration of a model that fits no memory will do.
     """
     adapted = _adapted(config, lora_config)
     pairs = sum(lora_config.rank(name) * sum(shape) for name, shape in adapted.items())
+    pairs += sum(n_out for n_out, _ in adapted.values()) if lora_config.dora else 0
     shapes: dict[str, tuple[int, ...]] = {"head.weight": (config.head_size, config.d_model), **config.weight_shapes()}
     return pairs + sum(int(np.prod(shapes[name])) for name in trained_whole(config, lora_config, adapted))
 
 
 class Change(NamedTuple):
-    """How a merged model's weight is made: the base's weight `source`, or what is trained whole; then the updates."""
+    """How a merged model's weight is made: the base's weight `source`, or what is trained whole; then the updates.
+
+    axis: along which DoRA takes norms of the weight as it is stored; 0 for the table of tokens.
+    """
 
     source: str
     whole: Array | None
     updates: tuple[Update, ...]
+    axis: int = 1
 
     def of(self, weights: Mapping[str, Array]) -> Array:
         """The merged weight."""
         start = weights[self.source] if self.whole is None else self.whole
+        if self.updates and self.updates[0].m is not None:  # alone: merge_plan sees to it
+            return dora_merge_matrix(start, self.updates[0], axis=self.axis)
         return merge_matrix(start, *self.updates) if self.updates else start
 
 
@@ -327,9 +397,14 @@ def merge_plan(
     """L5: what becomes W0 + sum_i w_i s_i B_i A_i, by its weight's name, and the merged model's configuration.
 
     An update of the look-up or of a tied head unties the two. A ValueError if more than one adapter trains anything
-    whole, or one that does has a weight other than 1.
+    whole, or one that does has a weight other than 1; or if DoRA's is not alone.
     """
     check_weights(adapters, weights)
+    if any(adapter.config.dora for adapter in adapters) and list(weights) != [1]:
+        raise ValueError(
+            "merge: DoRA scales the rows of W0 + s B A, which is no sum of updates (L10): expected one adapter of "
+            f"weight 1, got {len(adapters)} of weights {' '.join(f'{w:g}' for w in weights)}"
+        )
     whole: dict[str, Array] = {}
     updates: dict[str, list[Update]] = {}
     for adapter, w in zip(adapters, weights, strict=True):
@@ -353,7 +428,10 @@ def merge_plan(
         changed["head.weight"] = None
     return config, {
         name: Change(
-            "embed.tokens" if tied and name == "head.weight" else name, whole.get(name), tuple(updates.get(name, ()))
+            "embed.tokens" if tied and name == "head.weight" else name,
+            whole.get(name),
+            tuple(updates.get(name, ())),
+            axis=0 if name == "embed.tokens" else 1,
         )
         for name in changed
     }
@@ -413,6 +491,8 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int 
         check_count("combine: rank", rank, at_least=1)
     for adapter in adapters:
         expect("combine: adapters", adapter, Adapter, "Adapters")
+        if adapter.config.dora:
+            raise ValueError("combine: DoRA scales the rows of W0 + s B A, which is no sum of updates (L10): merge it")
         if adapter.whole:
             raise ValueError(f"combine: expected A and B alone, got {next(iter(adapter.whole))} trained whole")
     params: dict[str, Array] = {}

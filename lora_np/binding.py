@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
-from .adapter import Adapter, check_adapter, matrix_updates
+from .adapter import Adapter, check_adapter, matrix_updates, norm_of
 from .backend import Array, xp
 from .layout import Layout
 from .lora import Update, stack_updates
@@ -155,9 +155,12 @@ def bind(model: Model, adapter: AnyAdapter, *, rows: int, trainable: Trainable =
         check_rows(adapter, rows)
         return _bind_rows(model, adapter)
     check_adapter(model, adapter)
-    updates = matrix_updates(config, adapter)
+    updates, weights = matrix_updates(config, adapter), {**model.weights, **adapter.whole}
     trained = {f"{name}.{factor}" for name in updates for factor in "AB"} | adapter.whole.keys()
-    return AdaptedModel(config, {**model.weights, **adapter.whole}, updates, frozenset(trained), adapter)
+    if adapter.config.dora:
+        updates = {name: one._replace(c=norm_of(config, weights, name, one)) for name, one in updates.items()}
+        trained |= {f"{name}.m" for name in updates}
+    return AdaptedModel(config, weights, updates, frozenset(trained), adapter)
 
 
 def frozen(model: AdaptedModel) -> AdaptedModel:

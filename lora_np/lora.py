@@ -10,7 +10,7 @@ Letters as in the paper: W0 (out, in) is frozen; A (r, in) goes down to rank r, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -115,23 +115,31 @@ class Update(NamedTuple):
     s: float
     dropout: float = 0.0
     stream: str = ""  # names the dropout mask: matrices of one fused update share it
+    m: Array | None = None  # (out,), or (N, 1, out): the magnitude of each row of W, where DoRA trains it (L10)
+    c: Array | None = None  # likewise: the norm of each row of W0 + s B A
 
 
 def stack_updates(rows: Sequence[Update | None]) -> Update:
     """L7: one update that holds a different one, or none, for each row of a batch.
 
     Smaller ranks are filled up with zeros, and s_i goes into B_i; a row without an update gets zeros throughout, so
-    that exactly nothing is added to it. -> A (N, r, in), B (N, out, r), r the largest rank, s = 1.
+    that exactly nothing is added to it; one without a magnitude gets ones. -> A (N, r, in), B (N, out, r), r the
+    largest rank, s = 1; m and c (N, 1, out), if any row has them.
     """
     some = next(row for row in rows if row is not None)
     r = max(len(row.A) for row in rows if row is not None)
     A = xp.zeros((len(rows), r, some.A.shape[1]), dtype=some.A.dtype)
     B = xp.zeros((len(rows), some.B.shape[0], r), dtype=some.B.dtype)
+    m, c = xp.ones((2, len(rows), 1, len(some.B)), dtype=some.B.dtype)
     for n, row in enumerate(rows):
         if row is not None:
             A[n, : len(row.A)] = row.A
             B[n, :, : len(row.A)] = row.B * row.s
-    return Update(A, B, 1.0)
+            if row.m is not None:
+                m[n], c[n] = row.m, row.c
+    if all(row is None or row.m is None for row in rows):
+        return Update(A, B, 1.0)
+    return Update(A, B, 1.0, m=m, c=c)
 
 
 def init_factors(
@@ -153,14 +161,20 @@ def merge_matrix(W0: Array, *updates: Update) -> Array:
 
     A W0 that is held in bfloat16 gives float32: the sum is no number of bfloat16's.
     """
-    factors = [(u.A.astype(xp.float64, copy=False), u.B.astype(xp.float64, copy=False), u.s) for u in updates]
     W = xp.empty_like(W0, dtype=widened(W0[:0]).dtype)
-    for rows in blocks(*W0.shape):
-        total = widened(W0[rows]).astype(xp.float64)
-        for A, B, s in factors:
-            total += (B[rows] @ A) * s  # (rows,r) (r,in) -> (rows,in)
+    for rows, total in merged_blocks(W0, updates):
         W[rows] = total
     return W
+
+
+def merged_blocks(W0: Array, updates: Sequence[Update]) -> Iterator[tuple[slice, Array]]:
+    """L5: W0 + sum_i s_i B_i A_i in float64, a block of rows at a time; of complex numbers the real parts."""
+    factors = [(u.A.real.astype(xp.float64, copy=False), u.B.real.astype(xp.float64, copy=False), u.s) for u in updates]
+    for rows in blocks(*W0.shape):
+        total = widened(W0[rows]).real.astype(xp.float64)
+        for A, B, s in factors:
+            total += (B[rows] @ A) * s  # (rows,r) (r,in) -> (rows,in)
+        yield rows, total
 
 
 def singular_directions(A: Array, B: Array) -> tuple[Array, Array, Array]:

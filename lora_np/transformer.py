@@ -18,6 +18,7 @@ from .backend import Array, xp
 from .batch import Batch
 from .binding import SOURCE, AdaptedModel
 from .distance import PositionBias, deberta_buckets, t5_buckets
+from .dora import dora_embedding, dora_embedding_backward, dora_linear, dora_linear_backward
 from .layout import Layout
 from .lora import lora_embedding, lora_embedding_backward, lora_linear, lora_linear_backward
 from .model import NORMS
@@ -52,26 +53,31 @@ Grads: TypeAlias = dict[str, Array]
 
 
 def project(model: AdaptedModel, name: str, x: Array, at: Layout, saved: Activations) -> Array:
-    """T2, L2: the matrix `name`, with its update if it has one. x (..., in) -> (..., out). at numbers its dropout."""
+    """T2, L2, L10: the matrix `name`, with its update if it has one. x (..., in) -> (..., out). at numbers its
+    dropout."""
     weight = model.weight_name(name)
     W0, b, update = model.weights[weight], model.weights.get(f"{name}.bias"), model.updates.get(name)
     if update is None:
         saved[name] = x if weight in model.trained else None
         return linear(x, W0, b)
-    mask = model.dropout_mask(name, x, at)
-    h, saved[name] = lora_linear(x, W0, b, update.A, update.B, update.s, dropout_mask=mask)
+    A, B, s, mask = update.A, update.B, update.s, model.dropout_mask(name, x, at)
+    if update.m is None:
+        h, saved[name] = lora_linear(x, W0, b, A, B, s, dropout_mask=mask)
+    else:
+        h, saved[name] = dora_linear(x, W0, b, A, B, s, update.m, norm=update.c, dropout_mask=mask)
     return h
 
 
 def project_backward(model: AdaptedModel, name: str, dy: Array, saved: Activations, grads: Grads) -> Array | None:
-    """T2, L4: dy (..., out) -> dx (..., in); None where nothing below is trained. Gradients go into grads."""
+    """T2, L4, L10: dy (..., out) -> dx (..., in); None where nothing below is trained. Gradients go into grads."""
     kept, weight, need_dx = saved.pop(name), model.weight_name(name), model.trained_below(name)
     if f"{name}.bias" in model.trained:
         add(grads, f"{name}.bias", bias_backward(dy))
     if name in model.updates:
-        dx, dA, dB = lora_linear_backward(dy, kept, need_dx=need_dx)
-        add(grads, f"{name}.A", dA)
-        add(grads, f"{name}.B", dB)
+        backward = lora_linear_backward if model.updates[name].m is None else dora_linear_backward
+        dx, *factors = backward(dy, kept, need_dx=need_dx)
+        for factor, d in zip("ABm", factors, strict=False):  # m with DoRA alone
+            add(grads, f"{name}.{factor}", d)
         return dx
     if weight in model.trained:
         add(grads, weight, linear_weight_backward(dy, kept))
@@ -115,8 +121,10 @@ def embed(model: AdaptedModel, batch: Batch, at: Layout) -> tuple[Array, Activat
     saved: Activations = {"embed.tokens": at.pack(xp.asarray(batch.tokens))}  # (N,T) -> (...)
     if update is None:
         x = embedding(saved["embed.tokens"], E)
-    else:
+    elif update.m is None or update.c is None:
         x, saved["update"] = lora_embedding(saved["embed.tokens"], E, update.A, update.B, update.s)
+    else:
+        x, saved["update"] = dora_embedding(saved["embed.tokens"], E, update.A, update.B, update.s, update.m, update.c)
     x *= model.config.embed_scale
     if at.positions is not None:
         x += embedding(at.positions, model.weights["embed.positions"])
@@ -139,7 +147,9 @@ def embed_backward(model: AdaptedModel, dx: Array, saved: Activations, grads: Gr
             grads[name] = embedding_backward(dx, ids, len(model.weights[name]))
     dx = dx * model.config.embed_scale
     if "update" in saved:
-        grads["embed.tokens.A"], grads["embed.tokens.B"] = lora_embedding_backward(dx, saved.pop("update"))
+        dora = "embed.tokens.m" in model.trained
+        factors = (dora_embedding_backward if dora else lora_embedding_backward)(dx, saved.pop("update"))
+        grads |= {f"embed.tokens.{factor}": d for factor, d in zip("ABm", factors, strict=False)}
     if "embed.tokens" in model.trained:
         n = len(model.weights["embed.tokens"])
         add(grads, "embed.tokens", embedding_backward(dx, saved["embed.tokens"], n))

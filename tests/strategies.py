@@ -210,8 +210,9 @@ def _later(draw, kind, K):
 
 
 @st.composite
-def lora_configs(draw, config, *, dropout=True, whole=True, targets=None):
-    """Any LoRAConfig that fits `config`. dropout, whole: whether it may have dropout, or train anything whole."""
+def lora_configs(draw, config, *, dropout=True, whole=True, targets=None, dora=True):
+    """Any LoRAConfig that fits `config`. dropout, whole, dora: whether it may have dropout or DoRA, or train anything
+    whole."""
     names = [t for t in (*ATTENTION, "up", "down", "embed") if targets is None or t in targets]
     names += ["gate"] if config.gated else []
     names += ["head"] if config.head != "none" else []
@@ -236,6 +237,7 @@ def lora_configs(draw, config, *, dropout=True, whole=True, targets=None):
         rank_pattern=ranks if draw(st.booleans()) else {},
         alpha_pattern={target: 7.0} if draw(st.booleans()) else {},
         init=draw(st.sampled_from(["uniform", "normal"])),
+        dora=dora and draw(st.booleans()),
     )
 
 
@@ -316,11 +318,13 @@ def in_bfloat16(model):
 
 
 def trained_adapter(model, lora_config, *, seed, scale=0.3):
-    """An adapter as after training: B is not zero, and what is trained whole is not the base's."""
+    """An adapter as after training: B is not zero, m is not the norm, what is trained whole is not the base's."""
     adapter = perturbed(ln.init_adapter(model, lora_config, seed=seed), seed=seed)
     rng = np.random.default_rng(seed)
     larger = {name: p * (scale / 0.02) for name, p in adapter.params.items() if name.endswith(".B")}
     moved = {name: p + device(scale * rng.standard_normal(p.shape), p.dtype) for name, p in adapter.whole.items()}
+    lengths = {name: p * device(rng.uniform(0.5, 1.5, p.shape), p.dtype) for name, p in adapter.params.items()}
+    moved |= {name: p for name, p in lengths.items() if name.endswith(".m")}
     return replace(adapter, params={**adapter.params, **larger, **moved})
 
 
@@ -345,11 +349,12 @@ def cases(
     whole=True,
     targets=None,
     kinds=tuple(KINDS),
+    dora=True,
     **fields,
 ):
     """A Case of any architecture, adapter and batch. The arguments narrow it down."""
     config = draw(configs(heads=heads, kinds=kinds, **fields))
-    lora_config = draw(lora_configs(config, dropout=dropout, whole=whole, targets=targets))
+    lora_config = draw(lora_configs(config, dropout=dropout, whole=whole, targets=targets, dora=dora))
     batch = draw(batches(config, min_rows=min_rows, padding=padding))
     seed = draw(seeds)
     model = random_model(config, seed=seed, dtype=draw(dtype) if isinstance(dtype, st.SearchStrategy) else dtype)
@@ -360,18 +365,34 @@ def cases(
 
 
 def dense_updates(model, adapter):
-    """s B A of each adapted matrix, in float64: what an adapter stands for. A fused qkv gives three."""
+    """What is added to each adapted matrix, in float64: s B A, or with DoRA (m / c) (W0 + s B A) - W0.
+
+    A fused qkv gives three.
+    """
     updates, K = {}, model.config.head_width
     q, kv = model.config.n_head * K, model.config.kv_heads * K
     for name in adapter.matrices:
         A, B = (asnumpy(adapter.params[f"{name}.{factor}"]).astype("float64") for factor in "AB")
-        dW = adapter.config.scale(name) * (B @ A)
+        dW, m = adapter.config.scale(name) * (B @ A), adapter.params.get(f"{name}.m")
+        parts = {name: slice(None)}
         if name.endswith(".qkv"):
             stem = name.removesuffix("qkv")
-            updates |= {f"{stem}q": dW[:q], f"{stem}k": dW[q : q + kv], f"{stem}v": dW[q + kv :]}
-        else:
-            updates[name] = dW
+            parts = {f"{stem}q": slice(q), f"{stem}k": slice(q, q + kv), f"{stem}v": slice(q + kv, None)}
+        for part, rows in parts.items():
+            updates[part] = dW[rows]
+            if m is not None:
+                W0 = frozen_matrix(model, part)
+                W = W0 + dW[rows]
+                updates[part] = (asnumpy(m)[rows] / np.sqrt((W * W).sum(axis=1)))[:, None] * W - W0
     return updates
+
+
+def frozen_matrix(model, name):
+    """W0 of a matrix (out, in), in float64."""
+    if name == "embed.tokens":
+        return asnumpy(model.weights[name]).astype("float64").T
+    weight = f"{name}.weight" if f"{name}.weight" in model.weights else model.config.head_weight
+    return asnumpy(model.weights[weight]).astype("float64")
 
 
 def host_weights(model):

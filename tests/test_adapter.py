@@ -15,6 +15,8 @@ from strategies import (
     configs,
     dense_updates,
     deviation,
+    device,
+    frozen_matrix,
     gamma,
     inputs,
     lora_configs,
@@ -29,6 +31,7 @@ from strategies import (
 import lora_np as ln
 from lora_np.adapter import LoRAConfig, target_of
 from lora_np.backend import asnumpy, xp
+from lora_np.vectors.derivatives import architectures
 
 proves = pytest.mark.proves
 GPT2 = ln.Config(7, 8, 2, 2, 8, 6)
@@ -396,7 +399,8 @@ def several(draw, **fields):
     model = random_model(config, seed=seed)
     targets = draw(st.sampled_from([None, ("q", "v")]))
     lora = [
-        draw(lora_configs(config, whole=False, dropout=False, targets=targets)) for _ in range(draw(st.integers(2, 3)))
+        draw(lora_configs(config, whole=False, dropout=False, targets=targets, dora=False))
+        for _ in range(draw(st.integers(2, 3)))
     ]
     adapters = [trained_adapter(model, c, seed=(seed + i) % 2**32) for i, c in enumerate(lora)]
     return model, adapters, [draw(st.sampled_from([-1.5, 0.0, 0.3, 2.0])) for _ in adapters]
@@ -550,3 +554,54 @@ def test_merging_an_adapter_of_another_model_is_refused():
     for other, error in ((pair(config=replace(GPT2, d_model=4))[1], ValueError), (pair(dtype="float32")[1], TypeError)):
         with pytest.raises(error, match=r"adapter: layers\.0\.attn\.q"):
             ln.merge(model, other)
+
+
+# --- L12: a start from the base's own decomposition ------------------------------------------------------------------
+
+
+PISSA = ln.LoRAConfig(r=2, alpha=3, targets=("qkv", "down", "embed", "head"))
+
+
+@proves("L12")
+@given(seeds, st.sampled_from(["float32", "float64"]))
+def test_pissa_parts_the_base_into_its_leading_directions_and_a_residual(seed, dtype):
+    """W0 = residual + s B A to one rounding of each; s B A is the best of its rank, so its singular values are W0's."""
+    model = random_model(architectures()["GPT-2, language model"], seed=seed, dtype=dtype)
+    residual, adapter = ln.init_pissa(model, PISSA)
+    assert {p.dtype for p in adapter.params.values()} == {model.dtype}
+    start = dense_updates(residual, adapter)
+    for name, dW in start.items():
+        W0, rest = frozen_matrix(model, name), frozen_matrix(residual, name)
+        assert np.abs(rest + dW - W0).max() <= gamma(2, dtype) * np.abs(W0).max() + 1e-14
+    W0 = np.concatenate([frozen_matrix(model, f"layers.0.attn.{part}") for part in "qkv"])
+    dW = np.concatenate([start[f"layers.0.attn.{part}"] for part in "qkv"])
+    values = np.linalg.svd(W0, compute_uv=False)
+    assert np.abs(np.linalg.svd(dW, compute_uv=False)[:2] - values[:2]).max() <= 100 * gamma(8, dtype) * values[0]
+    lost = np.linalg.norm(W0 - dW, 2)
+    assert abs(lost - values[2]) <= 100 * gamma(8, dtype) * values[0]
+
+
+@proves("L12")
+@given(seeds)
+def test_pissa_acts_as_the_base_and_converts_to_its_plain_lora(seed):
+    """At the start the logits are the base's, but for roundings; after training, those of the adapter of rank 2r on the
+    first base."""
+    model = random_model(architectures()["GPT-2, language model"], seed=seed)
+    residual, start = ln.init_pissa(model, PISSA)
+    tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, (2, 5))
+    assert deviation(ln.forward(residual, tokens, start), ln.forward(model, tokens)) <= 1e-12
+    rng = np.random.default_rng(seed)
+    moved = {name: p + device(0.1 * rng.standard_normal(p.shape)) for name, p in start.params.items()}
+    trained = replace(start, params=moved)
+    plain = ln.combine([trained, start], [1, -1])
+    assert {plain.config.rank(name) for name in plain.matrices} == {4}
+    assert deviation(ln.forward(model, tokens, plain), ln.forward(residual, tokens, trained)) <= 1e-11
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"dora": True}, "init_pissa: expected dora=False"), ({"alpha": 0}, "layers.0.attn.q: expected s > 0, got 0")],
+)
+def test_pissa_with_what_it_cannot_part_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ln.init_pissa(random_model(GPT2, seed=0), ln.LoRAConfig(r=2, **fields))

@@ -39,7 +39,7 @@ def test_a_fused_pair_stands_for_q_k_and_v():
     for part in "qkv":
         update = updates[f"layers.0.attn.{part}"]
         assert update.A is adapter.params["layers.0.attn.qkv.A"]
-        assert update[2:] == (8.0, 0.1, "layers.0.attn.qkv")
+        assert update[2:] == (8.0, 0.1, "layers.0.attn.qkv", None, None)
 
 
 @proves("L4")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import configs, device, seeds
 
 import lora_np as ln
-from lora_np import gradcheck, lora, ops
+from lora_np import dora, gradcheck, lora, ops
 from lora_np.backend import asnumpy, backend_name, xp
 from lora_np.vectors import derivatives
 
@@ -74,14 +74,18 @@ def test_planted_errors_are_caught(name, mistake, gradient):
 # --- Primitives ----------------------------------------------------------------------------------------------------
 
 
-@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T15", "T18", "T19", "L4")
+@proves(
+    "T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T15", "T18", "T19", "L4", "L10"
+)
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_primitive_by_complex_step(name):
     p = PRIMITIVES[name]
     assert worst(p.forward, p.backward, p.inputs) <= 1e-12
 
 
-@proves("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T15", "T18", "T19", "L4")
+@proves(
+    "T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T15", "T18", "T19", "L4", "L10"
+)
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_primitive_by_central_difference(name):
     p = PRIMITIVES[name]
@@ -89,8 +93,8 @@ def test_primitive_by_central_difference(name):
 
 
 def test_every_backward_is_checked():
-    """Each function of ops and lora that is a backward is called by some primitive's."""
-    backwards = {name: module for module in (ops, lora) for name in vars(module) if name.endswith("_backward")}
+    """Each function of ops, lora and dora that is a backward is called by some primitive's."""
+    backwards = {name: module for module in (ops, lora, dora) for name in vars(module) if name.endswith("_backward")}
     called = set()
 
     def spy(name, f):
@@ -200,6 +204,7 @@ ARCHITECTURES = derivatives.architectures()
 TRAINED = {
     "q, v": ln.LoRAConfig(r=2),
     "all targets": ln.LoRAConfig(r=2, targets=("q", "k", "v", "o", "up", "down", "embed", "head"), bias="all"),
+    "DoRA": ln.LoRAConfig(r=2, targets=("q", "v", "up", "embed", "head"), dora=True),
     "qkv and the head": ln.LoRAConfig(r=2, alpha=2, targets=("qkv",), train_head=True, rslora=True, bias="lora_only"),
     "every weight": None,
 }
@@ -208,7 +213,7 @@ if backend_name == "cupy":
     ARCHITECTURES = dict(list(ARCHITECTURES.items())[::2])
 
 
-@proves("L4", "T1", "T13", "T14", "T15", "T17", "T18", "T19", "T20")
+@proves("L4", "L10", "T1", "T13", "T14", "T15", "T17", "T18", "T19", "T20")
 @pytest.mark.parametrize("lora_config", TRAINED.values(), ids=TRAINED)
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_gradient_of_a_model(config, lora_config):
@@ -264,7 +269,7 @@ def test_the_table_keeps_its_bounds(monkeypatch):
     monkeypatch.setattr(derivatives, "architectures", lambda: one)
     rows = list(derivatives.table())
     assert {row.what for row in rows} >= set(PRIMITIVES)
-    assert len(rows) == len(PRIMITIVES) + 2 + 3
+    assert len(rows) == len(PRIMITIVES) + 2 + 4
     assert all(row.error <= row.bound for row in rows)
 
 

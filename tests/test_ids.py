@@ -12,6 +12,7 @@ TESTS = Path(__file__).parent
 # In these every test names an id, but for those of input that is refused.
 FILES = (
     "lora",
+    "dora",
     "ops",
     "layout",
     "binding",

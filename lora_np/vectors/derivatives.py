@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import lora, ops
+from .. import dora, lora, ops
 from ..adapter import Adapter, LoRAConfig, init_adapter
 from ..backend import Array, asnumpy, xp
 from ..batch import IGNORED
@@ -128,11 +128,24 @@ def primitives(seed: int = 0) -> Iterator[Primitive]:
     )  # fmt: skip
     for name, m in [("lora_linear", None), ("lora_linear, dropout", drop)]:
         yield _lora_linear(name, m, normal)
+    for name, m in [("dora_linear", None), ("dora_linear, dropout", drop)]:
+        yield _dora_linear(name, m, normal)
     yield Primitive(
         "L4", "lora_embedding", {"E": normal(5, 3), "A": normal(2, 5), "B": normal(3, 2)},
         lambda E, A, B: lora.lora_embedding(tokens, E, A, B, 0.7)[0],
         lambda dy, E, A, B: dict(
             zip("AB", lora.lora_embedding_backward(dy, lora.lora_embedding(tokens, E, A, B, 0.7)[1]), strict=True)
+        ),
+    )  # fmt: skip
+    norm = xp.asarray(normal(3))
+    yield Primitive(
+        "L10", "dora_embedding", {"E": normal(5, 3), "A": normal(2, 5), "B": normal(3, 2), "m": normal(3)},
+        lambda E, A, B, m: dora.dora_embedding(tokens, E, A, B, 0.7, m, norm)[0],
+        lambda dy, E, A, B, m: dict(
+            zip(
+                "ABm", dora.dora_embedding_backward(dy, dora.dora_embedding(tokens, E, A, B, 0.7, m, norm)[1]),
+                strict=True,
+            )
         ),
     )  # fmt: skip
 
@@ -210,6 +223,22 @@ def _lora_linear(name: str, mask: Array | None, normal: Callable[..., Array]) ->
         "L4", name, inputs,
         lambda x, W0, b, A, B: lora.lora_linear(x, W0, b, A, B, 0.7, dropout_mask=mask)[0], backward,
     )  # fmt: skip
+
+
+def _dora_linear(name: str, mask: Array | None, normal: Callable[..., Array]) -> Primitive:
+    """With its norm given: in backward that is a constant."""
+    inputs = {"x": normal(2, 3, 6), "W0": normal(5, 6), "b": normal(5), "A": normal(2, 6), "B": normal(5, 2)}
+    norm = xp.asarray(normal(5))
+
+    def forward(**arrays: Array) -> tuple[Array, dora.DoraSaved]:
+        return dora.dora_linear(**arrays, s=0.7, norm=norm, dropout_mask=mask)
+
+    def backward(dh: Array, **arrays: Array) -> Arrays:
+        dx, dA, dB, dm = dora.dora_linear_backward(dh, forward(**arrays)[1])
+        assert dx is not None
+        return {"x": dx, "A": dA, "B": dB, "m": dm}
+
+    return Primitive("L10", name, {**inputs, "m": normal(5)}, lambda **arrays: forward(**arrays)[0], backward)
 
 
 # --- Whole models --------------------------------------------------------------------------------------------------
@@ -334,6 +363,8 @@ def table(*, seed: int = 0) -> Iterator[Row]:
         everything = LoRAConfig(r=2, targets=("q", "k", "v", "o", "up", "down", "embed", "head", *gate))
         yield Row("L4", f"{name}: LoRA on q, v", "complex step", check_model(config, LoRAConfig(r=2), seed=seed), 1e-11)
         yield Row("L4", f"{name}: LoRA on all", "complex step", check_model(config, everything, seed=seed), 1e-11)
+        with_dora = replace(everything, dora=True)
+        yield Row("L10", f"{name}: DoRA on all", "complex step", check_model(config, with_dora, seed=seed), 1e-11)
         yield Row(
             SHOWS.get(name, "T13"), f"{name}: every weight", "complex step", check_model(config, None, seed=seed), 1e-11
         )

@@ -12,7 +12,7 @@ from lora_np.spec.citations import ID, Proof, kept, proofs, read_kept, stated
         ("(O1 to O3)", ["O1", "O3"]),
         ("T1, T10", ["T1", "T10"]),
         ("L8 (paper, tables 2 to 4): r (in + out)", ["L8"]),
-        ("W0, B1, L10, T21, O5, A3, HTML5, layer L", []),
+        ("W0, B1, L13, T21, O5, A3, HTML5, layer L", []),
         ("A1(x), A1 (r, in), A2 = 3", []),
     ],
 )
