@@ -359,13 +359,23 @@ def cases(
 # --- What an adapter means, written out in full on the host --------------------------------------------------------
 
 
+def scale_by_hand(config, name):
+    """s of a matrix, from the fields: what a pattern says of the matrix, else of its target, else of all."""
+    keys = (name, "embed" if name == "embed.tokens" else name.split(".")[-1])
+    r, alpha = (
+        next((pattern[key] for key in keys if key in pattern), default)
+        for pattern, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.alpha))
+    )
+    return alpha / (r**0.5 if config.rslora else r)
+
+
 def dense_updates(model, adapter):
     """s B A of each adapted matrix, in float64: what an adapter stands for. A fused qkv gives three."""
     updates, K = {}, model.config.head_width
     q, kv = model.config.n_head * K, model.config.kv_heads * K
     for name in adapter.matrices:
         A, B = (asnumpy(adapter.params[f"{name}.{factor}"]).astype("float64") for factor in "AB")
-        dW = adapter.config.scale(name) * (B @ A)
+        dW = scale_by_hand(adapter.config, name) * (B @ A)
         if name.endswith(".qkv"):
             stem = name.removesuffix("qkv")
             updates |= {f"{stem}q": dW[:q], f"{stem}k": dW[q : q + kv], f"{stem}v": dW[q + kv :]}
