@@ -364,6 +364,16 @@ def cases(
 # --- What an adapter means, written out in full on the host --------------------------------------------------------
 
 
+def scale_by_hand(config, name):
+    """s of a matrix, from the fields: what a pattern says of the matrix, else of its target, else of all."""
+    keys = (name, "embed" if name == "embed.tokens" else name.split(".")[-1])
+    r, alpha = (
+        next((pattern[key] for key in keys if key in pattern), default)
+        for pattern, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.alpha))
+    )
+    return alpha / (r**0.5 if config.rslora else r)
+
+
 def dense_updates(model, adapter):
     """What is added to each adapted matrix, in float64: s B A, or with DoRA (m / c) (W0 + s B A) - W0.
 
@@ -373,7 +383,7 @@ def dense_updates(model, adapter):
     q, kv = model.config.n_head * K, model.config.kv_heads * K
     for name in adapter.matrices:
         A, B = (asnumpy(adapter.params[f"{name}.{factor}"]).astype("float64") for factor in "AB")
-        dW, m = adapter.config.scale(name) * (B @ A), adapter.params.get(f"{name}.m")
+        dW, m = scale_by_hand(adapter.config, name) * (B @ A), adapter.params.get(f"{name}.m")
         parts = {name: slice(None)}
         if name.endswith(".qkv"):
             stem = name.removesuffix("qkv")

@@ -26,6 +26,7 @@ from strategies import (
     real_logits,
     rescaled,
     same_bits,
+    scale_by_hand,
     seeds,
     trained_adapter,
 )
@@ -116,14 +117,15 @@ def test_a_heads_dropout_is_that_of_each_counted_token(padded, head_rows, monkey
     h = states[n, t]
     m = asnumpy(ops.dropout_mask(device(n), device(t), 8, 0.5, seed=3, stream="head", dtype="float64"))
     W0, A, B = (asnumpy(a) for a in (model.weights["head.weight"], adapter.params["head.A"], adapter.params["head.B"]))
-    logits = h @ W0.T + adapter.config.scale("head") * (m * h) @ A.T @ B.T
+    s = scale_by_hand(adapter.config, "head")
+    logits = h @ W0.T + s * (m * h) @ A.T @ B.T
     targets = batch["targets"][n, t]
     expected = np.mean(np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(len(t)), targets])
     loss, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=3)
     assert abs(loss - expected) <= 1e-13 * (1 + np.abs(logits).max())
     d = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     d[np.arange(len(t)), targets] -= 1
-    dB = adapter.config.scale("head") * (d / len(t)).T @ ((m * h) @ A.T)
+    dB = s * (d / len(t)).T @ ((m * h) @ A.T)
     assert deviation(grads["head.B"], dB) <= 1e-12
 
 

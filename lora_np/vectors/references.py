@@ -30,7 +30,7 @@ from ..loss import forward, loss_and_grads
 from ..model import Config, Model, init_weights
 from ..parallel import sharded_loss_and_grads
 from ..transformer import ACTIVATIONS
-from .definitions import rounded, scale
+from .definitions import rounded
 
 Arrays: TypeAlias = Mapping[str, Array]
 Scalars: TypeAlias = Mapping[str, Any]
@@ -42,18 +42,26 @@ def _mask(t: Arrays, c: Scalars, dtype: Any) -> Array | None:
     return t["keep"].astype(dtype) * (1 / (1 - c["p"])) if "keep" in t else None
 
 
+def _head_config(c: Scalars) -> LoRAConfig:
+    return LoRAConfig(r=c["r"], alpha=c["alpha"], rslora=c["rslora"], targets=("head",))
+
+
+def _scale(c: Scalars) -> float:
+    return _head_config(c).scale("head")
+
+
 def _update(t: Arrays, c: Scalars) -> Update:
-    return Update(t["A"], t["B"], scale(c))
+    return Update(t["A"], t["B"], _scale(c))
 
 
 def lora_update(t: Arrays, c: Scalars) -> Answers:
     zero = xp.zeros((t["B"].shape[0], t["A"].shape[1]), dtype=t["A"].dtype)
-    return {"s": scale(c), "dW": lora.merge_matrix(zero, _update(t, c))}, {}
+    return {"s": _scale(c), "dW": lora.merge_matrix(zero, _update(t, c))}, {}
 
 
 def lora_linear(t: Arrays, c: Scalars) -> Answers:
     mask = _mask(t, c, t["x"].dtype)
-    h, saved = lora.lora_linear(t["x"], t["W0"], t.get("b"), t["A"], t["B"], scale(c), dropout_mask=mask)
+    h, saved = lora.lora_linear(t["x"], t["W0"], t.get("b"), t["A"], t["B"], _scale(c), dropout_mask=mask)
     if "dh" not in t:
         return {"h": h}, {}
     dx, dA, dB = lora.lora_linear_backward(t["dh"], saved)
@@ -61,7 +69,7 @@ def lora_linear(t: Arrays, c: Scalars) -> Answers:
 
 
 def lora_embedding(t: Arrays, c: Scalars) -> Answers:
-    h, saved = lora.lora_embedding(t["tokens"], t["E"], t["A"], t["B"], scale(c))
+    h, saved = lora.lora_embedding(t["tokens"], t["E"], t["A"], t["B"], _scale(c))
     return {"h": h}, dict(zip("AB", lora.lora_embedding_backward(t["dh"], saved), strict=True))
 
 
@@ -82,8 +90,7 @@ def merge(t: Arrays, c: Scalars) -> Answers:
 
 def _head_adapter(A: Array, B: Array, c: Scalars) -> Adapter:
     """A pair as an adapter of a head: the way to what the package does with whole adapters."""
-    config = LoRAConfig(r=c["r"], alpha=c["alpha"], rslora=c["rslora"], targets=("head",))
-    return Adapter(config, {"head.A": A, "head.B": B})
+    return Adapter(_head_config(c), {"head.A": A, "head.B": B})
 
 
 def unmerge(t: Arrays, c: Scalars) -> Answers:
@@ -99,7 +106,7 @@ def unmerge(t: Arrays, c: Scalars) -> Answers:
 
 
 def per_row(t: Arrays, c: Scalars) -> Answers:
-    updates = [Update(t[f"A{i}"], t[f"B{i}"], scale(one)) for i, one in enumerate(c["adapters"])]
+    updates = [Update(t[f"A{i}"], t[f"B{i}"], _scale(one)) for i, one in enumerate(c["adapters"])]
     stacked = lora.stack_updates([None if i < 0 else updates[i] for i in asnumpy(t["rows"]).tolist()])
     return {"h": lora.lora_linear(t["x"], t["W0"], t.get("b"), *stacked[:3])[0]}, {}
 
@@ -343,5 +350,5 @@ def subspace_similarity(t: Arrays, c: Scalars) -> Answers:
 
 
 def amplification(t: Arrays, c: Scalars) -> Answers:
-    found = analysis.amplification(t["W0"], t["A"], t["B"], scale(c))
+    found = analysis.amplification(t["W0"], t["A"], t["B"], _scale(c))
     return {name: getattr(found, name) for name in ("update", "in_update", "in_weight", "factor")}, {}
