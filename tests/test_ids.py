@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora_np.spec.citations import ID, proofs, stated
 from lora_np.spec.definitions import PACKAGE, read_module, read_package
-from lora_np.spec.statements import STATEMENTS
+from lora_np.vectors.statements import STATEMENTS
 
 TESTS = Path(__file__).parent
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..formats.files.atomic import expect_new
 from ..formats.files.messages import shown
 from ..formats.files.safetensors_file import import_safetensors
-from ..vectors.cases import all_cases
+from ..vectors.cases import VERSIONS, all_cases
 from ..vectors.conform import Found, Verdict, compare
 from ..vectors.files import made, read_vectors, write_vectors
 from .base import AddCommand
@@ -22,12 +22,16 @@ SHOWN = 8  # cases, or tensors, that are named
 def run_vectors(args: argparse.Namespace) -> int:
     expect_new(args.out)
     import_safetensors()
-    vectors = made()
+    vectors = made(version=args.version)
     write_vectors(args.out, vectors)
     ids = len({case.id for case, _ in vectors.cases})
     size = sum(path.stat().st_size for path in args.out.iterdir())
-    result = {"out": str(args.out), "cases": len(vectors.cases), "ids": ids, "bytes": size, "digest": vectors.digest}
-    emit(args, result, ["{out}: {cases} cases of {ids} ids, {bytes:,} bytes, digest {digest}".format(**result)])
+    result = {
+        "out": str(args.out), "version": vectors.version, "cases": len(vectors.cases), "ids": ids, "bytes": size,
+        "digest": vectors.digest,
+    }  # fmt: skip
+    line = "{out}: {version}, {cases} cases of {ids} ids, {bytes:,} bytes, digest {digest}"
+    emit(args, result, [line.format(**result)])
     return 0
 
 
@@ -36,7 +40,7 @@ def run_conform(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{args.results}: no such folder")
     there = {path.stem for path in args.results.glob("*.safetensors")}
     theirs = None if args.vectors is None else read_vectors(args.vectors)
-    ours = made(there if theirs is None else ())
+    ours = made(there) if theirs is None else made((), version=theirs.version)
     vectors = ours if theirs is None else theirs
     verdicts = compare(args.results, vectors, name_mistakes=vectors.digest == ours.digest)
     run = [one for one in verdicts if one.run]
@@ -114,6 +118,7 @@ def add_commands(command: AddCommand) -> None:
     """The commands of this file, and their arguments."""
     p = command("vectors", run_vectors, "test vectors for any implementation of LoRA, in any language")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder, which must not be there yet")
+    p.add_argument("--version", choices=VERSIONS, default=VERSIONS[-1], help="of the cases (default: %(default)s)")
 
     p = command("conform", run_conform, "what another implementation computed, beside the vectors")
     p.add_argument("results", type=Path, metavar="RESULTS_DIR", help="a folder of files like L2.safetensors")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
-from .statements import STATEMENTS
+from ..vectors.statements import STATEMENTS
 
 _NAMES = "|".join(sorted(STATEMENTS, key=len, reverse=True))
 

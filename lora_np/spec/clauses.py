@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..vectors.derivatives import Row
+from ..vectors.statements import PARTS, STATEMENTS, Statement
 from .citations import Proof, proofs, read_kept, stated
 from .conformance import Asked, asked
 from .definitions import PACKAGE, Definition, Module, read_package
-from .statements import PARTS, STATEMENTS, Statement
 
 TESTS = PACKAGE.parent / "tests"  # where a clone has them; an installed package has their list alone
 KEPT = Path(__file__).with_name("tests.json")  # that list; `python -m lora_np.spec` writes it

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..backend import Array
 from ..vectors.answers import answers
-from ..vectors.cases import Case, all_cases
+from ..vectors.cases import VERSIONS, Case, all_cases
 from ..vectors.files import LAYOUT
 from ..vectors.operations import OPERATIONS, Operation
 
@@ -42,15 +42,29 @@ def text() -> str:
     for names, what in LAYOUT.items():
         if names != "results":
             layout.append(f"| `{names.replace(', ', '`, `')}` | {what.replace('`', '')} |")
-    powers = re.sub(r"2\^(-\d+)", r"$2^{\1}$", "\n".join(layout))
-    return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").replace("{layout}", powers)
+    text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    for place, lines in (("{layout}", layout), ("{new}", _new())):
+        text = text.replace(place, re.sub(r"2\^(-\d+)", r"$2^{\1}$", "\n".join(lines)))
+    return text
+
+
+def _new() -> list[str]:
+    """What changed between the versions, in Markdown."""
+    lines = []
+    for version in VERSIONS[1:]:
+        lines += [f"New in {version}:", "", "| clause | case | what it is |", "| --- | --- | --- |"]
+        lines += [f"| {c.id} | `{c.name}` | {c.title} |" for c in all_cases(version) if c.since == version]
+    return lines
 
 
 def asked() -> dict[str, list[Asked]]:
     """What the vectors ask for, by the clause's id."""
     found: dict[str, list[Asked]] = {}
-    for (id, name), cases in groupby(all_cases(), key=lambda case: (case.id, case.operation)):
-        found.setdefault(id, []).append(Asked(OPERATIONS[name], list(cases)))
+    for id, cases in groupby(all_cases(), key=lambda case: case.id):
+        by_operation: dict[str, list[Case]] = {}
+        for case in cases:
+            by_operation.setdefault(case.operation, []).append(case)
+        found[id] = [Asked(OPERATIONS[name], its) for name, its in by_operation.items()]
     return found
 
 

@@ -2,16 +2,18 @@
 
 `lora-np vectors --out DIR` writes a file of safetensors for each id of the specification, and manifest.json:
 
-    schema, version   1, v1: of this layout, and of the cases
-    digest            SHA-256 of schema, cases, shapes, scalars and the bytes of the inputs: the same on every machine
+    schema, version   1, v2: of this layout, and of the cases
+    digest            SHA-256 of schema, version, cases, shapes, scalars and the bytes of the inputs: the same on every
+                      machine
     layout            what the tensors' names mean
+    statements        by id: title, and the SHA-256 of the statement's text, so that one text is told from another
     operations        by name: title, equation, and the inputs, outputs and scalars in words, the shape first
     cases             a list: id, name, operation, title, scalars (by name), inputs and expected (each a shape by name).
                       A scalar that is not there has the value that changes nothing: no prefix, one shard
 
 In L4.safetensors, for the case "bias":
 
-    bias/in/x               an input: F32, I64 or BOOL. Floats are multiples of 2^-10, exact in float32
+    bias/in/x               an input: F32, I64 or BOOL. Floats are exact in float32
     bias/out/h              an output, F64 or I64
     bias/grad/A             the gradient of the loss by the input A, F64. The loss is the output `loss`, or else the sum
                             of dh * h with the input dh
@@ -20,7 +22,8 @@ In L4.safetensors, for the case "bias":
 
 Results are a folder with files of the same names, and in them bias/out/h and bias/grad/A in the precision that they
 were computed in: `lora-np conform RESULTS_DIR` compares, and says what is missing. Ids, names and what stands under
-them do not change within a version; a later one may add cases.
+them do not change within a version; a later one has all cases of those before, and its own. `--version v1` writes an
+earlier one, and `conform` reads any.
 
 Scalars are computed in float64 and rounded where they meet an array. The bounds (`tracked`) are derived: an
 implementation in any order of sums, with fused operations or without, stays within them if its elementary functions

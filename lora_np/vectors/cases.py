@@ -15,9 +15,10 @@ from ..formats.models.presets import PRESETS
 from ..model import Config, Model, init_weights
 from ..ops import llama3_factors
 from .derivatives import architectures
-from .dyadic import integers, numbers
+from .dyadic import UNIT, integers, numbers
 
 Arrays = Mapping[str, Array]
+VERSIONS = ("v1", "v2")  # of the cases; each has all those of the one before
 
 
 class Case(NamedTuple):
@@ -25,6 +26,7 @@ class Case(NamedTuple):
 
     inputs     by name: float64 (every number is exact in float32 too), int64 or bool
     gradients  the inputs whose gradients are asked for
+    since      the version that it came with
     """
 
     id: str
@@ -34,12 +36,14 @@ class Case(NamedTuple):
     scalars: Mapping[str, Any]
     inputs: Arrays
     gradients: tuple[str, ...] = ()
+    since: str = VERSIONS[0]
 
 
-def all_cases() -> list[Case]:
-    """Every case, by id."""
+def all_cases(version: str = VERSIONS[-1]) -> list[Case]:
+    """Every case of a version, by id."""
+    there = VERSIONS[: VERSIONS.index(version) + 1]
     cases = [case for part in (_lora, _primitives, _models, _optimizer, _analysis) for case in part()]
-    return sorted(cases, key=lambda case: (case.id[0], int(case.id[1:])))
+    return sorted((case for case in cases if case.since in there), key=lambda case: (case.id[0], int(case.id[1:])))
 
 
 class _Names:
@@ -303,19 +307,23 @@ def _activations() -> Iterator[Case]:
         yield Case("T7", name, "gated_mlp", title, scalars, inputs, ("x", "W_gate", "W_up", "W_down"))
 
 
+# Of what an exponential is taken of. -64 to 0 is 65,536 values: no more are drawn.
+_NEAR, _BELOW = {"low": -2.0, "high": 2.0}, {"low": -64.0, "high": -UNIT}
+
+
 def _softmaxes() -> Iterator[Case]:
     shape = (4, 6)
     masked = np.ones(shape, dtype=bool)
     masked[0, 3:] = masked[1, :2] = False
     one, none = np.eye(*shape, k=1, dtype=bool), np.ones(shape, dtype=bool)
     none[2] = False
-    for name, title, limit, mask in (
-        ("plain", "All seen", 2.0, np.ones(shape, dtype=bool)), ("far", "-64 to 64: exp alone overflows", 64.0, None),
-        ("masked", "Some masked", 2.0, masked), ("one-seen", "All masked but one", 2.0, one),
-        ("none-seen", "A row of nothing", 2.0, none),
+    for name, title, limits, mask in (
+        ("plain", "All seen", _NEAR, np.ones(shape, dtype=bool)), ("far", "-64 to 0", _BELOW, None),
+        ("masked", "Some masked", _NEAR, masked), ("one-seen", "All masked but one", _NEAR, one),
+        ("none-seen", "A row of nothing", _NEAR, none),
     ):  # fmt: skip
         draw = _Names("T8", name)
-        inputs = {"x": draw("x", *shape, low=-limit, high=limit), "dp": draw("dp", *shape)}
+        inputs = {"x": draw("x", *shape, **limits), "dp": draw("dp", *shape)}
         inputs["mask"] = np.ones(shape, dtype=bool) if mask is None else mask
         yield Case("T8", name, "softmax", title, {}, inputs, ("x",))
     draw = _Names("T8", "one")
@@ -417,14 +425,14 @@ def _by_place() -> Iterator[Case]:
 
 
 def _losses(id: str, **scalars: Any) -> Iterator[Case]:
-    for name, title, limit, targets in (
-        ("plain", "Every target counts", 2.0, [1, 0, 4, 2, 2]),
-        ("left-out", "Two targets are left out", 2.0, [1, IGNORED, 4, IGNORED, 2]),
-        ("one-counted", "All are left out but one", 2.0, [IGNORED, IGNORED, 3, IGNORED, IGNORED]),
-        ("far", "-64 to 64: exp alone overflows", 64.0, [1, 0, 4, 2, 2]),
+    for name, title, limits, targets in (
+        ("plain", "Every target counts", _NEAR, [1, 0, 4, 2, 2]),
+        ("left-out", "Two targets are left out", _NEAR, [1, IGNORED, 4, IGNORED, 2]),
+        ("one-counted", "All are left out but one", _NEAR, [IGNORED, IGNORED, 3, IGNORED, IGNORED]),
+        ("far", "-64 to 0", _BELOW, [1, 0, 4, 2, 2]),
     ):
         draw = _Names(id, name)
-        inputs = {"logits": draw("logits", 5, 5, low=-limit, high=limit), "targets": np.array(targets)}
+        inputs = {"logits": draw("logits", 5, 5, **limits), "targets": np.array(targets)}
         yield Case(id, name, "cross_entropy", title, scalars, inputs, ("logits",))
 
 

@@ -15,10 +15,13 @@ import numpy as np
 from ..backend import Array
 
 UNIT = 2.0**-10
+MOST = 2**16  # values that two bytes can give
 
 
 def integers(name: str, shape: tuple[int, ...], low: int, high: int) -> Array:
-    """Integers in low..high, both included, of the given shape. -> int64."""
+    """Integers in low..high, both included, of the given shape. -> int64. A ValueError if these are more than MOST."""
+    if high - low >= MOST:
+        raise ValueError(f"{name}: expected a range of at most {MOST:,} values, got {low}..{high}: {high - low + 1:,}")
     pairs = np.frombuffer(hashlib.shake_256(name.encode()).digest(2 * math.prod(shape)), dtype="<u2")
     return low + pairs.astype(np.int64).reshape(shape) % (high - low + 1)
 

@@ -17,15 +17,15 @@ from ..formats.files.json_file import read_json, to_json, write_json
 from ..formats.files.messages import named, shown
 from ..formats.files.safetensors_file import TensorFile, open_tensors
 from .answers import Answer, answers, computed
-from .cases import Case, all_cases
+from .cases import VERSIONS, Case, all_cases
 from .operations import OPERATIONS
+from .statements import STATEMENTS
 
 SCHEMA = 1  # of the manifest, and of the tensors' names
-VERSION = "v1"  # of the cases
 MANIFEST = "manifest.json"
 READABLE = ("F64", "F32", "F16", "I64", "I32", "BOOL")
 LAYOUT = {
-    "CASE/in/NAME": "an input, F32 (exact: multiples of 2^-10), I64 or BOOL",
+    "CASE/in/NAME": "an input, F32 (exact), I64 or BOOL",
     "CASE/out/NAME": "an output expected, F64 or I64",
     "CASE/grad/NAME": "the gradient of the loss by the input NAME, F64; the loss is `loss`, or sum(dY * Y) with the "
     "input dY for the output Y",
@@ -42,21 +42,22 @@ class Vectors(NamedTuple):
 
     digest: str
     cases: Sequence[tuple[Case, Mapping[str, Answer]]]
+    version: str = VERSIONS[-1]
 
 
-def made(ids: Collection[str] | None = None) -> Vectors:
-    """The vectors, computed here and now; of these ids alone, if they are given, but with the digest of all."""
-    cases = all_cases()
+def made(ids: Collection[str] | None = None, *, version: str = VERSIONS[-1]) -> Vectors:
+    """A version's vectors, computed here and now; of these ids alone, if they are given, but with the digest of all."""
+    cases = all_cases(version)
     shown = [(case, answers(case)) for case in cases if ids is None or case.id in ids]
-    return Vectors(digest((case, computed(case)) for case in cases), shown)
+    return Vectors(digest(((case, computed(case)) for case in cases), version), shown, version)
 
 
-def digest(cases: Iterable[tuple[Case, Mapping[str, Any]]]) -> str:
-    """SHA-256 of the schema, of each case but its title, and of its inputs as they stand in the file.
+def digest(cases: Iterable[tuple[Case, Mapping[str, Any]]], version: str) -> str:
+    """SHA-256 of the schema and version, of each case but its title, and of its inputs as they stand in the file.
 
     Of what it has to give, which comes by name as arrays or Answers, the shapes alone.
     """
-    total = hashlib.sha256(to_json([SCHEMA, VERSION]).encode())
+    total = hashlib.sha256(to_json([SCHEMA, version]).encode())
     for case, wanted in cases:
         entry = {name: value for name, value in _entry(case, wanted).items() if name != "title"}
         total.update(json.dumps(entry, sort_keys=True, allow_nan=False).encode())
@@ -93,10 +94,16 @@ def _stored(a: Array) -> Array:
 def _manifest(vectors: Vectors) -> dict[str, Any]:
     texts = ("title", "equation", "inputs", "outputs", "scalars")
     return {
-        "schema": SCHEMA, "version": VERSION, "digest": vectors.digest, "layout": LAYOUT,
+        "schema": SCHEMA, "version": vectors.version, "digest": vectors.digest, "layout": LAYOUT,
+        "statements": {id: _statement(id) for id in dict.fromkeys(case.id for case, _ in vectors.cases)},
         "operations": {op.name: {text: getattr(op, text) for text in texts} for op in OPERATIONS.values()},
         "cases": [_entry(case, wanted) for case, wanted in vectors.cases],
     }  # fmt: skip
+
+
+def _statement(id: str) -> dict[str, str]:
+    """What the cases of an id hold to: its text's digest tells one version of it from another."""
+    return {"title": STATEMENTS[id].title, "sha256": STATEMENTS[id].digest}
 
 
 def _entry(case: Case, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,6 +122,9 @@ def read_vectors(folder: Path) -> Vectors:
     manifest = read_json(path)
     if manifest.get("schema") != SCHEMA:
         raise ValueError(f"{path}: expected schema {SCHEMA}, got {shown(str(manifest.get('schema')))}")
+    version = manifest.get("version")
+    if version not in VERSIONS:
+        raise ValueError(f"{path}: version: expected one of {' '.join(VERSIONS)}, got {shown(str(version))}")
     entries = manifest.get("cases")
     if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
         raise ValueError(
@@ -124,9 +134,10 @@ def read_vectors(folder: Path) -> Vectors:
     for id in dict.fromkeys(entry["id"] for entry in entries):
         with open_tensors(folder / f"{id}.safetensors") as file:
             cases += [_read_case(file, entry) for entry in entries if entry["id"] == id]
-    if digest(cases) != manifest.get("digest"):
+    found = digest(cases, version)
+    if found != manifest.get("digest"):
         raise ValueError(f"{path}: the cases and inputs are not those that its digest was taken of")
-    return Vectors(digest(cases), cases)
+    return Vectors(found, cases, version)
 
 
 def _is_entry(entry: Any) -> bool:

@@ -18,7 +18,7 @@ from lora_np.vectors.conform import compare
 from lora_np.vectors.files import read_vectors
 
 HERE = Path(__file__).parent
-FOLDER = HERE / "vectors" / "v1"
+FOLDER = HERE / "vectors" / "v2"
 VECTORS = read_vectors(FOLDER)
 precisions = pytest.mark.parametrize("dtype", ["float32", "float64"])
 

@@ -7,6 +7,7 @@ import numpy as np
 from lora_np.formats.files.safetensors_file import open_tensors
 from lora_np.spec import conformance
 from lora_np.spec.clauses import TESTS
+from lora_np.vectors.cases import all_cases
 from lora_np.vectors.files import LAYOUT
 
 
@@ -27,7 +28,7 @@ def test_the_case_is_the_files():
     written = conformance.written()
     inputs, expected = numbers(written.inputs), numbers(written.expected)
     case = written.case
-    with open_tensors(TESTS / "conformance" / "vectors" / "v1" / f"{case.id}.safetensors") as file:
+    with open_tensors(TESTS / "conformance" / "vectors" / "v2" / f"{case.id}.safetensors") as file:
         stored = {
             name: file.read_as(name, np.dtype("float64")) for name in file.shapes if name.startswith(f"{case.name}/")
         }
@@ -56,6 +57,14 @@ def test_the_written_case_is_right_by_the_formulas():
     assert got.keys() == expected.keys()
     for name, (values, bounds) in expected.items():
         assert (np.abs(got[name] - values) <= bounds).all(), name
+
+
+def test_what_is_new_in_a_version_is_said():
+    text = conformance.text()
+    assert "| T8 | `far`" not in text
+    for case in all_cases():
+        row = f"| {case.id} | `{case.name}` | "
+        assert (row in text) == (case.since != "v1")
 
 
 def test_the_layout_is_the_manifests():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lora_np.spec import conformance, files
 from lora_np.spec.definitions import read_package
 from lora_np.spec.markup import docstring_html, math, source_html, statement_html
-from lora_np.spec.statements import PARTS, STATEMENTS, Statement
+from lora_np.vectors.statements import PARTS, STATEMENTS, Statement
 
 TEXTS = {
     **PARTS,

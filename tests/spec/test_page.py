@@ -26,8 +26,8 @@ from lora_np.spec import page
 from lora_np.spec.__main__ import HTML
 from lora_np.spec.citations import kept, proofs
 from lora_np.spec.clauses import KEPT, TESTS, gather
-from lora_np.spec.statements import STATEMENTS
 from lora_np.vectors.derivatives import Row
+from lora_np.vectors.statements import STATEMENTS
 
 VOID = {"meta", "link", "input", "wbr"}
 ROWS = [Row("T3", "layer_norm", "complex step", 8e-16, 1e-12), Row("L4", "one, and two", "complex step", 0.0, 1e-12)]

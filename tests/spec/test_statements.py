@@ -12,7 +12,7 @@ import pytest
 import lora_np as ln
 from lora_np.backend import asnumpy, xp
 from lora_np.lora import linear_rounding_bound
-from lora_np.spec.statements import PARTS, STATEMENTS
+from lora_np.vectors.statements import PARTS, STATEMENTS
 
 README = Path(__file__).parents[2] / "README.md"
 ROWS = dict(re.findall(r"^\| ([LTOA]\d+) \| (.+) \|$", README.read_text(encoding="utf-8"), flags=re.MULTILINE))

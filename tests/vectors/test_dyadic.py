@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,15 @@ def test_integers_are_shake_256_of_the_name(name, low, span):
     data = hashlib.shake_256(name.encode()).digest(12)
     assert got.ravel().tolist() == [low + (data[i] + 256 * data[i + 1]) % (span + 1) for i in range(0, 12, 2)]
     assert low <= got.min() <= got.max() <= low + span
+
+
+def test_a_range_that_two_bytes_cannot_give_is_refused():
+    """Else most of it would never be drawn."""
+    assert integers("a", (2,), -32768, 32767).shape == (2,)
+    with pytest.raises(ValueError, match=r"a: expected a range of at most 65,536 values, got -64000..1536: 65,537"):
+        integers("a", (2,), -64000, 1536)
+    with pytest.raises(ValueError, match="65,536"):
+        numbers("a", (2,), -64.0, 64.0)
 
 
 def test_a_known_answer():

@@ -1,5 +1,6 @@
 """The vectors as files: the same bytes each time, read back as they were, and those that are committed."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +14,13 @@ pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.files.safetensors_file import open_tensors
 from lora_np.vectors.answers import FLOAT64, error_ratio
-from lora_np.vectors.files import LAYOUT, MANIFEST, SCHEMA, VERSION, made, read_vectors, write_vectors
+from lora_np.vectors.cases import VERSIONS, all_cases
+from lora_np.vectors.files import LAYOUT, MANIFEST, SCHEMA, made, read_vectors, write_vectors
+from lora_np.vectors.statements import STATEMENTS
 
-COMMITTED = Path(__file__).parents[1] / "conformance" / "vectors" / VERSION
+COMMITTED = Path(__file__).parents[1] / "conformance" / "vectors"
+V1 = "68a57f6ebf403bbe72f4ed2b7de18452b17893c7fd32789510961d6f2d84cc4c"  # what others have conformed to: for good
+every_version = pytest.mark.parametrize("version", VERSIONS)
 
 
 # What the shapes of the weights say too.
@@ -56,29 +61,61 @@ def test_what_was_written_is_read_back(folder):
         )
 
 
-def test_the_committed_vectors_are_of_these_inputs_shapes_and_schema():
+def of_version(version):
+    """Ours, of a version: a later one has all cases of the one before."""
+    return [one for one in ours().cases if VERSIONS.index(one[0].since) <= VERSIONS.index(version)]
+
+
+def test_v1_never_changes():
+    assert made((), version="v1").digest == V1
+    assert len(all_cases("v1")) == 180
+
+
+@every_version
+def test_the_committed_vectors_are_of_these_inputs_shapes_and_schema(version):
     """Their digest; so that no case changes within a version without being seen."""
-    assert json.loads((COMMITTED / MANIFEST).read_text())["digest"] == ours().digest
-    assert read_vectors(COMMITTED).digest == ours().digest
+    digest = made((), version=version).digest
+    assert json.loads((COMMITTED / version / MANIFEST).read_text())["digest"] == digest
+    assert read_vectors(COMMITTED / version)[::2] == (digest, version)
 
 
-def test_the_committed_outputs_are_those_computed_here_within_their_own_bounds():
+@every_version
+def test_the_committed_outputs_are_those_computed_here_within_their_own_bounds(version):
     """They depend on BLAS and CPU in the last bits of float64."""
-    for (case, wanted), (_, committed) in zip(ours().cases, read_vectors(COMMITTED).cases, strict=True):
+    for (case, wanted), (_, committed) in zip(
+        of_version(version), read_vectors(COMMITTED / version).cases, strict=True
+    ):
         for name, (value, bound) in committed.items():
             got = wanted[name].value
             assert error_ratio(got, value, bound) <= 1, (case.id, case.name, name)
             assert ((bound == 0) == (wanted[name].bound == 0)).all(), (case.id, case.name, name)
 
 
-def test_the_committed_vectors_are_small():
-    assert sum(path.stat().st_size for path in COMMITTED.iterdir()) < 2**20
+@every_version
+def test_the_committed_vectors_are_small(version):
+    assert sum(path.stat().st_size for path in (COMMITTED / version).iterdir()) < 2**21
+
+
+def test_the_manifest_tells_one_text_of_a_statement_from_another(folder):
+    """By the SHA-256 of what stands under its heading in statements.md."""
+    statements = json.loads((folder / MANIFEST).read_text())["statements"]
+    assert statements.keys() == {case.id for case, _ in ours().cases}
+    assert statements["L2"] == {
+        "title": "Forward",
+        "sha256": hashlib.sha256(
+            b"$$h = x W_0^\\top + b + s \\thinspace ((m \\odot x) A^\\top) B^\\top,$$\n\n"
+            b"with $m$ the scaled dropout mask; $BA$ is never formed."
+        ).hexdigest(),
+    }
+    noted = STATEMENTS["L5"]
+    assert noted.notes
+    assert len({s.digest for s in (noted, noted._replace(text=""), noted._replace(notes={}))}) == 3
 
 
 def test_the_manifest_says_all_that_is_in_the_files(folder):
     """As somebody reads it who has only these files."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    assert (manifest["schema"], manifest["version"], manifest["layout"]) == (SCHEMA, VERSION, LAYOUT)
+    assert (manifest["schema"], manifest["version"], manifest["layout"]) == (SCHEMA, VERSIONS[-1], LAYOUT)
     tensors = {}
     for id in {entry["id"] for entry in manifest["cases"]}:
         with open_tensors(folder / f"{id}.safetensors") as file:
@@ -120,6 +157,8 @@ def test_an_existing_folder_is_refused(folder):
     ("change", "message"),
     [
         (lambda m: m.update(schema=2), "expected schema 1, got 2"),
+        (lambda m: m.update(version="v0"), "version: expected one of v1 v2, got v0"),
+        (lambda m: m.update(version="v1"), "not those that its digest was taken of"),
         (lambda m: m.update(cases={}), "cases: expected a list of objects"),
         (lambda m: m["cases"][0].pop("operation"), "cases: expected a list of objects"),
         (lambda m: m["cases"][0].update(id="../L1"), "cases: expected a list of objects"),

@@ -1,7 +1,8 @@
-"""The statements of the specification, by id, from statements.md."""
+"""The statements of the specification, by id, from spec/statements.md: what the cases and the pages are of."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,11 @@ class Statement(NamedTuple):
     text: str
     notes: Mapping[str, str] = MappingProxyType({})
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text and of the notes', one after another."""
+        return hashlib.sha256("\n".join([self.text, *self.notes.values()]).encode()).hexdigest()
+
 
 def _read(path: Path) -> dict[str, Statement]:
     """What stands under each heading "# L: title" or "## L1: title", by letter or id."""
@@ -35,7 +41,7 @@ def _with_notes(text: str) -> tuple[str, Mapping[str, str]]:
     return own.strip(), {title: note.strip() for title, note in zip(rest[::2], rest[1::2], strict=True)}
 
 
-_ALL = _read(Path(__file__).with_suffix(".md"))
+_ALL = _read(Path(__file__).parents[1] / "spec" / "statements.md")
 
 PARTS: Mapping[str, Statement] = MappingProxyType({name: s for name, s in _ALL.items() if name.isalpha()})
 STATEMENTS: Mapping[str, Statement] = MappingProxyType({name: s for name, s in _ALL.items() if not name.isalpha()})
