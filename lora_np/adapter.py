@@ -13,7 +13,7 @@ from .backend import Array, xp
 from .checks import as_array, check_count, expect, is_number
 from .lora import Update, init_factors, merge_matrix, sum_updates
 from .model import ENCODER, Config, Model, check_model
-from .ops import widened
+from .storage import widened
 
 TARGETS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head", "qkv")
 

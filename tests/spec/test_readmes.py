@@ -100,10 +100,10 @@ def test_the_house_names_the_modules_of_the_reference():
     named = re.findall(r"^\| \[(\w+\.py)\]\(lora_np/\1\)", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     modules = {path.name for path in (ROOT / "lora_np").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert sorted(named) == sorted(modules)
-    assert len(modules) <= 18
+    assert len(modules) <= 20
 
 
 def test_the_front_page_is_short_and_has_the_mathematics_first():
     lines = README.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 185
+    assert len(lines) <= 192
     assert next(n for n, line in enumerate(lines, 1) if line.startswith("| L9 |")) < 80
