@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_np import lora, ops
+from lora_np import lora, ops, storage
 from lora_np.backend import Array, xp
 
 from . import roofline
@@ -48,7 +48,7 @@ def table(*, M: int, D: int, F: int, H: int, V: int, R: int) -> Mapping[str, Op]
     x, dy, wide, w, b, W = normal(M, D), normal(M, D), normal(M, F), normal(D), normal(D), normal(D, D)
     A, B, logits, E = normal(R, D), normal(D, R), normal(M, V), normal(V, D)
     bits = rng.standard_normal((D, D), dtype=np.float32).view(np.uint32)
-    halves = xp.asarray((bits >> 16).astype(np.uint16))  # a matrix in bfloat16
+    halves = storage.BFloat16(xp.asarray((bits >> 16).astype(np.uint16)))
     q, k, v, dh = (normal(1, H, M, D // H) for _ in range(4))
     tokens, t = xp.asarray(rng.integers(0, V, M)), xp.arange(M)
     cos, sin = ops.rotary_angles(t, D // H, 1e4, "float32")
@@ -66,7 +66,7 @@ def table(*, M: int, D: int, F: int, H: int, V: int, R: int) -> Mapping[str, Op]
         "linear, dx": op(lambda: ops.linear_backward(dy, W), product, 2 * n, D * D),
         "linear, W in bfloat16": op(lambda: ops.linear(x, halves, b), product + n, 2 * n, D * D / 2),
         "linear, dx, W in bfloat16": op(lambda: ops.linear_backward(dy, halves), product, 2 * n, D * D / 2),
-        "widened": op(lambda: ops.widened(halves), 0, 1.5 * D * D),
+        "widened": op(lambda: storage.widened(halves), 0, 1.5 * D * D),
         "linear, dW": op(lambda: ops.linear_weight_backward(dy, x), product, 2 * n, D * D),
         "linear, db": op(lambda: ops.bias_backward(dy), n, n),
         "lora_linear": op(lambda: lora.lora_linear(x, W, b, A, B, 2.0), product + low, 2 * n, D * D, 2 * R * D),

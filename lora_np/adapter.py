@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from .checks import as_array, check_count, expect, is_number
 from .dora import dora_merge_matrix, weight_norm
 from .lora import Update, init_factors, merge_matrix, nearest_update, sum_updates
 from .model import ENCODER, Config, Model, check_model
-from .ops import widened
+from .storage import Matrix, widened
 
 TARGETS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head", "qkv")
 
@@ -214,7 +214,7 @@ def weight_of(config: Config, name: str) -> str:
     return name if name == "embed.tokens" else config.head_weight if name == "head" else f"{name}.weight"
 
 
-def norm_of(config: Config, weights: Mapping[str, Array], name: str, update: Update) -> Array:
+def norm_of(config: Config, weights: Mapping[str, Matrix], name: str, update: Update) -> Array:
     """L10: c of the matrix `name` with its update: the norms of its rows. -> (out,)."""
     W0 = weights[weight_of(config, name)]
     if name == "embed.tokens":  # stored (V,D): its rows are the table's columns
@@ -375,7 +375,7 @@ class Change(NamedTuple):
     updates: tuple[Update, ...]
     axis: int = 1
 
-    def of(self, weights: Mapping[str, Array]) -> Array:
+    def of(self, weights: Mapping[str, Any]) -> Array:
         """The merged weight."""
         start = weights[self.source] if self.whole is None else self.whole
         if self.updates and self.updates[0].m is not None:  # alone: merge_plan sees to it

@@ -10,7 +10,7 @@ import numpy as np
 from .backend import Array, asnumpy
 from .checks import as_array
 from .lora import singular_directions
-from .ops import widened
+from .storage import as_matrix, widened
 
 
 def subspace_similarity(A: Array, other: Array) -> Array:
@@ -66,12 +66,12 @@ class Amplification(NamedTuple):
 def amplification(W: Array, A: Array, B: Array, s: float) -> Amplification:
     """A2 (paper 7.3, table 7): the norms that tell which directions of W its update dW = s B A amplifies, and how far.
 
-    W (out, in), A (r, in), B (out, r); W may be held in bfloat16. dW is not formed. U^T W V at random:
+    W (out, in), A (r, in), B (out, r); W may be held in fewer bits. dW is not formed. U^T W V at random:
     E norm_F^2 = norm_F(W)^2 r^2 / (out in), for each of r^2 products u^T W v of random directions has the mean square
     norm_F(W)^2 / (out in).
     A ValueError says which shape does not fit, or that dW is zero, and so has no directions.
     """
-    W, A, B = (as_array(f"amplification: {name}", a) for name, a in (("W", W), ("A", A), ("B", B)))
+    W, A, B = (as_matrix(f"amplification: {name}", a) for name, a in (("W", W), ("A", A), ("B", B)))
     if W.ndim != 2 or A.ndim != 2 or W.shape[1] != A.shape[1] or B.shape != (W.shape[0], A.shape[0]):
         raise ValueError(
             f"amplification: expected W (out, in), A (r, in), B (out, r), got {W.shape}, {A.shape}, {B.shape}"

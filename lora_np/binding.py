@@ -12,7 +12,8 @@ from .backend import Array, xp
 from .layout import Layout
 from .lora import Update, stack_updates
 from .model import ENCODER, NORMS, Config, Model
-from .ops import dropout_mask, widened
+from .ops import dropout_mask
+from .storage import Held, widened
 
 Trainable: TypeAlias = Literal["adapter", "all"]
 SOURCE = "source"  # an encoder's states, which its decoder takes as it takes a weight (T20)
@@ -143,9 +144,9 @@ def bind(model: Model, adapter: AnyAdapter, *, rows: int, trainable: Trainable =
     """
     config = model.config
     if trainable == "all":
-        narrow = [name for name, weight in model.weights.items() if weight.dtype != model.dtype]
-        if narrow:
-            raise ValueError(f"trainable='all': {narrow[0]} is held in bfloat16, which is for frozen weights")
+        for name, weight in model.weights.items():
+            if isinstance(weight, Held):
+                raise ValueError(f"trainable='all': {name} is held in {weight.name}, which is for frozen weights")
         return AdaptedModel(config, model.weights, {}, frozenset(model.weights))
     if adapter is None:
         return AdaptedModel(config, model.weights, {}, frozenset())

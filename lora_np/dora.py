@@ -20,7 +20,8 @@ from .lora import (
     lora_linear_backward,
     merged_blocks,
 )
-from .ops import dropout, dropout_backward, linear, linear_backward, widened
+from .ops import dropout, dropout_backward, linear, linear_backward
+from .storage import Matrix
 
 
 class DoraSaved(NamedTuple):
@@ -33,7 +34,7 @@ class DoraSaved(NamedTuple):
     dropout_mask: Array | None
 
 
-def weight_norm(W0: Array, A: Array, B: Array, s: float, *, axis: int = 1) -> Array:
+def weight_norm(W0: Matrix, A: Array, B: Array, s: float, *, axis: int = 1) -> Array:
     """L10: c, the norm of each row of W0 + s B A, summed in float64. W0 (out, in), A (r, in), B (out, r) -> (out,).
 
     axis 0: of each column, which is a row of an embedding's matrix: its table is stored (V,D). Of complex numbers, as
@@ -44,7 +45,7 @@ def weight_norm(W0: Array, A: Array, B: Array, s: float, *, axis: int = 1) -> Ar
 
 
 def dora_linear(
-    x: Array, W0: Array, b: Array | None, A: Array, B: Array, s: float, m: Array, *, norm: Array | None = None,
+    x: Array, W0: Matrix, b: Array | None, A: Array, B: Array, s: float, m: Array, *, norm: Array | None = None,
     dropout_mask: Array | None = None,
 ) -> tuple[Array, DoraSaved]:  # fmt: skip
     """L10: h = (m / c) * (x (W0 + s B A)^T) + b; W0 + s B A is not kept.
@@ -84,7 +85,7 @@ def dora_linear_backward(
 
 
 def dora_embedding(
-    tokens: Array, E: Array, A: Array, B: Array, s: float, m: Array, norm: Array
+    tokens: Array, E: Matrix, A: Array, B: Array, s: float, m: Array, norm: Array
 ) -> tuple[Array, DoraSaved]:
     """L10 on a look-up: h = (m / c) * (E + s (B A)^T)[tokens]. tokens (N,T), E (V,D), m and norm (D,) -> (N,T,D)."""
     z, low = lora_embedding(tokens, E, A, B, s)
@@ -98,11 +99,11 @@ def dora_embedding_backward(dh: Array, saved: DoraSaved) -> tuple[Array, Array, 
     return dA, dB, _summed(dh * saved.z) / saved.c
 
 
-def dora_merge_matrix(W0: Array, update: Update, *, axis: int = 1) -> Array:
+def dora_merge_matrix(W0: Matrix, update: Update, *, axis: int = 1) -> Array:
     """L5, L10: W' = round((m / c) * (W0 + s B A)), in float64, rounded once to W0's dtype. axis as in `weight_norm`."""
     A, B, m = (xp.asarray(part).astype(xp.float64) for part in (update.A, update.B, update.m))
     _, scale = _scale(m, weight_norm(W0, A, B, update.s, axis=axis))
-    W = xp.empty_like(W0, dtype=widened(W0[:0]).dtype)
+    W = xp.empty(W0.shape, dtype=W0.dtype)
     for rows, total in merged_blocks(W0, [update]):
         W[rows] = total * (scale[rows, None] if axis == 1 else scale)
     return W

@@ -25,8 +25,8 @@ from .ops import (
     linear,
     linear_backward,
     linear_weight_backward,
-    widened,
 )
+from .storage import Held, Matrix, widened
 
 
 class LinearSaved(NamedTuple):
@@ -34,7 +34,7 @@ class LinearSaved(NamedTuple):
 
     x: Array  # (..., in), the low-rank branch's input: m * x under dropout
     u: Array  # (..., r), s x A^T
-    W0: Array
+    W0: Matrix
     A: Array
     B: Array
     s: float
@@ -42,7 +42,7 @@ class LinearSaved(NamedTuple):
 
 
 def lora_linear(
-    x: Array, W0: Array, b: Array | None, A: Array, B: Array, s: float, *, dropout_mask: Array | None = None
+    x: Array, W0: Matrix, b: Array | None, A: Array, B: Array, s: float, *, dropout_mask: Array | None = None
 ) -> tuple[Array, LinearSaved]:
     """L2 (paper 4.1, eq. 3): h = x W0^T + b + s ((m * x) A^T) B^T. The product B A is never formed.
 
@@ -88,7 +88,7 @@ class EmbeddingSaved(NamedTuple):
     s: float
 
 
-def lora_embedding(tokens: Array, E: Array, A: Array, B: Array, s: float) -> tuple[Array, EmbeddingSaved]:
+def lora_embedding(tokens: Array, E: Matrix, A: Array, B: Array, s: float) -> tuple[Array, EmbeddingSaved]:
     """L2 on a look-up (T1): h = E[tokens] + s A^T[tokens] B^T, which looks up E + s (B A)^T.
 
     tokens (N,T), E (V,D), A (r,V), B (D,r) -> h (N,T,D).
@@ -156,22 +156,22 @@ def init_factors(
     return xp.asarray(A.astype(dtype)), xp.zeros((n_out, r), dtype=dtype)
 
 
-def merge_matrix(W0: Array, *updates: Update) -> Array:
+def merge_matrix(W0: Matrix, *updates: Update) -> Array:
     """L5 (paper 4.1): W' = round(W0 + sum_i s_i B_i A_i), summed in float64, rounded once to W0's dtype (out, in).
 
-    A W0 that is held in bfloat16 gives float32: the sum is no number of bfloat16's.
+    A W0 that is held in fewer bits gives float32: the sum is not held in them.
     """
-    W = xp.empty_like(W0, dtype=widened(W0[:0]).dtype)
+    W = xp.empty(W0.shape, dtype=W0.dtype)
     for rows, total in merged_blocks(W0, updates):
         W[rows] = total
     return W
 
 
-def merged_blocks(W0: Array, updates: Sequence[Update]) -> Iterator[tuple[slice, Array]]:
+def merged_blocks(W0: Matrix, updates: Sequence[Update]) -> Iterator[tuple[slice, Array]]:
     """L5: W0 + sum_i s_i B_i A_i in float64, a block of rows at a time; of complex numbers the real parts."""
     factors = [(u.A.real.astype(xp.float64, copy=False), u.B.real.astype(xp.float64, copy=False), u.s) for u in updates]
     for rows in blocks(*W0.shape):
-        total = widened(W0[rows]).real.astype(xp.float64)
+        total = W0[rows].real.astype(xp.float64)
         for A, B, s in factors:
             total += (B[rows] @ A) * s  # (rows,r) (r,in) -> (rows,in)
         yield rows, total
@@ -218,7 +218,7 @@ def _split_directions(U: Array, S: Array, V: Array, rank: int) -> Update:
     return Update((V[:, :rank] * root).T, U[:, :rank] * root, 1.0)
 
 
-def linear_rounding_bound(x: Array, W0: Array, b: Array | None, A: Array, B: Array, s: float, dtype: DType) -> Array:
+def linear_rounding_bound(x: Array, W0: Matrix, b: Array | None, A: Array, B: Array, s: float, dtype: DType) -> Array:
     """L5: how far the merged and the unmerged output of one linear can lie apart in `dtype`, element by element.
 
     Let u = eps / 2, g(n) = n u / (1 - n u), eta the smallest subnormal, and let hats be computed values. A rounding
@@ -257,12 +257,13 @@ def linear_rounding_bound(x: Array, W0: Array, b: Array | None, A: Array, B: Arr
 
 
 def _checked(
-    x: Array, W0: Array, b: Array | None, A: Array, B: Array, s: float, dropout_mask: Array | None
-) -> tuple[Array, Array, Array | None, Array, Array, Array | None]:
+    x: Array, W0: Matrix, b: Array | None, A: Array, B: Array, s: float, dropout_mask: Array | None
+) -> tuple[Array, Matrix, Array | None, Array, Array, Array | None]:
     """The arrays of L2; a TypeError unless they are of floats, a ValueError unless their shapes fit together."""
     if not is_number(s):
         raise TypeError(f"lora_linear: s: expected a number, got {type(s).__name__}")
-    x, W0, A, B = _floats("x", x), _floats("W0", W0), _floats("A", A), _floats("B", B)
+    x, A, B = _floats("x", x), _floats("A", A), _floats("B", B)
+    W0 = W0 if isinstance(W0, Held) else _floats("W0", W0)
     b = None if b is None else _floats("b", b)
     dropout_mask = None if dropout_mask is None else _floats("dropout_mask", dropout_mask)
     _check_shapes(x, W0, b, A, B, dropout_mask)
@@ -279,14 +280,14 @@ def _checked_gradient(dh: Array, saved: LinearSaved) -> Array:
 
 
 def _floats(name: str, a: Array) -> Array:
-    """An array of floats, or a W0 that is held in bfloat16."""
+    """An array of floats."""
     a = as_array(f"lora_linear: {name}", a)
-    if a.dtype.kind not in "fc" and not (name == "W0" and a.dtype == "uint16"):
+    if a.dtype.kind not in "fc":
         raise TypeError(f"lora_linear: {name}: expected floats, got {a.dtype}")
     return a
 
 
-def _check_shapes(x: Array, W0: Array, b: Array | None, A: Array, B: Array, dropout_mask: Array | None) -> None:
+def _check_shapes(x: Array, W0: Matrix, b: Array | None, A: Array, B: Array, dropout_mask: Array | None) -> None:
     """A ValueError unless the shapes fit together as L2 says."""
     if x.ndim == 0 or (W0.ndim != 2 and A.ndim != 3) or A.ndim != B.ndim:
         raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 
 from .backend import Array, blocks, read_only
 from .checks import as_array, check_count, expect, few, is_number
+from .storage import Held, Matrix
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-DTYPE_OF = "layers.0.norm1.weight"  # has the dtype of all: no matrix, so never held in bfloat16
+DTYPE_OF = "layers.0.norm1.weight"  # has the dtype of all: no matrix, so never held in fewer bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,13 +345,13 @@ class Model:
     """A configuration and its weights, frozen: under NumPy the arrays are read-only views of the caller's own.
 
     weights: a flat dict with exactly the names and shapes of config.weight_shapes(), all of one dtype, float32 or
-    float64 (or complex, for derivatives by complex step); matrices of a float32 model may be held in bfloat16, as
-    `ops.narrowed` makes them. A ValueError or TypeError says which weight does not fit.
+    float64 (or complex, for derivatives by complex step); matrices of a float32 model may be held in fewer bits, as
+    `storage` has them. A ValueError or TypeError says which weight does not fit.
     merged_from, merged_adapter: what `merge` made this model of (L5, L6); None for any other model.
     """
 
     config: Config
-    weights: Mapping[str, Array]
+    weights: Mapping[str, Any]  # arrays, and what is held
     merged_from: Model | None = field(default=None, init=False, repr=False)
     merged_adapter: Any = field(default=None, init=False, repr=False)  # an Adapter, which a model knows nothing of
 
@@ -361,13 +362,12 @@ class Model:
         missing, unknown = few(shapes.keys() - self.weights.keys()), few(self.weights.keys() - shapes.keys())
         if missing or unknown:
             raise ValueError(f"Model: weights missing: {missing or 'none'}; not known: {unknown or 'none'}")
-        weights = {name: read_only(as_array(f"Model: {name}", self.weights[name])) for name in shapes}
+        weights = {name: _frozen(name, self.weights[name]) for name in shapes}
         for name, shape in shapes.items():
             if weights[name].shape != shape:
                 raise ValueError(f"Model: {name}: expected shape {shape}, got {weights[name].shape}")
             dtype = weights[DTYPE_OF].dtype
-            held_narrow = weights[name].dtype == "uint16" and len(shape) == 2 and dtype == "float32"
-            if weights[name].dtype != dtype and not held_narrow:
+            if weights[name].dtype != dtype:
                 raise TypeError(f"Model: {name}: expected {dtype}, as {DTYPE_OF} has, got {weights[name].dtype}")
         if weights[DTYPE_OF].dtype.name not in ("float32", "float64", "complex64", "complex128"):
             raise TypeError(f"Model: expected float32 or float64 weights, got {weights[DTYPE_OF].dtype}")
@@ -386,6 +386,11 @@ class Model:
     def dtype(self) -> np.dtype[Any]:
         """The one dtype of all weights, however they are held."""
         return self.weights[DTYPE_OF].dtype
+
+
+def _frozen(name: str, weight: Any) -> Matrix:
+    """A weight that nobody changes."""
+    return weight if isinstance(weight, Held) else read_only(as_array(f"Model: {name}", weight))
 
 
 def check_model(model: object) -> None:

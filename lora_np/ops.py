@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeAlias
 
 from .backend import Array, DType, backend_name, blocks, xp
 from .distance import PositionBias
+from .storage import Held, Matrix, wide_blocks
 
 Saved: TypeAlias = tuple[Array, ...]
 
@@ -46,38 +47,17 @@ def _in_blocks(*arrays: Array) -> Iterator[Saved]:
 
 # --- T2: linear --------------------------------------------------------------------------------------------------
 #
-# A frozen matrix may be held in bfloat16, as the upper halves of its float32 numbers (uint16): half the memory, the
-# same numbers. It is widened a block at a time, where it is used.
+# A frozen matrix may be held in fewer bits (`storage`). It is widened a block at a time, where it is used.
 
 FEW_ROWS = 32  # as in decoding: BLAS goes through W faster as the left factor, and the result is cheap to transpose
 
 
-def narrowed(W: Array) -> Array:
-    """float32 numbers that bfloat16 holds, as their upper halves (uint16). A ValueError if one would be rounded."""
-    halves = xp.empty_like(W, dtype=xp.uint16)
-    for rows in blocks(*W.shape):
-        bits = W[rows].view(xp.uint32) if W.dtype == xp.float32 else None
-        if bits is None or (bits & 0xFFFF).any():
-            raise ValueError(f"expected float32 numbers that bfloat16 holds, got others ({W.dtype})")
-        halves[rows] = bits >> 16
-    return halves
-
-
-def widened(W: Array) -> Array:
-    """What `narrowed` made, as float32 again; any other array as it is."""
-    if W.dtype != xp.uint16:
-        return W
-    bits = W.astype(xp.uint32)
-    bits <<= 16
-    return bits.view(xp.float32)
-
-
-def linear(x: Array, W: Array, b: Array | None = None) -> Array:
+def linear(x: Array, W: Matrix, b: Array | None = None) -> Array:
     """T2: y = x W^T + b. x (..., in), W (out, in), b (out,) or None -> y (..., out).
 
     W (N, out, in), with b (N, 1, out), holds a matrix for each row of the batch: x (N,T,in) -> y (N,T,out).
     """
-    if W.ndim == 3:
+    if not isinstance(W, Held) and W.ndim == 3:
         y = x @ W.swapaxes(-1, -2)  # (N,T,in) -> (N,T,out)
     else:
         # One product for all rows: a batched one would go through memory once for each.
@@ -88,34 +68,29 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Array:
     return y
 
 
-def _times_transposed(x: Array, W: Array) -> Array:
+def _times_transposed(x: Array, W: Matrix) -> Array:
     """x W^T. x (M,in), W (out,in) -> (M,out)."""
-    if W.dtype == xp.uint16:
+    if isinstance(W, Held):
         y = xp.empty((len(x), len(W)), dtype=x.dtype)
-        for rows in _wide_blocks(W):
-            y[:, rows] = _times_transposed(x, widened(W[rows]))
+        for rows in wide_blocks(W):
+            y[:, rows] = _times_transposed(x, W[rows])
         return y
     return xp.ascontiguousarray((W @ x.T).T) if len(x) <= FEW_ROWS else x @ W.T
 
 
-def linear_backward(dy: Array, W: Array) -> Array:
+def linear_backward(dy: Array, W: Matrix) -> Array:
     """T2: dx = dy W. dy (..., out), W (out, in) -> dx (..., in)."""
     return _times(_rows(dy), W).reshape(*dy.shape[:-1], W.shape[1])
 
 
-def _times(dy: Array, W: Array) -> Array:
+def _times(dy: Array, W: Matrix) -> Array:
     """dy W. dy (M,out), W (out,in) -> (M,in)."""
-    if W.dtype != xp.uint16:
+    if not isinstance(W, Held):
         return dy @ W
     dx = xp.zeros((len(dy), W.shape[1]), dtype=dy.dtype)
-    for rows in _wide_blocks(W):
-        dx += dy[:, rows] @ widened(W[rows])
+    for rows in wide_blocks(W):
+        dx += dy[:, rows] @ W[rows]
     return dx
-
-
-def _wide_blocks(W: Array) -> Iterator[slice]:
-    """Rows of W (out,in) that are widened together: enough of them for products to run at full speed."""
-    return blocks(len(W), W.shape[1] // 4)
 
 
 def linear_weight_backward(dy: Array, x: Array) -> Array:
@@ -131,13 +106,13 @@ def bias_backward(dy: Array) -> Array:
 # --- T1: embedding -----------------------------------------------------------------------------------------------
 
 
-def embedding(tokens: Array, E: Array) -> Array:
+def embedding(tokens: Array, E: Matrix) -> Array:
     """T1: row tokens[...] of the table. tokens (...) integers, E (V,D) -> (..., D).
 
     E (N,V,D) holds a table for each row of the batch: tokens (N,T) -> (N,T,D).
     """
-    if E.ndim == 2:
-        return widened(E[tokens])
+    if isinstance(E, Held) or E.ndim == 2:
+        return E[tokens]
     return xp.take_along_axis(E, tokens[..., None], axis=1)  # (N,V,D) -> (N,T,D)
 
 

@@ -42,8 +42,8 @@ from .ops import (
     rms_norm_backward,
     silu,
     tanh,
-    widened,
 )
+from .storage import widened
 
 Activations: TypeAlias = dict[str, Any]  # what forward saves for backward
 Grads: TypeAlias = dict[str, Array]

@@ -15,6 +15,7 @@ from lora_np import ops
 from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, xp
 from lora_np.batch import IGNORED, check_batch
+from lora_np.storage import BFloat16, Held
 from lora_np.vectors.derivatives import perturbed
 
 ATTENTION = ("q", "k", "v", "o")
@@ -34,9 +35,14 @@ def bits(a):
 
 
 def same_bits(one, other):
-    """Whether two arrays, or two dicts of arrays, are equal in names, shapes, dtypes and every bit."""
+    """Whether two arrays, or two dicts of arrays, are equal in names, shapes, dtypes and every bit.
+
+    A held matrix is another than an array of its numbers.
+    """
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
+    if isinstance(one, Held):
+        return type(one) is type(other) and same_bits(vars(one), vars(other))
     return one.shape == other.shape and one.dtype == other.dtype and bits(one) == bits(other)
 
 
@@ -312,9 +318,9 @@ def in_bfloat16(model):
         name: (asnumpy(w).view("uint32") & 0xFFFF0000).view("float32") if w.ndim == 2 else asnumpy(w)
         for name, w in model.weights.items()
     }
-    held = {name: (w.view("uint32") >> 16).astype("uint16") if w.ndim == 2 else w for name, w in cut.items()}
-    wide, narrow = (ln.Model(model.config, {name: device(w) for name, w in weights.items()}) for weights in (cut, held))
-    return wide, narrow
+    wide = {name: device(w) for name, w in cut.items()}
+    held = {name: BFloat16(device(w.view("uint32") >> 16, "uint16")) for name, w in cut.items() if w.ndim == 2}
+    return ln.Model(model.config, wide), ln.Model(model.config, wide | held)
 
 
 def trained_adapter(model, lora_config, *, seed, scale=0.3):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import device, dtypes, seeds
 
 from lora_np.analysis import amplification, random_similarity, subspace_similarity
-from lora_np.ops import narrowed
+from lora_np.storage import narrowed
 
 proves = pytest.mark.proves
 

@@ -13,6 +13,7 @@ import lora_np as ln
 from lora_np import lora, ops
 from lora_np.backend import asnumpy, xp
 from lora_np.lora import Update
+from lora_np.storage import narrowed
 
 proves = pytest.mark.proves
 small = st.integers(1, 5)
@@ -376,7 +377,7 @@ def test_the_bound_is_the_one_that_is_derived(case, s, zeros):
 def test_a_matrix_held_in_bfloat16_has_the_bound_of_its_numbers(seed):
     rng = np.random.default_rng(seed)
     x, W0, A, B = (whole_numbers(rng, *shape, dtype="float32") for shape in ((2, 3), (4, 3), (2, 3), (4, 2)))
-    bounds = [lora.linear_rounding_bound(x, W, None, A, B, 0.5, "float32") for W in (W0, ops.narrowed(W0))]
+    bounds = [lora.linear_rounding_bound(x, W, None, A, B, 0.5, "float32") for W in (W0, narrowed(W0))]
     assert same_bits(*bounds)
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from strategies import configs, device, dtypes, host_weights, random_model, same_bits, seeds
 
 import lora_np as ln
-from lora_np import ops
 from lora_np.backend import asnumpy, backend_name, xp
+from lora_np.storage import BFloat16, Held, narrowed
 
 SMALL = ln.Config(7, 8, 2, 2, 8, 6)
 no_flag = pytest.mark.skipif(backend_name == "cupy", reason="CuPy's arrays have no writeable flag")
@@ -358,13 +358,15 @@ def test_weights_of_another_dtype_are_refused():
         ln.Model(SMALL, weights)
 
 
-def test_halves_stand_for_float32_matrices_alone():
+def test_what_is_held_in_fewer_bits_stands_for_float32_matrices_alone():
     config = ln.Config(7, 8, 1, 1, 4, 4)
     weights = {name: device(w) for name, w in ln.init_weights(config, seed=0).items()}
-    halves = xp.zeros((7, 4), "uint16")
+    halves = BFloat16(xp.zeros((7, 4), "uint16"))
     assert ln.Model(config, {**weights, "embed.tokens": halves}).dtype == "float32"
-    with pytest.raises(TypeError, match=r"norm.bias: expected float32, as layers.0.norm1.weight has, got uint16"):
-        ln.Model(config, {**weights, "norm.bias": xp.zeros(4, "uint16")})
+    with pytest.raises(ValueError, match=r"norm.bias: expected shape \(4,\), got \(1, 4\)"):
+        ln.Model(config, {**weights, "norm.bias": BFloat16(xp.zeros((1, 4), "uint16"))})
+    with pytest.raises(TypeError, match=r"embed.tokens: expected float32, as layers.0.norm1.weight has, got uint16"):
+        ln.Model(config, {**weights, "embed.tokens": halves.halves})
     with pytest.raises(TypeError, match=r"embed.tokens: expected float32, as layers.0.norm1.weight has, got float16"):
         ln.Model(config, {**weights, "embed.tokens": xp.zeros((7, 4), "float16")})
     double = {name: w.astype("float64") for name, w in weights.items()}
@@ -398,7 +400,7 @@ def test_configurations_are_copied(value):
 def test_copies_of_a_model_have_its_bits_and_are_frozen(narrow):
     weights = {name: device(w) for name, w in ln.init_weights(SMALL, seed=0).items()}
     if narrow:
-        weights |= {"embed.tokens": ops.narrowed(device(asnumpy(weights["embed.tokens"]).round()))}
+        weights |= {"embed.tokens": narrowed(device(asnumpy(weights["embed.tokens"]).round()))}
     model = ln.Model(SMALL, weights)
     for other in copies(model):
         assert (other.config, list(other.weights)) == (SMALL, list(model.weights))
@@ -406,7 +408,8 @@ def test_copies_of_a_model_have_its_bits_and_are_frozen(narrow):
         with pytest.raises(TypeError, match="does not support item assignment"):
             other.weights["norm.bias"] = 0
         if backend_name == "numpy":
-            assert not any(w.flags.writeable for w in other.weights.values())
+            held = [w.halves if isinstance(w, Held) else w for w in other.weights.values()]
+            assert not any(w.flags.writeable for w in held)
     assert not np.shares_memory(asnumpy(copy.deepcopy(model).weights["norm.bias"]), asnumpy(weights["norm.bias"]))
 
 

@@ -38,12 +38,13 @@ from strategies import (
 )
 
 import lora_np as ln
-from lora_np import decode, ops, transformer
+from lora_np import decode, transformer
 from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, backend_name
 from lora_np.batch import check_batch
 from lora_np.binding import bind, frozen
 from lora_np.layout import Layout
+from lora_np.storage import widened
 from lora_np.vectors import derivatives
 from lora_np.vectors.buckets import deberta_bucket, t5_bucket
 
@@ -797,6 +798,6 @@ def test_a_base_held_in_bfloat16_gives_the_same_bits(case, dropout_seed):
 def test_a_base_held_in_bfloat16_merges_in_float32(case):
     wide, narrow = in_bfloat16(case.model)
     merged = ln.merge(narrow, case.adapter)
-    got = {name: ops.widened(w) for name, w in merged.weights.items()}
+    got = {name: widened(w) for name, w in merged.weights.items()}
     assert same_bits(got, dict(ln.merge(wide, case.adapter).weights))
     assert ln.unmerge(merged, case.adapter) is narrow

@@ -19,6 +19,7 @@ from lora_np.formats.merged.survey import survey
 from lora_np.formats.models import gguf_file
 from lora_np.formats.models.gguf import Source, file_name
 from lora_np.formats.models.gguf_file import open_gguf
+from lora_np.storage import BFloat16, widened
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files: the extra models")
 from gguf_files import KINDS, SMALL, WIDE, entry, info, raw, text, write  # noqa: E402
@@ -104,9 +105,9 @@ def test_bfloat16_is_held_as_it_is(path):
     write(path, SMALL, "BF16")
     wide, narrow = ln.load_model(path), ln.load_model(path, storage="bfloat16")
     for name, value in wide.weights.items():
-        expected = ln.asnumpy(value).view("uint32") >> 16 if value.ndim == 2 else ln.asnumpy(value)
-        np.testing.assert_array_equal(ln.asnumpy(narrow.weights[name]), expected)
-        assert narrow.weights[name].dtype == ("uint16" if value.ndim == 2 else "float32")
+        held = narrow.weights[name]
+        assert isinstance(held, BFloat16) == (value.ndim == 2)
+        np.testing.assert_array_equal(ln.asnumpy(widened(held)), ln.asnumpy(value))
     write(path, SMALL)
     with pytest.raises(ValueError, match=r"x\.gguf: token_embd.weight: storage bfloat16: expected float32 numbers"):
         ln.load_model(path, storage="bfloat16")

@@ -21,7 +21,7 @@ import numpy as np
 from ...adapter import LoRAConfig, adapted_shapes, target_of, trained_whole
 from ...backend import Array, asnumpy
 from ...model import Config
-from ...ops import widened
+from ...storage import widened
 from ..files.safetensors_file import TensorFile
 from ..models.base import Base
 from ..models.names import family_of, module_names, module_of, module_parts, module_shapes
@@ -47,7 +47,7 @@ class Slot:
         """The tensor, on the host."""
         tensor = np.zeros(self.shape, dtype=self.dtype)
         for source, index in [
-            *((model.weights[name], index) for name, index in self.base.items()),
+            *((widened(model.weights[name]), index) for name, index in self.base.items()),
             *((params[name], index) for name, index in self.blocks.items()),
         ]:
             tensor[index] = asnumpy(source)

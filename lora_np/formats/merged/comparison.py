@@ -12,6 +12,7 @@ import numpy as np
 from ...adapter import Adapter
 from ...backend import Array, asnumpy
 from ...lora import Update
+from ...storage import widened
 from ..adapters.prefix import moved
 from ..files.rounding import NAMES, numpy_dtype, rounded, ulps_apart
 from ..models.base import Base
@@ -113,10 +114,8 @@ def is_trained(adapter: Adapter, base: Base) -> bool:
     """Whether an adapter changes anything: an s B that is not zero, or a weight trained whole unlike the base's."""
     if any(adapter.config.scale(name) and bool((adapter.params[f"{name}.B"] != 0).any()) for name in adapter.matrices):
         return True
-    return any(
-        not np.array_equal(asnumpy(value), asnumpy(base.weights[name if name in base.weights else "embed.tokens"]))
-        for name, value in adapter.whole.items()
-    )
+    wide = {name: widened(base.weights[name if name in base.weights else "embed.tokens"]) for name in adapter.whole}
+    return any(not np.array_equal(asnumpy(value), asnumpy(wide[name])) for name, value in adapter.whole.items())
 
 
 def compare(plan: Plan, folder: Path, ulps: int) -> Comparison:

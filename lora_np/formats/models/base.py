@@ -9,7 +9,7 @@ import numpy as np
 
 from ...backend import Array, xp
 from ...model import Config
-from ...ops import narrowed
+from ...storage import Matrix, narrowed
 
 Storage: TypeAlias = Literal["bfloat16"]
 LAYER_TENSORS = 6  # of each layer of any file, at least: two norms; q, k and v in one, o, gate and up in one, and down
@@ -66,7 +66,7 @@ def check_layers(n_layer: int, n_tensors: int, where: str) -> None:
         )
 
 
-def held(value: Array, storage: Storage | None, where: str) -> Array:
+def held(value: Array, storage: Storage | None, where: str) -> Matrix:
     """A weight as a model is to hold it: with storage "bfloat16" a matrix is narrowed. `where` names it in errors."""
     if storage not in (None, "bfloat16"):
         raise ValueError(f"load_model: storage: expected bfloat16 or None, got {storage!r}")

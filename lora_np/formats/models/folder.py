@@ -13,7 +13,7 @@ import numpy as np
 from ...backend import Array, asnumpy
 from ...checks import expect
 from ...model import Config, Model, check_model
-from ...ops import widened
+from ...storage import Matrix, widened
 from ..files.atomic import new_folder, write_tensors
 from ..files.json_file import from_fields, read_json, to_fields, write_json
 from ..files.messages import named
@@ -129,10 +129,11 @@ def load_model(
     if weights_hash(weights) != expected_hash:
         raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
     config = with_head(saved, head, n_labels)
-    kept = {name: weights[name] for name in taken(saved, config) if name in weights}
-    del weights
-    for name in kept:  # one by one, so that both copies of one weight alone are held
-        value = kept[name].astype(dtype or kept[name].dtype, copy=False)
+    weights = {name: weights[name] for name in taken(saved, config) if name in weights}
+    kept: dict[str, Matrix] = {}
+    for name in list(weights):  # one by one, so that both copies of one weight alone are held
+        value = weights.pop(name)
+        value = value.astype(dtype or value.dtype, copy=False)
         kept[name] = held(value, storage, f"{folder / WEIGHTS}: {name}")
     return Model(config, completed(config, kept, seed, str(folder)))
 

@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...backend import Array
 from ...model import Config, init_weights
-from ...ops import widened
+from ...storage import Matrix
 
 
 class LacksWeights(ValueError):
@@ -40,12 +39,12 @@ def taken(saved: Config, config: Config) -> list[str]:
     return [name for name in config.weight_shapes() if same_head or not name.startswith("head.")]
 
 
-def completed(config: Config, weights: Mapping[str, Array], seed: int | None, where: str) -> dict[str, Array]:
+def completed(config: Config, weights: Mapping[str, Matrix], seed: int | None, where: str) -> dict[str, Matrix]:
     """The weights, and those that they lack, init_weights' for `seed`; LacksWeights if that is not given."""
     missing = config.weight_shapes().keys() - weights.keys()
     if not missing:
         return dict(weights)
     if seed is None:
         raise LacksWeights(where, missing, config)
-    dtype = str(widened(weights["embed.tokens"][:0]).dtype)
+    dtype = str(weights["embed.tokens"].dtype)
     return {**weights, **init_weights(config, seed=seed, dtype=dtype, names=missing)}

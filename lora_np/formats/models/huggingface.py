@@ -12,7 +12,7 @@ import numpy as np
 
 from ...backend import Array, asnumpy, xp
 from ...model import Config, Model
-from ...ops import widened
+from ...storage import Matrix, widened
 from ..files.json_file import from_fields
 from ..files.safetensors_file import WIDENED
 from .base import Wanted, check_layers, held
@@ -91,7 +91,7 @@ def load_huggingface(folder: Path, raw: Mapping[str, Any], wanted: Wanted) -> Mo
     """
     files = open_huggingface(folder, raw, head=wanted.head, n_labels=wanted.n_labels)
     dtype = wanted.dtype or files.dtype
-    weights: dict[str, Array] = {}
+    weights: dict[str, Matrix] = {}
     for key, place in files.places.items():
         parts = place.split(files.tensors[key].read(dtype))
         weights |= {name: held(part, wanted.storage, str(files.tensors[key])) for name, part in parts.items()}
