@@ -131,6 +131,7 @@ def _lora() -> Iterator[Case]:
         title = "Nothing of W0 is lost, though s = 5/3 rounds in the sum"
         yield Case("L6", f"times-{times}", "unmerge", title, _scalars(3, 5.0, times=times), inputs)
     yield from _many_adapters()
+    yield from _variants()
     yield from _counts()
 
 
@@ -198,6 +199,34 @@ def _many_adapters() -> Iterator[Case]:
         factors = {f"A{i}": draw(f"A{i}", p["r"], 6) for i, p in enumerate(parts)}
         factors |= {f"B{i}": draw(f"B{i}", 5, p["r"]) for i, p in enumerate(parts)}
         yield Case("L9", name, "combine", title, {"adapters": parts, "rank": rank}, factors)
+
+
+def _variants() -> Iterator[Case]:
+    """L10: what is trained beside A and B; L12: another start."""
+    for name in ("bias", "dropout", "bias-dropout", "square", "rslora", "rank-full", "one-token", "wide"):
+        case, draw = _lora_linear("L10", _SHAPES[name]), _Names("L10", name)
+        n_out = len(case.inputs["W0"])
+        inputs = {**case.inputs, "m": draw("m", n_out, low=0.5, high=2.0)}
+        if "dh" not in inputs:
+            inputs["dh"] = draw("dh", *inputs["x"].shape[:2], n_out)
+        yield case._replace(operation="dora_linear", inputs=inputs, gradients=("x", "A", "B", "m"), since="v2")
+    embedding, draw = _lora_embedding(), _Names("L10", "embedding")
+    inputs = {**embedding.inputs, "m": draw("m", 4, low=0.5, high=2.0)}
+    yield embedding._replace(id="L10", operation="dora_embedding", inputs=inputs, gradients=("A", "B", "m"), since="v2")
+    for name in ("square", "rslora"):
+        shape, draw = _SHAPES[name], _Names("L10", f"merge-{name}")
+        inputs = {n: a for n, a in shape.drawn(draw).items() if n in ("W0", "A", "B")}
+        inputs["m"] = draw("m", len(inputs["W0"]), low=0.5, high=2.0)
+        yield Case("L10", f"merge-{name}", "dora_merge", shape.title, shape.scalars, inputs, since="v2")
+    for name, r, rslora in (("rank-2", 2, False), ("rslora", 3, True)):
+        draw = _Names("L12", name)
+        title = f"r = {r}: its leading directions, and the rest"
+        yield Case("L12", name, "pissa", title, _scalars(r, 3.0, rslora=rslora), {"W0": draw("W0", 7, 6)}, since="v2")
+    draw = _Names("L12", "converted")
+    parts = [{**_scalars(2, 3.0), "w": 1.0}, {**_scalars(2, 3.0), "w": -1.0}]
+    inputs = {f"{a}{i}": draw(f"{a}{i}", *shape) for i in (0, 1) for a, shape in (("A", (2, 6)), ("B", (5, 2)))}
+    title = "Plain LoRA of the first base: what was trained less the start"
+    yield Case("L12", "converted", "combine", title, {"adapters": parts, "rank": None}, inputs, since="v2")
 
 
 def _counts() -> Iterator[Case]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..backend import Array
 from .buckets import deberta_bucket, t5_bucket
-from .tracked import FUNCTION, Tracked, U, cos, erf, exp, joined, log, sin, sqrt, tanh, tracked
+from .tracked import FUNCTION, Tracked, U, cos, erf, exp, gamma, joined, log, sin, sqrt, tanh, tracked
 
 Inputs: TypeAlias = Mapping[str, Any]
 Scalars: TypeAlias = Mapping[str, Any]
@@ -128,6 +128,45 @@ def truncated(dW: Tracked, k: int) -> Tracked:
     """
     P, S, Qt, E = decomposed(dW)
     return Tracked((P[:, :k] * S[:k]) @ Qt[:k], E * (2 + 4 * S[k - 1] / (S[k - 1] - S[k])))
+
+
+# --- L10, L12 ----------------------------------------------------------------------------------------------------
+
+
+def with_norm(t: Inputs, c: Scalars) -> tuple[Tracked, Tracked]:
+    """L10: W0 + s B A, and the norm of each of its rows, which no gradient goes back through."""
+    V = t["W0"] + (t["B"] @ t["A"]) * scale(c)
+    return V, sqrt((V * V).sum(-1)).detached()
+
+
+def dora_linear(t: Inputs, c: Scalars) -> Outputs:
+    """As PEFT sums it, which rounds worst: the base, then what the update adds to it."""
+    return {"h": dora_of(t, c, with_norm(t, c)[1])}
+
+
+def dora_of(t: Inputs, c: Scalars, norm: Tracked) -> Tracked:
+    """L10: with the norm given."""
+    g, x = t["m"] / norm, dropped(t["x"], t, c)
+    low = ((x @ t["A"].mT) @ t["B"].mT) * scale(c)
+    return affine(t["x"], t["W0"], t.get("b")) + (x @ t["W0"].mT) * (g - 1) + low * g
+
+
+def dora_embedding(t: Inputs, c: Scalars) -> Outputs:
+    E = {**t, "W0": t["E"].mT}
+    return {"h": lora_embedding(t, c)["h"] * (t["m"] / with_norm(E, c)[1])}
+
+
+def dora_merge(t: Inputs, c: Scalars) -> Outputs:
+    V, norm = with_norm(t, c)
+    return {"W": V * (t["m"] / norm).reshape(-1, 1)}
+
+
+def pissa(t: Inputs, c: Scalars) -> Outputs:
+    """L12: of factors rounded to float32, each of whose rows or columns is no longer than sqrt(sigma_1 / s)."""
+    best = truncated(t["W0"], c["r"])
+    largest = float(np.linalg.norm(t["W0"].value, 2))
+    update = Tracked(best.value, best.error + gamma(c["r"] + 3) * largest)
+    return {"update": update, "residual": t["W0"] - update}
 
 
 # --- T1 to T20 ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from .definitions import (
     asked,
     attended,
     distances,
+    dora_of,
     dropped,
     far_scores,
     gelu_of,
@@ -36,6 +37,7 @@ from .definitions import (
     rows_of,
     scale,
     turned,
+    with_norm,
 )
 from .operations import OPERATIONS
 from .tracked import Tracked, cos, sin, sqrt, tanh, tracked
@@ -132,6 +134,26 @@ def _without(name: str) -> Callable[[Definition], Definition]:
 def _swapped(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
     _need(t["A"].shape[1] == t["B"].shape[0])
     return {**t, "A": t["B"].mT, "B": t["A"].mT}, c
+
+
+def _dora_with(norm: Callable[[Inputs, Scalars], Tracked]) -> Callable[[Definition], Definition]:
+    """L10 with another norm."""
+    return _instead(lambda t, c: {"h": dora_of(t, c, norm(t, c))})
+
+
+def _norm_of_base(t: Inputs, c: Scalars) -> Tracked:
+    return sqrt((t["W0"] * t["W0"]).sum(-1))
+
+
+def _norm_of_columns(t: Inputs, c: Scalars) -> Tracked:
+    _need(t["W0"].shape[0] == t["W0"].shape[1])
+    V, _ = with_norm(t, c)
+    return sqrt((V * V).sum(0)).detached()
+
+
+def _norm_with_gradient(t: Inputs, c: Scalars) -> Tracked:
+    V, _ = with_norm(t, c)
+    return sqrt((V * V).sum(-1))
 
 
 def _transposed(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
@@ -392,10 +414,13 @@ def _weights_directions(t: Inputs, c: Scalars) -> Outputs:
     return {**right, "in_update": right["in_weight"], "factor": right["update"] / right["in_weight"]}
 
 
-_SCALED = ("lora_update", "lora_linear", "lora_embedding", "merge", "per_row", "combine", "model", "amplification")
-_PAIRS = ("lora_update", "lora_linear", "merge")
+_DORA = ("dora_linear", "dora_merge")
+_SCALED = (
+    "lora_update", "lora_linear", "lora_embedding", "merge", "per_row", "combine", "model", "amplification", *_DORA,
+)  # fmt: skip
+_PAIRS = ("lora_update", "lora_linear", "merge", *_DORA)
 _NORMS = ("layer_norm", "rms_norm")
-_BIASED = ("lora_linear", "lora_start", "merge", "per_row", "linear")
+_BIASED = ("lora_linear", "lora_start", "merge", "per_row", "linear", "dora_linear")
 
 MISTAKES = (
     Mistake("the scale s is left out", _SCALED, _scaled(lambda c: 1.0)),
@@ -414,7 +439,7 @@ MISTAKES = (
     Mistake("W0 is transposed, as fan_in_fan_out stores it", ("lora_linear", "merge"),
             _altered(_transposed)),
     Mistake("the dropout mask is not divided by 1 - p", ("lora_linear", "dropout"), _altered(_mask_unscaled)),
-    Mistake("dropout is left out", ("lora_linear",), _without("keep")),
+    Mistake("dropout is left out", ("lora_linear", "dora_linear"), _without("keep")),
     Mistake("dropout acts on the base's branch too", ("lora_linear",), _instead(_dropout_on_base)),
     Mistake("dx does not go back through the dropout mask", ("lora_linear",), _instead(_dropout_unmasked_backward)),
     Mistake("dx lacks the low-rank branch", ("lora_linear",), _instead(_base_gradient_alone)),
@@ -429,6 +454,10 @@ MISTAKES = (
     Mistake("the first row's adapter is taken for all rows", ("per_row",), _altered(_first_for_all)),
     Mistake("the weights w are left out", ("combine",), _weights(lambda w: 1.0)),
     Mistake("the weight w is in both factors", ("combine",), _weights(lambda w: w * w)),
+    Mistake("c is the norm of W0's rows, not of W0 + s B A's", ("dora_linear",), _dora_with(_norm_of_base)),
+    Mistake("c is the norm of the columns", ("dora_linear",), _dora_with(_norm_of_columns)),
+    Mistake("c is no constant in backward", ("dora_linear",), _dora_with(_norm_with_gradient)),
+    Mistake("the magnitude m is left out", ("dora_linear",), _instead(OPERATIONS["lora_linear"].definition)),
     Mistake("the variance is over D - 1", ("layer_norm",), _instead(_sample_variance)),
     Mistake("eps is added outside the root", _NORMS, _instead(_eps_outside)),
     Mistake("the mean is subtracted in an RMS norm", ("rms_norm",), _instead(_rms_centred)),

@@ -132,6 +132,27 @@ _TABLE = (
         {"adapters": "a list: w, alpha, r and rslora of each", "rank": "an integer, or null"},
     ),
     Operation(
+        "dora_linear", "DoRA of a linear, forward and backward",
+        "V = W0 + s B A, c_o the norm of its row o; h = (m / c) ((d * x) V^T) + (x - d * x) W0^T + b, "
+        "d = keep / (1 - p), or 1. In backward c is a constant",
+        {"x": "(N, T, in)", "W0": "(out, in)", "b": "(out,); if there is one", **PAIR, "m": "(out,)",
+         "keep": "(N, T, in) booleans; if there is a mask", "dh": "(N, T, out)"},
+        {"h": "(N, T, out)"}, {**SCALE, **P},
+    ),
+    Operation(
+        "dora_embedding", "DoRA of a look-up", "h = (m / c) (E + s (B A)^T)[tokens], c_d the norm of column d",
+        {"tokens": "(N, T) integers", "E": "(V, D)", "A": "(r, V)", "B": "(D, r)", "m": "(D,)", "dh": "(N, T, D)"},
+        {"h": "(N, T, D)"}, SCALE,
+    ),
+    Operation(
+        "dora_merge", "DoRA's merged matrix", "W = (m / c) (W0 + s B A), row by row",
+        {"W0": "(out, in)", **PAIR, "m": "(out,)"}, {"W": "(out, in)"}, SCALE,
+    ),
+    Operation(
+        "pissa", "The base in two parts", "update = s B A, the nearest matrix to W0 of rank r; residual = W0 - update",
+        {"W0": "(out, in)"}, {"update": "(out, in)", "residual": "(out, in)"}, SCALE,
+    ),
+    Operation(
         "embedding", "Embedding", "x = scale tokens_table[tokens] + positions_table[positions] + types_table[types]",
         {"tokens": "(N, T) integers", "tokens_table": "(V, D)", "positions": "(T,) integers; if there are any",
          "positions_table": "(P, D)", "types": "(N, T) integers; if there are any", "types_table": "(2, D)",

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .. import analysis, lora, ops, optim
-from ..adapter import Adapter, LoRAConfig, count_parameters
+from .. import analysis, dora, lora, ops, optim
+from ..adapter import Adapter, LoRAConfig, count_parameters, init_pissa
 from ..adapter import combine as combined
 from ..adapter import merge as merged
 from ..adapter import unmerge as unmerged
@@ -88,16 +88,43 @@ def merge(t: Arrays, c: Scalars) -> Answers:
     return {"W": W, "h": ops.linear(t["x"], W, t.get("b"))}, {}
 
 
+def dora_linear(t: Arrays, c: Scalars) -> Answers:
+    mask = _mask(t, c, t["x"].dtype)
+    h, saved = dora.dora_linear(t["x"], t["W0"], t.get("b"), t["A"], t["B"], _scale(c), t["m"], dropout_mask=mask)
+    return {"h": h}, dict(zip(("x", "A", "B", "m"), dora.dora_linear_backward(t["dh"], saved), strict=True))
+
+
+def dora_embedding(t: Arrays, c: Scalars) -> Answers:
+    norm = dora.weight_norm(t["E"], t["B"].T, t["A"].T, _scale(c), axis=0)
+    h, saved = dora.dora_embedding(t["tokens"], t["E"], t["A"], t["B"], _scale(c), t["m"], norm)
+    return {"h": h}, dict(zip("ABm", dora.dora_embedding_backward(t["dh"], saved), strict=True))
+
+
+def dora_merge(t: Arrays, c: Scalars) -> Answers:
+    return {"W": dora.dora_merge_matrix(t["W0"], _update(t, c)._replace(m=t["m"]))}, {}
+
+
+def pissa(t: Arrays, c: Scalars) -> Answers:
+    model = _head_model(t["W0"])
+    residual, adapter = init_pissa(model, _head_config(c))
+    A, B = adapter.params["head.A"], adapter.params["head.B"]
+    return {"update": _scale(c) * B @ A, "residual": residual.weights["head.weight"]}, {}
+
+
+def _head_model(W0: Array) -> Model:
+    """A model whose head is a matrix (out, in): the way to what the package does with whole models."""
+    (n_out, n_in), dtype = W0.shape, W0.dtype
+    config = Config(1, 1, 1, 1, n_in, 1, head="tag", n_labels=n_out)
+    return Model(config, {**init_weights(config, seed=0, dtype=str(dtype)), "head.weight": W0})
+
+
 def _head_adapter(A: Array, B: Array, c: Scalars) -> Adapter:
     """A pair as an adapter of a head: the way to what the package does with whole adapters."""
     return Adapter(_head_config(c), {"head.A": A, "head.B": B})
 
 
 def unmerge(t: Arrays, c: Scalars) -> Answers:
-    (n_out, n_in), dtype = t["W0"].shape, t["W0"].dtype
-    config = Config(1, 1, 1, 1, n_in, 1, head="tag", n_labels=n_out)
-    model = Model(config, {**init_weights(config, seed=0, dtype=str(dtype)), "head.weight": t["W0"]})
-    adapter = _head_adapter(t["A"], t["B"], c)
+    model, adapter = _head_model(t["W0"]), _head_adapter(t["A"], t["B"], c)
     for _ in range(c["times"]):
         model = merged(model, adapter)
     for _ in range(c["times"]):

@@ -8,6 +8,7 @@ from lora_np.vectors.answers import FLOAT64, computed, defined, error_ratio
 from lora_np.vectors.cases import all_cases
 from lora_np.vectors.definitions import rounded
 from lora_np.vectors.operations import OPERATIONS
+from lora_np.vectors.statements import STATEMENTS
 from lora_np.vectors.tracked import U
 
 CASES = all_cases()
@@ -17,8 +18,7 @@ EXACT = {"L6", "L8"}  # ids whose every answer must be met exactly
 
 
 def test_every_id_has_a_case():
-    last = {"L": 9, "T": 20, "O": 4, "A": 2}
-    assert {f"{letter}{i}" for letter, n in last.items() for i in range(1, n + 1)} == {*IDS}
+    assert {*IDS} == {*STATEMENTS}
 
 
 def test_names_are_unique_within_an_id_and_fit_a_tensor_s_name():
