@@ -15,7 +15,7 @@ from ..formats.models.presets import PRESETS
 from ..model import Config, Model, init_weights
 from ..ops import llama3_factors
 from .derivatives import architectures
-from .dyadic import UNIT, integers, numbers
+from .dyadic import UNIT, fine, integers, numbers
 
 Arrays = Mapping[str, Array]
 VERSIONS = ("v1", "v2")  # of the cases; each has all those of the one before
@@ -63,6 +63,16 @@ class _Names:
         return integers(f"{self.stem}/{tensor}", shape, 0, 3) > 0
 
 
+class _FineNames(_Names):
+    """Draws what products are made of, -1 to 1, in all bits of a float32."""
+
+    def __call__(self, tensor: str, *shape: int, low: float = -1.0, high: float = 1.0, **unit: float) -> Array:
+        return fine(f"{self.stem}/{tensor}", shape)
+
+
+_FINE = "Inputs of 24 bits, which TF32 and float16 round: their products show"
+
+
 # --- L1 to L9 ------------------------------------------------------------------------------------------------------
 
 
@@ -80,6 +90,11 @@ class _Shape(NamedTuple):
     rslora: bool = False
     bias: bool = True
     dropout: bool = False
+    since: str = "v1"
+
+    def draw(self, id: str, name: str | None = None) -> _Names:
+        """Its numbers in the cases of an id."""
+        return (_FineNames if self.name == "fine" else _Names)(id, name or self.name)
 
     @property
     def scalars(self) -> dict[str, Any]:
@@ -109,19 +124,20 @@ _SHAPES = {
         _Shape("alpha-0", "alpha = 0: the base alone", (2, 3, 6, 5, 2), 0.0),
         _Shape("one-token", "N = T = 1", (1, 1, 6, 5, 2), 6.0),
         _Shape("wide", "in = 96: sums are long", (1, 3, 96, 4, 4), 2.0),
+        _Shape("fine", _FINE, (2, 3, 6, 5, 2), 6.0, bias=False, since="v2"),
     )
 }
 
 
 def _lora() -> Iterator[Case]:
-    for name in ("plain", "square", "rslora", "rank-1", "rank-full", "alpha-0"):
+    for name in ("plain", "square", "rslora", "rank-1", "rank-full", "alpha-0", "fine"):
         shape = _SHAPES[name]
-        pair = {n: a for n, a in shape.drawn(_Names("L1", name)).items() if n in ("A", "B")}
-        yield Case("L1", name, "lora_update", shape.title, shape.scalars, pair)
+        pair = {n: a for n, a in shape.drawn(shape.draw("L1")).items() if n in ("A", "B")}
+        yield Case("L1", name, "lora_update", shape.title, shape.scalars, pair, since=shape.since)
     for shape in _SHAPES.values():
         yield _lora_linear("L2", shape)
         yield _lora_linear("L4", shape)
-    for name in ("bias", "one-token"):
+    for name in ("bias", "one-token", "fine"):
         yield _lora_start(_SHAPES[name])
     yield _lora_embedding()
     yield from _merges()
@@ -136,22 +152,23 @@ def _lora() -> Iterator[Case]:
 
 
 def _lora_linear(id: str, shape: _Shape) -> Case:
-    (N, T, n_in, n_out, _), draw = shape.sizes, _Names(id, shape.name)
+    (N, T, n_in, n_out, _), draw = shape.sizes, shape.draw(id)
     inputs, scalars = shape.drawn(draw), shape.scalars
     if shape.dropout:
         inputs["keep"] = draw.keep("keep", N, T, n_in)
         scalars["p"] = 0.25
     if id == "L2":
-        return Case(id, shape.name, "lora_linear", shape.title, scalars, inputs)
+        return Case(id, shape.name, "lora_linear", shape.title, scalars, inputs, since=shape.since)
     inputs["dh"] = draw("dh", N, T, n_out)
-    return Case(id, shape.name, "lora_linear", shape.title, scalars, inputs, ("x", "A", "B"))
+    return Case(id, shape.name, "lora_linear", shape.title, scalars, inputs, ("x", "A", "B"), shape.since)
 
 
 def _lora_start(shape: _Shape) -> Case:
-    (N, T, _, n_out, r), draw = shape.sizes, _Names("L3", shape.name)
+    (N, T, _, n_out, r), draw = shape.sizes, shape.draw("L3")
     inputs = {**shape.drawn(draw), "B": np.zeros((n_out, r)), "dh": draw("dh", N, T, n_out)}
+    inputs["b"] = _Names("L3", shape.name)("b", n_out)  # what is added is not rounded by TF32
     title = f"{shape.title}. h is the base's, with no tolerance; dA = 0 exactly, dB is not"
-    return Case("L3", shape.name, "lora_start", title, shape.scalars, inputs, ("x", "A", "B"))
+    return Case("L3", shape.name, "lora_start", title, shape.scalars, inputs, ("x", "A", "B"), shape.since)
 
 
 def _lora_embedding() -> Case:
@@ -176,6 +193,9 @@ def _merges() -> Iterator[Case]:
             inputs = {**shape.drawn(draw), "W0": draw("W0", n_out, n_in, unit=2.0**-7)}
             title = f"W0 in {dtype}. {shape.title}"
             yield Case("L5", f"{dtype}-{name}", "merge", title, {**shape.scalars, "dtype": dtype}, inputs)
+    shape = _SHAPES["fine"]
+    inputs, scalars = shape.drawn(shape.draw("L5", "float32-fine")), {**shape.scalars, "dtype": "float32"}
+    yield Case("L5", "float32-fine", "merge", f"W0 in float32. {shape.title}", scalars, inputs, since=shape.since)
 
 
 def _many_adapters() -> Iterator[Case]:
@@ -188,17 +208,22 @@ def _many_adapters() -> Iterator[Case]:
         **{f"B{i}": draw(f"B{i}", 5, r) for i, r in enumerate(ranks)},
     }  # fmt: skip
     yield Case("L7", "per-row", "per_row", "Two adapters of different ranks, and none", {"adapters": adapters}, inputs)
+    draw = _FineNames("L7", "fine")
+    products = {n: draw(n, *a.shape) for n, a in inputs.items() if n not in ("b", "rows")}
+    yield Case("L7", "fine", "per_row", _FINE, {"adapters": adapters}, {**inputs, **products}, since="v2")
     for only, i in (("first", 0), ("second", 1)):
         one = {**inputs, "rows": np.full(4, i)}
         yield Case("L7", f"switched-{only}", "per_row", f"Switched: the {only} alone", {"adapters": adapters}, one)
     for name, title, rank in (
         ("sum", "The whole sum", None), ("rank-2", "Truncated to rank 2", 2), ("rank-1", "Truncated to rank 1", 1),
+        ("fine", _FINE, None),
     ):  # fmt: skip
-        draw = _Names("L9", name)
+        draw = (_FineNames if name == "fine" else _Names)("L9", name)
         parts = [{**_scalars(2, 3.0), "w": 0.75}, {**_scalars(3, 6.0, rslora=True), "w": -0.5}]
         factors = {f"A{i}": draw(f"A{i}", p["r"], 6) for i, p in enumerate(parts)}
         factors |= {f"B{i}": draw(f"B{i}", 5, p["r"]) for i, p in enumerate(parts)}
-        yield Case("L9", name, "combine", title, {"adapters": parts, "rank": rank}, factors)
+        since = "v2" if name == "fine" else "v1"
+        yield Case("L9", name, "combine", title, {"adapters": parts, "rank": rank}, factors, since=since)
 
 
 def _variants() -> Iterator[Case]:
@@ -268,8 +293,9 @@ def _embeddings() -> Iterator[Case]:
     for name, title, T, extra in (
         ("tokens", "Tokens alone, some of them twice", 4, ()), ("all", "Tokens, positions and types", 4, (1, 2)),
         ("one-token", "T = 1", 1, (1,)), ("scaled", "Tokens times sqrt(3), positions not", 4, (1,)),
+        ("fine", "Inputs of 24 bits: float32's sums show where float64 is said", 4, (1, 2)),
     ):  # fmt: skip
-        draw = _Names("T1", name)
+        draw = (_FineNames if name == "fine" else _Names)("T1", name)
         inputs = {"tokens": draw.integers("tokens", 2, T, low=0, high=4), "tokens_table": draw("tokens_table", 5, 3)}
         if 1 in extra:
             inputs |= {"positions": np.arange(2, T + 2), "positions_table": draw("positions_table", 7, 3)}
@@ -278,19 +304,20 @@ def _embeddings() -> Iterator[Case]:
         inputs["dx"] = draw("dx", 2, T, 3)
         tables = tuple(n for n in inputs if n.endswith("_table"))
         scalars = {"scale": 3**0.5} if name == "scaled" else {}
-        yield Case("T1", name, "embedding", title, scalars, inputs, tables)
+        yield Case("T1", name, "embedding", title, scalars, inputs, tables, "v2" if name == "fine" else "v1")
 
 
 def _linears() -> Iterator[Case]:
     for name, title, T, n_in, bias in (
         ("plain", "No bias", 3, 6, False), ("bias", "With a bias", 3, 6, True), ("one-token", "T = 1", 1, 6, True),
-        ("wide", "in = 96: sums are long", 2, 96, True),
+        ("wide", "in = 96: sums are long", 2, 96, True), ("fine", _FINE, 3, 6, False),
     ):  # fmt: skip
-        draw = _Names("T2", name)
+        draw = (_FineNames if name == "fine" else _Names)("T2", name)
         inputs = {"x": draw("x", 2, T, n_in), "W": draw("W", 4, n_in), "dy": draw("dy", 2, T, 4)}
         if bias:
             inputs["b"] = draw("b", 4)
-        yield Case("T2", name, "linear", title, {}, inputs, ("x", "W", *(("b",) if bias else ())))
+        gradients = ("x", "W", *(("b",) if bias else ()))
+        yield Case("T2", name, "linear", title, {}, inputs, gradients, "v2" if name == "fine" else "v1")
 
 
 def _norms() -> Iterator[Case]:
@@ -326,18 +353,22 @@ def _activations() -> Iterator[Case]:
             x[:3] = 0.0, limit, -limit
             inputs = {"x": x, "dy": draw("dy", 24)}
             yield Case(id, f"{operation}-{name}", operation, title, {}, inputs, ("x",))
-    for name, T, activation in (("mlp", 3, None), ("mlp-one-token", 1, None), ("mlp-gelu-tanh", 3, "gelu_tanh")):
-        draw = _Names("T7", name)
+    for name, T, activation in (
+        ("mlp", 3, None), ("mlp-one-token", 1, None), ("mlp-gelu-tanh", 3, "gelu_tanh"), ("mlp-fine", 3, None),
+    ):  # fmt: skip
+        draw = (_FineNames if name == "mlp-fine" else _Names)("T7", name)
         inputs = {
             "x": draw("x", 2, T, 4), "W_gate": draw("W_gate", 6, 4), "W_up": draw("W_up", 6, 4),
             "W_down": draw("W_down", 4, 6), "dy": draw("dy", 2, T, 4),
         }  # fmt: skip
         title, scalars = (f"T = {T}", {}) if activation is None else ("Gated by GELU", {"activation": activation})
-        yield Case("T7", name, "gated_mlp", title, scalars, inputs, ("x", "W_gate", "W_up", "W_down"))
+        title, since = (_FINE, "v2") if name == "mlp-fine" else (title, "v1")
+        yield Case("T7", name, "gated_mlp", title, scalars, inputs, ("x", "W_gate", "W_up", "W_down"), since)
 
 
 # Of what an exponential is taken of. -64 to 0 is 65,536 values: no more are drawn.
 _NEAR, _BELOW = {"low": -2.0, "high": 2.0}, {"low": -64.0, "high": -UNIT}
+_FAR = {"low": -100.0, "high": 100.0, "unit": 2.0**-7}
 
 
 def _softmaxes() -> Iterator[Case]:
@@ -355,9 +386,31 @@ def _softmaxes() -> Iterator[Case]:
         inputs = {"x": draw("x", *shape, **limits), "dp": draw("dp", *shape)}
         inputs["mask"] = np.ones(shape, dtype=bool) if mask is None else mask
         yield Case("T8", name, "softmax", title, {}, inputs, ("x",))
+    yield from _far_softmaxes(shape)
     draw = _Names("T8", "one")
     inputs = {"x": draw("x", 3, 1), "dp": draw("dp", 3, 1), "mask": np.ones((3, 1), dtype=bool)}
     yield Case("T8", "one", "softmax", "One place: p = 1, and no gradient", {}, inputs, ("x",))
+
+
+def _far_softmaxes(shape: tuple[int, int]) -> Iterator[Case]:
+    everywhere, row = np.ones(shape, dtype=bool), np.arange(shape[0])
+    for name, title, limits, largest in (
+        ("hundred", "-100 to 100: exp alone overflows", _FAR, 100.0),
+        (
+            "all-below",
+            "-204 to -104: exp alone underflows, and leaves 0 / 0",
+            {"low": -204.0, "high": -104.0, "unit": 2.0**-7},
+            None,
+        ),
+        ("largest-masked", "The largest is masked, and 150 above the others", {**_FAR, "high": -50.0}, 100.0),
+    ):
+        draw, mask = _Names("T8", name), everywhere.copy()
+        x = draw("x", *shape, **limits)
+        if largest is not None:
+            x[row, row], x[row, row + 1] = largest, largest - 0.75 if name == "hundred" else x[row, row + 1]
+            mask[row, row] = name != "largest-masked"
+        inputs = {"x": x, "dp": draw("dp", *shape), "mask": mask}
+        yield Case("T8", name, "softmax", title, {}, inputs, ("x",), since="v2")
 
 
 def _attentions() -> Iterator[Case]:
@@ -378,19 +431,23 @@ def _attentions() -> Iterator[Case]:
         ("T9", "window", "A window of two keys", (2, 2, 5, 5), True, None, 2),
         ("T9", "window-cached", "A window of two, two queries at the end of five keys", (2, 2, 2, 5), True, None, 2),
         ("T9", "scaled", "Scores times 3/4", (2, 2, 4, 4), True, None, None, 0.75),
+        ("T9", "far", "Scores near 110: exp alone overflows", (2, 2, 4, 4), True, None),
+        ("T9", "fine", _FINE, (2, 2, 4, 4), True, None),
         ("T10", "causal", "Four query heads, two key/value heads", (4, 2, 4, 4), True, None),
         ("T10", "one-group", "Four query heads, one key/value head", (4, 1, 3, 3), False, None),
         ("T10", "padded", "Grouped and padded", (4, 2, 4, 4), False, padded),
     ):  # fmt: skip
-        draw, K = _Names(id, name), 3
+        draw, K = (_FineNames if name == "fine" else _Names)(id, name), 3
+        of_q, of_k = ({"low": 6.0, "high": 8.0}, {"low": 8.5, "high": 9.5}) if name == "far" else (_NEAR, _NEAR)
         inputs = {
-            "q": draw("q", 2, H, T, K, low=-2, high=2), "k": draw("k", 2, G, S, K, low=-2, high=2),
+            "q": draw("q", 2, H, T, K, **of_q), "k": draw("k", 2, G, S, K, **of_k),
             "v": draw("v", 2, G, S, K), "dy": draw("dy", 2, H, T, K),
         }  # fmt: skip
         if mask is not None:
             inputs["mask"] = mask
         by_place = {n: value for n, value in zip(("window", "scale"), place, strict=False) if value is not None}
-        yield Case(id, name, "attention", title, {"causal": causal, **by_place}, inputs, ("q", "k", "v"))
+        scalars, since = {"causal": causal, **by_place}, "v2" if name in ("far", "fine") else "v1"
+        yield Case(id, name, "attention", title, scalars, inputs, ("q", "k", "v"), since=since)
 
 
 def _rotaries() -> Iterator[Case]:
@@ -463,6 +520,14 @@ def _losses(id: str, **scalars: Any) -> Iterator[Case]:
         draw = _Names(id, name)
         inputs = {"logits": draw("logits", 5, 5, **limits), "targets": np.array(targets)}
         yield Case(id, name, "cross_entropy", title, scalars, inputs, ("logits",))
+    for name, title, at_target in (
+        ("hundred", "-100 to 100, the target near the largest: exp alone overflows", 99.25),
+        ("target-below", "The target is 200 below the largest: its softmax is 0 in float32", -100.0),
+    ):
+        draw, row = _Names(id, name), np.arange(5)
+        inputs = {"logits": draw("logits", 5, 5, **_FAR), "targets": (row + 1) % 5}
+        inputs["logits"][row, row], inputs["logits"][row, inputs["targets"]] = 100.0, at_target
+        yield Case(id, name, "cross_entropy", title, scalars, inputs, ("logits",), since="v2")
 
 
 # --- T13, T14, T16, and LoRA in whole models ------------------------------------------------------------------------
@@ -494,8 +559,11 @@ def _weight(draw: _Names, name: str, shape: tuple[int, ...]) -> Array:
     return draw(name, *shape, low=-0.75, high=0.75)
 
 
-def _batch(draw: _Names, config: Config, N: int, T: int, *, padded: bool) -> dict[str, Array]:
-    batch: dict[str, Array] = {"tokens": draw.integers("tokens", N, T, low=0, high=config.vocab_size - 1)}
+def _batch(
+    draw: _Names, config: Config, N: int, T: int, *, padded: bool, tokens: Array | None = None
+) -> dict[str, Array]:  # fmt: skip
+    drawn = draw.integers("tokens", N, T, low=0, high=config.vocab_size - 1)
+    batch: dict[str, Array] = {"tokens": drawn if tokens is None else tokens}
     places = (N,) if config.head == "classify" else (N, T)
     batch["targets"] = draw.integers("targets", *places, low=0, high=config.head_size - 1)
     if config.head != "classify":
@@ -512,10 +580,10 @@ def _batch(draw: _Names, config: Config, N: int, T: int, *, padded: bool) -> dic
 
 def _model_case(
     id: str, name: str, title: str, config: Config, lora: LoRAConfig | None = None, *, T: int = 4, padded: bool = False,
-    **scalars: Any,
+    tokens: Array | None = None, since: str = "v1", **scalars: Any,
 ) -> Case:  # fmt: skip
     draw = _Names(id, name)
-    inputs = _batch(draw, config, 2, T, padded=padded)
+    inputs = _batch(draw, config, 2, T, padded=padded, tokens=tokens)
     weights = {weight: _weight(draw, weight, shape) for weight, shape in config.weight_shapes().items()}
     trained: tuple[str, ...] = tuple(weights)
     if lora is not None:
@@ -525,7 +593,8 @@ def _model_case(
         weights |= {n: _weight(draw, n, a.shape) for n, a in start.items() if n not in weights}
         scalars |= {"r": lora.r, "alpha": lora.alpha, "rslora": lora.rslora, "trained_whole": whole}
         scalars["adapted"] = list(lora.targets)
-    return Case(id, name, "model", title, {**_fields(config), **scalars}, {**weights, **inputs}, trained)
+        scalars |= {"rank_pattern": lora.rank_pattern} if lora.rank_pattern else {}
+    return Case(id, name, "model", title, {**_fields(config), **scalars}, {**weights, **inputs}, trained, since)
 
 
 def _models() -> Iterator[Case]:
@@ -569,7 +638,39 @@ def _models() -> Iterator[Case]:
         ("pooler-gelu", "A pooler of GELU", replace(_config("BERT, classifier"), pooler="gelu"), False),
     ):
         yield _model_case("T14", name, title, config, padded=padded)
+    tokens = np.array([[1, 0, 5, 3], [2, 6, 4, 1]])
+    title = "A causal classifier reads the last true token, and no two tokens of a text are the same"
+    config = _config("GPT-2, classifier")
+    yield _model_case("T14", "classifier-last-differs", title, config, padded=True, tokens=tokens, since="v2")
+    title = "The first token's position is row 2, padded: RoBERTa"
+    yield _model_case("T13", "position-offset", title, replace(bert, position_offset=2), padded=True, since="v2")
+    yield from _second_llamas()
     yield from _generations(gpt2, llama)
+    yield from _generations_with_logits(gpt2)
+
+
+def _second_llama() -> Config:
+    """Two layers, and heads of four: pairs of rotary positions have a distance, theta shows, and a head a group."""
+    return replace(
+        _config("Llama, tied"), n_layer=2, n_head=4, n_kv_head=2, d_model=16, d_ff=8, rope_theta=5e5, tie_head=False
+    )
+
+
+def _second_llamas() -> Iterator[Case]:
+    llama = _second_llama()
+    title = "Two layers, K = 4, H = 4, G = 2, theta = 500000, padded"
+    yield _model_case("T13", "llama-two", title, llama, padded=True, since="v2")
+    every = ("q", "k", "v", "o", "up", "gate", "down")
+    ranks = {"q": 1, "layers.1.mlp.down": 3}
+    for name, title, lora in (
+        ("model-ranks", "Two layers of a Llama, whose ranks differ by target, and one by layer",
+         LoRAConfig(r=2, alpha=3, targets=every, rank_pattern=ranks)),
+        ("model-ranks-rslora", "The same, rank-stabilised: each by its own rank",
+         LoRAConfig(r=2, alpha=3, targets=("q", "v", "down"), rank_pattern=ranks, rslora=True)),
+        ("model-fused-groups", "Two layers of a Llama, q, k and v fused: B has 4 heads' rows, then 2 and 2",
+         LoRAConfig(r=2, alpha=3, targets=("qkv",))),
+    ):  # fmt: skip
+        yield _model_case("L4", name, title, llama, lora, since="v2")
 
 
 def _generations(gpt2: Config, llama: Config) -> Iterator[Case]:
@@ -585,6 +686,45 @@ def _generations(gpt2: Config, llama: Config) -> Iterator[Case]:
         draw, scalars = _Names("T16", name), {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         inputs = {"logits": draw("logits", 8, 6, low=-2, high=2), "u": draw("u", 8, low=1 / 64, high=63 / 64)}
         yield Case("T16", name, "sample", title, scalars, inputs)
+    for name, title, temperature, top_k, top_p in (
+        ("draws", "64 draws: the temperature comes before top_p", 0.5, None, 0.7),
+        ("draws-both", "64 draws, cut to five, then to 0.75, at one and a half times the temperature", 1.5, 5, 0.75),
+    ):
+        draw, scalars = _Names("T16", name), {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        inputs = {"logits": draw("logits", 64, 8, low=-2, high=2), "u": draw("u", 64, low=1 / 64, high=63 / 64)}
+        yield Case("T16", name, "sample", title, scalars, inputs, since="v2")
+
+
+def _generations_with_logits(gpt2: Config) -> Iterator[Case]:
+    two, llama = replace(gpt2, n_layer=2, tie_head=False), _second_llama()
+    left = np.array([[False, False, True, True], [True, True, True, True]])
+    for name, title, config, mask in (
+        ("logits-learned", "The logits that chose each token, beside it", two, None),
+        ("logits-rotary", "The same, of a Llama of two layers", llama, None),
+        ("left-padded-learned", "The first text is padded on the left: its first true token stands at 0", two, left),
+        ("left-padded-rotary", "The same, of a Llama of two layers", llama, left),
+    ):
+        yield _generation(_model_case("T16", name, title, config, since="v2"), mask)
+    draw = _Names("T16", "adapters")
+    case = _model_case("T16", "adapters", "An adapter for each text, and none", two, since="v2")
+    adapters = [{**_scalars(1, 2.0), "adapted": ["q", "v"]}, {**_scalars(3, 4.0, rslora=True), "adapted": ["o", "up"]}]
+    start, inputs = Model(two, init_weights(two, seed=0)), {"rows": np.array([1, -1]), **case.inputs}
+    for i, one in enumerate(adapters):
+        lora = LoRAConfig(r=one["r"], alpha=one["alpha"], rslora=one["rslora"], targets=tuple(one["adapted"]))
+        for name, a in init_adapter(start, lora, seed=0).params.items():
+            inputs[f"adapters.{i}.{name}"] = draw(f"adapters.{i}.{name}", *a.shape)
+    case = case._replace(inputs=inputs, scalars={**case.scalars, "adapters": adapters})
+    yield _generation(case, None)
+    both = case._replace(name="adapters-both", title="Another adapter for each text")
+    yield _generation(both._replace(inputs={**inputs, "rows": np.array([0, 1])}), None)
+
+
+def _generation(case: Case, mask: Array | None) -> Case:
+    """A whole model's case, going on for three tokens, with their logits."""
+    inputs = {name: a for name, a in case.inputs.items() if name != "targets"}
+    inputs |= {} if mask is None else {"mask": mask}
+    scalars = {**case.scalars, "n": 3, "logits": True}
+    return case._replace(operation="generate", scalars=scalars, inputs=inputs, gradients=())
 
 
 # --- O1 to O4 ------------------------------------------------------------------------------------------------------
@@ -599,13 +739,17 @@ def _optimizer() -> Iterator[Case]:
         ("no-decay", "No weight decay", 2, {**usual, "weight_decay": 0.0}),
         ("dyadic-step-1", "Scalars that every float has: no rounding of them", 1, dyadic),
         ("dyadic-step-3", "The same, the third step", 3, dyadic),
+        ("zero", "p = 0: nothing but the step shows", 2, usual), ("dyadic-zero", "The same", 3, dyadic),
     ):  # fmt: skip
         draw = _Names("O1", name)
         inputs = {"p": draw("p", 12), "g": draw("g", 12), "m": draw("m", 12), "v": draw("v", 12, low=0.0)}
         inputs["g"][0] = inputs["m"][0] = inputs["v"][0] = 0.0  # as of A at the start
         if step == 1:
             inputs["m"], inputs["v"] = np.zeros(12), np.zeros(12)
-        yield Case("O1", name, "adamw", title, {"step": step, **scalars}, inputs)
+        since = "v1"
+        if name.endswith("zero"):
+            inputs["p"], since = np.zeros(12), "v2"
+        yield Case("O1", name, "adamw", title, {"step": step, **scalars}, inputs, since=since)
     for name, warmup, total in (("usual", 4, 16), ("no-warmup", 0, 10)):
         inputs = {"steps": np.arange(total + 2)}
         title = f"warmup = {warmup}, total = {total}"

@@ -244,14 +244,24 @@ def gated_mlp(t: Inputs, c: Scalars) -> Outputs:
     return {"y": (ACTIVATIONS[c.get("activation", "silu")](gate) * up) @ t["W_down"].mT}
 
 
+def less_largest(z: Tracked, seen: Array) -> Tracked:
+    """z less the largest of its row that is seen: what is subtracted, the same of all, divides out in a softmax.
+
+    The rounding is that, and that of z - lse, lse = log sum exp z, of which exp is the softmax too: lse is as far off
+    as a number of its size is rounded, and as log is.
+    """
+    largest = np.where(seen, z.value, -np.inf).max(axis=-1, keepdims=True)
+    largest = np.where(np.isfinite(largest), largest, 0.0)
+    below = np.minimum(z.value - largest, 0)
+    log_sum = np.log(np.maximum((np.exp(below) * seen).sum(-1, keepdims=True), 1))
+    own = U * (np.abs(below) + z.error + np.abs(largest + log_sum)) + (FUNCTION + U) * log_sum
+    return Tracked(below, z.error, [(z, lambda g: g)], local=own)
+
+
 def weights_of(scores: Tracked, visible: Array) -> Tracked:
     """T8: softmax over the last axis, of what is visible; zeros where nothing is."""
     seen = np.broadcast_to(visible, scores.shape)
-    largest = np.where(seen, scores.value, -np.inf).max(axis=-1, keepdims=True)
-    largest = np.where(np.isfinite(largest), largest, 0.0)
-    at_most = Tracked(largest, np.where(seen, scores.error, 0.0).max(axis=-1, keepdims=True))
-    e = exp(Tracked(np.minimum(scores.value - largest, 0), scores.error + at_most.error,
-                    [(scores, lambda g: g)], rounding=U)) * (seen * 1.0)  # fmt: skip
+    e = exp(less_largest(scores, seen)) * (seen * 1.0)
     total = e.sum(-1, keepdims=True)
     return e / (total + (total.value == 0) * 1.0)
 
@@ -361,7 +371,7 @@ def asked(t: Inputs, c: Scalars, mask: Array | None, *, causal: bool) -> Outputs
 
 def row_losses(logits: Tracked, targets: Array) -> Tracked:
     """T15: -log softmax(logits)[target], a row at a time. logits (M,V), targets (M,) -> (M,)."""
-    z = logits - logits.value.max(axis=-1, keepdims=True)
+    z = less_largest(logits, np.ones(logits.shape, dtype=bool))
     return log(exp(z).sum(-1)) - z[np.arange(len(targets)), targets]
 
 
@@ -379,17 +389,24 @@ def cross_entropy(t: Inputs, c: Scalars) -> Outputs:
 # --- Whole models (T13, T14, and LoRA in them) -----------------------------------------------------------------------
 
 
+def scale_of(c: Scalars, name: str) -> float:
+    """L1: the scale of the matrix `name`, whose rank may be its own, or its target's."""
+    ranks = c.get("rank_pattern", {})
+    return scale({**c, "r": ranks.get(name, ranks.get(name.rpartition(".")[2], c["r"]))})
+
+
 def projected(t: Inputs, c: Scalars, name: str, x: Tracked) -> Tracked:
     """T2, L2: the matrix `name` with its update, or its part of a fused one."""
     W = t["embed.tokens"] if name == "head" and "head.weight" not in t else t[f"{name}.weight"]
     y = affine(x, W, t.get(f"{name}.bias"))
     if f"{name}.A" in t:
-        return y + ((x @ t[f"{name}.A"].mT) @ t[f"{name}.B"].mT) * scale(c)
+        return y + ((x @ t[f"{name}.A"].mT) @ t[f"{name}.B"].mT) * scale_of(c, name)
     stem, part = name.rpartition(".")[0], name.rpartition(".")[2]
     if f"{stem}.qkv.A" in t and part in ("q", "k", "v"):
-        D = c["d_model"]
-        at = "qkv".index(part) * D
-        return y + ((x @ t[f"{stem}.qkv.A"].mT) @ t[f"{stem}.qkv.B"][at : at + D].mT) * scale(c)
+        before = {"q": (), "k": ("q",), "v": ("q", "k")}[part]
+        at = sum(t[f"{stem}.{one}.weight"].shape[0] for one in before)
+        B = t[f"{stem}.qkv.B"][at : at + W.shape[0]]  # (out of q, k and v, r) -> (out,r)
+        return y + ((x @ t[f"{stem}.qkv.A"].mT) @ B.mT) * scale_of(c, f"{stem}.qkv")
     return y
 
 
@@ -471,11 +488,33 @@ def model(t: Inputs, c: Scalars) -> Outputs:
 
 
 def generate(t: Inputs, c: Scalars) -> Outputs:
-    tokens = t["tokens"]
+    """T16, without a cache; a text at a time where each has its own adapter."""
+    parts = [alone(t, c, n) for n in range(len(t["tokens"]))] if "rows" in t else [(t, c)]
+    made = [continued(*part) for part in parts]
+    outputs = {"tokens": Tracked(np.concatenate([tokens for tokens, _ in made]))}
+    return {**outputs, "logits": joined([logits for _, logits in made], 0)} if c.get("logits") else outputs
+
+
+def alone(t: Inputs, c: Scalars, n: int) -> tuple[Inputs, Scalars]:
+    """L7: one text of a batch, and its own adapter."""
+    own: dict[str, Any] = {**t, **{name: t[name][n : n + 1] for name in ("tokens", "mask") if name in t}}
+    if t["rows"][n] < 0:
+        return own, c
+    stem = f"adapters.{t['rows'][n]}."
+    own |= {name.removeprefix(stem): x for name, x in t.items() if name.startswith(stem)}
+    return own, {**c, **c["adapters"][t["rows"][n]]}
+
+
+def continued(t: Inputs, c: Scalars) -> tuple[Array, Tracked]:
+    """The tokens, and the logits that chose each new one: (N,T) -> (N,T+n), (N,n,V)."""
+    chosen = []
     for _ in range(c["n"]):
-        logits = logits_of({**t, "tokens": tokens}, c)
-        tokens = np.concatenate([tokens, logits.value[:, -1].argmax(axis=-1)[:, None]], axis=1)
-    return {"tokens": Tracked(tokens)}
+        chosen.append(logits_of(t, c)[:, -1:])
+        new = chosen[-1].value.argmax(axis=-1)
+        t = {**t, "tokens": np.concatenate([t["tokens"], new], axis=1)}
+        if "mask" in t:
+            t["mask"] = np.concatenate([t["mask"], np.ones(new.shape, dtype=bool)], axis=1)
+    return t["tokens"], joined(chosen, 1)
 
 
 def sample(t: Inputs, c: Scalars) -> Outputs:

@@ -58,8 +58,8 @@ WEIGHTS = {
     "WEIGHT": "each matrix (out, in), by name: embed.tokens, embed.positions, embed.types, embed.norm.weight, "
     "layers.0.attn.q.weight, layers.0.attn.q.bias, ... k v o, layers.0.mlp.up, gate, down, layers.0.norm1, norm2, "
     "norm, pooler, head; layers.0.attn.q.A (r, in) and .B (out, r) of each adapted matrix; layers.0.attn.qkv.A (r, D) "
-    "and .B (3 D, r) stand for q, k and v together; layers.0.attn.prefix.k and .v (n_kv_head, prefix, K), if there is "
-    "a prefix"
+    "and .B stand for q, k and v together, B's rows for q's, then k's, then v's; layers.0.attn.prefix.k and .v "
+    "(n_kv_head, prefix, K), if there is a prefix"
 }
 ARCHITECTURE = {
     "n_layer, n_head, n_kv_head, d_model, d_ff, eps, rope_theta, position_offset": "as their names say; the first "
@@ -77,6 +77,8 @@ ARCHITECTURE = {
     "prefix": "how many keys and values of a layer's own stand before those of each text: every query sees them, they "
     "have no positions; none if it is not given",
     **{name: f"{text}; only with an adapter" for name, text in SCALE.items()},
+    "rank_pattern": "ranks that differ, by a matrix's full name or by the last part of it, q, down, ...; s is by the "
+    "matrix's own rank; none if it is not given",
 }
 
 _TABLE = (
@@ -261,8 +263,13 @@ _TABLE = (
     ),
     Operation(
         "generate", "Greedy generation", "n times: the token of the largest logit at the last place is added",
-        {**TOKENS, **WEIGHTS}, {"tokens": "(N, T + n) integers, the given ones first"},
-        {**ARCHITECTURE, "n": "how many"},
+        {**TOKENS, **WEIGHTS, "rows": "(N,) integers: each text's adapter, -1 for none; if there are several. The "
+         "matrices of adapter 0 are adapters.0.layers.0.attn.q.A, ..."},
+        {"tokens": "(N, T + n) integers, the given ones first",
+         "logits": "(N, n, V): those that chose each new token; if `logits` is true"},
+        {**ARCHITECTURE, "n": "how many", "logits": "true or false; false if it is not given",
+         "adapters": "a list: alpha, r, rslora and adapted, as above, of each adapter; if there are several"},
+        whole=True,
     ),
     Operation(
         "sample", "A token drawn", "p = softmax(logits / temperature), the likeliest first; the top_k likeliest are "

@@ -20,7 +20,8 @@ from ..adapter import merge as merged
 from ..adapter import unmerge as unmerged
 from ..backend import Array, asnumpy, xp
 from ..batch import IGNORED
-from ..decode import choose
+from ..binding import AnyAdapter, bind, frozen
+from ..decode import choose, new_cache, next_logits
 from ..decode import generate as generated
 from ..distance import PositionBias, deberta_buckets, t5_buckets
 from ..formats.models.presets import PRESETS
@@ -311,9 +312,15 @@ def _model_and_adapter(t: Arrays, c: Scalars) -> tuple[Model, Adapter | None]:
     base = Model(config, {name: t[name] for name in config.weight_shapes()})
     if "r" not in c:
         return base, None
-    lora_config = LoRAConfig(r=c["r"], alpha=c["alpha"], rslora=c["rslora"], targets=tuple(c["adapted"]))
     trained = {name: t[name] for name in t if name.endswith((".A", ".B")) or name in c["trained_whole"]}
-    return base, Adapter(lora_config, trained)
+    return base, Adapter(_lora_config(c), trained)
+
+
+def _lora_config(c: Scalars) -> LoRAConfig:
+    return LoRAConfig(
+        r=c["r"], alpha=c["alpha"], rslora=c["rslora"], targets=tuple(c["adapted"]),
+        rank_pattern=c.get("rank_pattern", {}),
+    )  # fmt: skip
 
 
 def model(t: Arrays, c: Scalars) -> Answers:
@@ -333,8 +340,33 @@ def model(t: Arrays, c: Scalars) -> Answers:
 
 
 def generate(t: Arrays, c: Scalars) -> Answers:
-    base, adapter = _model_and_adapter(t, c)
-    return {"tokens": generated(base, t["tokens"], adapter, n=c["n"])}, {}
+    base, single = _model_and_adapter(t, c)
+    adapter: AnyAdapter = single
+    if "rows" in t:
+        adapters = [_numbered(t, i, one) for i, one in enumerate(c["adapters"])]
+        adapter = [None if i < 0 else adapters[i] for i in asnumpy(t["rows"]).tolist()]
+    tokens = generated(base, t["tokens"], adapter, n=c["n"], mask=t.get("mask"))
+    if not c.get("logits"):
+        return {"tokens": tokens}, {}
+    return {"tokens": tokens, "logits": _cached_logits(base, adapter, tokens, c["n"], t.get("mask"))}, {}
+
+
+def _numbered(t: Arrays, i: int, c: Scalars) -> Adapter:
+    """The adapter `i` of several."""
+    stem = f"adapters.{i}."
+    return Adapter(_lora_config(c), {name.removeprefix(stem): a for name, a in t.items() if name.startswith(stem)})
+
+
+def _cached_logits(base: Model, adapter: AnyAdapter, tokens: Array, n: int, mask: Any) -> Array:
+    """The logits that chose each of the last n tokens, as generate has them from its cache. -> (N,n,V)."""
+    N, S = tokens.shape
+    adapted, cache = frozen(bind(base, adapter, rows=N)), new_cache(base.config, N=N, longest=S, dtype=base.dtype)
+    kept = None if mask is None else np.concatenate([asnumpy(mask), np.ones((N, n), dtype=bool)], axis=1)
+    start, chosen = 0, []
+    for end in range(S - n, S):
+        chosen.append(next_logits(adapted, cache, tokens[:, start:end], None if kept is None else kept[:, :end]))
+        start = end
+    return xp.stack(chosen, axis=1)
 
 
 class _Given:

@@ -65,7 +65,7 @@ def merge(t, c, planted):
         s = -s
     W = W0 + f(s) * (B @ A)
     if planted == "bias merged":
-        W = W + b[:, None]
+        W = W + np.reshape(b, (-1, 1))
     return {"W": W, "h": t["x"] @ W.T + b}, {}
 
 

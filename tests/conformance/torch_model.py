@@ -16,11 +16,11 @@ def model(adapted, t, c):
         fused = f"{stem}.qkv" if part in ("q", "k", "v") and f"{stem}.qkv.A" in t else None
         if fused or f"{name}.A" in t:
             A, B = t[f"{fused or name}.A"], t[f"{fused or name}.B"]
-            layer = adapted(linear_of(W), [(A, B, c)])[1]
+            layer = adapted(linear_of(W), [(A, B, {**c, "r": len(A)})])[1]
             low = layer.lora_B["0"](layer.lora_A["0"](x)) * layer.scaling["0"]
-            D = c["d_model"]
-            at = "qkv".index(part) * D if fused else 0
-            return F.linear(x, W, bias) + (low[..., at : at + D] if fused else low)
+            before = {"q": "", "k": "q", "v": "qk"}[part] if fused else ""
+            at = sum(len(t[f"{stem}.{one}.weight"]) for one in before)
+            return F.linear(x, W, bias) + low[..., at : at + len(W)]
         return F.linear(x, W, bias)
 
     def norm(name, x):
@@ -77,7 +77,26 @@ def model(adapted, t, c):
 
 
 def generate(adapted, t, c):
+    """A text at a time."""
+    texts = [continued(adapted, *alone(t, c, n)) for n in range(len(t["tokens"]))]
+    return {name: torch.cat([text[name] for text in texts]) for name in ("tokens", "logits")}
+
+
+def alone(t, c, n):
+    """One text, and its own adapter if there are some."""
+    own = {**t, **{name: t[name][n : n + 1] for name in ("tokens", "mask") if name in t}}
+    if "rows" not in t or t["rows"][n] < 0:
+        return own, c
+    stem = f"adapters.{t['rows'][n]}."
+    own |= {name.removeprefix(stem): a for name, a in t.items() if name.startswith(stem)}
+    return own, {**c, **c["adapters"][t["rows"][n]]}
+
+
+def continued(adapted, t, c):
+    chosen = []
     for _ in range(c["n"]):
-        new = model(adapted, t, c)["logits"][:, -1].argmax(-1, keepdim=True)
-        t = {**t, "tokens": torch.cat([t["tokens"], new], 1)}
-    return {"tokens": t["tokens"]}
+        chosen.append(model(adapted, t, c)["logits"][:, -1:])
+        t = {**t, "tokens": torch.cat([t["tokens"], chosen[-1].argmax(-1)], 1)}
+        if "mask" in t:
+            t["mask"] = torch.cat([t["mask"], torch.ones(1, 1, dtype=torch.bool)], 1)
+    return {"tokens": t["tokens"], "logits": torch.cat(chosen, 1)}

@@ -36,8 +36,8 @@ def test_every_input_is_exact_in_float32():
         for name, a in case.inputs.items():
             assert a.dtype.name in ("float64", "int64", "bool"), (case.id, case.name, name)
             if a.dtype == np.float64:
-                assert (a * 1024 == np.rint(a * 1024)).all(), (case.id, case.name, name)
-                assert (a.astype(np.float32) == a).all()
+                assert (a.astype(np.float32) == a).all(), (case.id, case.name, name)
+                assert (a * 1024 == np.rint(a * 1024)).all() or case.since != "v1", (case.id, case.name, name)
 
 
 @of_id

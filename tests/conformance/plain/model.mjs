@@ -1,7 +1,7 @@
 // A whole transformer, forward and backward: T13, T14, T16, and LoRA in it. A part is a function of x that gives its
 // result and the way back: { y, back }, where back(dy) adds to the gradients and gives dx.
 
-import { T, add, at, cols, f, flat, linear, map, mm, mul, row, scatter, take, tensor, times, total, zeros } from "./arrays.mjs";
+import { T, add, at, cols, f, flat, linear, map, mm, mul, row, rows, scatter, take, tensor, times, total, zeros } from "./arrays.mjs";
 import { scale } from "./lora.mjs";
 import { attention, cross_entropy, gelu, gelu_tanh, layer_norm, relu, rms_norm, rotary, silu } from "./transformer.mjs";
 
@@ -38,17 +38,18 @@ function network(t, c) { // logits, and the way back to the gradients by every w
     const W = t[`${name}.weight`] ? `${name}.weight` : "embed.tokens";
     const [stem, part] = [name.slice(0, -2), "qkv".indexOf(name.at(-1))];
     const fused = name.includes(".attn.") && part >= 0 && t[`${stem}.qkv.A`], pair = fused ? `${stem}.qkv` : name;
-    const A = t[`${pair}.A`], whole = t[`${pair}.B`], size = D * cols(whole ?? A ?? t[W]);
-    const B = fused ? tensor([D, c.r], whole.d.subarray(part * size, (part + 1) * size)) : whole;
+    const A = t[`${pair}.A`], whole = t[`${pair}.B`], r = A && rows(A), s = A && scale({ ...c, r });
+    const before = fused ? [..."qkv"].slice(0, part).reduce((sum, one) => sum + rows(t[`${stem}.${one}.weight`]), 0) : 0;
+    const B = fused ? tensor([rows(t[W]), r], whole.d.subarray(before * r, (before + rows(t[W])) * r)) : whole;
     let y = linear(x, t[W], t[`${name}.bias`]);
-    const u = A && times(mm(x, T(A)), scale(c));
+    const u = A && times(mm(x, T(A)), s);
     if (A) y = add(y, mm(u, T(B)));
     return { y, back(dy) {
       grad(W, mm(T(dy), flat(x)));
       grad(`${name}.bias`, total(dy));
       if (!A) return mm(dy, t[W]);
-      const v = times(mm(dy, B), scale(c)), dB = mm(T(dy), flat(u)), all = zeros(whole.shape);
-      all.d.set(dB.d, fused ? part * size : 0);
+      const v = times(mm(dy, B), s), dB = mm(T(dy), flat(u)), all = zeros(whole.shape);
+      all.d.set(dB.d, before * r);
       grad(`${pair}.A`, mm(T(v), flat(x)));
       grad(`${pair}.B`, all);
       return add(mm(dy, t[W]), mm(v, A));
@@ -144,14 +145,26 @@ export function model(t, c) {
   return { logits, loss, d: gradients(like(logits.shape, d.logits)) };
 }
 export function generate(t, c) {
-  let { tokens } = t;
+  const texts = Array.from({ length: t.tokens.shape[0] }, (_, i) => continued(...alone(t, c, i)));
+  return { tokens: { shape: [texts.length, texts[0].tokens.length], d: texts.flatMap((one) => one.tokens) },
+    logits: tensor([texts.length, c.n, c.vocab_size], texts.flatMap((one) => one.logits)) };
+}
+function alone(t, c, i) { // one text, and its own adapter if there are some
+  const one = ({ shape: [, n], d }) => ({ shape: [1, n], d: d.slice(i * n, (i + 1) * n) });
+  const own = { ...t, tokens: one(t.tokens), mask: t.mask && one(t.mask) }, of = t.rows ? t.rows.d[i] : -1;
+  if (of < 0) return [own, c];
+  const stem = `adapters.${of}.`;
+  for (const name of Object.keys(t)) if (name.startsWith(stem)) own[name.slice(stem.length)] = t[name];
+  return [own, { ...c, ...c.adapters[of] }];
+}
+function continued(t, c) {
+  const tokens = [...t.tokens.d], mask = t.mask && [...t.mask.d], chosen = [];
   for (let k = 0; k < c.n; k++) {
-    const [N, n] = tokens.shape, { logits } = network({ ...t, tokens }, c);
-    const d = Array.from({ length: N }, (_, i) => {
-      const last = [...row(logits, (i + 1) * n - 1)];
-      return [...tokens.d.slice(i * n, (i + 1) * n), last.indexOf(Math.max(...last))];
-    });
-    tokens = { shape: [N, n + 1], d: d.flat() };
+    const shape = [1, tokens.length], { logits } = network({ ...t, tokens: { shape, d: tokens }, mask: mask && { shape, d: mask } }, c);
+    const last = [...row(logits, tokens.length - 1)];
+    chosen.push(...last);
+    tokens.push(last.indexOf(Math.max(...last)));
+    mask?.push(1);
   }
-  return { tokens };
+  return { tokens, logits: chosen };
 }
