@@ -66,14 +66,14 @@ def test_pytorch_and_peft(tmp_path, dtype):
     """All ids but L8 and O2, of which they have nothing to compute.
 
     PEFT unmerges by subtracting, which does not give back W0 (L6). PyTorch's clip_grad_norm_ divides by norm + 1e-6
-    (O3): in float32 that shows where the norm is small.
+    (O3): in float32 that shows where the norm is small. PEFT makes no start of PiSSA in float64.
     """
     pytest.importorskip("torch", reason="a peer: the extra peers")
     pytest.importorskip("peft", reason="a peer: the extra peers")
     verdicts = compared(tmp_path, [sys.executable, HERE / "with_peft.py"], dtype)
     clipped = ["small"] if dtype == "float32" else ["clipped", "small"]
     assert findings(verdicts) == {"L6": (["times-1", "times-3"], SUBTRACTED), "O3": (clipped, ADDED)}
-    assert missing(verdicts) == {}
+    assert missing(verdicts) == ({} if dtype == "float32" else {"L12": ["rank-2", "rslora"]})
     assert {case.id for case, _ in VECTORS.cases} - verdicts.keys() == {"L8", "O2"}
     assert largest(verdicts) < 0.9
     if dtype == "float32":

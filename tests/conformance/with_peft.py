@@ -25,7 +25,8 @@ def adapted(module, pairs, t=None, p=0.0):
     """PEFT around a module: an adapter named i for each (A, B, scalars)."""
     net = torch.nn.Sequential(module)
     for i, (A, B, c) in enumerate(pairs):
-        config = peft.LoraConfig(r=c["r"], lora_alpha=c["alpha"], use_rslora=c["rslora"], target_modules=["0"])
+        fields = {"r": c["r"], "lora_alpha": c["alpha"], "use_rslora": c["rslora"]}
+        config = peft.LoraConfig(**fields, use_dora="m" in (t or {}), target_modules=["0"])
         if i == 0:
             net = peft.get_peft_model(net, config, adapter_name="0")
         else:
@@ -35,6 +36,8 @@ def adapted(module, pairs, t=None, p=0.0):
             layer.lora_embedding_A["0"], layer.lora_embedding_B["0"] = A, B
         else:
             layer.lora_A[f"{i}"].weight, layer.lora_B[f"{i}"].weight = A, B
+        if t and "m" in t:
+            layer.lora_magnitude_vector[f"{i}"].weight = t["m"]
         if t and "keep" in t:
             layer.lora_dropout[f"{i}"] = Masked(t["keep"], p)
     return net, net.base_model.model[0]
@@ -61,6 +64,33 @@ def lora_start(t, c):
 def lora_embedding(t, c):
     _, layer = adapted(torch.nn.Embedding(*t["E"].shape, _weight=t["E"]), [(t["A"], t["B"], c)])
     return {"h": layer(t["tokens"])}
+
+
+def dora_linear(t, c):
+    _, layer = adapted(linear_of(t["W0"], t.get("b")), [(t["A"], t["B"], c)], t, c.get("p"))
+    return {"h": layer(t["x"])}
+
+
+def dora_embedding(t, c):
+    _, layer = adapted(torch.nn.Embedding(*t["E"].shape, _weight=t["E"]), [(t["A"], t["B"], c)], t)
+    return {"h": layer(t["tokens"])}
+
+
+def dora_merge(t, c):
+    _, layer = adapted(linear_of(t["W0"].detach().clone()), [(t["A"], t["B"], c)], t)
+    layer.merge()
+    return {"W": layer.base_layer.weight}
+
+
+def pissa(t, c):
+    """PEFT's own start, of a copy, as it changes the weight in place; it refuses float64."""
+    if t["W0"].dtype == torch.float64:
+        return None
+    config = peft.LoraConfig(
+        r=c["r"], lora_alpha=c["alpha"], use_rslora=c["rslora"], target_modules=["0"], init_lora_weights="pissa"
+    )
+    layer = peft.get_peft_model(torch.nn.Sequential(linear_of(t["W0"].detach().clone())), config).base_model.model[0]
+    return {"update": layer.get_delta_weight("default"), "residual": layer.base_layer.weight}
 
 
 def merge(t, c):
@@ -98,7 +128,8 @@ def combine(t, c):
 
 OPERATIONS = {
     "lora_update": lora_update, "lora_linear": lora_linear, "lora_start": lora_start, "merge": merge,
-    "lora_embedding": lora_embedding, "unmerge": unmerge, "per_row": per_row, "combine": combine,
+    "lora_embedding": lora_embedding, "dora_linear": dora_linear, "dora_embedding": dora_embedding,
+    "dora_merge": dora_merge, "pissa": pissa, "unmerge": unmerge, "per_row": per_row, "combine": combine,
     "model": partial(torch_model.model, adapted), "generate": partial(torch_model.generate, adapted),
     "amplification": lambda t, c: torch_primitives.amplification(lora_update(t, c)["dW"], t, c),
     **torch_primitives.OPERATIONS,
