@@ -28,7 +28,10 @@ earlier one, and `conform` reads any.
 Scalars are computed in float64 and rounded where they meet an array. The bounds (`tracked`) are derived: an
 implementation in any order of sums, with fused operations or without, stays within them if its elementary functions
 are good to 4 ulp, erf to an absolute 2^-20, and its singular value decompositions exact for a matrix within
-32 max(n, m) u sigma_1 of the given one. A whole model's is 8 times the farthest of 16 evaluations with random
-roundings; PyTorch comes to an eighth of it. Expected values come from the package, in float64; they depend on BLAS and
-CPU in the last bits.
+8 max(n, m) u sigma_1 of the given one, their directions orthonormal to within 8 max(n, m) u. A whole model's is 8 times
+the farthest of 16 evaluations with random roundings; PyTorch comes to an eighth of it. Expected values come from the
+package, in float64; they depend on BLAS and CPU in the last bits.
+
+What these bounds let by: decompositions that are good to 1 u are not told from those that are good to 8 max(n, m) u. In
+A1 phi may be off by 3e-5, in A2 the factor by 2e-4, in L9 an element of what is truncated by 5e-5.
 """

@@ -114,20 +114,40 @@ def combine(t: Inputs, c: Scalars) -> Outputs:
 def decomposed(X: Tracked) -> tuple[Array, Array, Array, float]:
     """P, S, Q^T of X = P diag(S) Q^T, the largest first, and norm(E): a decomposition in float32 is that of X + E.
 
-    norm(E) <= norm(e) + 32 max(n, m) u sigma_1.
+    norm(E) <= norm(e) + 8 max(n, m) u sigma_1; its directions are orthonormal to within `skew`.
     """
     P, S, Qt = np.linalg.svd(X.value)
-    return P, S, Qt, float(np.linalg.norm(X.error)) + 32 * max(X.shape) * U * float(S[0])
+    return P, S, Qt, float(np.linalg.norm(X.error)) + skew(X) * float(S[0])
+
+
+def skew(X: Tracked) -> float:
+    """What is asked of a decomposition: LAPACK's in float32 come to 0.2 to 4 max(n, m) u."""
+    return 8 * max(X.shape) * U
 
 
 def truncated(dW: Tracked, k: int) -> Tracked:
-    """The nearest matrix of rank k, and a bound that no element's error passes.
+    """The nearest matrix of rank k, and a bound on each element's error.
 
-    The truncation of dW + E differs from that of dW by at most norm(E) (2 + 4 sigma_k / (sigma_k - sigma_{k+1})), to
-    first order (Wedin).
+    With F = P^T E Q, the truncation of dW + E moves by D(F) in the same bases: where a <= k < b,
+    D_ab = sigma_a (sigma_a F_ab + sigma_b F_ba) / (sigma_a^2 - sigma_b^2), and D_ba with a and b of F exchanged; F
+    itself where both are at most k; 0 where neither is. D is symmetric, so no element (x, y) moves by more than
+    norm(E) norm(D(P^T e_x e_y^T Q)). What is of second order is within 8 sigma_1 times the square of the turn.
     """
     P, S, Qt, E = decomposed(dW)
-    return Tracked((P[:, :k] * S[:k]) @ Qt[:k], E * (2 + 4 * S[k - 1] / (S[k - 1] - S[k])))
+    n = max(dW.shape)
+    sigma = np.zeros(n)
+    sigma[: len(S)] = S
+    a, b = sigma[:k, None], sigma[None, k:]
+    moved = np.zeros(dW.shape)
+    for x, y in np.ndindex(dW.shape):
+        F = np.zeros((n, n))
+        F[: len(P), : len(Qt)] = np.outer(P[x], Qt[:, y])
+        D = F.copy()
+        D[k:, k:] = 0
+        D[:k, k:] = a * (a * F[:k, k:] + b * F[k:, :k].T) / (a**2 - b**2)
+        D[k:, :k] = (a * (a * F[k:, :k].T + b * F[:k, k:]) / (a**2 - b**2)).T
+        moved[x, y] = E * np.linalg.norm(D)
+    return Tracked((P[:, :k] * S[:k]) @ Qt[:k], moved + S[0] * (skew(dW) + 8 * turn(S, E, k) ** 2))
 
 
 # --- L10, L12 ----------------------------------------------------------------------------------------------------
@@ -576,24 +596,39 @@ def turn(S: Array, E: float, k: int) -> float:
     return float(E / (S[k - 1] - below - E))
 
 
-def directions(A: Tracked) -> tuple[Tracked, Array]:
-    """The right-singular directions of A (r, in), as rows, and by how much phi moves with the i leading ones of them.
+def moved(X: Tracked, k: int, G: Array) -> float:
+    """By how much tr(Q G) moves, Q the projection on X's k leading right-singular directions, G (n,n) symmetric.
 
-    Let P and Q project on i directions of one and j of another: phi = tr(P Q) / min(i, j). A turn moves P by its sine,
-    with i eigenvalues above zero at the most, and Q has j: so phi moves by no more than the sine. The directions as
-    computed are orthonormal to within norm(E) / sigma_1, no more than the sine; a square counts it twice: three sines.
+    With X = P diag(S) V^T, F = P^T E V and M = V^T G V, the projection moves by
+    Z_ba = (sigma_a F_ab + sigma_b F_ba) / (sigma_a^2 - sigma_b^2) between the directions a <= k < b, so that tr(Q G)
+    does by 2 sum Z_ba M_ba, at most 2 norm(E) times the root of
+    sum M_ba^2 (sigma_a^2 + sigma_b^2) / (sigma_a^2 - sigma_b^2)^2.
     """
-    _, S, Qt, E = decomposed(A)
-    r = A.shape[0]
-    return Tracked(Qt[:r]), np.array([3 * turn(S, E, i) for i in range(1, r + 1)])
+    _, S, Vt, E = decomposed(X)
+    sigma = np.zeros(len(Vt))
+    sigma[: len(S)] = S
+    a, b = sigma[:k, None], sigma[None, k:]
+    M = Vt[:k] @ G @ Vt[k:].T
+    return 2 * E * float(np.sqrt((M**2 * (a**2 + b**2) / (a**2 - b**2) ** 2).sum()))
+
+
+def leading(X: Tracked, k: int) -> Array:
+    """The projection on X's k leading right-singular directions. -> (n,n)."""
+    Vt = decomposed(X)[2][:k]
+    return Vt.T @ Vt
 
 
 def subspace_similarity(t: Inputs, c: Scalars) -> Outputs:
-    (U_A, moved), (U_other, moved_other) = directions(t["A"]), directions(t["other"])
-    shared = U_A @ U_other.mT  # (r,in) (in,q) -> (r,q)
-    first_i, first_j = (Tracked(np.tri(len(one))) for one in (moved, moved_other))
-    phi = (first_i @ (shared * shared) @ first_j.mT) / lesser(*shared.shape)
-    return {"phi": Tracked(phi.value, phi.error + moved[:, None] + moved_other)}
+    """What is of second order in the turns of both is within 8 times the square of their sum."""
+    A, other = t["A"], t["other"]
+    (r, q), (U, V) = (len(A.value), len(other.value)), (Tracked(decomposed(x)[2][: len(x.value)]) for x in (A, other))
+    shared = U @ V.mT  # (r,in) (in,q) -> (r,q)
+    square = Tracked(np.tri(r)) @ (shared * shared) @ Tracked(np.tri(q)).mT
+    turns = np.add.outer(*([turn(*decomposed(x)[1::2], k + 1) for k in range(len(x.value))] for x in (A, other)))
+    error = square.error + square.value * (skew(A) + skew(other)) + 8 * turns**2
+    for i, j in np.ndindex(r, q):
+        error[i, j] += moved(A, i + 1, leading(other, j + 1)) + moved(other, j + 1, leading(A, i + 1))
+    return {"phi": Tracked(square.value, error) / lesser(r, q)}
 
 
 def lesser(r: int, q: int) -> Array:
@@ -609,15 +644,21 @@ def frobenius(x: Tracked) -> Tracked:
 def amplification(t: Inputs, c: Scalars) -> Outputs:
     """norm_F(dW) is that of its elements, or of its singular values, which move by norm(E) in all (Mirsky 1960).
 
-    U and V are found from dW, or from B and A, whichever turns more. On either side norm_F(U^T W V) moves by norm_F(W)
-    times the sine of the turn, and by as much again for directions that are not quite orthonormal.
+    U and V are found from dW, or from B and A, whichever moves norm_F(U^T W V)^2 more; what is of second order in their
+    turns is within 8 times the square of their sum, times norm_F(W)^2.
     """
     W, dW, r = t["W0"], (t["B"] @ t["A"]) * scale(c), c["r"]
-    P, S, Qt, E = decomposed(dW)
+    P, _, Qt, E = decomposed(dW)
     update, in_update = frobenius(dW), frobenius(Tracked(P[:, :r].T) @ W @ Tracked(Qt[:r].T))
     update = Tracked(update.value, update.error + E)
-    sines = [max(turn(S, E, r), turn(*decomposed(t[name])[1::2], r)) for name in ("A", "B")]
-    in_update = Tracked(in_update.value, in_update.error + 2 * sum(sines) * np.linalg.norm(W.value))
+    to_V, to_U = W.value.T @ leading(dW.mT, r) @ W.value, W.value @ leading(dW, r) @ W.value.T
+    ways = [(dW, dW.mT), (t["A"], t["B"].mT)]
+    square = max(moved(of_V, r, to_V) + moved(of_U, r, to_U) for of_V, of_U in ways)
+    turns = max(sum(turn(*decomposed(x)[1::2], r) for x in way) for way in ways)
+    second = 8 * turns**2 * np.linalg.norm(W.value) ** 2
+    by = (square + second) / (2 * in_update.value) + in_update.value * skew(dW)
+    in_update = Tracked(in_update.value, in_update.error + by)
     _, S_W, _, E_W = decomposed(W)
-    in_weight = frobenius(Tracked(S_W[:r], np.full(r, E_W)))
+    in_weight = frobenius(Tracked(S_W[:r]))
+    in_weight = Tracked(in_weight.value, in_weight.error + E_W)
     return {"update": update, "in_update": in_update, "in_weight": in_weight, "factor": update / in_update}

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from our_vectors import of
 
-from lora_np.vectors.answers import FLOAT64, computed, defined, error_ratio
+from lora_np.vectors.answers import FLOAT64, answers, computed, defined, error_ratio
 from lora_np.vectors.cases import all_cases
-from lora_np.vectors.definitions import rounded
+from lora_np.vectors.definitions import rounded, scale
 from lora_np.vectors.operations import OPERATIONS
 from lora_np.vectors.statements import STATEMENTS
 from lora_np.vectors.tracked import U
@@ -115,6 +115,65 @@ def test_directions_found_in_float32_stay_within_the_bounds():
         for left, right in ((U[:, :r], Vt[:r].T), (np.linalg.qr(B)[0], np.linalg.qr(A.T)[0])):
             got = np.linalg.norm(left.T @ W @ right)
             assert 0 < error_ratio(np.float32(got), *expected["out/in_update"]) <= 1, case.name
+
+
+def similarity(A, other):
+    """A1, as the paper has it."""
+    U, V = (np.linalg.svd(X)[2][: len(X)] for X in (A, other))
+    square = np.cumsum(np.cumsum((U @ V.T) ** 2, axis=0), axis=1)
+    return square / np.minimum(*np.ogrid[1 : len(U) + 1, 1 : len(V) + 1])
+
+
+def cut(X, k):
+    """L9: the nearest matrix of rank k."""
+    P, S, Qt = np.linalg.svd(X)
+    return (P[:, :k] * S[:k]) @ Qt[:k]
+
+
+def seen_by(X, W, r):
+    """A2: norm_F(U^T W V)."""
+    P, _, Qt = np.linalg.svd(X)
+    return np.linalg.norm(P[:, :r].T @ W @ Qt[:r].T)
+
+
+def decompositions():
+    """What is decomposed of each case, what is made of it, and the bound on that: (name, matrices, f, bound)."""
+    few = [(case, answers(case)) for case in CASES if case.id in ("A1", "A2", "L9")]
+    for case, expected in (one for one in few if one[0].id == "A1"):
+        yield case.name, [case.inputs["A"], case.inputs["other"]], similarity, expected["out/phi"].bound
+    for case, expected in (one for one in few if one[0].id == "L9"):
+        if k := case.scalars["rank"]:
+            dW = defined(case._replace(scalars={**case.scalars, "rank": None}))["out/dW"].value
+            yield case.name, [dW], lambda X, k=k: cut(X, k), expected["out/dW"].bound
+    for case, expected in (one for one in few if one[0].id == "A2"):
+        dW, W, r = case.inputs["B"] @ case.inputs["A"] * scale(case.scalars), case.inputs["W0"], case.scalars["r"]
+        yield f"A2-{case.name}", [dW], lambda X, W=W, r=r: seen_by(X, W, r), expected["out/in_update"].bound
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices", "f", "bound"), [pytest.param(*one, id=one[0]) for one in decompositions()]
+)
+def test_a_decomposition_as_exact_as_is_asked_stays_within_the_bounds_in_its_worst_direction(name, matrices, f, bound):
+    """The gradient's, by differences. There the bounds are not far off: they hide no more than they must."""
+    right, nearest = f(*matrices), 0.0
+    slopes = [np.zeros((*right.shape, *X.shape)) for X in matrices]
+    for i, X in enumerate(matrices):
+        for place in np.ndindex(X.shape):
+            step = np.zeros(X.shape)
+            step[place] = 1e-6
+            ends = (f(*matrices[:i], X + sign * step, *matrices[i + 1 :]) for sign in (1, -1))
+            slopes[i][(..., *place)] = np.subtract(*ends) / 2e-6
+    for place in np.ndindex(right.shape):
+        moved = []
+        for X, slope in zip(matrices, slopes, strict=True):
+            size = np.linalg.norm(slope[place])
+            allowed = 8 * max(X.shape) * U * np.linalg.norm(X, 2)
+            moved.append(X + slope[place] * (allowed / size if size > 1e-5 else 0))
+        ratio = np.abs(f(*moved) - right)[place] / bound[place]
+        assert ratio <= 1, place
+        nearest = max(nearest, ratio)
+    to_second_order = ("itself", "first-shared", "nothing-shared")
+    assert nearest > 0.25 or name in to_second_order
 
 
 def test_a_merge_that_rounds_once_is_exact_but_at_a_tie():
