@@ -48,7 +48,7 @@ def table(*, M: int, D: int, F: int, H: int, V: int, R: int) -> Mapping[str, Op]
     x, dy, wide, w, b, W = normal(M, D), normal(M, D), normal(M, F), normal(D), normal(D), normal(D, D)
     A, B, logits, E = normal(R, D), normal(D, R), normal(M, V), normal(V, D)
     bits = rng.standard_normal((D, D), dtype=np.float32).view(np.uint32)
-    halves = storage.BFloat16(xp.asarray((bits >> 16).astype(np.uint16)))
+    halves = storage.BFloat16((D, D), xp.asarray((bits >> 16).astype(np.uint16)))
     q, k, v, dh = (normal(1, H, M, D // H) for _ in range(4))
     tokens, t = xp.asarray(rng.integers(0, V, M)), xp.arange(M)
     cos, sin = ops.rotary_angles(t, D // H, 1e4, "float32")

@@ -23,6 +23,7 @@ from .loss import forward, loss, loss_and_grads
 from .model import Config, Model, init_weights
 from .optim import adamw, clip
 from .parallel import sharded_loss_and_grads
+from .storage import dequantise_nf4, quantise_nf4
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ __all__ = [  # but for testing, which needs an extra
     "clip",
     "combine",
     "count_parameters",
+    "dequantise_nf4",
     "dora_linear",
     "dora_linear_backward",
     "evaluate",
@@ -81,6 +83,7 @@ __all__ = [  # but for testing, which needs an extra
     "loss",
     "loss_and_grads",
     "merge",
+    "quantise_nf4",
     "save_adapter",
     "save_model",
     "sharded_loss_and_grads",

@@ -4,7 +4,7 @@ Hypothesis draws what shapes a case: sizes, switches, seeds. The numbers in the 
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from lora_np import ops
 from lora_np.adapter import adapted_shapes, target_of
 from lora_np.backend import asnumpy, xp
 from lora_np.batch import IGNORED, check_batch
-from lora_np.storage import BFloat16, Held
+from lora_np.storage import Held, narrowed, widened
 from lora_np.vectors.derivatives import perturbed
 
 ATTENTION = ("q", "k", "v", "o")
@@ -42,7 +42,10 @@ def same_bits(one, other):
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
     if isinstance(one, Held):
-        return type(one) is type(other) and same_bits(vars(one), vars(other))
+        parts = zip(vars(one).values(), vars(other).values(), strict=True)
+        return type(one) is type(other) and all(
+            same_bits(a, b) if isinstance(a, xp.ndarray) else a == b for a, b in parts
+        )
     return one.shape == other.shape and one.dtype == other.dtype and bits(one) == bits(other)
 
 
@@ -312,15 +315,26 @@ def random_model(config, *, seed, dtype="float64", scale=0.3):
     return ln.Model(config, {name: w.astype(dtype) for name, w in weights.items()})
 
 
-def in_bfloat16(model):
-    """A float32 model with its matrices cut down to numbers of bfloat16. -> that model, and one that holds them so."""
-    cut = {
-        name: (asnumpy(w).view("uint32") & 0xFFFF0000).view("float32") if w.ndim == 2 else asnumpy(w)
-        for name, w in model.weights.items()
-    }
-    wide = {name: device(w) for name, w in cut.items()}
-    held = {name: BFloat16(device(w.view("uint32") >> 16, "uint16")) for name, w in cut.items() if w.ndim == 2}
-    return ln.Model(model.config, wide), ln.Model(model.config, wide | held)
+def in_bfloat16(W):
+    """A float32 matrix, its numbers cut down to those of bfloat16, held so."""
+    return narrowed(device((asnumpy(W).view("uint32") & 0xFFFF0000).view("float32")))
+
+
+def in_fewer_bits(model, hold):
+    """A float32 model whose matrices are held by `hold`. -> the model of the numbers that they are, and that one."""
+    held = {name: hold(w) if w.ndim == 2 else w for name, w in model.weights.items()}
+    return ln.Model(model.config, {name: widened(w) for name, w in held.items()}), ln.Model(model.config, held)
+
+
+@dataclass(frozen=True, eq=False)
+class Unrounded(Held):
+    """A matrix as it is, read by rows as a held one is: its products have the same blocks."""
+
+    numbers: np.ndarray
+    name = "float32"
+
+    def __getitem__(self, rows):
+        return self.numbers[rows]
 
 
 def trained_adapter(model, lora_config, *, seed, scale=0.3):

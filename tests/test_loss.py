@@ -19,6 +19,7 @@ from strategies import (
     farthest,
     gradient_scale,
     in_bfloat16,
+    in_fewer_bits,
     inputs,
     largest,
     lora_configs,
@@ -423,6 +424,6 @@ def test_a_list_of_adapters_of_the_wrong_length_is_refused():
 
 @proves("T2")
 def test_what_is_held_in_bfloat16_is_not_trained():
-    _, narrow = in_bfloat16(random_model(ln.Config(7, 8, 1, 1, 4, 4), seed=0, dtype="float32"))
+    _, narrow = in_fewer_bits(random_model(ln.Config(7, 8, 1, 1, 4, 4), seed=0, dtype="float32"), in_bfloat16)
     with pytest.raises(ValueError, match=r"trainable='all': embed.tokens is held in bfloat16, which is for frozen"):
         ln.loss_and_grads(narrow, None, [[1]], [[2]], trainable="all")

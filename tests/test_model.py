@@ -361,10 +361,10 @@ def test_weights_of_another_dtype_are_refused():
 def test_what_is_held_in_fewer_bits_stands_for_float32_matrices_alone():
     config = ln.Config(7, 8, 1, 1, 4, 4)
     weights = {name: device(w) for name, w in ln.init_weights(config, seed=0).items()}
-    halves = BFloat16(xp.zeros((7, 4), "uint16"))
+    halves = BFloat16((7, 4), xp.zeros((7, 4), "uint16"))
     assert ln.Model(config, {**weights, "embed.tokens": halves}).dtype == "float32"
     with pytest.raises(ValueError, match=r"norm.bias: expected shape \(4,\), got \(1, 4\)"):
-        ln.Model(config, {**weights, "norm.bias": BFloat16(xp.zeros((1, 4), "uint16"))})
+        ln.Model(config, {**weights, "norm.bias": BFloat16((1, 4), xp.zeros((1, 4), "uint16"))})
     with pytest.raises(TypeError, match=r"embed.tokens: expected float32, as layers.0.norm1.weight has, got uint16"):
         ln.Model(config, {**weights, "embed.tokens": halves.halves})
     with pytest.raises(TypeError, match=r"embed.tokens: expected float32, as layers.0.norm1.weight has, got float16"):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import device, same_bits, seeds, whole_numbers
 
 from lora_np.backend import asnumpy, backend_name, xp
-from lora_np.storage import narrowed, widened
+from lora_np.storage import LEVELS, Q4_0, Q8_0, dequantise_nf4, narrowed, quantise_nf4, widened
 
 proves = pytest.mark.proves
 small = st.integers(1, 5)
@@ -40,13 +41,164 @@ def test_what_bfloat16_would_round_is_refused(number):
         narrowed(device([[number, number]], number.dtype))
 
 
+# --- L11: four bits --------------------------------------------------------------------------------------------------
+
+# Half the largest gap between two neighbours: of NF4's numbers, and of the 8 bits' (their last two, below 0 none is 1).
+HALF_GAP, HALF_GAP_8 = (1 - 0.6961928009986877) / 2, 0.9 / 128
+U = 2.0**-24
+
+
+@st.composite
+def matrices(draw):
+    """A matrix and a size of blocks, which may go on over the ends of rows: of all sizes, with zeros, and zero."""
+    shape = (draw(st.integers(1, 9)), draw(st.integers(1, 150) | st.just(1500)))
+    rng = np.random.default_rng(draw(seeds))
+    W = rng.standard_normal(shape) * 10.0 ** draw(st.integers(-6, 3))
+    W *= rng.random(shape) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    return W.astype(draw(st.sampled_from(["float16", "float32"]))), draw(st.sampled_from([32, 64, 128]))
+
+
+def scales(W, block):
+    """The absolute maximum of each number's block, by a loop."""
+    numbers, found = np.abs(W.ravel().astype("float64")), np.empty(W.size)
+    for start in range(0, W.size, block):
+        found[start : start + block] = numbers[start : start + block].max()
+    return found.reshape(W.shape)
+
+
+@proves("L11")
+@given(matrices())
+def test_each_number_becomes_the_nearest_of_sixteen_times_the_maximum_of_its_block(case):
+    """Within the roundings of 1 / absmax and of the product with it, which may choose the other of two neighbours; and
+    that of the result."""
+    W, block = case
+    got = asnumpy(dequantise_nf4(quantise_nf4(device(W), block=block, double=False))).astype("float64")
+    size = scales(W, block)
+    nearest = np.abs(W.astype("float64")[..., None] - size[..., None] * LEVELS).min(axis=-1)
+    assert got.shape == W.shape
+    assert (np.abs(got - W) <= nearest + 4 * U * size + 1e-38).all()
+    assert (np.abs(got - W) <= (HALF_GAP + 4 * U) * size + 1e-38).all()
+
+
+@proves("L11")
+@given(matrices())
+def test_the_maxima_in_8_bits_err_by_half_a_gap_of_their_spread_at_most(case):
+    """|W' - W| <= |level| |absmax' - absmax| + half a gap of absmax; the maxima are rounded to steps of 2^-15 first."""
+    W, block = case
+    once, twice = (quantise_nf4(device(W), block=block, double=double) for double in (False, True))
+    assert same_bits(once.codes, twice.codes)
+    size, first = scales(W, block), scales(W, block).ravel()[::block]
+    spread = scales(first - first.mean(), 256).repeat(block)[: W.size].reshape(W.shape)
+    off = (HALF_GAP_8 + 2.0**-16) * spread + 8 * U * first.max() + 1e-38
+    got = asnumpy(twice[:]).astype("float64")
+    assert (np.abs(got - W) <= (HALF_GAP + 4 * U) * size + off).all()
+    assert twice.absmax.dtype == "uint8"
+    assert abs(float(twice.offset) - first.mean()) <= 2 * U * first.mean() + 1e-38
+
+
+@proves("L11")
+@given(matrices())
+def test_what_is_dequantised_is_quantised_to_the_same_bits(case):
+    W, block = case
+    q = quantise_nf4(device(W), block=block, double=False)
+    again = quantise_nf4(dequantise_nf4(q), block=block, double=False)
+    assert same_bits(again, q)
+
+
+@proves("L11")
+@given(matrices(), seeds)
+def test_rows_are_read_wherever_blocks_end(case, seed):
+    W, block = case
+    q, rng = quantise_nf4(device(W), block=block), np.random.default_rng(seed)
+    start, stop = sorted(rng.integers(0, len(W) + 1, 2))
+    some = device(rng.integers(0, len(W), (2, 3)))
+    for rows in (slice(start, stop), some):
+        assert same_bits(q[rows], q[:][rows])
+
+
+@proves("L11")
+def test_the_bits_of_a_matrix_by_hand():
+    """Blocks of 32: 1 to 16 and -1 to -16 over 16, then zeros. A level is 2^4 times it, rounded by no one."""
+    W = np.zeros((2, 32), "float32")
+    W[0] = np.concatenate([np.arange(1, 17), -np.arange(1, 17)])
+    q = quantise_nf4(device(W), block=32, double=False)
+    indices = [int(np.abs(LEVELS.astype("float64") - w / 16).argmin()) for w in W[0]]
+    assert (
+        asnumpy(q.codes).tolist() == [16 * a + b for a, b in zip(indices[::2], indices[1::2], strict=True)] + [119] * 16
+    )
+    assert asnumpy(q.absmax).tolist() == [16.0, 0.0]
+    assert asnumpy(q[:]).tolist() == [[16 * float(LEVELS[i]) for i in indices], [0.0] * 32]
+    assert (q.nbytes, quantise_nf4(device(W), block=32).nbytes) == (32 + 8, 32 + 2 + 4 + 4)
+
+
+@proves("L11")
+def test_a_bit_more_than_four_is_held_of_each_number():
+    """QLoRA, section 3: 8 / 64 + 32 / (64 256) bits for the maxima, and the offset."""
+    W = xp.ones((256, 64 * 256), "float32")
+    assert quantise_nf4(W).nbytes * 8 == W.size * (4 + 8 / 64 + 32 / (64 * 256)) + 32
+
+
+@proves("L11")
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ({"W": np.ones((2, 2))}, TypeError, "W: expected float32 or float16, got float64"),
+        ({"W": np.ones(2, "float32")}, ValueError, r"W: expected a matrix \(out, in\) .*, got shape \(2,\)"),
+        ({"W": np.full((2, 2), np.nan, "float32")}, ValueError, r"W: .* of finite numbers, got shape \(2, 2\)"),
+        ({"W": np.ones((0, 2), "float32")}, ValueError, r"W: .* of finite numbers, got shape \(0, 2\)"),
+        ({"W": [[1], [1, 2]]}, TypeError, "W: expected an array of numbers, got rows of different lengths"),
+        ({"block": 48}, ValueError, "block: expected one of 32 64 .* 4096, got 48"),
+        ({"double": 1}, TypeError, "double: expected True or False, got int"),
+    ],
+)  # fmt: skip
+def test_what_is_not_quantised(how, error, message):
+    with pytest.raises(error, match=f"quantise_nf4: {message}"):
+        quantise_nf4(**{"W": np.ones((2, 2), "float32"), **how})
+
+
+@proves("L11")
+def test_what_is_not_dequantised():
+    with pytest.raises(
+        TypeError, match="dequantise_nf4: q: expected a matrix in NF4, as quantise_nf4 gives it, got BFl"
+    ):
+        dequantise_nf4(narrowed(xp.ones((2, 2), "float32")))
+
+
+# --- GGUF's blocks ---------------------------------------------------------------------------------------------------
+
+
+def blocks_of_32(rng, n_out, n_blocks, size):
+    """Random rows of blocks of so many bytes: a float16, which is small, and what stands behind it."""
+    raw = rng.integers(0, 256, (n_out, n_blocks, size), dtype=np.uint8)
+    raw[..., :2] = rng.uniform(-2, 2, (n_out, n_blocks, 1)).astype("<f2").view(np.uint8)
+    return device(raw.reshape(n_out, -1))
+
+
+@given(seeds, small, small)
+def test_gguf_blocks_are_a_scale_times_whole_numbers(seed, n_out, n_blocks):
+    """As the format says it, number by number: 32 bytes with a sign; or halves of 16 bytes less 8, all lower first."""
+    rng = np.random.default_rng(seed)
+    for kind, size in ((Q8_0, 34), (Q4_0, 18)):
+        raw = blocks_of_32(rng, n_out, n_blocks, size)
+        W = np.empty((n_out, n_blocks, 32))
+        for o, b in np.ndindex(n_out, n_blocks):
+            block = asnumpy(raw)[o].reshape(n_blocks, size)[b].tobytes()
+            d = struct.unpack("<e", block[:2])[0]
+            low, high = [byte & 15 for byte in block[2:]], [byte >> 4 for byte in block[2:]]
+            q = struct.unpack("32b", block[2:]) if kind is Q8_0 else [half - 8 for half in low + high]
+            W[o, b] = [d * n for n in q]
+        assert same_bits(kind((n_out, 32 * n_blocks), raw)[:], device(W.reshape(n_out, -1), "float32"))
+
+
 # --- Of every kind ---------------------------------------------------------------------------------------------------
 
 
 def kinds():
     """A matrix (6, 64) of each kind."""
-    W = np.random.default_rng(0).integers(-8, 9, (6, 64)).astype("float32")
-    return [narrowed(device(W))]
+    rng = np.random.default_rng(0)
+    W = device(rng.integers(-8, 9, (6, 64)), "float32")
+    eight, four = (blocks_of_32(rng, 6, 2, size) for size in (34, 18))
+    return [narrowed(W), quantise_nf4(W), quantise_nf4(W, double=False), Q8_0((6, 64), eight), Q4_0((6, 64), four)]
 
 
 @pytest.mark.parametrize("W", kinds(), ids=lambda W: W.name)

@@ -3,6 +3,7 @@
 import math
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import (
     FLOAT64,
+    Unrounded,
     bits,
     case_of,
     cases,
@@ -22,6 +24,7 @@ from strategies import (
     farthest,
     gradient_scale,
     in_bfloat16,
+    in_fewer_bits,
     inputs,
     largest,
     lora_configs,
@@ -774,14 +777,18 @@ def test_recomputing_keeps_the_inputs_of_half_blocks_alone():
     assert whole > 4 * less
 
 
-# --- A base held in bfloat16 -----------------------------------------------------------------------------------------
+# --- A base held in fewer bits ---------------------------------------------------------------------------------------
+
+in_nf4 = partial(ln.quantise_nf4, block=32)
+kinds = pytest.mark.parametrize("hold", [in_bfloat16, in_nf4], ids=["bfloat16", "NF4"])
 
 
-@proves("L2", "L4", "T13")
+@kinds
+@proves("L2", "L4", "L11", "T13")
 @given(cases(dtype=st.just("float32"), dropout=True), seeds)
-def test_a_base_held_in_bfloat16_gives_the_same_bits(case, dropout_seed):
+def test_a_base_held_in_fewer_bits_gives_the_same_bits(hold, case, dropout_seed):
     """These matrices are of one block each: their products are the same, and so are their roundings."""
-    wide, narrow = in_bfloat16(case.model)
+    wide, narrow = in_fewer_bits(case.model, hold)
     adapter = ln.init_adapter(wide, case.adapter.config, seed=0)
     assert same_bits(ln.init_adapter(narrow, case.adapter.config, seed=0).params, adapter.params)
     loss, grads = ln.loss_and_grads(wide, adapter, **case.batch, dropout_seed=dropout_seed)
@@ -793,10 +800,27 @@ def test_a_base_held_in_bfloat16_gives_the_same_bits(case, dropout_seed):
     assert same_bits(wide_rows, held_rows)
 
 
-@proves("L5", "L6")
+@kinds
+@proves("L2", "L4", "L11")
 @given(cases(dtype=st.just("float32")))
-def test_a_base_held_in_bfloat16_merges_in_float32(case):
-    wide, narrow = in_bfloat16(case.model)
+def test_in_many_blocks_it_gives_the_bits_of_its_numbers_in_the_same_blocks(hold, case):
+    """A product by blocks sums in another order than one of the whole matrix: so both are by blocks of a few rows."""
+    wide, narrow = in_fewer_bits(case.model, hold)
+    _, unrounded = in_fewer_bits(wide, lambda W: Unrounded(W.shape, W))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_np.backend.CACHE_ELEMENTS", 8)
+        (loss, grads), (held, held_grads) = (
+            ln.loss_and_grads(model, case.adapter, **case.batch) for model in (unrounded, narrow)
+        )
+    assert loss == held
+    assert same_bits(grads, held_grads)
+
+
+@kinds
+@proves("L5", "L6", "L11")
+@given(cases(dtype=st.just("float32")))
+def test_a_base_held_in_fewer_bits_merges_in_float32(hold, case):
+    wide, narrow = in_fewer_bits(case.model, hold)
     merged = ln.merge(narrow, case.adapter)
     got = {name: widened(w) for name, w in merged.weights.items()}
     assert same_bits(got, dict(ln.merge(wide, case.adapter).weights))

@@ -19,6 +19,7 @@ from ..formats.adapters.peft_config import CONFIG
 from ..formats.files.json_file import read_json
 from ..formats.files.messages import shown
 from ..formats.files.regular import expect_file
+from ..formats.models.base import STORAGES
 from ..formats.models.folder import load_model
 from ..formats.models.tokenizer import TOKENIZER, load_tokenizer
 from ..model import Config, Model
@@ -60,8 +61,9 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 def add_storage(parser: argparse.ArgumentParser) -> None:
     """The argument --storage."""
     parser.add_argument(
-        "--storage", choices=["bfloat16"],
-        help="hold the base's matrices so, in half the memory, where its file has them in bfloat16 (default: float32)",
+        "--storage", choices=STORAGES,
+        help="how the base's matrices are held (default: float32): bfloat16, where its file has them so; nf4, the "
+        "layers' rounded to four bits; gguf, a .gguf file's in Q8_0 and Q4_0 as they are",
     )  # fmt: skip
 
 

@@ -92,6 +92,20 @@ def test_a_base_that_bfloat16_would_round_is_not_held_so(home, capsys, command):
     assert not (home / "narrow").exists()
 
 
+def test_an_adapter_is_trained_and_evaluated_on_a_base_in_four_bits(home, capsys):
+    """Its base is what is dequantised: the loss without the adapter is that base's, and no other base takes it."""
+    assert run(capsys, *finetune(home, "four", "--storage", "nf4", steps=2))[0] == 0
+    argv = ["eval", "--data", home / "text.txt", "--base", home / "base", "--window", "16"]
+    wide, four = (json.loads(run(capsys, *argv, *more, "--json")[1])["losses"] for more in ([], ["--storage", "nf4"]))
+    argv += ["--adapter", home / "four"]
+    adapted = json.loads(run(capsys, *argv, "--storage", "nf4", "--json")[1])["losses"]
+    assert adapted["base"] == four["base"] != wide["base"]
+    assert adapted["adapter"] < four["base"]
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert "another base" in err
+
+
 def test_eval_gives_the_loss_without_and_with_the_adapter(home, capsys):
     argv = [
         "eval",

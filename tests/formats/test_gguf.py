@@ -113,6 +113,40 @@ def test_bfloat16_is_held_as_it_is(path):
         ln.load_model(path, storage="bfloat16")
 
 
+@pytest.mark.proves("L11")
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_blocks_are_held_as_they_are(path, kind):
+    """Whatever the rows' order: the numbers that the gguf package decodes, in the file's own bytes."""
+    write(path, SMALL, kind)
+    wide, held = ln.load_model(path), ln.load_model(path, storage="gguf")
+    elements, size = gguf.GGML_QUANT_SIZES[KINDS[kind]]
+    for name, value in wide.weights.items():
+        if value.ndim == 2:
+            assert held.weights[name].name == kind
+            assert held.weights[name].nbytes == value.size // elements * size
+        np.testing.assert_array_equal(ln.asnumpy(widened(held.weights[name])), ln.asnumpy(value))
+    adapter = ln.init_adapter(wide, ln.LoRAConfig(r=2), seed=0)
+    tokens = np.array([[1, 2, 3]])
+    both = [ln.loss_and_grads(model, adapter, tokens, tokens) for model in (wide, held)]
+    assert both[0][0] == both[1][0]
+    assert all(np.array_equal(ln.asnumpy(both[0][1][n]), ln.asnumpy(both[1][1][n])) for n in adapter.params)
+
+
+def test_a_matrix_of_another_type_is_decoded(path):
+    write(path, SMALL, "Q5_0")
+    wide, held = ln.load_model(path), ln.load_model(path, storage="gguf")
+    for name, value in wide.weights.items():
+        np.testing.assert_array_equal(ln.asnumpy(held.weights[name]), ln.asnumpy(value))
+
+
+def test_blocks_with_nan_are_not_held(path):
+    raw = gguf.quants.quantize(np.ones((7, 32), np.float32), KINDS["Q8_0"])
+    raw[3, :2] = np.array([np.nan], "<f2").view(np.uint8)
+    write(path, SMALL, "Q8_0", tensors={"token_embd.weight": (raw, KINDS["Q8_0"])})
+    with pytest.raises(ValueError, match=r"x.gguf: token_embd.weight: holds NaN or infinite numbers"):
+        ln.load_model(path, storage="gguf")
+
+
 def test_defaults_of_the_format(path):
     full = replace(SMALL, n_kv_head=4)
     write(path, full, keys={"attention.head_count_kv": None, "rope.freq_base": None, "vocab_size": None})

@@ -242,8 +242,41 @@ def test_what_bfloat16_would_round_is_not_held_so(tmp_path):
     saved(tmp_path, *MODELS["gpt2-lm"])
     with pytest.raises(ValueError, match=r"wte.weight: storage bfloat16: expected float32 numbers that bfloat16 holds"):
         ln.load_model(tmp_path, dtype="float32", storage="bfloat16")
-    with pytest.raises(ValueError, match="storage: expected bfloat16 or None, got 'float16'"):
+    with pytest.raises(ValueError, match="storage: expected bfloat16, nf4, gguf or None, got 'float16'"):
         ln.load_model(tmp_path, storage="float16")
+
+
+@pytest.mark.proves("L11")
+@pytest.mark.parametrize("name", ["gpt2-lm", "bert-tag", "llama-lm"])
+def test_the_layers_matrices_are_held_in_nf4(tmp_path, name):
+    """Tables and the head are not rounded, as in QLoRA."""
+    family, config = MODELS[name]
+    saved(tmp_path, family, config)
+    wide, narrow = (ln.load_model(tmp_path, dtype="float32", storage=storage) for storage in (None, "nf4"))
+    for weight, value in wide.weights.items():
+        of_layer = value.ndim == 2 and weight.startswith("layers.")
+        assert same_bits(narrow.weights[weight], ln.quantise_nf4(value) if of_layer else value), weight
+    adapter = ln.init_adapter(narrow, ln.LoRAConfig(r=1), seed=0)
+    ln.save_adapter(tmp_path / "adapter", adapter, narrow)
+    assert ln.load_adapter(tmp_path / "adapter", narrow).params.keys() == adapter.params.keys()
+    with pytest.raises(ValueError, match="another base"):
+        ln.load_adapter(tmp_path / "adapter", wide)
+    ln.save_model(tmp_path / "own", narrow)
+    assert model_hash(ln.load_model(tmp_path / "own")) == model_hash(narrow)
+
+
+def test_storage_is_for_float32_and_for_the_format_that_has_it(tmp_path):
+    saved(tmp_path, *MODELS["gpt2-lm"])
+    with pytest.raises(ValueError, match="storage nf4: expected dtype float32 or None, got float64"):
+        ln.load_model(tmp_path, dtype="float64", storage="nf4")
+    with pytest.raises(ValueError, match=r"wte.weight: storage bfloat16: expected float32 .*, got others .float64."):
+        ln.load_model(tmp_path, storage="bfloat16")
+    with pytest.raises(
+        ValueError, match=r"attn.c_attn.weight: storage nf4: .* expected float32 or float16, got float64"
+    ):
+        ln.load_model(tmp_path, storage="nf4")
+    with pytest.raises(ValueError, match=r"storage gguf: expected a \.gguf file, whose blocks are kept as they are"):
+        ln.load_model(tmp_path, storage="gguf")
 
 
 def test_the_dtype_asked_for_and_a_mixture(tmp_path):

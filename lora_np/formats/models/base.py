@@ -9,9 +9,10 @@ import numpy as np
 
 from ...backend import Array, xp
 from ...model import Config
-from ...storage import Matrix, narrowed
+from ...storage import Matrix, narrowed, quantise_nf4
 
-Storage: TypeAlias = Literal["bfloat16"]
+Storage: TypeAlias = Literal["bfloat16", "nf4", "gguf"]
+STORAGES = ("bfloat16", "nf4", "gguf")
 LAYER_TENSORS = 6  # of each layer of any file, at least: two norms; q, k and v in one, o, gate and up in one, and down
 
 
@@ -66,13 +67,14 @@ def check_layers(n_layer: int, n_tensors: int, where: str) -> None:
         )
 
 
-def held(value: Array, storage: Storage | None, where: str) -> Matrix:
-    """A weight as a model is to hold it: with storage "bfloat16" a matrix is narrowed. `where` names it in errors."""
-    if storage not in (None, "bfloat16"):
-        raise ValueError(f"load_model: storage: expected bfloat16 or None, got {storage!r}")
-    if storage is None or value.ndim != 2:
+def held(name: str, value: Array, storage: Storage | None, where: str) -> Matrix:
+    """A weight as a model is to hold it: narrowed to bfloat16, if it is a matrix; in NF4, if it is one of a layer's.
+
+    `where` names it in errors.
+    """
+    if storage is None or value.ndim != 2 or (storage == "nf4" and "layers." not in name):
         return value
     try:
-        return narrowed(xp.asarray(value))
-    except ValueError as error:
-        raise ValueError(f"{where}: storage bfloat16: {error}") from None
+        return narrowed(xp.asarray(value)) if storage == "bfloat16" else quantise_nf4(xp.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: storage {storage}: {error}") from None

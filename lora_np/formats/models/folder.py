@@ -18,7 +18,7 @@ from ..files.atomic import new_folder, write_tensors
 from ..files.json_file import from_fields, read_json, to_fields, write_json
 from ..files.messages import named
 from ..files.safetensors_file import DTYPES, TensorFile, open_tensors, refuse_pickle
-from .base import Base, Storage, Wanted, check_layers, held
+from .base import STORAGES, Base, Storage, Wanted, check_layers, held
 from .families import MODEL_TYPES
 from .gguf import load_gguf
 from .heads import completed, taken, with_head
@@ -107,17 +107,25 @@ def load_model(
     dtype: float32 or float64; None keeps the file's, float16 and bfloat16 widened to float32.
     head, n_labels: another head than the file's (lm, classify, tag, none; labels). Weights of the file that it has no
     use for are left out; those that the file lacks are init_weights' for `seed`, which must then be given.
-    storage: "bfloat16" holds the file's matrices so, in half the memory, and widens them where they are used: the same
-    results, but for the rounding of products by blocks. Only for float32, and where the file's numbers are bfloat16's.
+    storage: how matrices are held, in float32 only; they are widened where they are used, a block of rows at a time.
+    "bfloat16": half the memory, where the file's numbers are bfloat16's: the same results, but for the rounding of
+    products by blocks. "nf4": the layers' matrices rounded to four bits (L11), a sixth of the memory; tables and the
+    head stay as they are. "gguf": a .gguf file's matrices in Q8_0 and Q4_0 as the file has them.
     A FileNotFoundError or ValueError, in one line, says which file is missing, of another model type, or damaged, and
     which key or tensor is at fault.
     """
     if dtype is not None and dtype not in ("float32", "float64", np.float32, np.float64):
         raise ValueError(f"load_model: dtype: expected float32 or float64, got {dtype!r}")
     dtype = None if dtype is None else np.dtype(dtype).name
+    if storage is not None and dtype == "float64":
+        raise ValueError(f"load_model: storage {storage}: expected dtype float32 or None, got float64")
+    if storage is not None and storage not in STORAGES:
+        raise ValueError(f"load_model: storage: expected {', '.join(STORAGES)} or None, got {storage!r}")
     folder, wanted = Path(path), Wanted(dtype, head, n_labels, seed, storage)
     if folder.suffix.lower() == ".gguf":
         return load_gguf(folder, wanted)
+    if storage == "gguf":
+        raise ValueError(f"{folder}: storage gguf: expected a .gguf file, whose blocks are kept as they are")
     header = read_header(folder)
     if header["model_type"] in MODEL_TYPES:
         return load_huggingface(folder, header, wanted)
@@ -134,7 +142,7 @@ def load_model(
     for name in list(weights):  # one by one, so that both copies of one weight alone are held
         value = weights.pop(name)
         value = value.astype(dtype or value.dtype, copy=False)
-        kept[name] = held(value, storage, f"{folder / WEIGHTS}: {name}")
+        kept[name] = held(name, value, storage, f"{folder / WEIGHTS}: {name}")
     return Model(config, completed(config, kept, seed, str(folder)))
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ...backend import Array
 from ...model import Config, Model
+from ...storage import Matrix
 from .base import LazyWeights, Wanted, held
 from .gguf_architectures import FREQUENCIES, LAYER_NAMES, Architecture, NotRun, architecture_of, read_config
 from .gguf_file import ALL, GGUFFile, open_gguf
@@ -49,11 +50,19 @@ def load_gguf(path: Path, wanted: Wanted) -> Model:
     with open_gguf(path) as file:
         saved, sources = open_model(file)
         config = with_head(saved, wanted.head, wanted.n_labels)
-        weights = {}
+        weights: dict[str, Matrix] = {}
         for name in taken(saved, config):
-            value = sources[name].read(file, wanted.dtype or "float32")
-            weights[name] = held(value, wanted.storage, f"{file.path}: {sources[name].tensor}")
+            weights[name] = _read_held(file, name, sources[name], wanted)
     return Model(config, completed(config, weights, wanted.seed, str(path)))
+
+
+def _read_held(file: GGUFFile, name: str, source: Source, wanted: Wanted) -> Matrix:
+    """A weight as the model is to hold it."""
+    if wanted.storage == "gguf":
+        blocks = file.read_held(source.tensor, heads=source.heads, rows=source.rows)
+        return source.read(file, "float32") if blocks is None else blocks
+    value = source.read(file, wanted.dtype or "float32")
+    return held(name, value, wanted.storage, f"{file.path}: {source.tensor}")
 
 
 def lazy_weights(file: GGUFFile, sources: Mapping[str, Source], dtype: str) -> LazyWeights:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import Array, DType
+from ...backend import Array, DType, xp
+from ...storage import Q4_0, Q8_0, Held, wide_blocks
 from ..files.extras import missing
 from ..files.stamp import changed, open_unchanged, stamp
 
@@ -74,6 +75,9 @@ TENSOR_TYPES = {
     39: TensorType("MXFP4", 32, 17),
     40: TensorType("NVFP4", 64, 36),
 }
+
+
+HELD: dict[str, type[Q4_0] | type[Q8_0]] = {"Q4_0": Q4_0, "Q8_0": Q8_0}  # those that a model can hold as they are
 
 
 class ValueList(NamedTuple):
@@ -157,9 +161,7 @@ class GGUFFile:
         heads: if not 0, the rows of each of so many heads come in pairs (2j, 2j+1), and are put back (j, j + K/2).
         rows: which of them. A ValueError if an element is NaN or infinite; an ImportError if the package is too old.
         """
-        tensor, raw, decode = self.tensors[name], self.read_raw(name, rows), self._decoder(name)
-        if heads:
-            raw = raw.reshape(heads, -1, 2, tensor.row_bytes).swapaxes(1, 2).reshape(raw.shape)
+        tensor, raw, decode = self.tensors[name], self._in_order(name, heads, rows), self._decoder(name)
         values = np.empty((len(raw), tensor.shape[-1]), dtype)
         step = max(1, BLOCK_ELEMENTS // tensor.shape[-1])
         for start in range(0, len(raw), step):
@@ -169,6 +171,23 @@ class GGUFFile:
             if not np.isfinite(values[block]).all():
                 raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
         return values.reshape(tensor.shape if rows == ALL else values.shape)
+
+    def read_held(self, name: str, *, heads: int = 0, rows: slice = ALL) -> Held | None:
+        """A matrix in its blocks, as `read` takes its rows; None if it is stored in none that can be held so."""
+        tensor = self.tensors[name]
+        kind = HELD.get(TENSOR_TYPES[tensor.kind].name)
+        if kind is None or len(tensor.shape) != 2:
+            return None
+        raw = np.ascontiguousarray(self._in_order(name, heads, rows))
+        W = kind((len(raw), tensor.shape[-1]), xp.asarray(raw))
+        if not all(bool(xp.isfinite(W[block]).all()) for block in wide_blocks(W)):
+            raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
+        return W
+
+    def _in_order(self, name: str, heads: int, rows: slice) -> Array:
+        """The bytes of a tensor's rows, those of each head with its halves one below the other."""
+        raw = self.read_raw(name, rows)
+        return raw.reshape(heads, -1, 2, raw.shape[-1]).swapaxes(1, 2).reshape(raw.shape) if heads else raw
 
     def _decoder(self, name: str) -> Callable[[Array], Array]:
         """What makes float32 numbers of a tensor's bytes."""

@@ -94,7 +94,7 @@ def load_huggingface(folder: Path, raw: Mapping[str, Any], wanted: Wanted) -> Mo
     weights: dict[str, Matrix] = {}
     for key, place in files.places.items():
         parts = place.split(files.tensors[key].read(dtype))
-        weights |= {name: held(part, wanted.storage, str(files.tensors[key])) for name, part in parts.items()}
+        weights |= {name: held(name, part, wanted.storage, str(files.tensors[key])) for name, part in parts.items()}
     files.check_tied(asnumpy(widened(weights["embed.tokens"])), dtype, str(folder / CONFIG))
     return Model(files.config, completed(files.config, weights, wanted.seed, str(folder)))
 
