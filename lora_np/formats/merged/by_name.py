@@ -19,6 +19,7 @@ from ..models.huggingface import Place
 from ..models.shards import Stored
 from .any_base import AnyBase
 from .config import untied
+from .conv1d import is_conv1d
 from .experts import ALL, Index, find_experts
 from .matching import base_names, remarks_on
 from .tied import is_head, is_table
@@ -139,7 +140,7 @@ class _Merge:
         found.changes[name] = before._replace(updates=(*before.updates, update))
 
     def _add_matrix(self, key: str, pair: Pair, adapter: Contents, where: str) -> None:
-        """An update of a module's weight (out, in); Conv1D's is stored (in, out), a square one if it is said so."""
+        """An update of a module's weight (out, in); Conv1D's is stored (in, out)."""
         self._start(key, where)
         shape = self.changed[key].place.shape
         A, B = (pair.B.T, pair.A.T) if pair.is_look_up else (pair.A, pair.B)  # a table is (V, D)
@@ -148,8 +149,9 @@ class _Merge:
             raise ValueError(
                 f"{where}: expected a module of {self.folder} of shape ({n_out}, {n_in}), there it is {shape}"
             )
+        said = adapter.raw.get("fan_in_fan_out") is True
         turned = shape != (n_out, n_in) or (
-            n_out == n_in and not pair.is_look_up and adapter.raw.get("fan_in_fan_out") is True
+            n_out == n_in and not pair.is_look_up and is_conv1d(key, self.base.model_type, said)
         )
         self._update(key, key, ALL, turned, Update(A, B, pair.s))
 

@@ -25,14 +25,10 @@ from ..files.messages import nearest, shown
 from ..files.rounding import NAMES
 from ..models.shards import Stored
 from .any_base import AnyBase, open_any_base
+from .conv1d import is_conv1d
 from .renamed import in_files
 from .tied import is_head, is_table
 
-# Transformers' Conv1D, whose weight is (in, out), by its name in models of these types.
-CONV1D_TYPES, CONV1D = (
-    ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
-    ("c_attn", "q_attn", "c_proj", "c_fc"),
-)
 TABLE = r"wpe|wte|tokens_embed|positions_embed|.*embed(ding|dings|_in|_tokens|_positions)?|relative_attention_bias"
 NO_LINEAR = ("gate", "router")  # of mixtures of experts: PEFT adapts none of their routers
 
@@ -181,7 +177,10 @@ class _Extraction:
             elif (reason := self._reason(key, dW)) is not None:
                 self.left_out.append(LeftOut(key, reason, _norm(dW), _norm(W0)))
             else:
-                yield self._in_memory(key.removesuffix(".weight")), dW.T if self._is_conv1d(key) else dW
+                yield (
+                    self._in_memory(key.removesuffix(".weight")),
+                    dW.T if is_conv1d(key, self.tuned.model_type) else dW,
+                )
         for key in self.tensors:
             if key not in self.others and key != self.base.tied.head:
                 self.left_out.append(LeftOut(key, f"missing in {self.tuned.folder}"))
@@ -213,9 +212,6 @@ class _Extraction:
             return "of a router"
         return None
 
-    def _is_conv1d(self, key: str) -> bool:
-        return self.tuned.model_type in CONV1D_TYPES and key.removesuffix(".weight").rpartition(".")[2] in CONV1D
-
     def _in_memory(self, module: str) -> str:
         """The name of a module in memory, where its files have another."""
         return next(iter(in_files(module, self.tuned.model_type, back=True)), module)
@@ -227,7 +223,7 @@ class _Extraction:
         takes_more = any(name not in pairs and ends_in(name, pairs) for name in names)
         said = self.base.raw.get("_name_or_path")
         return {
-            "fan_in_fan_out": any(self._is_conv1d(name) for name in pairs),
+            "fan_in_fan_out": any(is_conv1d(name, self.tuned.model_type) for name in pairs),
             "base_model_name_or_path": said if isinstance(said, str) and said else self.base.folder.resolve().name,
             **({"target_modules": "|".join(map(re.escape, sorted(pairs)))} if takes_more else {}),
         }
