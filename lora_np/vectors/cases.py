@@ -27,6 +27,7 @@ class Case(NamedTuple):
     inputs     by name: float64 (every number is exact in float32 too), int64 or bool
     gradients  the inputs whose gradients are asked for
     since      the version that it came with
+    precision  what it is to be computed in, by name
     """
 
     id: str
@@ -37,6 +38,7 @@ class Case(NamedTuple):
     inputs: Arrays
     gradients: tuple[str, ...] = ()
     since: str = VERSIONS[0]
+    precision: str = "float32"
 
 
 def all_cases(version: str = VERSIONS[-1]) -> list[Case]:

@@ -6,10 +6,9 @@ from our_vectors import of
 
 from lora_np.vectors.answers import FLOAT64, computed, defined, error_ratio
 from lora_np.vectors.cases import all_cases
-from lora_np.vectors.definitions import rounded
 from lora_np.vectors.operations import OPERATIONS
+from lora_np.vectors.precision import U, rounded
 from lora_np.vectors.statements import STATEMENTS
-from lora_np.vectors.tracked import U
 
 CASES = all_cases()
 IDS = sorted({case.id for case in CASES})
