@@ -10,7 +10,7 @@ from ..backend import Array, asnumpy, xp
 from .cases import Case
 from .definitions import Definition
 from .operations import OPERATIONS
-from .precision import PRECISIONS
+from .precision import FLOAT32, PRECISIONS
 from .tracked import Tracked, gradients
 
 SMALLEST = 2.0**-126  # a float32 below it may be flushed to zero
@@ -95,12 +95,13 @@ def _bound(error: Array) -> Array:
     return np.where(near < bound, np.nextafter(near, np.float32(np.inf)), near).astype(np.float32)
 
 
-def error_ratio(got: Array, value: Array, bound: Array) -> float:
+def error_ratio(got: Array, value: Array, bound: Array, precision: str = FLOAT32.name) -> float:
     """The largest error of a result, as a multiple of its bound: above 1 is wrong, and so is NaN: infinity.
 
-    got: float64 results are held to the bound times FLOAT64, all others to the bound itself.
+    got: float64 results are held to float32's bound times FLOAT64, all others to the bound itself.
     """
-    allowed = bound.astype(np.float64) * (FLOAT64 if got.dtype == np.float64 else 1.0)
+    in_float64 = got.dtype == np.float64 and precision == FLOAT32.name
+    allowed = bound.astype(np.float64) * (FLOAT64 if in_float64 else 1.0)
     with np.errstate(all="ignore"):
         error = np.abs(got.astype(np.float64) - value)
         ratio = np.where(error == 0, 0.0, error / allowed)
