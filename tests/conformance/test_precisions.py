@@ -3,9 +3,12 @@
 The machine is emulated (emulated.py); PyTorch's kernels on the CPU are real.
 """
 
+import importlib
 import json
+from functools import cache
 
 import numpy as np
+import planted
 import pytest
 from emulated import MACHINES, OPERATIONS, Machine, cut
 
@@ -13,10 +16,12 @@ pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 
 from lora_np import cli
 from lora_np.formats.files.atomic import write_tensors
-from lora_np.vectors.answers import answers, error_ratio
+from lora_np.vectors.answers import answers, defined, error_ratio
 from lora_np.vectors.cases import all_cases
 from lora_np.vectors.files import read_vectors
+from lora_np.vectors.mistakes import MISTAKES, WrongCase
 from lora_np.vectors.narrow import narrowed
+from lora_np.vectors.operations import OPERATIONS as OPERATION_OF
 
 proves = pytest.mark.proves
 IDS = ("L2", "L4", "O4", "T2", "T4", "T9", "T10", "T15")  # in TF32 those with a product
@@ -128,3 +133,118 @@ def test_what_must_be_wide_inside_is_seen_to_be(precision, bits):
         if any(error_ratio(np.asarray(a), *answers(case)[name]) > 1 for name, a in got.items()):
             seen.add(case.operation)
     assert seen == narrow
+
+
+WHOLE = ("model-q-v", "pre-norm-rms-padded", "post-norm")
+
+
+@cache
+def wanted(precision):
+    """Every case of a precision, with its answers; of whole models, whose take seconds, some."""
+    cases = narrowed(all_cases(), precision)[0]
+    return [(c, answers(c)) for c in cases if not OPERATION_OF[c.operation].whole or c.name in WHOLE]
+
+
+def store(precision, a):
+    """A result in float32 as the format has it."""
+    return MACHINES[precision].store(np.asarray(a, dtype=np.float32))
+
+
+@proves("P1")
+@pytest.mark.parametrize("precision", ["tf32", "float16", "bfloat16"])
+def test_planted_mistakes_are_caught(precision):
+    """Those of planted.py, computed in float32 and stored, in the ids where they are in float32."""
+    cases = [one for one in wanted(precision) if one[0].operation in planted.OPERATIONS]
+    ids_there = {case.id for case, _ in cases} - ({"L5"} if precision != "tf32" else set())  # which it has in float32
+
+    def seen(mistake):
+        for case, answer in cases:
+            t = {n: a.astype(np.float32) if a.dtype.kind == "f" else a for n, a in case.inputs.items()}
+            outputs, grads = planted.OPERATIONS[case.operation](t, case.scalars, mistake)
+            got = {f"out/{n}": a for n, a in outputs.items()} | {f"grad/{n}": a for n, a in grads.items()}
+            if any(error_ratio(store(precision, a), *answer[n]) > 1 for n, a in got.items() if n in answer):
+                yield case.id
+
+    assert set(seen(None)) == set()
+    assert {m: set(seen(m)) for m, _, _ in planted.MISTAKES} == {
+        m: {*ids} & ids_there for m, ids, _ in planted.MISTAKES
+    }
+
+
+# What a narrow format does not show: roundings, and 1e-6 beside a norm of 2^-4.
+UNSEEN = {
+    "the update is subtracted from the merged weight; W0 was not kept": "it shows in roundings, which none are here",
+    "1e-6 is added to the norm that divides": "it is lost in the norm",
+}
+
+
+@proves("P1")
+@pytest.mark.parametrize(("precision", "made"), [("float16", 67), ("bfloat16", 67), ("tf32", 41)])
+def test_known_mistakes_show(precision, made):
+    """Exact but for the mistake, and stored: each shows in some case, of those that can be made there."""
+    possible, shown = set(), set()
+    for mistake in MISTAKES:
+        for case, answer in wanted(precision):
+            if case.operation in mistake.operations and mistake.text not in shown:
+                try:
+                    values = defined(case, mistake.wrong(OPERATION_OF[case.operation].definition))
+                except WrongCase:
+                    continue
+                possible.add(mistake.text)
+                if any(error_ratio(store(precision, x.value), *answer[n]) > 1 for n, x in values.items()):
+                    shown.add(mistake.text)
+    assert len(possible) >= made
+    assert possible - shown == (UNSEEN.keys() if precision != "tf32" else set())
+
+
+# --- PyTorch --------------------------------------------------------------------------------------------------------
+
+
+@proves("P1")
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_pytorch_conforms_but_for_how_peft_merges(precision):
+    """Its kernels on the CPU. PEFT rounds s B A, and then the sum with W0 (L5); to unmerge, it subtracts (L6)."""
+    torch = pytest.importorskip("torch", reason="a peer: the extra peers")
+    pytest.importorskip("peft", reason="a peer: the extra peers")
+    on_torch, with_peft = (importlib.import_module(name) for name in ("on_torch", "with_peft"))
+    dtype, ratios = getattr(torch, precision), {}
+    for case, answer in wanted(precision):
+        t = {n: torch.tensor(a) for n, a in case.inputs.items()}
+        t = {n: torch.nn.Parameter(a.to(dtype)) if a.is_floating_point() else a for n, a in t.items()}
+        asked = {"operation": case.operation, "scalars": case.scalars, "expected": answer}
+        for name, a in on_torch.computed(with_peft.OPERATIONS, asked, t).items():
+            a = a.float().numpy() if a.is_floating_point() else a.numpy()
+            ratios[case.id, case.name, name] = error_ratio(a, *answer[name])
+    assert {name for name, ratio in ratios.items() if ratio > 1 and name[2] != "out/h"} == {
+        *(("L5", f"{precision}-{name}", "out/W") for name in ("square", "wide")),
+        *(("L6", f"times-{n}", "out/W0") for n in (1, 3)),
+    }
+    right = {name: ratio for name, ratio in ratios.items() if name[0] not in ("L5", "L6")}
+    assert len({name[:2] for name in right}) > 110
+    assert 0.9 < max(right.values()) <= 1  # one operation, one rounding: nothing is left over
+    assert max(ratio for name, ratio in right.items() if "layers." in name[2]) < 0.75  # whole models
+
+
+@proves("P1")
+@pytest.mark.parametrize(("precision", "least"), [("bfloat16", 20), ("float16", 2)])
+def test_pytorch_s_own_loss_and_layer_norm_are_not_wide_inside(precision, least):
+    """In a narrow format its log-softmax is stored before the loss is taken, and a layer norm's mean and deviation are,
+    for the backward, on the CPU: torch.autocast computes both in float32, as the runner does."""
+    torch = pytest.importorskip("torch", reason="a peer: the extra peers")
+    dtype = getattr(torch, precision)
+
+    def ratios(id, operation, f, names):
+        for case, answer in wanted(precision):
+            if (case.id, case.operation) == (id, operation):
+                t = {n: torch.tensor(a) for n, a in case.inputs.items()}
+                t = {n: a.to(dtype).requires_grad_() if a.is_floating_point() else a for n, a in t.items()}
+                y = f(t, case.scalars)
+                grads = torch.autograd.grad(y, [t[n] for n in names], t.get("dy"))
+                for n, g in zip(names, grads, strict=True):
+                    yield error_ratio(g.float().numpy(), *answer[f"grad/{n}"])
+
+    functional = torch.nn.functional
+    loss = ratios("T15", "cross_entropy", lambda t, c: functional.cross_entropy(t["logits"], t["targets"]), ["logits"])
+    norm = ratios("T3", "layer_norm", lambda t, c: functional.layer_norm(t["x"], (6,), t["w"], t["b"], c["eps"]), ["x"])
+    assert max(loss) > least
+    assert max(norm) > 1
