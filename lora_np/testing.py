@@ -108,7 +108,7 @@ class Wrong(NamedTuple):
 def check(
     implementation: Callable[[Linear], Mapping[str, Any]], *, dtype: str = "float32", examples: int = 100
 ) -> None:
-    """Compares an implementation with L1, L2, L4 and L5; a Mismatch shows the smallest case found that differs.
+    """P1 on L1, L2, L4 and L5: compares an implementation; a Mismatch shows the smallest case found that differs.
 
     implementation: takes a Linear, gives some of h (N,T,out), dx (N,T,in), dA (r,in), dB (out,r) and the merged weight
     W (out,in), by name, as anything that NumPy takes; its inputs are its to read. dtype: float32 or float64, of the

@@ -13,6 +13,8 @@ from ..formats.files.safetensors_file import import_safetensors
 from ..vectors.cases import VERSIONS, all_cases
 from ..vectors.conform import Found, Verdict, compare
 from ..vectors.files import made, read_vectors, write_vectors
+from ..vectors.narrow import narrowed
+from ..vectors.precision import FLOAT32, PRECISIONS
 from .base import AddCommand
 from .output import emit, table
 
@@ -22,15 +24,16 @@ SHOWN = 8  # cases, or tensors, that are named
 def run_vectors(args: argparse.Namespace) -> int:
     expect_new(args.out)
     import_safetensors()
-    vectors = made(version=args.version)
+    vectors = made(version=args.version, precision=args.precision)
     write_vectors(args.out, vectors)
     ids = len({case.id for case, _ in vectors.cases})
     size = sum(path.stat().st_size for path in args.out.iterdir())
     result = {
-        "out": str(args.out), "version": vectors.version, "cases": len(vectors.cases), "ids": ids, "bytes": size,
-        "digest": vectors.digest,
+        "out": str(args.out), "version": vectors.version, "precision": vectors.precision, "cases": len(vectors.cases),
+        "ids": ids, "bytes": size, "digest": vectors.digest,
     }  # fmt: skip
-    line = "{out}: {version}, {cases} cases of {ids} ids, {bytes:,} bytes, digest {digest}"
+    where = "" if vectors.precision == FLOAT32.name else " in {precision}"
+    line = "{out}: {version}" + where + ", {cases} cases of {ids} ids, {bytes:,} bytes, digest {digest}"
     emit(args, result, [line.format(**result)])
     return 0
 
@@ -40,24 +43,31 @@ def run_conform(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{args.results}: no such folder")
     there = {path.stem for path in args.results.glob("*.safetensors")}
     theirs = None if args.vectors is None else read_vectors(args.vectors)
-    ours = made(there) if theirs is None else made((), version=theirs.version)
+    if theirs is None:
+        ours = made(there, precision=args.precision or FLOAT32.name)
+    else:
+        if args.precision not in (None, theirs.precision):
+            raise ValueError(f"{args.vectors}: expected vectors in {args.precision}, got {theirs.precision}")
+        ours = made((), version=theirs.version, precision=theirs.precision)
     vectors = ours if theirs is None else theirs
     verdicts = compare(args.results, vectors, name_mistakes=vectors.digest == ours.digest)
     run = [one for one in verdicts if one.run]
     if not run:
         raise ValueError(f"{args.results}: there are no results: expected files like L2.safetensors, with tensors "
                          "like bias/out/h")  # fmt: skip
-    ids = [case.id for case in all_cases()] if theirs is None else [case.id for case, _ in theirs.cases]
+    asked = narrowed(all_cases(), vectors.precision)[0] if theirs is None else [case for case, _ in theirs.cases]
+    ids = [case.id for case in asked]
     unknown = sorted(there - set(ids))
     absent = [id for id in dict.fromkeys(ids) if id not in {one.id for one in run}]
     right = sum(len(one.right) for one in run)
     holds = all(one.holds for one in run) and not (args.all and right < len(ids))
     lines = [*_lines(run), *(f"not read: {shown(id)}.safetensors: there is no such id" for id in unknown)]
     lines += [f"no results: {' '.join(absent)}"] if absent else []
-    lines.append(f"conforms: {'yes' if holds else 'no'}, {right} of {len(ids)} cases")
+    where = "" if vectors.precision == FLOAT32.name else f" in {vectors.precision}"
+    lines.append(f"conforms{where}: {'yes' if holds else 'no'}, {right} of {len(ids)} cases")
     result = {
-        "holds": holds, "right": right, "cases": len(ids), "absent": absent, "not_read": unknown,
-        "ids": [_as_json(one) for one in run],
+        "precision": vectors.precision, "holds": holds, "right": right, "cases": len(ids), "absent": absent,
+        "not_read": unknown, "ids": [_as_json(one) for one in run],
     }  # fmt: skip
     emit(args, result, lines)
     return 0 if holds else 1
@@ -119,8 +129,12 @@ def add_commands(command: AddCommand) -> None:
     p = command("vectors", run_vectors, "test vectors for any implementation of LoRA, in any language")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder, which must not be there yet")
     p.add_argument("--version", choices=VERSIONS, default=VERSIONS[-1], help="of the cases (default: %(default)s)")
+    p.add_argument("--precision", choices=PRECISIONS, default=FLOAT32.name,
+                   help="what they are for: its inputs, and its bounds (default: %(default)s)")  # fmt: skip
 
     p = command("conform", run_conform, "what another implementation computed, beside the vectors")
     p.add_argument("results", type=Path, metavar="RESULTS_DIR", help="a folder of files like L2.safetensors")
     p.add_argument("--vectors", type=Path, metavar="DIR", help="the vectors (default: made here and now)")
+    p.add_argument("--precision", choices=PRECISIONS,
+                   help="of vectors that are made here and now (default: float32)")  # fmt: skip
     p.add_argument("--all", action="store_true", help="every case must be there: what is missing is wrong")

@@ -16,6 +16,7 @@ from ..model import Config, Model, init_weights
 from ..ops import llama3_factors
 from .derivatives import architectures
 from .dyadic import UNIT, fine, integers, numbers
+from .precision import FLOAT32
 
 Arrays = Mapping[str, Array]
 VERSIONS = ("v1", "v2")  # of the cases; each has all those of the one before
@@ -27,6 +28,7 @@ class Case(NamedTuple):
     inputs     by name: float64 (every number is exact in float32 too), int64 or bool
     gradients  the inputs whose gradients are asked for
     since      the version that it came with
+    precision  what it is to be computed in, by name
     """
 
     id: str
@@ -37,6 +39,7 @@ class Case(NamedTuple):
     inputs: Arrays
     gradients: tuple[str, ...] = ()
     since: str = VERSIONS[0]
+    precision: str = FLOAT32.name
 
 
 def all_cases(version: str = VERSIONS[-1]) -> list[Case]:

@@ -117,7 +117,7 @@ def _found(path: Path, cases: list[tuple[Case, Mapping[str, Answer]]]) -> tuple[
                 del unread[f"{case.name}/{name}"]
             fitting = [name for name in there if file.shapes[f"{case.name}/{name}"] == wanted[name].shape]
             got = {name: read_tensor(file, f"{case.name}/{name}") for name in fitting}
-            ratios = {name: error_ratio(a, *wanted[name]) for name, a in got.items()}
+            ratios = {name: error_ratio(a, *wanted[name], case.precision) for name, a in got.items()}
             worst = max(ratios, key=lambda name: ratios[name], default="")
             missing = [name for name in wanted if name not in there]
             misshapen = [name for name in there if name not in fitting]

@@ -19,7 +19,8 @@ import numpy as np
 
 from ..backend import Array
 from .buckets import deberta_bucket, t5_bucket
-from .tracked import FUNCTION, Tracked, U, cos, erf, exp, gamma, joined, log, sin, sqrt, tanh, tracked
+from .precision import FLOAT32, U, rounded
+from .tracked import FUNCTION, Tracked, cos, erf, exp, joined, log, sin, sqrt, tanh, tracked
 
 Inputs: TypeAlias = Mapping[str, Any]
 Scalars: TypeAlias = Mapping[str, Any]
@@ -39,7 +40,7 @@ def scale(c: Scalars) -> float:
 
 def dropped(x: Tracked, t: Inputs, c: Scalars) -> Tracked:
     """T12: m * x, with m = keep / (1 - p), where the case has a mask."""
-    return x * (t["keep"] * tracked(1 / (1 - c["p"]))) if "keep" in t else x
+    return x * (t["keep"] * tracked(1 / (1 - c["p"]), x)) if "keep" in t else x
 
 
 def affine(x: Tracked, W: Tracked, b: Tracked | None) -> Tracked:
@@ -49,7 +50,7 @@ def affine(x: Tracked, W: Tracked, b: Tracked | None) -> Tracked:
 
 
 def lora_update(t: Inputs, c: Scalars) -> Outputs:
-    return {"s": tracked(scale(c)), "dW": (t["B"] @ t["A"]) * scale(c)}
+    return {"s": tracked(scale(c), t["A"]), "dW": (t["B"] @ t["A"]) * scale(c)}
 
 
 def lora_linear(t: Inputs, c: Scalars) -> Outputs:
@@ -66,16 +67,6 @@ def lora_start(t: Inputs, c: Scalars) -> Outputs:
     return {"h": h, "difference": Tracked(np.zeros(h.shape))}
 
 
-SIGNIFICAND = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # bits, the leading one with them
-
-
-def rounded(x: Array, dtype: str) -> Array:
-    """x to the nearest number of that dtype, ties to even; no number here is subnormal or too large."""
-    mantissa, exponent = np.frexp(x)
-    bits = SIGNIFICAND[dtype]
-    return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
-
-
 def stored(x: Tracked, dtype: str) -> Tracked:
     """x rounded once to a dtype; the error is how far x's own can move the rounding."""
     value, low, high = (rounded(v, dtype) for v in (x.value, x.value - x.error, x.value + x.error))
@@ -83,7 +74,8 @@ def stored(x: Tracked, dtype: str) -> Tracked:
 
 
 def merge(t: Inputs, c: Scalars) -> Outputs:
-    W = stored(t["W0"] + (t["B"] @ t["A"]) * scale(c), c["dtype"])
+    """L5: the sum is wide inside, whatever the precision."""
+    W = stored(t["W0"].inside + (t["B"].inside @ t["A"].inside) * scale(c), c["dtype"])
     return {"W": W, "h": affine(t["x"], W, t.get("b"))}
 
 
@@ -104,7 +96,7 @@ def count(t: Inputs, c: Scalars) -> Outputs:
 
 
 def combine(t: Inputs, c: Scalars) -> Outputs:
-    parts = [(t[f"B{i}"] @ t[f"A{i}"]) * (one["w"] * scale(one)) for i, one in enumerate(c["adapters"])]
+    parts = [(t[f"B{i}"] * (one["w"] * scale(one))) @ t[f"A{i}"] for i, one in enumerate(c["adapters"])]
     dW = parts[0]
     for part in parts[1:]:
         dW = dW + part
@@ -185,7 +177,7 @@ def pissa(t: Inputs, c: Scalars) -> Outputs:
     """L12: of factors rounded to float32, each of whose rows or columns is no longer than sqrt(sigma_1 / s)."""
     best = truncated(t["W0"], c["r"])
     largest = float(np.linalg.norm(t["W0"].value, 2))
-    update = Tracked(best.value, best.error + gamma(c["r"] + 3) * largest)
+    update = Tracked(best.value, best.error + FLOAT32.sum(c["r"] + 3) * largest)
     return {"update": update, "residual": t["W0"] - update}
 
 
@@ -207,12 +199,14 @@ def linear(t: Inputs, c: Scalars) -> Outputs:
 
 
 def normalised(x: Tracked, eps: float) -> Tracked:
-    """T4: x / sqrt(mean(x^2) + eps)."""
-    return x / sqrt((x * x).mean() + eps)
+    """T4: x / sqrt(mean(x^2) + eps), wide inside."""
+    z = x.inside
+    return (z / sqrt((z * z).mean() + eps)).into(x.precision)
 
 
 def layer_norm(t: Inputs, c: Scalars) -> Outputs:
-    return {"y": normalised(t["x"] - t["x"].mean(), c["eps"]) * t["w"] + t["b"]}
+    x = t["x"].inside
+    return {"y": normalised(x - x.mean(), c["eps"]).into(t["x"].precision) * t["w"] + t["b"]}
 
 
 def norm_weight(t: Inputs, c: Scalars) -> Tracked:
@@ -225,15 +219,20 @@ def rms_norm(t: Inputs, c: Scalars) -> Outputs:
 
 
 def gelu_of(x: Tracked) -> Tracked:
-    return x * ((erf(x * math.sqrt(0.5)) + 1) * 0.5)
+    return gated_by(x, erf, lambda z: z * math.sqrt(0.5))
 
 
 def gelu_tanh_of(x: Tracked) -> Tracked:
-    return x * ((tanh((x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)) + 1) * 0.5)
+    return gated_by(x, tanh, lambda z: (z + z * z * z * 0.044715) * math.sqrt(2 / math.pi))
 
 
 def silu_of(x: Tracked) -> Tracked:
-    return x * ((tanh(x * 0.5) + 1) * 0.5)
+    return gated_by(x, tanh, lambda z: z * 0.5)
+
+
+def gated_by(x: Tracked, f: Callable[[Tracked], Tracked], of: Callable[[Tracked], Tracked]) -> Tracked:
+    """x (1 + f(of x)) / 2, what multiplies x wide inside."""
+    return x * ((f(of(x.inside)) + 1) * 0.5).into(x.precision)
 
 
 def relu_of(x: Tracked) -> Tracked:
@@ -279,11 +278,20 @@ def less_largest(z: Tracked, seen: Array) -> Tracked:
 
 
 def weights_of(scores: Tracked, visible: Array) -> Tracked:
-    """T8: softmax over the last axis, of what is visible; zeros where nothing is."""
-    seen = np.broadcast_to(visible, scores.shape)
-    e = exp(less_largest(scores, seen)) * (seen * 1.0)
+    """T8: softmax over the last axis, of what is visible, wide inside; zeros where nothing is.
+
+    The gradient goes back through the weights as they are stored, which is what implementations keep.
+    """
+    z, seen = scores.inside, np.broadcast_to(visible, scores.shape)
+    e = exp(less_largest(z, seen)) * (seen * 1.0)
     total = e.sum(-1, keepdims=True)
-    return e / (total + (total.value == 0) * 1.0)
+    p = (e / (total + (total.value == 0) * 1.0)).into(scores.precision)
+
+    def backward(g: Tracked) -> Tracked:
+        weights, dp = p.inside, g.inside
+        return (weights * (dp - (weights * dp).sum(-1, keepdims=True))).into(scores.precision)
+
+    return Tracked(p.value, p.error, [(scores, backward)])
 
 
 def softmax(t: Inputs, c: Scalars) -> Outputs:
@@ -327,7 +335,7 @@ def turned(
         angle = angle[:, None]
     first = np.arange(K) < K // 2
     other = x[..., (np.arange(K) + K // 2) % K] * np.where(first, -1.0, 1.0)
-    return x * cos(angle) + other * sin(angle)
+    return x * cos(angle).into(x.precision) + other * sin(angle).into(x.precision)
 
 
 def rotary(t: Inputs, c: Scalars) -> Outputs:
@@ -390,8 +398,8 @@ def asked(t: Inputs, c: Scalars, mask: Array | None, *, causal: bool) -> Outputs
 
 
 def row_losses(logits: Tracked, targets: Array) -> Tracked:
-    """T15: -log softmax(logits)[target], a row at a time. logits (M,V), targets (M,) -> (M,)."""
-    z = less_largest(logits, np.ones(logits.shape, dtype=bool))
+    """T15: -log softmax(logits)[target], a row at a time, wide inside. logits (M,V), targets (M,) -> (M,)."""
+    z = less_largest(logits.inside, np.ones(logits.shape, dtype=bool))
     return log(exp(z).sum(-1)) - z[np.arange(len(targets)), targets]
 
 
@@ -399,7 +407,8 @@ def mean_loss(logits: Tracked, targets: Array) -> Tracked:
     """T15: over the targets that count. logits (..., V), targets (...)."""
     targets = targets.reshape(-1)
     counted = np.flatnonzero(targets != IGNORED)
-    return row_losses(logits.reshape(-1, logits.shape[-1])[counted], targets[counted]).sum() / len(counted)
+    rows = logits.inside.reshape(-1, logits.shape[-1])[counted]
+    return (row_losses(rows, targets[counted]).sum() / len(counted)).into(logits.precision)
 
 
 def cross_entropy(t: Inputs, c: Scalars) -> Outputs:
@@ -575,7 +584,9 @@ def warmup_cosine(t: Inputs, c: Scalars) -> Outputs:
 
 def clip(t: Inputs, c: Scalars) -> Outputs:
     names = sorted(name for name in t if name.startswith("g"))
-    norms = [sqrt((t[name] * t[name]).sum()) for name in names]  # the norm of norms: of all squares it rounds less
+    norms = [
+        frobenius(t[name].inside).into(t[name].precision) for name in names
+    ]  # the norm of norms: of all squares it rounds less
     total = norms[0] * norms[0]
     for one in norms[1:]:
         total = total + one * one

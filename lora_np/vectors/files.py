@@ -18,12 +18,14 @@ from ..formats.files.messages import named, shown
 from ..formats.files.safetensors_file import TensorFile, open_tensors
 from .answers import Answer, answers, computed
 from .cases import VERSIONS, Case, all_cases
+from .narrow import INPUTS, narrowed
 from .operations import OPERATIONS
+from .precision import FLOAT32, PRECISIONS
 from .statements import STATEMENTS
 
 SCHEMA = 1  # of the manifest, and of the tensors' names
 MANIFEST = "manifest.json"
-READABLE = ("F64", "F32", "F16", "I64", "I32", "BOOL")
+READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
 LAYOUT = {
     "CASE/in/NAME": "an input, F32 (exact), I64 or BOOL",
     "CASE/out/NAME": "an output expected, F64 or I64",
@@ -43,21 +45,26 @@ class Vectors(NamedTuple):
     digest: str
     cases: Sequence[tuple[Case, Mapping[str, Answer]]]
     version: str = VERSIONS[-1]
+    precision: str = FLOAT32.name
 
 
-def made(ids: Collection[str] | None = None, *, version: str = VERSIONS[-1]) -> Vectors:
+def made(
+    ids: Collection[str] | None = None, *, version: str = VERSIONS[-1], precision: str = FLOAT32.name
+) -> Vectors:  # fmt: skip
     """A version's vectors, computed here and now; of these ids alone, if they are given, but with the digest of all."""
-    cases = all_cases(version)
+    cases, _ = narrowed(all_cases(version), precision)
     shown = [(case, answers(case)) for case in cases if ids is None or case.id in ids]
-    return Vectors(digest(((case, computed(case)) for case in cases), version), shown, version)
+    return Vectors(digest(((case, computed(case)) for case in cases), version, precision), shown, version, precision)
 
 
-def digest(cases: Iterable[tuple[Case, Mapping[str, Any]]], version: str) -> str:
-    """SHA-256 of the schema and version, of each case but its title, and of its inputs as they stand in the file.
+def digest(cases: Iterable[tuple[Case, Mapping[str, Any]]], version: str, precision: str = FLOAT32.name) -> str:
+    """SHA-256 of the schema, the version and the precision if it is not float32, of each case but its title, and of its
+    inputs as they stand in the file.
 
     Of what it has to give, which comes by name as arrays or Answers, the shapes alone.
     """
-    total = hashlib.sha256(to_json([SCHEMA, version]).encode())
+    what = [SCHEMA, version, *([] if precision == FLOAT32.name else [precision])]
+    total = hashlib.sha256(to_json(what).encode())
     for case, wanted in cases:
         entry = {name: value for name, value in _entry(case, wanted).items() if name != "title"}
         total.update(json.dumps(entry, sort_keys=True, allow_nan=False).encode())
@@ -94,11 +101,22 @@ def _stored(a: Array) -> Array:
 def _manifest(vectors: Vectors) -> dict[str, Any]:
     texts = ("title", "equation", "inputs", "outputs", "scalars")
     return {
-        "schema": SCHEMA, "version": vectors.version, "digest": vectors.digest, "layout": LAYOUT,
+        "schema": SCHEMA, "version": vectors.version, "digest": vectors.digest, "layout": LAYOUT, **_precision(vectors),
         "statements": {id: _statement(id) for id in dict.fromkeys(case.id for case, _ in vectors.cases)},
         "operations": {op.name: {text: getattr(op, text) for text in texts} for op in OPERATIONS.values()},
         "cases": [_entry(case, wanted) for case, wanted in vectors.cases],
     }  # fmt: skip
+
+
+def _precision(vectors: Vectors) -> dict[str, Any]:
+    """What the cases are computed in, how their inputs are made such, and which cases mean nothing in it."""
+    name = vectors.precision
+    if name == FLOAT32.name:
+        return {}
+    bounds = f"F32: the most by which each element may differ if computed in {name}, as P1 says; 0: exactly equal"
+    layout = {key: bounds if "bound" in key else text for key, text in LAYOUT.items()}
+    _, left_out = narrowed(all_cases(vectors.version), name)
+    return {"precision": name, "inputs": INPUTS[name], "left_out": left_out, "layout": layout}
 
 
 def _statement(id: str) -> dict[str, str]:
@@ -125,6 +143,9 @@ def read_vectors(folder: Path) -> Vectors:
     version = manifest.get("version")
     if version not in VERSIONS:
         raise ValueError(f"{path}: version: expected one of {' '.join(VERSIONS)}, got {shown(str(version))}")
+    precision = manifest.get("precision", FLOAT32.name)
+    if not (isinstance(precision, str) and precision in PRECISIONS):
+        raise ValueError(f"{path}: precision: expected one of {' '.join(PRECISIONS)}, got {shown(str(precision))}")
     entries = manifest.get("cases")
     if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
         raise ValueError(
@@ -133,11 +154,11 @@ def read_vectors(folder: Path) -> Vectors:
     cases: list[tuple[Case, Mapping[str, Answer]]] = []
     for id in dict.fromkeys(entry["id"] for entry in entries):
         with open_tensors(folder / f"{id}.safetensors") as file:
-            cases += [_read_case(file, entry) for entry in entries if entry["id"] == id]
-    found = digest(cases, version)
+            cases += [_read_case(file, entry, precision) for entry in entries if entry["id"] == id]
+    found = digest(cases, version, precision)
     if found != manifest.get("digest"):
         raise ValueError(f"{path}: the cases and inputs are not those that its digest was taken of")
-    return Vectors(found, cases, version)
+    return Vectors(found, cases, version, precision)
 
 
 def _is_entry(entry: Any) -> bool:
@@ -154,11 +175,13 @@ def _is_entry(entry: Any) -> bool:
     )
 
 
-def _read_case(file: TensorFile, entry: Mapping[str, Any]) -> tuple[Case, dict[str, Answer]]:
+def _read_case(file: TensorFile, entry: Mapping[str, Any], precision: str) -> tuple[Case, dict[str, Answer]]:
     stem, wanted = entry["name"], entry["expected"]
     inputs = {name: _wide(read_tensor(file, f"{stem}/in/{name}")) for name in entry["inputs"]}
     gradients = tuple(name.removeprefix("grad/") for name in wanted if name.startswith("grad/"))
-    case = Case(entry["id"], stem, entry["operation"], entry["title"], entry["scalars"], inputs, gradients)
+    case = Case(
+        entry["id"], stem, entry["operation"], entry["title"], entry["scalars"], inputs, gradients, precision=precision
+    )  # fmt: skip
     answers = {n: Answer(read_tensor(file, f"{stem}/{n}"), read_tensor(file, f"{stem}/bound/{n}")) for n in wanted}
     for name, (value, bound) in answers.items():
         if value.shape != bound.shape:

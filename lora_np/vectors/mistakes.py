@@ -67,7 +67,7 @@ class Mistake(NamedTuple):
         """Whether all that was got for a case is what this mistake gives, within its bounds."""
         wrong = self.gives(case)
         return wrong is not None and all(
-            a.shape == wrong[n][0].shape and error_ratio(a, *wrong[n]) <= 1 for n, a in got.items()
+            a.shape == wrong[n][0].shape and error_ratio(a, *wrong[n], case.precision) <= 1 for n, a in got.items()
         )
 
 

@@ -31,7 +31,7 @@ from ..loss import forward, loss_and_grads
 from ..model import Config, Model, init_weights
 from ..parallel import sharded_loss_and_grads
 from ..transformer import ACTIVATIONS
-from .definitions import rounded
+from .precision import rounded
 
 Arrays: TypeAlias = Mapping[str, Array]
 Scalars: TypeAlias = Mapping[str, Any]

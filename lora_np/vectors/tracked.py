@@ -12,6 +12,9 @@ A sum of n terms costs gamma(n) = n u / (1 - n u) times the sum of their sizes, 
 4 ulp: what libraries promise, or better, for exp, log, tanh, sin and cos; erf's own error is absolute (ERF). Nothing
 overflows.
 
+In a narrower format (P1, `precision`) each result is rounded once more, as it is stored; in TF32 the factors of a
+product of matrices are, before it. What must be wide `inside` is computed in float32, and its result stored.
+
 Through a whole model that bound is of no use: it takes every rounding in its worst direction, though they cannot all go
 there, and ends above the gradients themselves. There the same formula is evaluated with noise: each result is moved by
 a random part of the most that its own rounding can be (Monte Carlo arithmetic, Parker 1997), and the spread of some
@@ -32,8 +35,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..backend import Array
+from .precision import FLOAT32, Precision, U, rounded
 
-U = 2.0**-24  # half the distance from 1 to the next float32
 FUNCTION = 8 * U  # the relative error of a library's elementary function
 # The absolute error of its erf. GELU adds 1 to it, so vectorised libraries take Abramowitz and Stegun's 7.1.26, 1 minus
 # t (a1 + ... + a5 t^4) exp(-x^2): good to 1.5e-7, 2.5 u, but to no number of ulp near 0. The second part is about 1
@@ -42,11 +45,6 @@ FUNCTION = 8 * U  # the relative error of a library's elementary function
 ERF = 16 * U
 
 Backward: TypeAlias = "Callable[[Tracked], Tracked]"
-
-
-def gamma(n: int) -> float:
-    """The relative error of n roundings."""
-    return n * U / (1 - n * U)
 
 
 class Tracked:
@@ -63,14 +61,20 @@ class Tracked:
         rounding: float = 0.0,
         local: Any = None,
         noise: np.random.RandomState | None = None,
+        precision: Precision | None = None,
     ) -> None:
-        """error: what came with the operands. local, or rounding times the result: what the operation adds itself.
-        noise: where the numbers of such an evaluation come from; the operands' own if None."""
+        """error: what came with the operands. rounding, times the result and then stored, or local, in all: what the
+        operation adds itself. noise: where the numbers of such an evaluation come from; precision: what it is computed
+        in; the operands' own if None."""
         exact: Array = np.asarray(value, dtype=np.float64)
-        own = rounding * (np.abs(exact) + error) if local is None else local
         self.noise: np.random.RandomState | None = noise
         if noise is None:
             self.noise = next((parent.noise for parent, _ in parents if parent.noise is not None), None)
+        self.precision: Precision = precision or next(
+            (parent.precision for parent, _ in parents if parent.precision is not FLOAT32), FLOAT32
+        )
+        size = np.abs(exact) + error
+        own = rounding * size + (self.precision.storing(size) if rounding else 0.0) if local is None else local
         self.parents = parents
         self.value, self.error = exact, np.zeros(exact.shape)
         if self.noise is None:
@@ -92,27 +96,30 @@ class Tracked:
         return Tracked(-self.value, self.error, [(self, lambda g: -g)])
 
     def __add__(self, other: Any) -> Tracked:
-        a, b = self, tracked(other)
+        a, b = self, tracked(other, self)
         return Tracked(
             a.value + b.value, a.error + b.error,
             [(a, lambda g: _like(g, a.shape)), (b, lambda g: _like(g, b.shape))], rounding=U,
         )  # fmt: skip
 
     def __sub__(self, other: Any) -> Tracked:
-        return self + -tracked(other)
+        return self + -tracked(other, self)
 
     def __mul__(self, other: Any) -> Tracked:
-        a, b = self, tracked(other)
+        a, b = self, tracked(other, self)
         return Tracked(
             a.value * b.value, np.abs(a.value) * b.error + np.abs(b.value) * a.error + a.error * b.error,
             [(a, lambda g: _like(g * b, a.shape)), (b, lambda g: _like(g * a, b.shape))], rounding=U,
         )  # fmt: skip
 
     def __truediv__(self, other: Any) -> Tracked:
-        a, b = self, tracked(other)
+        a, b = self, tracked(other, self)
         q = a.value / b.value
+        least = np.abs(b.value) - b.error  # where it is no more than 0, nothing is known
+        with np.errstate(divide="ignore"):
+            error = np.where(least > 0, (a.error + np.abs(q) * b.error) / np.maximum(least, 0), np.inf)
         y = Tracked(
-            q, (a.error + np.abs(q) * b.error) / (np.abs(b.value) - b.error),
+            q, error,
             [(a, lambda g: _like(g / b, a.shape)), (b, lambda g: _like(-(g * y) / b, b.shape))], rounding=U,
         )  # fmt: skip
         return y
@@ -121,16 +128,21 @@ class Tracked:
         """(..., n) (n, m) -> (..., m), leading axes broadcast as NumPy does."""
         a, b = self, other
         error = a.error @ np.abs(b.value) + np.abs(a.value) @ b.error + a.error @ b.error
+        y, precision = a.value @ b.value, self._beside(other)
+        rounding = precision.product(a.shape[-1]) * (a.size @ b.size)
         return Tracked(
-            a.value @ b.value, error,
-            [(a, lambda g: _like(g @ b.mT, a.shape)), (b, lambda g: _like(a.mT @ g, b.shape))],
-            local=gamma(a.shape[-1]) * (a.size @ b.size),
+            y, error, [(a, lambda g: _like(g @ b.mT, a.shape)), (b, lambda g: _like(a.mT @ g, b.shape))],
+            local=rounding + precision.storing(np.abs(y) + error + rounding),
         )  # fmt: skip
+
+    def _beside(self, other: Tracked) -> Precision:
+        """What an operation on both is computed in."""
+        return other.precision if self.precision is FLOAT32 else self.precision
 
     __radd__, __rmul__ = __add__, __mul__
 
     def __rsub__(self, other: Any) -> Tracked:
-        return tracked(other) - self
+        return tracked(other, self) - self
 
     @property
     def mT(self) -> Tracked:
@@ -142,10 +154,11 @@ class Tracked:
         total = self.value.sum(axis=axis, keepdims=keepdims)
         kept = self.value.sum(axis=axis, keepdims=True).shape
         n = self.value.size // total.size
+        error = self.error.sum(axis=axis, keepdims=keepdims)
+        rounding = self.precision.sum(n - 1) * self.size.sum(axis=axis, keepdims=keepdims)
         return Tracked(
-            total, self.error.sum(axis=axis, keepdims=keepdims),
-            [(self, lambda g: g.reshape(*kept).spread(self.shape))],
-            local=gamma(n - 1) * self.size.sum(axis=axis, keepdims=keepdims),
+            total, error, [(self, lambda g: g.reshape(*kept).spread(self.shape))],
+            local=rounding + (self.precision.storing(np.abs(total) + error + rounding) if n > 1 else 0.0),
         )  # fmt: skip
 
     def mean(self) -> Tracked:
@@ -172,22 +185,41 @@ class Tracked:
             value, error, size, times = (np.zeros(self.shape) for _ in range(4))
             for total, part in ((value, g.value), (error, g.error), (size, g.size), (times, np.ones(g.shape))):
                 np.add.at(total, index, part)
-            return Tracked(value, error, local=gamma(int(times.max()) - 1) * size * (times > 1), noise=g.noise)
+            local = g.precision.sum(int(times.max()) - 1) * size
+            local = np.where(times > 1, local + g.precision.storing(size), 0.0)
+            return Tracked(value, error, local=local, noise=g.noise, precision=g.precision)
 
         return Tracked(self.value[index], self.error[index], [(self, backward)])
 
     def detached(self) -> Tracked:
         """The same numbers, which no gradient goes back from."""
-        return Tracked(self.value, self.error, noise=self.noise)
+        return Tracked(self.value, self.error, noise=self.noise, precision=self.precision)
+
+    def into(self, precision: Precision) -> Tracked:
+        """The same numbers, for operations in another precision; stored, if that is narrower."""
+        if precision is self.precision:
+            return self
+        local = precision.storing(self.size) if precision.store else None
+        back = [(self, lambda g: g.into(self.precision))]
+        return Tracked(self.value, self.error, back, local=local, precision=precision)
+
+    @property
+    def inside(self) -> Tracked:
+        """The same numbers, for what must be wide inside; what comes of it goes back `into` their own precision."""
+        return self.into(self.precision.inside)
 
 
-def tracked(x: Any) -> Tracked:
-    """A number or an array of exact values, as Tracked; a scalar that float32 lacks comes rounded to it."""
+def tracked(x: Any, beside: Tracked | None = None) -> Tracked:
+    """A number or an array of exact values, as Tracked.
+
+    A scalar that float32 lacks comes rounded to it; or, beside other numbers, one that their format lacks to that.
+    """
     if isinstance(x, Tracked):
         return x
-    value = np.asarray(x, dtype=np.float64)
-    exact = value.ndim > 0 or float(np.float32(value)) == float(value)
-    return Tracked(value, 0.0 if exact else U * np.abs(value))
+    value, precision = np.asarray(x, dtype=np.float64), FLOAT32 if beside is None else beside.precision
+    size = np.abs(value)
+    exact = value.ndim > 0 or rounded(value, precision.dtype) == value
+    return Tracked(value, 0.0 if exact else np.maximum(U * size, precision.storing(size)), precision=precision)
 
 
 def joined(parts: Sequence[Tracked], axis: int) -> Tracked:
@@ -231,7 +263,7 @@ def sqrt(x: Tracked) -> Tracked:
     return result
 
 
-def _smooth(x: Tracked, y: Array, slope: Array, backward: Backward, own: float | None = None) -> Tracked:
+def _smooth(x: Tracked, y: Array, slope: Array, backward: Backward, own: Array | None = None) -> Tracked:
     """f(x) of an f whose second derivative is nowhere above 1: it changes by at most |f'| e + e^2 / 2.
 
     own: the absolute error of the function itself, 4 ulp if None.
@@ -248,7 +280,8 @@ def tanh(x: Tracked) -> Tracked:
 def erf(x: Tracked) -> Tracked:
     y = np.vectorize(math.erf, otypes=[np.float64])(x.value)
     c = 2 / math.sqrt(math.pi)
-    return _smooth(x, y, c * np.exp(-(x.value**2)), lambda g: g * (exp(-(x * x)) * c), ERF)
+    own = ERF + x.precision.storing(np.abs(y) + ERF)
+    return _smooth(x, y, c * np.exp(-(x.value**2)), lambda g: g * (exp(-(x * x)) * c), own)
 
 
 def cos(x: Tracked) -> Tracked:

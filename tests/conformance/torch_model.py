@@ -3,7 +3,7 @@
 import torch
 from on_torch import linear_of
 from torch.nn import functional as F
-from torch_primitives import ACTIVATIONS, sees, turned
+from torch_primitives import ACTIVATIONS, layer_norm, sees, turned, widened
 
 
 def model(adapted, t, c):
@@ -27,7 +27,7 @@ def model(adapted, t, c):
         w = t[f"{name}.weight"]
         if c["norm"] == "rms":
             return F.rms_norm(x, w.shape, w, c["eps"])
-        return F.layer_norm(x, w.shape, w, t[f"{name}.bias"], c["eps"])
+        return layer_norm(x, w, t[f"{name}.bias"], c["eps"])
 
     def attend(name, x):
         split = lambda y, heads: y.view(N, T, heads, -1).transpose(1, 2)  # noqa: E731
@@ -73,7 +73,7 @@ def model(adapted, t, c):
     logits = project("head", x * c.get("head_scale", 1.0))
     if "targets" not in t:
         return {"logits": logits}
-    return {"logits": logits, "loss": F.cross_entropy(logits.flatten(0, -2), t["targets"].flatten())}
+    return {"logits": logits, "loss": F.cross_entropy(widened(logits).flatten(0, -2), t["targets"].flatten())}
 
 
 def generate(adapted, t, c):

@@ -24,6 +24,15 @@ def gated_mlp(t, c):
     return {"y": (act(t["x"] @ t["W_gate"].T) * (t["x"] @ t["W_up"].T)) @ t["W_down"].T}
 
 
+def widened(x):
+    """What torch.autocast computes in float32, and transformers too: a loss, a norm."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def layer_norm(x, w, b, eps):
+    return F.layer_norm(widened(x), w.shape, widened(w), widened(b), eps).to(x.dtype)
+
+
 def rms_norm(t, c):
     w = 1 + t["w"] if c.get("one_plus") else t["w"]
     return {"y": F.rms_norm(t["x"], w.shape, w, c["eps"])}
@@ -104,13 +113,13 @@ def cross_attention(t, c):
 
 
 def turned(x, positions, theta, factors=(1.0,)):
-    K = x.shape[-1]
-    rates = theta ** (-torch.arange(0, K, 2, dtype=x.dtype) / K) / torch.tensor(factors, dtype=x.dtype)
+    K, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    rates = theta ** (-torch.arange(0, K, 2, dtype=wide) / K) / torch.tensor(factors, dtype=wide)
     angles = positions[..., None] * rates
     angles = torch.cat([angles, angles], -1)
     angles = angles if positions.ndim == 1 else angles[:, None]
     half = torch.cat([-x[..., K // 2 :], x[..., : K // 2]], -1)
-    return x * angles.cos() + half * angles.sin()
+    return x * angles.cos().to(x.dtype) + half * angles.sin().to(x.dtype)
 
 
 def dropout(t, c):
@@ -171,11 +180,11 @@ def amplification(dW, t, c):
 OPERATIONS = {
     "embedding": embedding, "gated_mlp": gated_mlp, "softmax": softmax, "attention": attention, "dropout": dropout,
     "linear": lambda t, c: {"y": F.linear(t["x"], t["W"], t.get("b"))},
-    "layer_norm": lambda t, c: {"y": F.layer_norm(t["x"], t["w"].shape, t["w"], t["b"], c["eps"])},
+    "layer_norm": lambda t, c: {"y": layer_norm(t["x"], t["w"], t["b"], c["eps"])},
     "rms_norm": rms_norm, "rotary": rotary, "head_norm": head_norm, "score_bias": score_bias,
     "disentangled": disentangled, "cross_attention": cross_attention, "relu": lambda t, c: {"y": F.relu(t["x"])},
     "gelu": lambda t, c: {"y": F.gelu(t["x"])}, "gelu_tanh": lambda t, c: {"y": F.gelu(t["x"], approximate="tanh")},
     "silu": lambda t, c: {"y": F.silu(t["x"])},
-    "cross_entropy": lambda t, c: {"loss": F.cross_entropy(t["logits"], t["targets"])},
+    "cross_entropy": lambda t, c: {"loss": F.cross_entropy(widened(t["logits"]), t["targets"])},
     "adamw": adamw, "clip": clip, "sample": sample, "subspace_similarity": subspace_similarity,
 }  # fmt: skip

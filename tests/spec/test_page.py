@@ -94,7 +94,7 @@ def test_every_id_stands_once_and_no_anchor_is_dead(read, document):
 
 def test_the_contents_lead_to_every_clause(text):
     contents = text[text.index("<nav") : text.index("</nav>")]
-    assert re.findall(r'href="#([LTOA]\d+)"', contents) == list(STATEMENTS)
+    assert re.findall(r'href="#([LTOAP]\d+)"', contents) == list(STATEMENTS)
     assert all(f'href="#{name}"' in contents for name in ("conformance", "files", "files-1", "annex"))
 
 

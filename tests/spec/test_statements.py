@@ -15,14 +15,14 @@ from lora_np.lora import linear_rounding_bound
 from lora_np.vectors.statements import PARTS, STATEMENTS
 
 README = Path(__file__).parents[2] / "README.md"
-ROWS = dict(re.findall(r"^\| ([LTOA]\d+) \| (.+) \|$", README.read_text(encoding="utf-8"), flags=re.MULTILINE))
+ROWS = dict(re.findall(r"^\| ([LTOAP]\d+) \| (.+) \|$", README.read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
 def test_ids_are_counted_through_in_each_part():
     for part, ids in groupby(STATEMENTS, key=lambda name: name[0]):
         ids = list(ids)
         assert ids == [f"{part}{n}" for n in range(1, len(ids) + 1)]
-    assert list(PARTS) == list(dict.fromkeys(name[0] for name in STATEMENTS)) == ["L", "T", "O", "A"]
+    assert list(PARTS) == list(dict.fromkeys(name[0] for name in STATEMENTS)) == ["L", "T", "O", "A", "P"]
 
 
 def test_every_statement_has_a_title_and_ends_as_a_sentence():

@@ -6,10 +6,10 @@ from our_vectors import of
 
 from lora_np.vectors.answers import FLOAT64, answers, computed, defined, error_ratio
 from lora_np.vectors.cases import all_cases
-from lora_np.vectors.definitions import rounded, scale
+from lora_np.vectors.definitions import scale
 from lora_np.vectors.operations import OPERATIONS
+from lora_np.vectors.precision import U, rounded
 from lora_np.vectors.statements import STATEMENTS
-from lora_np.vectors.tracked import U
 
 CASES = all_cases()
 IDS = sorted({case.id for case in CASES})
