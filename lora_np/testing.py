@@ -30,8 +30,9 @@ from .backend import Array
 from .formats.files.extras import missing
 from .vectors.answers import answers, error_ratio
 from .vectors.cases import Case
-from .vectors.definitions import SIGNIFICAND, scale
+from .vectors.definitions import scale
 from .vectors.mistakes import explained
+from .vectors.precision import FORMATS
 
 try:
     from hypothesis import HealthCheck, Phase, Verbosity, given, settings
@@ -145,7 +146,8 @@ def _smallest(problem: Callable[[Drawn], str | None], examples: int) -> tuple[Dr
 
     @settings(
         max_examples=examples, deadline=None, database=None, derandomize=True, report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet,
+        print_blob=False, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet,
     )  # fmt: skip
     @given(_small())
     def compare(drawn: Drawn) -> None:
@@ -200,7 +202,7 @@ def _filled(
 ) -> Drawn:  # fmt: skip
     """A case of random numbers in [-1, 1) that fill a significand, float32's at the most; as `_drawing` says it."""
     rng = np.random.RandomState(seed)
-    unit = 2 ** (min(SIGNIFICAND[dtype], SIGNIFICAND["float32"]) - 1)
+    unit = 2 ** (min(FORMATS[dtype][0], FORMATS["float32"][0]) - 1)
     shapes = _shapes(*sizes) | ({"b": (sizes[3],)} if bias else {})
     inputs = {name: rng.randint(-unit, unit, shape, dtype="int64") / unit for name, shape in shapes.items()}
     if p is None:
@@ -323,7 +325,7 @@ def _drawing(drawn: Drawn, linear: Linear) -> Iterator[str]:
     """What `_filled` does."""
     case, dtype = drawn.case, linear.x.dtype
     names = [name for name in case.inputs if name != "keep"]
-    unit = f"2**{min(SIGNIFICAND[str(dtype)], SIGNIFICAND['float32']) - 1}"
+    unit = f"2**{min(FORMATS[str(dtype)][0], FORMATS['float32'][0]) - 1}"
     shapes = ", ".join(str(case.inputs[name].shape) for name in names)
     yield f"rng, shapes = np.random.RandomState({drawn.seed}), [{shapes}]"
     yield f'numbers = [rng.randint(-{unit}, {unit}, shape, dtype="int64") / {unit} for shape in shapes]'

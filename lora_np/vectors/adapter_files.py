@@ -22,7 +22,7 @@ from .cases import Case
 from .conform import Found, Verdict
 from .dyadic import numbers
 from .files import MANIFEST, read_tensor
-from .tracked import U
+from .precision import U
 
 FILES = "files"  # the folder of the cases, and the name of the file of results
 PREFIX = "base_model.model."

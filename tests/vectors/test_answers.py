@@ -18,7 +18,7 @@ EXACT = {"L6", "L8"}  # ids whose every answer must be met exactly
 
 
 def test_every_id_has_a_case():
-    assert {*IDS} == {*STATEMENTS}
+    assert {*IDS} == {*STATEMENTS} - {"P1"}  # which judges the others' cases
 
 
 def test_names_are_unique_within_an_id_and_fit_a_tensor_s_name():
