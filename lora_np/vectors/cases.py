@@ -670,10 +670,11 @@ def _second_llamas() -> Iterator[Case]:
          LoRAConfig(r=2, alpha=3, targets=every, rank_pattern=ranks)),
         ("model-ranks-rslora", "The same, rank-stabilised: each by its own rank",
          LoRAConfig(r=2, alpha=3, targets=("q", "v", "down"), rank_pattern=ranks, rslora=True)),
-        ("model-fused-groups", "Two layers of a Llama, q, k and v fused: B has 4 heads' rows, then 2 and 2",
+        ("model-fused-groups", "Two layers of a Llama, q, k, v fused: B has 4 heads' rows, then 2 and 2; theta = 100",
          LoRAConfig(r=2, alpha=3, targets=("qkv",))),
     ):  # fmt: skip
-        yield _model_case("L4", name, title, llama, lora, since="v2")
+        config = replace(llama, rope_theta=100.0) if name == "model-fused-groups" else llama
+        yield _model_case("L4", name, title, config, lora, since="v2")
 
 
 def _generations(gpt2: Config, llama: Config) -> Iterator[Case]:

@@ -7,6 +7,21 @@ import numpy as np
 f = np.float32
 
 
+def tf32(x):
+    """The nearest number of 11 bits, ties to even."""
+    bits = np.ascontiguousarray(x, f).view(np.uint32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).view(f)
+
+
+def mm(a, b, planted):
+    """A product of matrices."""
+    if planted == "TF32 factors":
+        return tf32(a) @ tf32(b)
+    if planted == "float16 factors":
+        return a.astype(np.float16).astype(f) @ b.astype(np.float16).astype(f)
+    return a @ b
+
+
 def scale_of(c, planted):
     r, alpha = c["r"], c["alpha"]
     s = alpha / math.sqrt(r) if c["rslora"] else alpha / r
@@ -33,25 +48,26 @@ def lora_linear(t, c, planted):
     if planted == "no dropout":
         m = np.ones_like(x)
     into_base = x * m if planted == "dropout on the base" else x
-    h = into_base @ W0.T + ((x * m) @ A.T) @ B.T * s
+    h = mm(into_base, W0.T, planted) + mm(mm(x * m, A.T, planted), B.T, planted) * s
     if planted != "no bias":
         h = h + (b + b if planted == "bias twice" else b)
     if "dh" not in t:
         return {"h": h}, {}
     g, mx = t["dh"].reshape(-1, len(W0)), (x * m).reshape(-1, x.shape[-1])
-    dA, dB = s * (g @ B).T @ mx, s * g.T @ (mx @ A.T)
+    gB = mm(g, B, planted)
+    dA, dB = s * mm(gB.T, mx, planted), s * mm(g.T, mm(mx, A.T, planted), planted)
     if swapped:
         dA, dB = dB.T, dA.T
-    low = s * (g @ B) @ A
+    low = s * mm(gB, A, planted)
     if planted == "dA without s":
-        dA = (g @ B).T @ mx
+        dA = gB.T @ mx
     if planted == "mean over rows":
         dA, dB = dA / len(g), dB / len(g)
     if planted != "dx without mask":
         low = low * m.reshape(low.shape)
-    dx = g @ W0 + (0 if planted == "dx without the branch" else low)
+    dx = mm(g, W0, planted) + (0 if planted == "dx without the branch" else low)
     if planted == "dropout on the base":
-        dx = (g @ W0 + s * (g @ B) @ A) * m.reshape(low.shape)
+        dx = (g @ W0 + s * gB @ A) * m.reshape(low.shape)
     return {"h": h}, {"x": dx.reshape(x.shape), "A": dA, "B": dB}
 
 
@@ -63,10 +79,88 @@ def merge(t, c, planted):
     A, B = (t["B"].T, t["A"].T) if planted == "A and B swapped" and W0.shape[0] == W0.shape[1] else (t["A"], t["B"])
     if planted == "subtracted":
         s = -s
-    W = W0 + f(s) * (B @ A)
+    W = W0 + f(s) * mm(B, A, planted)
     if planted == "bias merged":
         W = W + np.reshape(b, (-1, 1))
-    return {"W": W, "h": t["x"] @ W.T + b}, {}
+    return {"W": W, "h": mm(t["x"], W.T, planted) + b}, {}
+
+
+def lora_update(t, c, planted):
+    s = scale_of(c, None)
+    return {"s": f(s), "dW": f(s) * mm(t["B"], t["A"], planted)}, {}
+
+
+def lora_start(t, c, planted):
+    outputs, grads = lora_linear(t, c, planted if planted in PRECISIONS else None)
+    base = mm(t["x"], t["W0"].T, planted) + np.zeros_like(outputs["h"]) + t["b"]
+    return {**outputs, "difference": outputs["h"] - base}, grads
+
+
+def per_row(t, c, planted):
+    h = mm(t["x"], t["W0"].T, planted) + t["b"]
+    for i, one in enumerate(c["adapters"]):
+        low = mm(mm(t["x"], t[f"A{i}"].T, planted), t[f"B{i}"].T, planted) * f(scale_of(one, None))
+        h = np.where((t["rows"] == i)[:, None, None], h + low, h)
+    return {"h": h}, {}
+
+
+def combine(t, c, planted):
+    """Only the whole sum."""
+    if c["rank"] is not None:
+        return {}, {}
+    ws = [one["w"] * scale_of(one, None) for one in c["adapters"]]
+    return {"dW": sum(f(w) * mm(t[f"B{i}"], t[f"A{i}"], planted) for i, w in enumerate(ws))}, {}
+
+
+def linear(t, c, planted):
+    dy, x = t["dy"].reshape(-1, len(t["W"])), t["x"].reshape(-1, t["W"].shape[1])
+    grads = {"x": mm(t["dy"], t["W"], planted), "W": mm(dy.T, x, planted), "b": dy.sum(0)}
+    return {"y": mm(t["x"], t["W"].T, planted) + t.get("b", f(0))}, grads
+
+
+def gated_mlp(t, c, planted):
+    """Only that of SiLU."""
+    if "activation" in c:
+        return {}, {}
+    D = len(t["W_down"])
+    x, dy = t["x"].reshape(-1, D), t["dy"].reshape(-1, D)
+    gate, up = mm(x, t["W_gate"].T, planted), mm(x, t["W_up"].T, planted)
+    S = 1 / (1 + np.exp(-gate))
+    h, dh = gate * S * up, mm(dy, t["W_down"], planted)
+    d_gate, d_up = dh * up * (S + gate * S * (1 - S)), dh * gate * S
+    dx = mm(d_gate, t["W_gate"], planted) + mm(d_up, t["W_up"], planted)
+    grads = {"W_gate": mm(d_gate.T, x, planted), "W_up": mm(d_up.T, x, planted), "W_down": mm(dy.T, h, planted)}
+    return {"y": mm(h, t["W_down"].T, planted).reshape(t["x"].shape)}, {"x": dx.reshape(t["x"].shape), **grads}
+
+
+def softmax_of(x, sees, planted):
+    """Over the last axis, of what is seen."""
+    hidden = np.where(sees, x, f(-np.inf))
+    top = (x if planted == "the largest of all" else hidden).max(-1, keepdims=True)
+    if planted == "no maximum":
+        top = f(0)
+    e = np.where(sees, np.exp(hidden - np.where(np.isfinite(top), top, f(0))), f(0))
+    return e / np.where(sees.any(-1, keepdims=True), e.sum(-1, keepdims=True), f(1))
+
+
+def softmax(t, c, planted):
+    p = softmax_of(t["x"], t["mask"], planted)
+    return {"p": p}, {"x": p * (t["dp"] - (t["dp"] * p).sum(-1, keepdims=True))}
+
+
+def sample(t, c, planted):
+    tokens = []
+    for logits, u in zip(t["logits"].astype(np.float64), t["u"], strict=True):
+        order = np.argsort(-logits, kind="stable")
+        late = planted == "temperature after top_p"
+        p = np.exp((logits[order] - logits.max()) / (1 if late else c["temperature"]))
+        p[c["top_k"] :] = 0 if c["top_k"] else p[c["top_k"] :]
+        p /= p.sum()
+        if c["top_p"]:
+            p[np.cumsum(p) - p >= c["top_p"]] = 0
+        p = p ** (1 / c["temperature"]) if late else p
+        tokens.append(order[np.searchsorted(np.cumsum(p / p.sum()), u)])
+    return {"tokens": np.array(tokens)}, {}
 
 
 def layer_norm(t, c, planted):
@@ -92,31 +186,31 @@ def attention(t, c, planted):
         sees &= ~np.tri(T, S, S - T - c["window"], dtype=bool)
     if "mask" in t:
         sees &= t["mask"][:, None, None]
-    scores = np.where(sees, t["q"] @ k.swapaxes(2, 3) / width, -np.inf)
-    top = scores.max(-1, keepdims=True)
-    e = np.exp(scores - np.where(np.isfinite(top), top, 0))
-    p = e / np.maximum(e.sum(-1, keepdims=True), f(1e-30))
-    dp = t["dy"] @ v.swapaxes(2, 3)
+    p = softmax_of(mm(t["q"], k.swapaxes(2, 3), planted) / width, np.broadcast_to(sees, (N, H, T, S)), planted)
+    dp = mm(t["dy"], v.swapaxes(2, 3), planted)
     ds = p * (dp - (dp * p).sum(-1, keepdims=True)) / width
     dk, dv = np.zeros_like(t["k"]), np.zeros_like(t["v"])
     for h, g in enumerate(heads):
-        dk[:, g] += ds[:, h].swapaxes(1, 2) @ t["q"][:, h]
-        dv[:, g] += p[:, h].swapaxes(1, 2) @ t["dy"][:, h]
-    return {"y": p @ v}, {"q": ds @ k, "k": dk, "v": dv}
+        dk[:, g] += mm(ds[:, h].swapaxes(1, 2), t["q"][:, h], planted)
+        dv[:, g] += mm(p[:, h].swapaxes(1, 2), t["dy"][:, h], planted)
+    return {"y": mm(p, v, planted)}, {"q": mm(ds, k, planted), "k": dk, "v": dv}
 
 
 def cross_entropy(t, c, planted):
     counts = t["targets"] != -100
     z, y = t["logits"][counts], t["targets"][counts]
-    z = z - z.max(-1, keepdims=True)
+    z = z if planted == "no maximum" else z - z.max(-1, keepdims=True)
     p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     rows = np.arange(len(y))
+    losses = np.log(np.exp(z).sum(-1)) - z[rows, y]
+    if planted == "log of softmax":
+        losses = -np.log(p[rows, y])
     n = f({"sum": 1, "mean over all": len(counts)}.get(planted, len(y)))
     d = p.copy()
     d[rows, y] -= 1
     dlogits = np.zeros_like(t["logits"])
     dlogits[counts] = d / n
-    return {"loss": (np.log(np.exp(z).sum(-1)) - z[rows, y]).sum() / n}, {"logits": dlogits}
+    return {"loss": losses.sum() / n}, {"logits": dlogits}
 
 
 def adamw(t, c, planted):
@@ -133,8 +227,11 @@ def adamw(t, c, planted):
 
 OPERATIONS = {
     "lora_linear": lora_linear, "merge": merge, "layer_norm": layer_norm, "attention": attention,
-    "cross_entropy": cross_entropy, "adamw": adamw,
+    "cross_entropy": cross_entropy, "adamw": adamw, "lora_update": lora_update, "lora_start": lora_start,
+    "per_row": per_row, "combine": combine, "linear": linear, "gated_mlp": gated_mlp, "softmax": softmax,
+    "sample": sample,
 }  # fmt: skip
+PRECISIONS = ("TF32 factors", "float16 factors")
 
 # The planted mistake; the ids that show it; how lora-np conform names it.
 MISTAKES = [
@@ -166,3 +263,12 @@ MISTAKES = [
     ("no bias correction", ("O1",), "bias correction is left out"),
     ("decay not by lr", ("O1",), "weight decay is not multiplied by the learning rate"),
 ]
+
+# Mistakes without a name, and the cases that show them.
+UNNAMED = [
+    ("no maximum", {"T8": {"hundred", "all-below", "largest-masked"}, "T9": {"far"},
+                    "T15": {"hundred", "target-below"}, "O4": {"hundred", "target-below"}}),
+    ("the largest of all", {"T8": {"largest-masked"}}),
+    ("log of softmax", {"T15": {"target-below"}, "O4": {"target-below"}}),
+    ("temperature after top_p", {"T16": {"draws", "draws-both"}}),
+]  # fmt: skip
