@@ -137,7 +137,7 @@ def _between(numbers: Array) -> Array:
 
 
 _DYNAMIC, _LEVELS = xp.asarray(_dynamic_map()), xp.asarray(LEVELS)
-_DYNAMIC_ENDS, _LEVEL_ENDS = xp.asarray(_between(_dynamic_map().astype(np.float64))), xp.asarray(_between(LEVELS))
+_DYNAMIC_ENDS, _LEVEL_ENDS = xp.asarray(_between(_dynamic_map().astype(np.float64))), _between(LEVELS).tolist()
 _PAIRS = xp.asarray(np.stack([LEVELS.repeat(16), np.tile(LEVELS, 16)], axis=1)).view(xp.uint64)[:, 0]  # of each byte
 
 
@@ -202,16 +202,24 @@ def quantise_nf4(W: Any, *, block: int = 64, double: bool = True) -> NF4:
         A = numbers[of].astype(xp.float32).reshape(-1, block)
         absmax[part] = abs(A).max(axis=1)
         scaled = A * (1 / xp.maximum(absmax[part], xp.float32(TINY)))[:, None]
-        codes[of] = xp.searchsorted(_LEVEL_ENDS, scaled.reshape(-1))
+        codes[of] = _nearest_level(scaled.reshape(-1))
     if rest:  # a last block that is not full: there, bitsandbytes divides
         A = numbers[full * block :].astype(xp.float32)
         absmax[full] = xp.maximum(abs(A).max(), xp.float32(TINY))
-        codes[full * block : numbers.size] = xp.searchsorted(_LEVEL_ENDS, A / absmax[full])
+        codes[full * block : numbers.size] = _nearest_level(A / absmax[full])
     packed = codes[::2] << 4 | codes[1::2]
     if not double:
         return NF4(W.shape, block, packed, absmax)
     offset = xp.asarray(absmax.mean(dtype=xp.float64), dtype=xp.float32)
     return NF4(W.shape, block, packed, *_in_8_bits(absmax - offset), offset)
+
+
+def _nearest_level(scaled: Array) -> Array:
+    """The index of the nearest of LEVELS, the lower of two: how many ends lie below. -> uint8"""
+    codes = xp.zeros(scaled.shape, xp.uint8)
+    for end in _LEVEL_ENDS:
+        codes += scaled > end
+    return codes
 
 
 def _in_8_bits(a: Array) -> tuple[Array, Array]:
