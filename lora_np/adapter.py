@@ -391,6 +391,15 @@ def check_weights(adapters: Sequence[object], weights: Sequence[float], what: st
         raise ValueError(f"{what}: expected finite weights, got {' '.join(map(str, weights))}")
 
 
+def check_alone(has_dora: Iterable[bool], weights: Sequence[float]) -> None:
+    """A ValueError if DoRA is merged with a weight other than 1, or beside another adapter."""
+    if any(has_dora) and list(weights) != [1]:
+        raise ValueError(
+            "merge: DoRA scales the rows of W0 + s B A, which is no sum of updates (L10): expected one adapter of "
+            f"weight 1, got {len(weights)} of weights {' '.join(f'{w:g}' for w in weights)}"
+        )
+
+
 def merge_plan(
     config: Config, adapters: Sequence[Adapter], weights: Sequence[float]
 ) -> tuple[Config, dict[str, Change]]:
@@ -400,11 +409,7 @@ def merge_plan(
     whole, or one that does has a weight other than 1; or if DoRA's is not alone.
     """
     check_weights(adapters, weights)
-    if any(adapter.config.dora for adapter in adapters) and list(weights) != [1]:
-        raise ValueError(
-            "merge: DoRA scales the rows of W0 + s B A, which is no sum of updates (L10): expected one adapter of "
-            f"weight 1, got {len(adapters)} of weights {' '.join(f'{w:g}' for w in weights)}"
-        )
+    check_alone([adapter.config.dora for adapter in adapters], weights)
     whole: dict[str, Array] = {}
     updates: dict[str, list[Update]] = {}
     for adapter, w in zip(adapters, weights, strict=True):

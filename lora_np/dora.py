@@ -100,9 +100,12 @@ def dora_embedding_backward(dh: Array, saved: DoraSaved) -> tuple[Array, Array, 
 
 
 def dora_merge_matrix(W0: Matrix, update: Update, *, axis: int = 1) -> Array:
-    """L5, L10: W' = round((m / c) * (W0 + s B A)), in float64, rounded once to W0's dtype. axis as in `weight_norm`."""
+    """L5, L10: W' = round((m / c) * (W0 + s B A)), in float64, rounded once to W0's dtype. axis as in `weight_norm`.
+
+    c is the update's own where it has one, as rows of a table need it.
+    """
     A, B, m = (xp.asarray(part).astype(xp.float64) for part in (update.A, update.B, update.m))
-    _, scale = _scale(m, weight_norm(W0, A, B, update.s, axis=axis))
+    _, scale = _scale(m, weight_norm(W0, A, B, update.s, axis=axis) if update.c is None else update.c)
     W = xp.empty(W0.shape, dtype=W0.dtype)
     for rows, total in merged_blocks(W0, [update]):
         W[rows] = total * (scale[rows, None] if axis == 1 else scale)

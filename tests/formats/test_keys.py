@@ -13,7 +13,8 @@ MODULES = st.lists(PARTS, min_size=1, max_size=6).map(".".join)
 WRAPPERS = st.sampled_from(["", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
 FACTORS = st.sampled_from(
     [("lora_A", "weight", "A"), ("lora_B", "weight", "B"), ("lora_B", "bias", "bias"),
-     ("lora_embedding_A", "", "embedding_A"), ("lora_embedding_B", "", "embedding_B")]
+     ("lora_embedding_A", "", "embedding_A"), ("lora_embedding_B", "", "embedding_B"),
+     ("lora_magnitude_vector", "", "m"), ("lora_magnitude_vector", "weight", "m")]
 )  # fmt: skip
 
 
@@ -58,8 +59,8 @@ def test_a_copy_of_the_original_is_no_tensor_of_the_adapters():
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("lokr_w2", "LoKr"), ("hada_w2_a", "LoHa"), ("oft_R", "OFT"), ("lora_magnitude_vector", "DoRA"),
-     ("vera_lambda_b", "VeRA"), ("lora_E", "AdaLoRA"), ("ia3_l", "IA3"), ("prompt_embeddings", "prompt tuning")],
+    [("lokr_w2", "LoKr"), ("hada_w2_a", "LoHa"), ("oft_R", "OFT"), ("vera_lambda_b", "VeRA"), ("lora_E", "AdaLoRA"),
+     ("ia3_l", "IA3"), ("prompt_embeddings", "prompt tuning")],
 )  # fmt: skip
 def test_another_methods_tensor_is_refused_by_the_methods_name(name, method):
     with pytest.raises(ValueError, match=f"a tensor of {method}, which is not supported"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import hostile
@@ -15,6 +16,7 @@ from strategies import bits, configs, dtypes, lora_configs, random_model, same_b
 
 import lora_np as ln
 from lora_np.formats.adapters import peft
+from lora_np.formats.adapters.contents import read_contents
 from lora_np.formats.adapters.peft_config import OFF
 from lora_np.formats.files import atomic
 from lora_np.formats.models.families.gpt2 import GPT2 as GPT2_FAMILY
@@ -79,6 +81,19 @@ def scales_differ(adapter):
     return any(len(scales) > 1 for scales in layers.values())
 
 
+def refused(adapter, config):
+    """What is refused of an adapter of separate q, k, v where they are one matrix of the file; None: nothing."""
+    if family_of(config) is not GPT2_FAMILY:
+        return None
+    layers = {}
+    for name in adapter.matrices:
+        if name.endswith((".q", ".k", ".v")):
+            layers.setdefault(name[:-2], set()).add(name[-1])
+    if adapter.config.dora and any(len(parts) < 3 for parts in layers.values()):
+        return "each of whose rows DoRA scales|one scale"
+    return "one scale" if scales_differ(adapter) else None
+
+
 # --- Out and back ----------------------------------------------------------------------------------------------------
 
 
@@ -93,9 +108,9 @@ def check_round_trip(tmp_path, model, adapter):
 @given(data=st.data(), config=configs(), dtype=dtypes, seed=seeds)
 def test_adapter_to_file_to_adapter_to_file_is_the_identity(tmp_path_factory, data, config, dtype, seed):
     model = random_model(config, seed=seed, dtype=dtype)
-    adapter = trained_adapter(model, data.draw(lora_configs(config, dora=False)), seed=seed)
+    adapter = trained_adapter(model, data.draw(lora_configs(config)), seed=seed)
     path = tmp_path_factory.mktemp("adapter")
-    if scales_differ(adapter) and family_of(config) is GPT2_FAMILY:
+    if refused(adapter, config):
         return
     check_round_trip(path, model, adapter)
 
@@ -104,14 +119,72 @@ def test_adapter_to_file_to_adapter_to_file_is_the_identity(tmp_path_factory, da
 def test_the_same_with_gpt2s_names(tmp_path_factory, data, config, dtype, seed):
     path = tmp_path_factory.mktemp("adapter")
     model = random_model(config, seed=seed, dtype=dtype)
-    adapter = trained_adapter(model, data.draw(lora_configs(config, dora=False)), seed=seed)
-    if scales_differ(adapter):
-        with pytest.raises(ValueError, match="one scale"):
+    adapter = trained_adapter(model, data.draw(lora_configs(config)), seed=seed)
+    if reason := refused(adapter, config):
+        with pytest.raises(ValueError, match=reason):
             ln.save_adapter(path / "a", adapter, model)
         assert os.listdir(path) == []
         return
     check_round_trip(path, model, adapter)
     assert not any(".attn.q." in key for key in tensors_and_metadata(path / "a" / WEIGHTS)[0])
+
+
+@pytest.mark.parametrize(("n", "layers"), [(2, (0, 1)), (1, (1,))])
+@pytest.mark.parametrize("targets", ["qv", "k"])
+def test_dora_on_some_rows_of_one_matrix_is_refused(tmp_path, model, targets, n, layers):
+    """The rows between would need m = c to the bit; all three, or qkv, are exact."""
+    said = r"layers\.\d\.attn\.qkv is one matrix in PEFT, each of whose rows DoRA scales: expected all of .*, or .*qkv"
+    with pytest.raises(ValueError, match=said):
+        ln.save_adapter(tmp_path / "a", adapter_of(model, *targets, layers=layers, dora=True), model)
+    assert os.listdir(tmp_path) == []
+    check_round_trip(tmp_path, model, adapter_of(model, *"qkv", layers=layers, dora=True))
+
+
+MAGNITUDE = f"{ATTN}.lora_magnitude_vector"
+
+
+def test_dora_as_peft_has_it(tmp_path, model):
+    config, tensors = saved(tmp_path / "a", model, "embed", "qkv", dora=True)
+    assert config["use_dora"] is True
+    assert tensors[MAGNITUDE].shape == (24,)
+    assert tensors["base_model.model.transformer.wte.lora_magnitude_vector"].shape == (8,)
+    as_peft_writes(tmp_path / "a")
+    adapter = adapter_of(model, "embed", "qkv", dora=True)
+    assert_same(ln.load_adapter(tmp_path / "a", model), adapter)
+    edit_tensors(tmp_path / "a" / WEIGHTS, lambda t: t.update({f"{MAGNITUDE}.weight": t.pop(MAGNITUDE)}))
+    assert_same(ln.load_adapter(tmp_path / "a", model), adapter)  # as the module names it in memory
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda t: t.pop(MAGNITUDE), "c_attn: use_dora is true, and lora_magnitude_vector is missing"),
+        (
+            lambda t: t.update({MAGNITUDE: t[MAGNITUDE][:-1]}),
+            r"of each row of B \(24, 2\), \(24,\), got \(23,\)",
+        ),
+        (lambda t: t.update({MAGNITUDE: t[MAGNITUDE][None]}), r"\(24,\), got \(1, 24\)"),
+        (lambda t: t[MAGNITUDE].__setitem__(5, 0), "expected magnitudes other than 0, got 1 of 0"),
+        (lambda t: t[MAGNITUDE].__setitem__(5, np.nan), "lora_magnitude_vector.*NaN"),
+        (lambda t: t[MAGNITUDE].__setitem__(5, np.inf), "lora_magnitude_vector.*infinite"),
+        (lambda t: t.update({f"{MAGNITUDE}.weight": t[MAGNITUDE]}), "has another m in this file"),
+        (lambda t: t.update({f"{ATTN}.lora_B.bias": t[MAGNITUDE]}), "DoRA with lora_bias is not supported"),
+    ],
+    ids=["missing", "short", "matrix", "zero", "NaN", "infinite", "twice", "bias"],
+)
+def test_magnitudes_that_are_none(tmp_path, model, edit, said):
+    saved(tmp_path / "a", model, "qkv", dora=True)
+    as_peft_writes(tmp_path / "a", lora_bias="bias" in said)
+    edit_tensors(tmp_path / "a" / WEIGHTS, edit)
+    with pytest.raises(ValueError, match=said):
+        read_contents(tmp_path / "a")
+
+
+def test_magnitudes_without_the_flag(tmp_path, model):
+    """PEFT would pass them over, and run another adapter."""
+    saved(tmp_path / "a", model, "qkv", dora=True)
+    as_peft_writes(tmp_path / "a", use_dora=False)
+    assert re.search("a magnitude of DoRA's, and use_dora is not true", refusal(tmp_path / "a", model))
 
 
 @pytest.mark.parametrize(
@@ -268,8 +341,8 @@ def test_without_our_metadata_c_attn_is_qkv(folder, model):
 def test_peft_file_to_adapter_to_file_keeps_every_tensor(tmp_path_factory, data, config, dtype, seed):
     path = tmp_path_factory.mktemp("adapter")
     model = random_model(config, seed=seed, dtype=dtype)
-    adapter = trained_adapter(model, data.draw(lora_configs(config, dora=False)), seed=seed)
-    assume(not scales_differ(adapter))
+    adapter = trained_adapter(model, data.draw(lora_configs(config)), seed=seed)
+    assume(not refused(adapter, config))
     ln.save_adapter(path / "a", adapter, model)
     as_peft_writes(path / "a")
     loaded = ln.load_adapter(path / "a", model)
@@ -363,8 +436,8 @@ def test_a_bias_that_peft_writes_three_times(tmp_path):
         ({"a\nb": 1}, "not known"),
         ({"target_modules": ["a" * 10**5]}, "target_modules: 'aaaaa"),
         ({"alpha_pattern": {"c_attn\n": "x"}}, "expected a number"),
-        ({"use_dora": True}, "use_dora: not supported"),
-        ({"use_dora": None}, "use_dora: not supported"),
+        ({"use_dora": True}, "c_attn: use_dora is true, and lora_magnitude_vector is missing"),
+        ({"use_dora": None}, "LoRAConfig.dora: a value of the wrong type: None"),
         ({"brand_new": True}, "brand_new: not known"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
         ({"init_lora_weights": 1}, "init_lora_weights: 1"),

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_np import cli
+from lora_np.formats.merged.combined import combine_files
 from lora_np.formats.merged.folder import merge_folder
 
 families = pytest.importorskip("families", reason="the extra peers")
@@ -20,12 +21,17 @@ pytestmark = families.QUIET
 PREFIX, CLOSE = "base_model.model.", 1e-6
 Q, TIED = {"target_modules": ["q_proj"]}, {"tie_word_embeddings": True}
 EMBED, HEAD = "model.embed_tokens", "lm_head"
+ATTN, MAGNITUDE = "model.layers.0.self_attn", "lora_magnitude_vector"
 MLM = "cls.predictions.decoder"
 ROWS = "token_adapter.trainable_tokens_delta"
 
 
 def save(*modules):
     return {**Q, "modules_to_save": list(modules)}
+
+
+def dora(*modules, **more):
+    return {"target_modules": list(modules), "use_dora": True, **more}
 
 
 def rows(tokens):
@@ -133,6 +139,26 @@ RULES = {
     "head-whisper": ("whisper", {}, None, {"target_modules": ["proj_out"]}, ["proj_out.lora_B.weight"]),
     "head-t5": ("t5", {}, None, {"target_modules": ["lm_head"]}, ["lm_head.lora_B.weight"]),
     "head-llava": ("llava", {}, None, {"target_modules": ["lm_head"]}, ["lm_head.lora_B.weight"]),
+    "dora": ("llama", {}, None, dora("q_proj", "v_proj", "down_proj"), [f"{ATTN}.q_proj.{MAGNITUDE}"]),
+    "dora-conv1d": ("gpt2", {}, None, dora("c_attn", "c_proj", "c_fc"), [f"transformer.h.0.attn.c_attn.{MAGNITUDE}"]),
+    "dora-fused": ("phi3", {}, None, dora("qkv_proj", "gate_up_proj"), [f"{ATTN}.qkv_proj.{MAGNITUDE}"]),
+    "dora-table": ("llama", {}, None, dora("embed_tokens", "lm_head"), [f"{EMBED}.{MAGNITUDE}", f"{HEAD}.{MAGNITUDE}"]),
+    "dora-table-tied": ("llama", TIED, None, dora("embed_tokens"), [f"{EMBED}.{MAGNITUDE}"]),
+    "dora-head-tied": ("gpt2", {}, None, dora("lm_head"), [f"{HEAD}.{MAGNITUDE}"]),
+    "dora-positions": ("gpt2", {}, None, dora("wpe", "wte"), [f"transformer.wpe.{MAGNITUDE}"]),
+    "dora-grown": ("llama", {}, 70, dora("q_proj", "embed_tokens", "lm_head"), [f"{EMBED}.{MAGNITUDE}"]),
+    "dora-biases": ("qwen2", {}, None, dora("q_proj", bias="lora_only"), [f"{ATTN}.q_proj.{MAGNITUDE}"]),
+    "dora-patterns": (
+        "llama",
+        {},
+        None,
+        dora("q_proj", "v_proj", use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
+        [f"{ATTN}.v_proj.{MAGNITUDE}"],
+    ),
+    "dora-whole": ("llama", {}, None, dora("q_proj", modules_to_save=["norm"]), [f"{ATTN}.q_proj.{MAGNITUDE}"]),
+    "dora-rows": ("llama", {}, None, dora("q_proj", trainable_token_indices=[3, 9]), [f"{ATTN}.q_proj.{MAGNITUDE}"]),
+    "dora-bert": ("bert", {}, None, dora("query", "dense"), []),
+    "dora-t5": ("t5", {}, None, dora("q", "wo"), []),
     "biases": ("qwen2", {}, None, {**Q, "bias": "all"}, ["model.layers.0.self_attn.q_proj.base_layer.bias"]),
     "biases-adapted": (
         "qwen2",
@@ -269,6 +295,43 @@ def test_a_merge_computes_what_pefts_model_does(tmp_path, capsys, family, sizes,
     assert status == 0, found
 
 
+@pytest.mark.proves("L5", "L10")
+@pytest.mark.parametrize("name", ["dora", "dora-conv1d", "dora-fused", "dora-patterns", "dora-biases", "dora-table"])
+def test_dora_beside_pefts_merge_and_unload(tmp_path, name):
+    """In float64 to some roundings: PEFT too multiplies each row of the sum by m over its norm."""
+    family, sizes, _, settings, _ = RULES[name]
+    base = families.make(family, torch.float64, seed=1, **sizes)
+    base.save_pretrained(str(tmp_path / "base"))
+    module = families.adapted(base, settings, torch.float64, seed=2)
+    module.save_pretrained(str(tmp_path / "ad"))
+    merge_folder(tmp_path / "base", [tmp_path / "ad"], [1.0], tmp_path / "out")
+    theirs = {key: value.numpy() for key, value in module.merge_and_unload().state_dict().items()}
+    start, ours = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
+    trunk = next(iter(ours)) not in theirs
+    changed = set()
+    for key, value in ours.items():
+        due = theirs[f"transformer.{key}" if trunk else key]
+        # c sums a row's squares, at most 64 of them; of each element a sum of r products, a quotient and a product.
+        assert (np.abs(value - due) <= 100 * 2.0**-53 * np.abs(due).max()).all()
+        changed |= {target for target in settings["target_modules"] if target in key and (value != start[key]).any()}
+    assert changed == set(settings["target_modules"])
+
+
+@pytest.mark.parametrize(
+    ("adapters", "weights"), [(["ad"], [0.5]), (["ad", "ad"], [1.0, 1.0]), (["ad", "plain"], [1.0, 0.5])], ids=str
+)
+def test_a_weighted_sum_with_dora_is_refused(tmp_path, capsys, adapters, weights):
+    adapted(tmp_path, "llama", {}, None, {**Q}).save_pretrained(str(tmp_path / "plain"))
+    adapted(tmp_path, "llama", {}, None, dora("q_proj"))
+    given = [part for one in adapters for part in ("--adapter", tmp_path / one)]
+    argv = ["merge", "--base", tmp_path / "base", *given, "--weights", *weights, "--out", tmp_path / "out"]
+    assert cli.main([str(part) for part in argv]) == 2
+    assert "DoRA scales the rows of W0 + s B A, which is no sum of updates (L10)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="DoRA scales the rows of"):
+        combine_files([tmp_path / one for one in adapters], weights, tmp_path / "out")
+
+
 # --- What is refused, and its reason ---------------------------------------------------------------------------------
 
 OTHER_METHODS = {
@@ -288,7 +351,6 @@ OTHER_METHODS = {
 }
 # Settings of LoRA that make something else of it, and how it is called; a start that changes the base has a way out.
 OTHER_LORA = {
-    "DoRA": {"use_dora": True},
     "aLoRA": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
     "BD-LoRA": {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}},
     "QALoRA": {"use_qalora": True},

@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
     A (r, in), B (out, r); of a look-up A (r, V), B (D, r); of E experts A (E r, in), B (out, r E).
     r, alpha: what the scale s is made of (L1); alpha None: the file has s alone. bias: what is added to the module's
-    bias, times s; None: nothing.
+    bias, times s; None: nothing. m (out,): DoRA's magnitudes (L10), of a look-up (D,); None: it is none.
     """
 
     A: Array
@@ -46,10 +46,11 @@ class Pair(NamedTuple):
     alpha: float | None = None
     bias: Array | None = None
     is_look_up: bool = False
+    m: Array | None = None
 
     @property
     def updates(self) -> list[Update]:
-        """The update of the module, or of each expert e: dW_e = s B[:, e::E] A[e r : (e + 1) r]."""
+        """The update of the module, or of each expert e: dW_e = s B[:, e::E] A[e r : (e + 1) r]; without m."""
         E = len(self.A) // self.r
         return [Update(self.A[e * self.r : (e + 1) * self.r], self.B[:, e::E], self.s) for e in range(E)]
 
@@ -80,6 +81,11 @@ class Contents:
     def weights(self) -> Path:
         """The file of its tensors."""
         return self.path / (MLX_WEIGHTS if _is_mlx(self.raw) else WEIGHTS)
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether the updates are DoRA's (L10)."""
+        return any(pair.m is not None for several in self.pairs.values() for pair in several)
 
     @property
     def remarks(self) -> list[str]:
@@ -171,7 +177,8 @@ def _pairs(
     others: Mapping[str, str],
 ) -> dict[str, list[Pair]]:
     """A and B of each module, with its scale; others: the modules' other names."""
-    found: dict[str, list[tuple[Stored, Stored, Stored | None, bool]]] = {}
+    found: dict[str, list[tuple[Stored, Stored, Mapping[str, Stored], bool]]] = {}
+    use_dora = raw.get("use_dora", READ["use_dora"])
     for (module, _), parts in sorted(factors.items(), key=lambda item: -item[0][1]):  # the innermost has most wrappers
         is_look_up = "embedding_A" in parts
         names = ("embedding_A", "embedding_B") if is_look_up else ("A", "B")
@@ -181,7 +188,12 @@ def _pairs(
         A, B = (parts[name] for name in names)
         if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1]:
             raise ValueError(f"{A}: expected A (r, in) and B (out, r), got A {A.shape} and B {B.shape}")
-        found.setdefault(module, []).append((A, B, parts.get("bias"), is_look_up))
+        if use_dora is True and "m" not in parts:
+            where = folder / WEIGHTS
+            raise ValueError(f"{where}: {shown(module)}: use_dora is true, and lora_magnitude_vector is missing")
+        if use_dora is False and "m" in parts:
+            raise ValueError(f"{parts['m']}: a magnitude of DoRA's, and use_dora is not true in {CONFIG}")
+        found.setdefault(module, []).append((A, B, parts, is_look_up))
     targets = _targets(raw, str(folder / CONFIG))
     known_as = {module: _parameters(targets, module, others[module], len(several)) for module, several in found.items()}
     aliases = {name: others[m] + name[len(m) :] for m, several in known_as.items() for name in several}
@@ -192,11 +204,29 @@ def _pairs(
     scales = _scales(raw, ranks, aliases, str(folder / CONFIG))
     return {
         module: [
-            Pair(A.read_finite(), B.read_finite(), *scales[name], bias and bias.read_finite(), is_look_up)
-            for name, (A, B, bias, is_look_up) in zip(known_as[module], several, strict=True)
+            _pair(A, B, parts, *scales[name], is_look_up)
+            for name, (A, B, parts, is_look_up) in zip(known_as[module], several, strict=True)
         ]
         for module, several in found.items()
     }
+
+
+def _pair(A: Stored, B: Stored, parts: Mapping[str, Stored], s: float, r: int, alpha: float, is_look_up: bool) -> Pair:
+    """One module's; parts: its tensors by what they are."""
+    bias, m = parts.get("bias"), parts.get("m")
+    if m is None:
+        return Pair(A.read_finite(), B.read_finite(), s, r, alpha, bias and bias.read_finite(), is_look_up)
+    if bias is not None or A.shape[0] != r:
+        raise ValueError(f"{m}: DoRA with {'lora_bias' if bias else 'experts'} is not supported, in PEFT neither")
+    if m.shape != B.shape[:1]:
+        raise ValueError(f"{m}: expected a magnitude of each row of B {B.shape}, ({B.shape[0]},), got {m.shape}")
+    values = m.read_finite()
+    if not values.all():
+        raise ValueError(
+            f"{m}: expected magnitudes other than 0, got {np.count_nonzero(values == 0)} of 0: such a row of the "
+            "weight would be 0, or in PEFT NaN"
+        )
+    return Pair(A.read_finite(), B.read_finite(), s, r, alpha, None, is_look_up, values)
 
 
 def _targets(raw: Mapping[str, Any], where: str) -> dict[str, set[str]]:
@@ -244,6 +274,7 @@ def _scales(
     it if they do not fit its own.
     """
     fields = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "bias": "bias", "rslora": "use_rslora"}
+    fields["dora"] = "use_dora"
     config = from_fields(LoRAConfig, {ours: raw.get(key, READ[key]) for ours, key in fields.items()}, where)
     fits = expressions_in(raw, PATTERNS, [*dict.fromkeys((*aliases, *aliases.values()))], where)
     said, alphas = (

@@ -1,7 +1,7 @@
 """One update of q, k and v together, for families whose q, k and v are three modules in PEFT.
 
-With A (r, D) and B (rows of q, k and v, r) it is three updates with the same A and each its rows of B: nothing is
-rounded, and the three become the one again.
+With A (r, D) and B (rows of q, k and v, r) it is three updates with the same A and each its rows of B, and of DoRA's m:
+nothing is rounded, and the three become the one again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def take_apart(config: Config, adapter: Adapter) -> Adapter:
         names = three(name)
         parts = fused_parts(config, name[:-2]) if len(names) == 3 else {"": slice(None)}
         for part, rows in zip(names, parts.values(), strict=True):
-            params[part] = value[rows] if name.endswith(".B") else value
+            params[part] = value if name.endswith(".A") else value[rows]
     return Adapter(config_apart(adapter.config), params)
 
 
@@ -67,11 +67,11 @@ def put_together(config: Config, params: Mapping[str, Array], names: Collection[
         parts = [params[part] for part in three(name)] if is_apart(config) else [params[name]]
         if name.endswith(".A") and not all(xp.array_equal(part, parts[0]) for part in parts):
             raise ValueError(f"{where}: {name}: expected the same A for q, k and v, got others")
-        result[name] = xp.concatenate(parts) if name.endswith(".B") and len(parts) > 1 else parts[0]
+        result[name] = parts[0] if name.endswith(".A") or len(parts) == 1 else xp.concatenate(parts)
     return result
 
 
 def three(name: str) -> list[str]:
     """q, k and v in the place of qkv, in the name of a target, a matrix or a factor; any other name alone."""
-    stem, end = (name[:-2], name[-2:]) if name.endswith((".A", ".B")) else (name, "")
+    stem, end = (name[:-2], name[-2:]) if name.endswith((".A", ".B", ".m")) else (name, "")
     return [f"{stem[:-3]}{part}{end}" for part in "qkv"] if target_of(stem) == "qkv" else [name]

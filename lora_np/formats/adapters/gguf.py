@@ -162,6 +162,8 @@ def _check_supported(path: Path, adapter: Adapter, model: Model) -> None:
         raise TypeError(
             f"{path}: llama.cpp's adapters hold no {model.dtype}: expected a base and an adapter of float32"
         )
+    if adapter.config.dora:
+        raise ValueError(f"{path}: llama.cpp's adapters have no place for DoRA's magnitudes (L10); merge it")
     for name in adapter.whole:
         raise ValueError(f"{path}: {name} is trained whole, which llama.cpp's adapters have no place for; merge it")
     if model.config.head_weight == "embed.tokens":

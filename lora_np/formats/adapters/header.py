@@ -17,6 +17,7 @@ from ..files.messages import shown
 from ..files.safetensors_file import DTYPES, check_widens
 from ..models.base import Base, LazyWeights
 from ..models.folder import weights_hash
+from .peft_tensors import FACTORS
 
 KEY, FORMAT = "lora_np", 1  # the metadata's key
 
@@ -61,7 +62,7 @@ def check_about(about: dict[str, Any], model: Base, dtypes: Iterable[str], where
     """
     lora_config, names = check_config(about, where)
     dtype = made_in(dtypes, model, where)
-    whole = [name for name in names if name[-2:] not in (".A", ".B")]
+    whole = [name for name in names if name[-2:] not in FACTORS]
     recorded, own = about.get("base_sha256"), base_hash(model, whole, dtype)
     if recorded != own:
         raise ValueError(

@@ -17,11 +17,12 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 PARTS = {
     "lora_A": ("A", ("weight",)), "lora_B": ("B", ("weight", "bias")),
     "lora_embedding_A": ("embedding_A", ("",)), "lora_embedding_B": ("embedding_B", ("",)),
+    "lora_magnitude_vector": ("m", ("", "weight")),
     "trainable_tokens_delta": ("tokens", ("",)),
 }  # fmt: skip
 # What belongs to methods that are not LoRA's: how the names of their tensors begin.
 OTHERS = {
-    "lora_magnitude_vector": "DoRA", "lora_E": "AdaLoRA", "ranknum": "AdaLoRA", "vera_lambda_": "VeRA",
+    "lora_E": "AdaLoRA", "ranknum": "AdaLoRA", "vera_lambda_": "VeRA",
     "pvera_lambda_": "PVeRA", "hada_w": "LoHa", "hada_t": "LoHa", "lokr_": "LoKr", "ia3_l": "IA3", "oft_R": "OFT",
     "oft_embedding_R": "OFT", "boft_": "BOFT", "adamss_": "AdaMSS", "beft_bias": "BEFT", "c3a_kernel": "C3A",
     "deft_": "DEFT", "delora_": "DeLoRA", "fourierft_": "FourierFT", "frod_": "FRoD", "glora_": "GLoRA",
@@ -40,8 +41,8 @@ class Key(NamedTuple):
     """What a key says.
 
     module   the module's name; of what is trained whole, the tensor's
-    part     A, B, bias (of B), embedding_A, embedding_B, tokens; "" for a tensor that is trained whole; original for
-             the copy that PEFT keeps of what that replaced
+    part     A, B, bias (of B), embedding_A, embedding_B, m (DoRA's), tokens; "" for a tensor that is trained whole;
+             original for the copy that PEFT keeps of what that replaced
     depth    how many wrappers of PEFT's lie between the module and this pair: of several parameters of one module
     proper   the key that PEFT gives it
     """
@@ -68,7 +69,7 @@ def adapter_names(keys: Iterable[str]) -> set[str]:
     for key in keys:
         names = key.split(".") if len(key) <= MAX_KEY else []
         for i, name in enumerate(names):
-            if name in PARTS and len(names) - i > 1 + ("" not in PARTS[name][1]):
+            if name in PARTS and len(names) - i > 1 + ("" not in PARTS[name][1]) and names[i + 1] not in PARTS[name][1]:
                 found.add(names[i + 1])
             if name == "modules_to_save" and len(names) > i + 2:
                 saved.add((names[i + 1], ".".join([*names[:i], *names[i + 2 :]])))

@@ -75,6 +75,8 @@ def load_adapter(
 
 def slots(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[str, Slot]:
     """The tensors of the file that holds the parameters `names`, by their keys. Errors as `param_shapes` has them."""
+    if lora_config.dora:
+        raise ValueError("loralib's files have no place for DoRA's magnitudes; save a folder, or .npz")
     full, shapes = module_names(model.config), adapted_shapes(model.config)
     result: dict[str, Slot] = {}
     for module, parts in checked_groups(model.config, lora_config, names).items():

@@ -51,11 +51,13 @@ def adapter_of(contents: Contents, model: Base) -> Adapter:
         pair = _one(several, name, shapes[name], f"{where}: {shown(module)}")
         stem = f"{where}: {shown(module)}.lora_"
         A, B = (_wide(values, model.dtype, stem + factor) for factor, values in (("A", pair.A), ("B", pair.B)))
+        m = None if pair.m is None else _wide(pair.m, model.dtype, f"{stem}magnitude_vector")
         # An Adapter has no name for gate and up together: each has the same A, and its rows of B.
         parts = {name: slice(None)} if name in adaptable else module_parts(config, name)
         for matrix, rows in parts.items():
             pairs[matrix] = pair
             params |= {f"{matrix}.A": A, f"{matrix}.B": np.ascontiguousarray(B[rows])}
+            params |= {} if m is None else {f"{matrix}.m": np.ascontiguousarray(m[rows])}
     lora_config = replace(_config(contents, config, pairs), train_head=trains_head)
     return Adapter(lora_config, params | _whole(contents, model, full, trained_whole(config, lora_config, pairs)))
 
@@ -133,6 +135,7 @@ def _config(contents: Contents, config: Config, pairs: Mapping[str, Pair]) -> Lo
         "dropout": said["lora_dropout"],
         "bias": said["bias"],
         "rslora": said["use_rslora"],
+        "dora": contents.has_dora,
     }
     if said["init_lora_weights"] == "gaussian":
         fields |= {"init": "normal", "sigma": 1 / said["r"]}  # PEFT's

@@ -44,7 +44,11 @@ def _read_npz(path: Path) -> Contents:
             raise ValueError(f"{path}: {name}: holds NaN or infinite numbers")
     adapter = Adapter(lora_config, params)
     pairs = {
-        name: [_pair(lora_config, name, params[f"{name}.A"], params[f"{name}.B"], is_look_up=name == "embed.tokens")]
+        name: [
+            _pair(
+                lora_config, name, params[f"{name}.A"], params[f"{name}.B"], is_look_up=name == "embed.tokens"
+            )._replace(m=params.get(f"{name}.m"))
+        ]
         for name in adapter.matrices
     }
     whole = {name: asnumpy(value) for name, value in adapter.whole.items()}
@@ -113,4 +117,5 @@ def _described(lora_config: LoRAConfig) -> dict[str, Any]:
         "target_modules": list(lora_config.targets), "r": lora_config.r, "lora_alpha": lora_config.alpha,
         "lora_dropout": lora_config.dropout, "bias": lora_config.bias, "use_rslora": lora_config.rslora,
         "rank_pattern": dict(lora_config.rank_pattern), "alpha_pattern": dict(lora_config.alpha_pattern),
+        "use_dora": lora_config.dora,
     }  # fmt: skip

@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 READ: Mapping[str, Any] = {
     "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "rank_pattern": {},
     "alpha_pattern": {}, "target_modules": None, "exclude_modules": None, "layers_to_transform": None,
-    "layers_pattern": None, "modules_to_save": None, "init_lora_weights": True,
+    "layers_pattern": None, "modules_to_save": None, "init_lora_weights": True, "use_dora": False,
 }  # fmt: skip
 # What is supported only when it is off, and the values that mean so.
 OFF: Mapping[str, tuple[Any, ...]] = {
@@ -31,7 +31,7 @@ OFF: Mapping[str, tuple[Any, ...]] = {
     "loftq_config": (None, {}), "lora_bias": (False,), "lora_ga_config": (None,), "megatron_config": (None,),
     "merge_weights": (False,), "monteclora_config": (None,), "target_parameters": (None, []),
     "path_initial_model_for_weight_conversion": (None,), "trainable_token_indices": (None,),
-    "use_bdlora": (None, False), "use_dora": (False,), "use_qalora": (False,), "velora_config": (None,),
+    "use_bdlora": (None, False), "use_qalora": (False,), "velora_config": (None,),
 }  # fmt: skip
 # What has no bearing on the update. (fan_in_fan_out says how the base is stored, which the base itself knows.)
 FREE = (
@@ -43,7 +43,7 @@ BY_NAME = ("ensure_weight_tying", "eva_config", "lora_bias", "target_parameters"
 MERGE = "lora-np merge takes it"
 # What is known by another name than its key.
 METHODS = {
-    "use_dora": "DoRA", "alora_invocation_tokens": "aLoRA", "use_bdlora": "BD-LoRA", "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "aLoRA", "use_bdlora": "BD-LoRA", "use_qalora": "QALoRA",
     "arrow_config": "Arrow", "corda_config": "CorDA", "loftq_config": "LoftQ", "kasa_config": "KaSA",
     "path_initial_model_for_weight_conversion": "a start that changes the base",
     "lora_ga_config": "LoRA-GA", "velora_config": "VeLoRA", "monteclora_config": "MonteCLoRA",
@@ -133,7 +133,7 @@ def write_config(config: Config, lora_config: LoRAConfig, matrices: Collection[s
         "modules_to_save": list(dict.fromkeys(heads)) or None,
         "init_lora_weights": True if lora_config.init == "uniform" else "gaussian",
         "fan_in_fan_out": family_of(config).fan_in_fan_out,
-        "use_dora": False,
+        "use_dora": lora_config.dora,
     }
 
 

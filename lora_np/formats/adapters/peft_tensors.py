@@ -7,7 +7,8 @@ GPT-2 keeps q, k and v in one matrix, c_attn. An update of q and v alone is then
         | A_v |          |  0   0  |            |    0    |
                          |  0  B_v |            | B_v A_v |
 
-Every product of the two is one of the separate updates or a sum with zeros, so nothing is rounded.
+Every product of the two is one of the separate updates or a sum with zeros, so nothing is rounded. With DoRA the rows
+between would be scaled too, by what rounding leaves of m / c = 1: then all of q, k and v must be adapted, or qkv.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..models.names import family_of, module_names, module_of, module_parts, mod
 from .keys import PREFIX
 
 Index: TypeAlias = tuple[slice, ...]
+FACTORS = (".A", ".B", ".m")  # how the names of parameters end that are not trained whole
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def slots(model: Base, lora_config: LoRAConfig, names: Collection[str]) -> dict[
         A, B = factor_slots(model, lora_config, module, parts, shapes[module])
         ends = ("lora_embedding_{}" if target_of(module) == "embed" else "lora_{}.weight").format
         result |= {f"{PREFIX}{full[module]}.{ends('A')}": A, f"{PREFIX}{full[module]}.{ends('B')}": B}
+        if lora_config.dora:
+            result[f"{PREFIX}{full[module]}.lora_magnitude_vector"] = _magnitude_slot(model, module, parts, B.shape[:1])
     # PEFT hides an adapted module's own bias.
     for (module, kind), slot in whole_slots(model, names).items():
         result[f"{PREFIX}{full[module]}{'.base_layer' if module in groups else ''}.{kind}"] = slot
@@ -86,7 +90,7 @@ def param_shapes(config: Config, lora_config: LoRAConfig, names: Collection[str]
     for name, (n_out, n_in) in adapted_shapes(config).items():
         if name in adapted:
             r = lora_config.rank(name)
-            shapes |= {f"{name}.A": (r, n_in), f"{name}.B": (n_out, r)}
+            shapes |= {f"{name}.A": (r, n_in), f"{name}.B": (n_out, r), f"{name}.m": (n_out,)}
     return {name: shapes[name] for name in names}
 
 
@@ -94,7 +98,7 @@ def checked_groups(config: Config, lora_config: LoRAConfig, names: Collection[st
     """`grouped`, when the names are exactly those of an adapter's parameters; else a ValueError names one."""
     matrices = [name[:-2] for name in names if name.endswith(".A")]
     groups = grouped(config, matrices)
-    expected = {f"{matrix}.{factor}" for matrix in matrices for factor in "AB"}
+    expected = {f"{matrix}.{factor}" for matrix in matrices for factor in ("ABm" if lora_config.dora else "AB")}
     expected.update(trained_whole(config, lora_config, matrices))
     for name in sorted(expected - set(names)):
         raise ValueError(f"adapter: {name} is missing")
@@ -134,7 +138,7 @@ def factor_slots(
     n_out, n_in = shape
     rank = sum(lora_config.rank(part) for part in parts)
     A, B = Slot((rank, n_in), model.dtype, {}), Slot((n_out, rank), model.dtype, {})
-    rows = {module: slice(None)} if parts == [module] else module_parts(model.config, module)
+    rows = _rows_of(model.config, module, parts)
     start = 0
     for part in parts:
         columns = slice(start, start + lora_config.rank(part))
@@ -142,6 +146,23 @@ def factor_slots(
         B.blocks[f"{part}.B"] = (rows[part], columns)
         start = columns.stop
     return A, B
+
+
+def _magnitude_slot(model: Base, module: str, parts: list[str], shape: tuple[int, ...]) -> Slot:
+    """The tensor of one module's m (out,). A ValueError if it has rows that no part adapts."""
+    rows = _rows_of(model.config, module, parts)
+    if rows.keys() != set(parts):
+        way = f", or {module}" if module in adapted_shapes(model.config) else ""
+        raise ValueError(
+            f"adapter: {module} is one matrix in PEFT, each of whose rows DoRA scales: expected all of "
+            f"{' '.join(rows)} to be adapted{way}, got {' '.join(parts)}"
+        )
+    return Slot(shape, model.dtype, {f"{part}.m": (rows[part],) for part in parts})
+
+
+def _rows_of(config: Config, module: str, parts: list[str]) -> Mapping[str, slice]:
+    """The rows of a module that each matrix in it takes; of one that is adapted as it is, all."""
+    return {module: slice(None)} if parts == [module] else module_parts(config, module)
 
 
 def base_tensor(model: Base, module: str, kind: str) -> Array | None:
@@ -165,7 +186,7 @@ def _whole_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def whole_slots(model: Base, names: Collection[str]) -> dict[tuple[str, str], Slot]:
     """The tensors of what is trained whole among the parameters, by their module, as we call it, and kind."""
     config, family, shapes = model.config, family_of(model.config), _whole_shapes(model.config)
-    whole = dict.fromkeys(name for name in names if name[-2:] not in (".A", ".B"))
+    whole = dict.fromkeys(name for name in names if name[-2:] not in FACTORS)
     result = {}
     for name in whole:
         stem, _, kind = name.rpartition(".")

@@ -36,6 +36,8 @@ def write_peft(
             stem = f"{PREFIX}{module}{'.base_layer' * depth}.lora_"
             ends = ("embedding_A", "embedding_B") if pair.is_look_up else ("A.weight", "B.weight")
             tensors |= {f"{stem}{ends[0]}": pair.A, f"{stem}{ends[1]}": pair.B}
+            if pair.m is not None:
+                tensors[f"{stem}magnitude_vector"] = pair.m
             if pair.bias is not None:
                 tensors[f"{stem}B.bias"] = pair.bias
     tensors |= {f"{PREFIX}{name}": value for name, value in whole.items()}
@@ -60,6 +62,6 @@ def config_of(pairs: Mapping[str, Pair], **more: Any) -> dict[str, Any]:
     return {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "r": r,
         "lora_alpha": r, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "rank_pattern": differing,
-        "alpha_pattern": dict(differing), "target_modules": sorted(pairs), "fan_in_fan_out": False, "use_dora": False,
-        "init_lora_weights": True, **more,
+        "alpha_pattern": dict(differing), "target_modules": sorted(pairs), "fan_in_fan_out": False,
+        "use_dora": any(pair.m is not None for pair in pairs.values()), "init_lora_weights": True, **more,
     }  # fmt: skip

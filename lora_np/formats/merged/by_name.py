@@ -1,4 +1,7 @@
-"""What adapters change of a base's tensors, by name, whatever the architecture: W0 + s B A needs a name and a shape."""
+"""What adapters change of a base's tensors, by name, whatever the architecture: W0 + s B A needs a name and a shape.
+
+DoRA's (m / c) (W0 + s B A) needs no more (L10).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...adapter import Change
+from ...adapter import Change, check_alone
 from ...backend import Array
 from ...lora import Update
 from ..adapters.contents import Contents, Pair
@@ -65,6 +68,7 @@ class Changes:
 
 def changes_of(base: AnyBase, adapters: Sequence[Contents], weights: Sequence[float]) -> Changes:
     """What adapters, each times its weight, change of a base's tensors; a ValueError names what does not fit."""
+    check_alone((adapter.has_dora for adapter in adapters), weights)
     merge = _Merge(base)
     for adapter, weight in zip(adapters, weights, strict=True):
         merge.add(adapter, weight)
@@ -127,8 +131,8 @@ class _Merge:
             self.changed[key] = Changed(Place(source.shape, False, {}))
         return source, self.changed[key]
 
-    def _update(self, key: str, name: str, index: Index, turned: bool, update: Update) -> None:
-        """One more update of a part of a tensor, which is turned if it is stored (in, out)."""
+    def _update(self, key: str, name: str, index: Index, turned: bool, update: Update, axis: int = 1) -> None:
+        """One more update of a part of a tensor, which is turned if it is stored (in, out); axis: as in `Change`."""
         found = self.changed[key]
         if found.turned is not None and found.turned != turned:
             raise ValueError(f"{shown(key)}: expected all adapters to say alike whether it is stored (in, out)")
@@ -137,7 +141,7 @@ class _Merge:
         before = found.changes.get(name, Change(name, None, ()))
         if turned and before.whole is not None and not before.updates:
             before = before._replace(whole=before.whole.T)
-        found.changes[name] = before._replace(updates=(*before.updates, update))
+        found.changes[name] = before._replace(updates=(*before.updates, update), axis=axis)
 
     def _add_matrix(self, key: str, pair: Pair, adapter: Contents, where: str) -> None:
         """An update of a module's weight (out, in); Conv1D's is stored (in, out)."""
@@ -153,7 +157,7 @@ class _Merge:
         turned = shape != (n_out, n_in) or (
             n_out == n_in and not pair.is_look_up and is_conv1d(key, self.base.model_type, said)
         )
-        self._update(key, key, ALL, turned, Update(A, B, pair.s))
+        self._update(key, key, ALL, turned, Update(A, B, pair.s, m=pair.m), axis=0 if pair.is_look_up else 1)
 
     def _add_bias(self, key: str, pair: Pair, where: str) -> None:
         """What B's bias adds to the module's own: a matrix of one column."""
@@ -167,6 +171,8 @@ class _Merge:
 
     def _add_experts(self, module: str, pair: Pair, where: str) -> None:
         """An update of one parameter of all experts of a layer: the one whose shape it has."""
+        if pair.m is not None:
+            raise ValueError(f"{where}: DoRA of experts is not supported, in PEFT neither")
         experts, turned = find_experts(self.tensors, module, pair, where)
         for piece, update in experts.updates(pair):
             key = piece.stored.name
@@ -247,6 +253,6 @@ def _alike(table: Changed, head: Changed) -> bool:
         return False
     same = wholes[0] is None or np.array_equal(wholes[0], wholes[1])  # type: ignore[arg-type]
     return same and all(
-        a.s == b.s and np.array_equal(a.A, b.A) and np.array_equal(a.B, b.B)
+        a.s == b.s and np.array_equal(a.A, b.A) and np.array_equal(a.B, b.B) and a.m is None and b.m is None
         for a, b in zip(one.updates, other.updates, strict=True)
     )

@@ -74,6 +74,8 @@ def combine_files(
 
 def _check(one: Contents) -> None:
     """A ValueError names what cannot be summed by stacking A and B."""
+    if one.has_dora:
+        raise ValueError(f"{one.path}: DoRA scales the rows of W0 + s B A, which is no sum of updates (L10): merge it")
     for name in (*one.whole, *one.rows):
         raise ValueError(f"{one.path}: {shown(name)}: trained whole, which cannot be combined; expected A and B alone")
     for name, several in one.pairs.items():

@@ -1,7 +1,8 @@
 """A GGUF file with adapters merged into it: the base's bytes, but for the tensors that are adapted.
 
-A tensor in F32, F16 or BF16 becomes W0 + sum_i w_i s_i B_i A_i, summed in float64 and rounded once to its own type, in
-its own place. A quantised one would have to be quantised anew, which loses what the adapter learned: it is refused.
+A tensor in F32, F16 or BF16 becomes W0 + sum_i w_i s_i B_i A_i, or with DoRA (m / c) (W0 + s B A), in float64 and
+rounded once to its own type, in its own place. A quantised one would have to be quantised anew, which loses what the
+adapter learned: it is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...adapter import matrix_updates
+from ...adapter import check_alone, matrix_updates
 from ...backend import Array, asnumpy
 from ...lora import Update
 from ...model import Config
@@ -91,6 +92,7 @@ def due_updates(
         for name, several in _updates(file, path).items():
             updates.setdefault(name, []).extend(update._replace(s=w * update.s) for update in several)
     is_new_head = _needs_head(file, updates)
+    check_alone((u.m is not None for several in updates.values() for u in several), weights)
     for name, its_updates in updates.items():
         source = file.tensors.get(TABLE if is_new_head and name == HEAD else name)
         if source is None:
@@ -128,16 +130,33 @@ def _updates_of_model(file: GGUFFile, path: Path) -> dict[str, list[Update]]:
     result: dict[str, list[Update]] = {}
     for name, update in matrix_updates(config, adapter).items():
         A, B = asnumpy(update.A), asnumpy(update.B)
+        m = None if update.m is None else asnumpy(update.m)
         if name == "embed.tokens":
             A, B = B.T, A.T
         source = sources.get(f"{name}.weight")
         if source is None:  # a table, or a head that is tied to it
-            result[tensor_name(name)] = [Update(A, B, update.s)]
+            result[tensor_name(name)] = [Update(A, B, update.s, m=m)]
             continue
         rows = np.zeros((file.tensors[source.tensor].shape[0], B.shape[1]), B.dtype)
         rows[source.rows] = in_pairs(B, source.heads)
-        result.setdefault(source.tensor, []).append(Update(A, rows, update.s))
-    return result
+        if m is not None:
+            m, of_part = np.full(len(rows), np.nan), m
+            m[source.rows] = in_pairs(of_part[:, None], source.heads)[:, 0]
+        result.setdefault(source.tensor, []).append(Update(A, rows, update.s, m=m))
+    return {name: _as_one(several, f"{path}: {shown(name)}") for name, several in result.items()}
+
+
+def _as_one(updates: list[Update], where: str) -> list[Update]:
+    """The updates of a tensor's parts; DoRA's, whose m is NaN in the other parts' rows, as one of all rows."""
+    magnitudes = [u.m for u in updates if u.m is not None]
+    if not magnitudes:
+        return updates
+    m = np.fmax.reduce(magnitudes)
+    if np.isnan(m).any():
+        raise ValueError(f"{where}: DoRA scales each row of this tensor, of which some are not adapted: expected all")
+    A = np.concatenate([u.A for u in updates])
+    B = np.concatenate([u.B.astype(np.float64) * u.s for u in updates], axis=1)
+    return [Update(A, B, 1.0, m=m)]
 
 
 def _needs_head(file: GGUFFile, updates: Mapping[str, object]) -> bool:
@@ -182,7 +201,7 @@ def _write(file: GGUFFile, updates: Mapping[str, Sequence[Update]], path: Path, 
         at = file.data_start
         for tensor in sorted((file.tensors[name] for name in updates if name in file.tensors), key=lambda t: t.offset):
             new.writelines(file.parts(at, tensor.offset))
-            merged = _merged(file, tensor, updates[tensor.name])
+            merged = _merged(file, tensor, updates[tensor.name], axis=axis_of(tensor.name))
             new.write(merged.data)
             at = tensor.offset + merged.nbytes
         new.writelines(file.parts(at, file.size))
@@ -191,16 +210,24 @@ def _write(file: GGUFFile, updates: Mapping[str, Sequence[Update]], path: Path, 
             new.write(_merged(file, file.tensors[TABLE], updates.get(HEAD, ())).data)
 
 
-def _merged(file: GGUFFile, source: Tensor, updates: Sequence[Update]) -> Array:
-    """A tensor's bytes with its updates, uint8; a ValueError if one of its numbers is NaN or infinite."""
+def _merged(file: GGUFFile, source: Tensor, updates: Sequence[Update], *, axis: int = 1) -> Array:
+    """A tensor's bytes with its updates, uint8; axis: as `summed` has it.
+
+    A ValueError if one of its numbers is NaN or infinite.
+    """
     values = numbers(file, source)
-    for rows in summed(values, values, updates):
+    for rows in summed(values, values, updates, axis=axis):
         rows.place[...] = rounded(rows.sum(), values.dtype)
     if not np.isfinite(values).all():
         raise ValueError(
             f"{file.path}: {source.name}: a merged weight is NaN, infinite, or too large for {values.dtype}"
         )
     return values.reshape(-1).view(np.uint8)
+
+
+def axis_of(tensor: str) -> int:
+    """Along which axis of a tensor DoRA takes norms: 0 in the table of tokens, whose columns are the rows of W0."""
+    return 0 if tensor == TABLE else 1
 
 
 def numbers(file: GGUFFile, tensor: Tensor) -> Array:

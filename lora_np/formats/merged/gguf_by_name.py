@@ -24,6 +24,8 @@ def write_gguf(base: AnyBase, adapter: Contents, out: Path) -> None:
 
     llama.cpp's files have no place for what is trained whole, for biases, tables of tokens and experts.
     """
+    if adapter.has_dora:
+        raise ValueError(f"{adapter.path}: llama.cpp's adapters have no place for DoRA's magnitudes (L10); merge it")
     naming = _naming(base)
     names, _ = base_names(base, adapter)
     for module, name in names.items():
@@ -76,8 +78,9 @@ def updates_by_name(naming: Naming, adapter: Contents, names: Mapping[str, str])
         (pair,) = pairs
         if pair.bias is not None:
             raise ValueError(f"{where}: lora_bias: llama.cpp's adapters have no place for it")
-        B = in_pairs(pair.B, _fitting(naming, tensor, pair.B, where))
-        updates[tensor] = Update(pair.A, B, pair.s)
+        heads = _fitting(naming, tensor, pair.B, where)
+        m = None if pair.m is None else in_pairs(pair.m[:, None], heads)[:, 0]
+        updates[tensor] = Update(pair.A, in_pairs(pair.B, heads), pair.s, m=m)
     return updates
 
 

@@ -14,7 +14,7 @@ from ..files.rounding import NAMES, numpy_dtype, rounded
 from ..models.gguf_file import TENSOR_TYPES, GGUFFile, Tensor, ValueList, open_gguf
 from .comparison import Comparison, Difference, Due, compared, difference
 from .evidence import Sums
-from .gguf import HEAD, TABLE, due_updates, numbers
+from .gguf import HEAD, TABLE, axis_of, due_updates, numbers
 from .target import summed
 
 
@@ -46,7 +46,8 @@ def _difference(
 ) -> tuple[Difference, Sums]:
     """A merged tensor beside the sum, in the merged file's own type."""
     tensor = numbers(other, found)
-    return difference(found.name, tensor.size, summed(tensor, numbers(file, source), updates), ulps)
+    blocks = summed(tensor, numbers(file, source), updates, axis=axis_of(found.name))
+    return difference(found.name, tensor.size, blocks, ulps)
 
 
 def _same(file: GGUFFile, source: Tensor, other: GGUFFile, found: Tensor) -> bool:

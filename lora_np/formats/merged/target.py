@@ -1,7 +1,8 @@
 """A merged model, a tensor at a time: what each tensor of its files is made of (L5).
 
-What no adapter touches is the base's bytes. The rest is W0 + sum_i w_i s_i B_i A_i, summed in float64 a few rows at a
-time and rounded once to the file's dtype, in the place of W0's own copy: one tensor is held, and A and B.
+What no adapter touches is the base's bytes. The rest is W0 + sum_i w_i s_i B_i A_i, or with DoRA (m / c) (W0 + s B A)
+(L10), in float64 a few rows at a time and rounded once to the file's dtype, in the place of W0's own copy: one tensor
+is held, and A and B.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from ...adapter import Change
 from ...backend import Array, asnumpy, blocks, xp
+from ...dora import dora_merge_matrix, weight_norm
 from ...lora import Update, merge_matrix
 from ...model import Config
 from ..files.rounding import numpy_dtype, rounded
@@ -29,6 +31,7 @@ class Rows(NamedTuple):
     """Some rows of one weight: their place in a tensor, W0 there (float64, a copy), and its updates.
 
     at, of: which rows of the weight they are, and the updates of all its rows
+    axis: along which DoRA takes norms (`Change`): along 0, of a table, its update has them, c
     """
 
     place: Array
@@ -36,30 +39,49 @@ class Rows(NamedTuple):
     updates: list[Update]
     at: slice = slice(None)
     of: Sequence[Update] = ()
+    axis: int = 1
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether it is DoRA's update, which is alone."""
+        return bool(self.updates) and self.updates[0].m is not None
 
     def sum(self) -> Array:
-        """W0 + sum_i w_i s_i B_i A_i, float64; a bias or a norm has no updates."""
+        """W0 + sum_i w_i s_i B_i A_i, or (m / c) (W0 + s B A), float64; a bias or a norm has no updates."""
+        if self.has_dora:
+            return asnumpy(dora_merge_matrix(xp.asarray(self.W0), self.updates[0], axis=self.axis))
         return asnumpy(merge_matrix(xp.asarray(self.W0), *self.updates)) if self.updates else self.W0
 
     def size(self) -> Array:
         """|W0| + sum_i |w_i s_i| |B_i| |A_i|: what the rounding of that sum is measured by."""
-        absolute = [u._replace(A=abs(u.A), B=abs(u.B), s=abs(u.s)) for u in self.updates]
+        absolute = [Update(abs(u.A), abs(u.B), abs(u.s)) for u in self.updates]
         return Rows(self.place, abs(self.W0), absolute).sum()
 
     def turned(self) -> Array | None:
         """These rows of the transpose of sum_i w_i s_i B_i A_i; None if that has another shape."""
         if any(len(u.B) != u.A.shape[1] for u in self.of):
             return None
-        updates = [u._replace(A=u.B.T, B=u.A.T[self.at]) for u in self.of]
+        updates = [Update(u.B.T, u.A.T[self.at], u.s) for u in self.of]
         return asnumpy(merge_matrix(xp.zeros(self.W0.shape), *updates))
 
 
-def summed(merged: Array, start: Array, updates: Sequence[Update]) -> Iterator[Rows]:
+def summed(merged: Array, start: Array, updates: Sequence[Update], *, axis: int = 1) -> Iterator[Rows]:
     """A merged weight (out, ...) block by block, and what it is to be; `start` is the base's, or `merged` itself."""
-    factors = [u._replace(A=_wide(u.A), B=_wide(u.B)) for u in updates]
+    factors = [u._replace(A=_wide(u.A), B=_wide(u.B), m=None if u.m is None else _wide(u.m)) for u in updates]
+    if axis == 0:
+        factors = [u if u.m is None else u._replace(c=_column_norms(start, u)) for u in factors]
     for rows in blocks(len(merged), math.prod(merged.shape[1:])):
-        parts = [u._replace(B=u.B[rows]) for u in factors]
-        yield Rows(merged[rows], start[rows].astype(np.float64), parts, rows, factors)
+        parts = [u._replace(B=u.B[rows], m=u.m if u.m is None or axis == 0 else u.m[rows]) for u in factors]
+        yield Rows(merged[rows], start[rows].astype(np.float64), parts, rows, factors, axis)
+
+
+def _column_norms(W0: Array, update: Update) -> Array:
+    """L10: c of a table, the norm of each column of W0 + s B A, a few rows at a time. W0 (V,D) -> (D,)."""
+    squares = xp.zeros(W0.shape[1])
+    for rows in blocks(*W0.shape):
+        B, part = update.B[rows], xp.asarray(W0[rows].astype(np.float64))
+        squares += weight_norm(part, update.A, B, update.s, axis=0) ** 2
+    return xp.sqrt(squares)
 
 
 def _wide(values: Array) -> Array:
@@ -117,7 +139,7 @@ class Target:
             W, W0 = tensor[part], start[part] if change.whole is None else asnumpy(change.whole)
             if W.ndim == 1 and change.updates:  # a bias as a matrix of one column
                 W, W0 = W[:, None], W0[:, None]
-            yield from summed(W, W0, change.updates)
+            yield from summed(W, W0, change.updates, axis=change.axis)
 
     def parts_bytes(self) -> Iterator[bytes | memoryview]:
         """Its bytes, a part at a time where they are the base's; a ValueError if a weight is NaN or infinite."""
