@@ -6,7 +6,8 @@ import pytest
 from peers import peft, torch, transformers
 from safetensors.numpy import save_file
 
-from lora_np.vectors.adapter_files import file_cases, judge_files, write_file_cases
+from lora_np.vectors.adapter_files import file_cases, write_file_cases
+from lora_np.vectors.adapter_results import judge_files
 
 pytestmark = [
     *peers.FILTERS,
