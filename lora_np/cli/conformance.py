@@ -155,7 +155,12 @@ def add_commands(command: AddCommand) -> None:
                    help="what they are for: its inputs, and its bounds (default: %(default)s)")  # fmt: skip
 
     p = command("conform", run_conform, "what another implementation computed, beside the vectors")
-    p.add_argument("results", type=Path, metavar="RESULTS_DIR", help="a folder of files like L2.safetensors")
+    p.add_argument(
+        "results",
+        type=Path,
+        metavar="RESULTS_DIR",
+        help="a folder of files like L2.safetensors; of adapters, files.safetensors and refusals.json",
+    )
     p.add_argument("--vectors", type=Path, metavar="DIR", help="the vectors (default: made here and now)")
     p.add_argument("--precision", choices=PRECISIONS,
                    help="of vectors that are made here and now (default: float32)")  # fmt: skip
