@@ -10,11 +10,14 @@ from typing import Any
 from ..formats.files.atomic import expect_new
 from ..formats.files.messages import shown
 from ..formats.files.safetensors_file import import_safetensors
+from ..vectors.adapter_files import FILES
+from ..vectors.adapter_results import Refused, judge_files, judge_refusals
 from ..vectors.cases import VERSIONS, all_cases
 from ..vectors.conform import Found, Verdict, compare
 from ..vectors.files import made, read_vectors, write_vectors
 from ..vectors.narrow import narrowed
 from ..vectors.precision import FLOAT32, PRECISIONS
+from ..vectors.refusals import REFUSALS
 from .base import AddCommand
 from .output import emit, table
 
@@ -27,7 +30,7 @@ def run_vectors(args: argparse.Namespace) -> int:
     vectors = made(version=args.version, precision=args.precision)
     write_vectors(args.out, vectors)
     ids = len({case.id for case, _ in vectors.cases})
-    size = sum(path.stat().st_size for path in args.out.iterdir())
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     result = {
         "out": str(args.out), "version": vectors.version, "precision": vectors.precision, "cases": len(vectors.cases),
         "ids": ids, "bytes": size, "digest": vectors.digest,
@@ -52,25 +55,44 @@ def run_conform(args: argparse.Namespace) -> int:
     vectors = ours if theirs is None else theirs
     verdicts = compare(args.results, vectors, name_mistakes=vectors.digest == ours.digest)
     run = [one for one in verdicts if one.run]
-    if not run:
+    files, refused = _of_adapters(args.results)
+    if not (run or files or refused):
         raise ValueError(f"{args.results}: there are no results: expected files like L2.safetensors, with tensors "
                          "like bias/out/h")  # fmt: skip
     asked = narrowed(all_cases(), vectors.precision)[0] if theirs is None else [case for case, _ in theirs.cases]
     ids = [case.id for case in asked]
-    unknown = sorted(there - set(ids))
+    unknown = sorted(there - {*ids, FILES})
     absent = [id for id in dict.fromkeys(ids) if id not in {one.id for one in run}]
     right = sum(len(one.right) for one in run)
-    holds = all(one.holds for one in run) and not (args.all and right < len(ids))
-    lines = [*_lines(run), *(f"not read: {shown(id)}.safetensors: there is no such id" for id in unknown)]
+    holds = all(one.holds for one in [*run, *files]) and not (args.all and right < len(ids))
+    holds &= refused is None or refused.holds
+    lines = [*_lines([*run, *files]), *(f"not read: {shown(id)}.safetensors: there is no such id" for id in unknown)]
     lines += [f"no results: {' '.join(absent)}"] if absent else []
+    lines += [] if refused is None else _of_refusals(refused)
     where = "" if vectors.precision == FLOAT32.name else f" in {vectors.precision}"
     lines.append(f"conforms{where}: {'yes' if holds else 'no'}, {right} of {len(ids)} cases")
     result = {
         "precision": vectors.precision, "holds": holds, "right": right, "cases": len(ids), "absent": absent,
-        "not_read": unknown, "ids": [_as_json(one) for one in run],
+        "not_read": unknown, "ids": [_as_json(one) for one in run], "files": [_as_json(one) for one in files],
+        "refusals": None if refused is None else {**refused._asdict(), "holds": refused.holds},
     }  # fmt: skip
     emit(args, result, lines)
     return 0 if holds else 1
+
+
+def _of_adapters(folder: Path) -> tuple[list[Verdict], Refused | None]:
+    """What was made of adapters' files, if there are results of these; they are cases apart from the ids'."""
+    files, refused = folder / f"{FILES}.safetensors", folder / f"{REFUSALS}.json"
+    return [judge_files(files)] if files.is_file() else [], judge_refusals(refused) if refused.is_file() else None
+
+
+def _of_refusals(found: Refused) -> list[str]:
+    total = len(found.refused) + len(found.accepted) + len(found.missing)
+    lines = [f"refusals: {len(found.refused)} of {total} refused"]
+    for what, names in (("accepted", found.accepted), ("missing", found.missing), ("not read", found.unread)):
+        lines += [f"refusals: {what}: {' '.join(map(shown, names[:SHOWN]))}"] if names else []
+        lines += [f"refusals: {what}: and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return lines
 
 
 def _lines(run: list[Verdict]) -> list[str]:
@@ -133,7 +155,12 @@ def add_commands(command: AddCommand) -> None:
                    help="what they are for: its inputs, and its bounds (default: %(default)s)")  # fmt: skip
 
     p = command("conform", run_conform, "what another implementation computed, beside the vectors")
-    p.add_argument("results", type=Path, metavar="RESULTS_DIR", help="a folder of files like L2.safetensors")
+    p.add_argument(
+        "results",
+        type=Path,
+        metavar="RESULTS_DIR",
+        help="a folder of files like L2.safetensors; of adapters, files.safetensors and refusals.json",
+    )
     p.add_argument("--vectors", type=Path, metavar="DIR", help="the vectors (default: made here and now)")
     p.add_argument("--precision", choices=PRECISIONS,
                    help="of vectors that are made here and now (default: float32)")  # fmt: skip

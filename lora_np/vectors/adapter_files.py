@@ -16,13 +16,9 @@ import numpy as np
 from ..backend import Array
 from ..formats.files.atomic import write_tensors
 from ..formats.files.json_file import to_json, write_json
-from ..formats.files.safetensors_file import TensorFile, open_tensors
-from .answers import Answer, error_ratio, errors
+from .answers import Answer, errors
 from .cases import Case
-from .conform import Found, Verdict
 from .dyadic import numbers
-from .files import MANIFEST, read_tensor
-from .precision import U
 
 FILES = "files"  # the folder of the cases, and the name of the file of results
 PREFIX = "base_model.model."
@@ -302,9 +298,8 @@ def write_file_cases(folder: Path) -> None:
         expected |= {f"bound/{key}": answer.bound for key, answer in case.added.items()}
         expected |= {f"W/{key}": a.astype("<f4") for key, a in case.replaced.items()}
         write_tensors(folder / case.name / "expected.safetensors", expected)
-    write_json(
-        folder / MANIFEST, {"digest": files_digest(), "layout": LAYOUT, "cases": [_entry(c) for c in file_cases()]}
-    )
+    cases = [_entry(case) for case in file_cases()]
+    write_json(folder / "manifest.json", {"digest": files_digest(), "layout": LAYOUT, "cases": cases})
 
 
 def _entry(case: FileCase) -> dict[str, Any]:
@@ -326,53 +321,3 @@ def _add(total: Any, words: Sequence[Any], tensors: Mapping[str, Array]) -> None
     total.update(to_json(words).encode())
     for key, a in tensors.items():
         total.update(key.encode() + a.astype("<f4").tobytes())
-
-
-# --- Results beside them ---------------------------------------------------------------------------------------------
-
-
-def judge_files(path: Path) -> Verdict:
-    """The cases beside a file of results; a ValueError if it is damaged."""
-    with open_tensors(path) as file:
-        read: set[str] = set()
-        found = [_found(file, case, read) for case in file_cases()]
-        return Verdict(FILES, True, found, [name for name in file.shapes if name not in read], None)
-
-
-def _found(file: TensorFile, case: FileCase, read: set[str]) -> Found:
-    """One case; `read` gains the tensors that belong to it."""
-    wanted = {**_expected(case), **_kept(case, file)}
-    got = {name: read_tensor(file, f"{case.name}/{name}") for name in wanted if f"{case.name}/{name}" in file.shapes}
-    read |= {f"{case.name}/{name}" for name in got}
-    misshapen = [name for name, a in got.items() if a.shape != wanted[name].shape]
-    got = {name: a for name, a in got.items() if name not in misshapen}
-    ratios = {name: error_ratio(a, *wanted[name]) for name, a in got.items()}
-    worst = max(ratios, key=lambda name: ratios[name], default="")
-    there = {name.partition("/")[2] for name in (*got, *misshapen)}
-    missing = [key for key in (*case.added, *case.replaced) if key not in there]
-    as_case = Case(FILES, case.name, FILES, case.title, {}, {})
-    return Found(as_case, got, missing, misshapen, ratios.get(worst, 0.0), worst)
-
-
-def _expected(case: FileCase) -> dict[str, Answer]:
-    """By the names in a file of results what each may be: the update, or its sum with the base's tensor."""
-    answers: dict[str, Answer] = {f"W/{key}": Answer(a, np.zeros(a.shape)) for key, a in case.replaced.items()}
-    for key, answer in case.added.items():
-        W0 = base_tensor(bases()[case.base], key)
-        assert W0 is not None
-        W = W0 + answer.value
-        answers[f"dW/{key}"] = answer
-        answers[f"W/{key}"] = Answer(W, answer.bound + U * (np.abs(W) + answer.bound))
-    return answers
-
-
-def _kept(case: FileCase, file: TensorFile) -> dict[str, Answer]:
-    """What results have of tensors that no update is for: nothing may have been added."""
-    answers = {}
-    for name in file.shapes:
-        stem, _, rest = name.partition("/")
-        kind, _, key = rest.partition("/")
-        W0 = base_tensor(bases()[case.base], key)
-        if stem == case.name and kind in ("dW", "W") and W0 is not None and key not in {**case.added, **case.replaced}:
-            answers[rest] = Answer(W0 if kind == "W" else np.zeros(W0.shape), np.zeros(W0.shape))
-    return answers

@@ -16,11 +16,13 @@ from ..formats.files.atomic import new_folder, write_tensors
 from ..formats.files.json_file import read_json, to_json, write_json
 from ..formats.files.messages import named, shown
 from ..formats.files.safetensors_file import TensorFile, open_tensors
+from .adapter_files import FILES, write_file_cases
 from .answers import Answer, answers, computed
 from .cases import VERSIONS, Case, all_cases
 from .narrow import INPUTS, narrowed
 from .operations import OPERATIONS
 from .precision import FLOAT32, PRECISIONS
+from .refusals import REFUSALS, write_refusals
 from .statements import STATEMENTS
 
 SCHEMA = 1  # of the manifest, and of the tensors' names
@@ -74,11 +76,17 @@ def digest(cases: Iterable[tuple[Case, Mapping[str, Any]]], version: str, precis
 
 
 def write_vectors(folder: Path, vectors: Vectors) -> None:
-    """A new folder with a file for each id and the manifest. A FileExistsError if there is something of that name."""
+    """A new folder with a file for each id and the manifest; and folders of adapters, as files, right and wrong ones.
+
+    A FileExistsError if there is something of that name.
+    """
     with new_folder(folder) as partial:
         for id in dict.fromkeys(case.id for case, _ in vectors.cases):
             tensors = [_tensors(case, wanted) for case, wanted in vectors.cases if case.id == id]
             write_tensors(partial / f"{id}.safetensors", {name: a for one in tensors for name, a in one.items()})
+        if (vectors.version, vectors.precision) == (VERSIONS[-1], FLOAT32.name):
+            write_file_cases(partial / FILES)
+            write_refusals(partial / REFUSALS)
         write_json(partial / MANIFEST, _manifest(vectors))
 
 

@@ -1,7 +1,6 @@
 """lora-np vectors and conform, as their user meets them."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,9 @@ pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.files.safetensors_file import open_tensors
+from lora_np.vectors.adapter_files import file_cases
 from lora_np.vectors.files import digest, read_vectors
+from lora_np.vectors.refusals import refusals
 
 VECTORS = Path(__file__).parents[1] / "conformance" / "vectors" / "v2"
 ALL, L4 = len(ours().cases), len(of("L4"))
@@ -36,9 +37,10 @@ def test_vectors_says_what_it_wrote(tmp_path, capsys, monkeypatch):
     status, out, _ = run(capsys, "vectors", "--out", tmp_path / "vectors", "--json")
     result = json.loads(out)
     assert status == 0
-    names = os.listdir(tmp_path / "vectors")
-    assert result["ids"] == len(names) - 1
-    assert result["bytes"] == sum((tmp_path / "vectors" / name).stat().st_size for name in names)
+    names = {path.name for path in (tmp_path / "vectors").iterdir()}
+    assert result["ids"] == len(names - {"manifest.json", "files", "refusals"}) == len(names) - 3
+    files = [path for path in (tmp_path / "vectors").rglob("*") if path.is_file()]
+    assert result["bytes"] == sum(path.stat().st_size for path in files)
     assert result["cases"] == len(json.loads((tmp_path / "vectors" / "manifest.json").read_text())["cases"])
     assert result["digest"] == json.loads((VECTORS / "manifest.json").read_text())["digest"]
     status, _, err = run(capsys, "vectors", "--out", tmp_path / "vectors")
@@ -151,3 +153,47 @@ def test_vectors_of_others_are_compared_without_naming_mistakes(tmp_path, capsys
     assert status == 1
     assert "L4 bias: grad/A" in out
     assert "looks like" not in out
+
+
+def of_adapters(folder, *, change=lambda name, a: a, accepted=()):
+    """The expected updates themselves, and every refusal but those of `accepted`, as results."""
+    folder.mkdir()
+    found = {f"{case.name}/dW/{key}": answer.value for case in file_cases() for key, answer in case.added.items()}
+    found |= {f"{case.name}/W/{key}": a for case in file_cases() for key, a in case.replaced.items()}
+    write_tensors(folder / "files.safetensors", {name: change(name, a) for name, a in found.items()})
+    said = {case.name: None if case.name in accepted else "no" for case in refusals()}
+    (folder / "refusals.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_conform_judges_adapters_as_files(tmp_path, capsys):
+    """Cases apart from the ids', which are counted by themselves."""
+    status, out, _ = run(capsys, "conform", of_adapters(tmp_path / "r"))
+    n, m = len(file_cases()), len(refusals())
+    assert status == 0
+    assert out.splitlines()[1].split()[:5] == ["files", f"{n}", f"{n}", "0", "0"]
+    assert out.splitlines()[-2:] == [f"refusals: {m} of {m} refused", f"conforms: yes, 0 of {ALL} cases"]
+
+
+def test_conform_says_which_adapter_is_read_wrongly(tmp_path, capsys):
+    results = of_adapters(tmp_path / "r", change=lambda name, a: a * 2 if name.startswith("rslora/") else a)
+    status, out, _ = run(capsys, "conform", results)
+    assert status == 1
+    assert "files rslora: dW/model.layers." in out
+    assert out.splitlines()[-1] == f"conforms: no, 0 of {ALL} cases"
+
+
+def test_conform_says_what_was_not_refused(tmp_path, capsys):
+    results = of_adapters(tmp_path / "r", accepted=("nan", "missing-B"))
+    status, out, _ = run(capsys, "conform", results)
+    assert status == 1
+    assert "refusals: accepted: nan missing-B" in out.splitlines()
+    result = json.loads(run(capsys, "conform", results, "--json")[1])
+    assert (result["holds"], result["refusals"]["accepted"]) == (False, ["nan", "missing-B"])
+    assert len(result["refusals"]["refused"]) == len(refusals()) - 2
+    (results / "refusals.json").write_text('{"nan": 0}')
+    status, _, err = run(capsys, "conform", results)
+    assert (status, "refusals.json: nan: expected an error's words, or null where there was none, got 0" in err) == (
+        2,
+        True,
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_np.spec.statements import STATEMENTS
+
 from lora_np.vectors.conform import compare
 from lora_np.vectors.files import read_vectors
 

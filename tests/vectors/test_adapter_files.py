@@ -11,7 +11,8 @@ pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 from safetensors.numpy import load_file, save_file
 
 from lora_np.formats.merged.plan import plan_merge
-from lora_np.vectors.adapter_files import base_tensor, bases, file_cases, files_digest, judge_files, write_file_cases
+from lora_np.vectors.adapter_files import base_tensor, bases, file_cases, files_digest, write_file_cases
+from lora_np.vectors.adapter_results import judge_files
 
 NAMES = [case.name for case in file_cases()]
 
