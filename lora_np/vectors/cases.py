@@ -150,6 +150,7 @@ def _lora() -> Iterator[Case]:
         title = "Nothing of W0 is lost, though s = 5/3 rounds in the sum"
         yield Case("L6", f"times-{times}", "unmerge", title, _scalars(3, 5.0, times=times), inputs)
     yield from _many_adapters()
+    yield from _segments()
     yield from _variants()
     yield from _counts()
 
@@ -227,6 +228,25 @@ def _many_adapters() -> Iterator[Case]:
         factors |= {f"B{i}": draw(f"B{i}", 5, p["r"]) for i, p in enumerate(parts)}
         since = "v2" if name == "fine" else "v1"
         yield Case("L9", name, "combine", title, {"adapters": parts, "rank": rank}, factors, since=since)
+
+
+RANKS = (1, 8, 24, 32, 64)
+
+
+def _segments() -> Iterator[Case]:
+    """L7 as kernels compute it that serve many adapters at once: a number of an adapter for each row."""
+    for M in (1, 17, 130):
+        draw = _Names("L7", f"segments-{M}")
+        index = draw.integers("index", M, low=-1, high=len(RANKS) - 1)
+        if M == 1:
+            index[0] = 2
+        A, B = draw("A", len(RANKS), max(RANKS), 16), draw("B", len(RANKS), 8, max(RANKS))
+        for i, r in enumerate(RANKS):
+            A[i, r:], B[i, :, r:] = np.nan, np.nan
+        inputs = {"x": draw("x", M, 16), "y": draw("y", M, 12), "index": index, "A": A, "B": B}
+        scalars = {"adapters": [_scalars(r, 4.0, rslora=r == 24) for r in RANKS], "start": 3}
+        title = f"{M} rows, five adapters of ranks 1 to 64 and none, unsorted, added into columns 3 to 10 of 12"
+        yield Case("L7", f"segments-{M}", "segments", title, scalars, inputs, since="v2")
 
 
 def _variants() -> Iterator[Case]:
@@ -648,8 +668,28 @@ def _models() -> Iterator[Case]:
     title = "The first token's position is row 2, padded: RoBERTa"
     yield _model_case("T13", "position-offset", title, replace(bert, position_offset=2), padded=True, since="v2")
     yield from _second_llamas()
+    yield from _merged_models(gpt2)
     yield from _generations(gpt2, llama)
     yield from _generations_with_logits(gpt2)
+
+
+def _merged_models(gpt2: Config) -> Iterator[Case]:
+    """L5 of whole models, in weights that every dtype has."""
+    llama = replace(_second_llama(), tie_head=True, d_ff=6)
+    for name, config, lora in (
+        ("gpt2", gpt2, LoRAConfig(r=3, alpha=4, targets=("qkv", "down"), rslora=True)),
+        ("llama", llama, LoRAConfig(r=2, alpha=3, targets=("q", "v", "gate", "head"), rank_pattern={"v": 1})),
+    ):
+        for dtype in ("float32", "float16", "bfloat16"):
+            case = _model_case("L5", f"model-{name}-{dtype}", "", config, lora, since="v2")
+            draw = _Names("L5", case.name)
+            weights = {n: draw(n, *shape, unit=2.0**-7) for n, shape in config.weight_shapes().items()}
+            factors = {n: a for n, a in case.inputs.items() if n.endswith((".A", ".B"))}
+            unties = ", its head untied" if "head" in lora.targets else ""
+            yield case._replace(
+                operation="merge_model", title=f"A whole model in {dtype}{unties}", gradients=(),
+                scalars={**case.scalars, "dtype": dtype}, inputs={**weights, **factors},
+            )  # fmt: skip
 
 
 def _second_llama() -> Config:

@@ -91,6 +91,18 @@ def per_row(t: Inputs, c: Scalars) -> Outputs:
     return {"h": h}
 
 
+def segments(t: Inputs, c: Scalars) -> Outputs:
+    """L7: the rows of one adapter after another; what has none, and the other columns, stay as they are."""
+    y, x, order = t["y"], t["x"], np.argsort(t["index"], kind="stable")
+    start, stop = c["start"], c["start"] + t["B"].shape[1]
+    parts = [y[t["index"] < 0]]
+    for i, one in enumerate(c["adapters"]):
+        mine, r = t["index"] == i, one["r"]
+        low = ((x[mine] @ t["A"][i, :r].mT) @ t["B"][i, :, :r].mT) * scale(one)
+        parts.append(joined([y[mine, :start], y[mine, start:stop] + low, y[mine, stop:]], 1))
+    return {"y": joined(parts, 0)[np.argsort(order)]}
+
+
 def count(t: Inputs, c: Scalars) -> Outputs:
     return {"parameters": Tracked((t["matrices"] * t["r"] * (t["out"] + t["in"])).sum())}
 
@@ -426,17 +438,29 @@ def scale_of(c: Scalars, name: str) -> float:
 
 def projected(t: Inputs, c: Scalars, name: str, x: Tracked) -> Tracked:
     """T2, L2: the matrix `name` with its update, or its part of a fused one."""
-    W = t["embed.tokens"] if name == "head" and "head.weight" not in t else t[f"{name}.weight"]
-    y = affine(x, W, t.get(f"{name}.bias"))
+    y = affine(x, weight_of(t, name), t.get(f"{name}.bias"))
+    if (pair := pair_of(t, c, name)) is None:
+        return y
+    A, B, s = pair
+    return y + ((x @ A.mT) @ B.mT) * s
+
+
+def weight_of(t: Inputs, name: str) -> Tracked:
+    """A matrix; a tied head's is the token table."""
+    return t["embed.tokens"] if name == "head" and "head.weight" not in t else t[f"{name}.weight"]
+
+
+def pair_of(t: Inputs, c: Scalars, name: str) -> tuple[Tracked, Tracked, float] | None:
+    """A, B and s of a matrix, its part of a fused pair's B; None if it is not adapted."""
     if f"{name}.A" in t:
-        return y + ((x @ t[f"{name}.A"].mT) @ t[f"{name}.B"].mT) * scale_of(c, name)
-    stem, part = name.rpartition(".")[0], name.rpartition(".")[2]
-    if f"{stem}.qkv.A" in t and part in ("q", "k", "v"):
-        before = {"q": (), "k": ("q",), "v": ("q", "k")}[part]
-        at = sum(t[f"{stem}.{one}.weight"].shape[0] for one in before)
-        B = t[f"{stem}.qkv.B"][at : at + W.shape[0]]  # (out of q, k and v, r) -> (out,r)
-        return y + ((x @ t[f"{stem}.qkv.A"].mT) @ B.mT) * scale_of(c, f"{stem}.qkv")
-    return y
+        return t[f"{name}.A"], t[f"{name}.B"], scale_of(c, name)
+    stem, _, part = name.rpartition(".")
+    if f"{stem}.qkv.A" not in t or part not in ("q", "k", "v"):
+        return None
+    before = {"q": (), "k": ("q",), "v": ("q", "k")}[part]
+    at = sum(t[f"{stem}.{one}.weight"].shape[0] for one in before)
+    B = t[f"{stem}.qkv.B"][at : at + t[f"{name}.weight"].shape[0]]  # (out of q, k and v, r) -> (out,r)
+    return t[f"{stem}.qkv.A"], B, scale_of(c, f"{stem}.qkv")
 
 
 def norm_of(t: Inputs, c: Scalars, name: str, x: Tracked) -> Tracked:
@@ -514,6 +538,16 @@ def model(t: Inputs, c: Scalars) -> Outputs:
     logits = logits_of(t, c)
     outputs = {"loss": mean_loss(logits, t["targets"])}
     return outputs if "mask" in t and c["head"] != "classify" else {"logits": logits, **outputs}
+
+
+def merge_model(t: Inputs, c: Scalars) -> Outputs:
+    """L5 of each adapted matrix; of a tied head that is adapted the token table is a copy, which stays."""
+    W = {name: Tracked(x.value) for name, x in t.items() if not name.endswith((".A", ".B"))}
+    for name in ("head", *(name.removesuffix(".weight") for name in t if name.endswith(".weight"))):
+        if (pair := pair_of(t, c, name)) is not None:
+            A, B, s = pair
+            W[f"{name}.weight"] = stored(weight_of(t, name) + (B @ A) * s, c["dtype"])
+    return W
 
 
 def generate(t: Inputs, c: Scalars) -> Outputs:

@@ -124,6 +124,13 @@ _TABLE = (
         {"h": "(N, T, out)"}, {"adapters": "a list: alpha, r and rslora of each adapter"},
     ),
     Operation(
+        "segments", "Many adapters in one batch",
+        "y[m, start : start + out] += s_i (x[m] A_i^T) B_i^T, i = index[m]; of a row of -1 nothing changes. A_i is the "
+        "first r_i rows of A[i], B_i the first r_i columns of B[i]: what is beyond is NaN, and is not read",
+        {"x": "(M, in)", "y": "(M, columns)", "index": "(M,) integers", "A": "(n, R, in)", "B": "(n, out, R)"},
+        {"y": "(M, columns)"}, {"adapters": "a list: alpha, r and rslora of each adapter", "start": "a column of y"},
+    ),
+    Operation(
         "count", "Trained parameters", "sum of matrices * r * (out + in)",
         {"matrices": "(n,) integers: how many of a shape", "out": "(n,)", "in": "(n,)", "r": "(n,)"},
         {"parameters": "() an integer"}, {"preset, targets, r": "where the shapes come from; not needed"},
@@ -260,6 +267,13 @@ _TABLE = (
         {"loss": "()", "logits": "(N, T, V), (N, T, labels) or (N, labels); not asked for where there is padding"},
         {**ARCHITECTURE, "adapted": "the adapted matrices", "trained_whole": "weights trained beside A and B",
          "shards": "how many parts the batch may be cut into; the result is the whole's; if given"}, whole=True,
+    ),
+    Operation(
+        "merge_model", "A whole model, merged",
+        "W = round(W0 + s B A) of each adapted matrix, as merge has it; all other weights as they are. A tied head "
+        "that is adapted becomes head.weight, beside the token table",
+        WEIGHTS, {"WEIGHT": "every weight of the merged model, widened to float32"},
+        {**ARCHITECTURE, "adapted": "the adapted matrices", "dtype": "float32, float16 or bfloat16"},
     ),
     Operation(
         "generate", "Greedy generation", "n times: the token of the largest logit at the last place is added",

@@ -139,6 +139,17 @@ def per_row(t: Arrays, c: Scalars) -> Answers:
     return {"h": lora.lora_linear(t["x"], t["W0"], t.get("b"), *stacked[:3])[0]}, {}
 
 
+def segments(t: Arrays, c: Scalars) -> Answers:
+    updates = [
+        Update(t["A"][i, : one["r"]], t["B"][i, :, : one["r"]], _scale(one)) for i, one in enumerate(c["adapters"])
+    ]
+    stacked = lora.stack_updates([None if i < 0 else updates[i] for i in asnumpy(t["index"]).tolist()])
+    low = ops.linear(ops.linear(t["x"][:, None], stacked.A), stacked.B)[:, 0]  # (M,1,in) -> (M,out)
+    y = t["y"].copy()
+    y[:, c["start"] : c["start"] + low.shape[1]] += low
+    return {"y": y}, {}
+
+
 def count(t: Arrays, c: Scalars) -> Answers:
     config = LoRAConfig(r=c["r"], targets=tuple(c["targets"]))
     return {"parameters": np.asarray(count_parameters(PRESETS[c["preset"]], config))}, {}
@@ -337,6 +348,15 @@ def model(t: Arrays, c: Scalars) -> Answers:
     if "mask" not in t or base.config.head == "classify":
         outputs["logits"] = forward(base, t["tokens"], adapter, **batch)
     return outputs, grads
+
+
+def merge_model(t: Arrays, c: Scalars) -> Answers:
+    dtype = c["dtype"]
+    wide = {name: a.astype(xp.float64) for name, a in t.items()}  # NumPy has no bfloat16: rounded at the end
+    base, adapter = _model_and_adapter(wide, c)
+    assert adapter is not None
+    weights = merged(base, adapter).weights
+    return {name: rounded(asnumpy(w), dtype) for name, w in weights.items()}, {}
 
 
 def generate(t: Arrays, c: Scalars) -> Answers:

@@ -117,6 +117,19 @@ def per_row(t, c):
     return {"h": net.eval()(t["x"], adapter_names=names)}
 
 
+def segments(t, c):
+    """Rows of one token, each with its adapter; the module has no output of its own."""
+    pairs = [
+        (torch.nn.Parameter(A[: one["r"]]), torch.nn.Parameter(B[:, : one["r"]]), one)
+        for A, B, one in zip(t["A"], t["B"], c["adapters"], strict=True)
+    ]
+    net, _ = adapted(linear_of(torch.zeros(t["B"].shape[1], t["A"].shape[2], dtype=t["x"].dtype)), pairs)
+    names = ["__base__" if i < 0 else f"{i}" for i in t["index"].tolist()]
+    y, low = t["y"].detach().clone(), net.eval()(t["x"], adapter_names=names).detach()
+    y[:, c["start"] : c["start"] + low.shape[1]] += low
+    return {"y": y}
+
+
 def combine(t, c):
     pairs = [(t[f"A{i}"], t[f"B{i}"], one) for i, one in enumerate(c["adapters"])]
     n_out, n_in = t["B0"].shape[0], t["A0"].shape[1]
@@ -129,7 +142,8 @@ def combine(t, c):
 OPERATIONS = {
     "lora_update": lora_update, "lora_linear": lora_linear, "lora_start": lora_start, "merge": merge,
     "lora_embedding": lora_embedding, "dora_linear": dora_linear, "dora_embedding": dora_embedding,
-    "dora_merge": dora_merge, "pissa": pissa, "unmerge": unmerge, "per_row": per_row, "combine": combine,
+    "dora_merge": dora_merge, "pissa": pissa, "unmerge": unmerge, "per_row": per_row,
+    "segments": segments, "combine": combine,
     "model": partial(torch_model.model, adapted), "generate": partial(torch_model.generate, adapted),
     "amplification": lambda t, c: torch_primitives.amplification(lora_update(t, c)["dW"], t, c),
     **torch_primitives.OPERATIONS,

@@ -1,6 +1,6 @@
 // LoRA: L1 to L9.
 
-import { T, add, at, cols, f, flat, linear, map, mm, mul, scatter, take, tensor, times } from "./arrays.mjs";
+import { T, add, at, cols, f, flat, linear, map, mm, mul, row, scatter, take, tensor, times } from "./arrays.mjs";
 import { directions } from "./singular.mjs";
 
 export const scale = (c) => c.alpha / (c.rslora ? Math.sqrt(c.r) : c.r);
@@ -28,15 +28,30 @@ export function rounded(x, bits) { // to so many significant bits, ties to even
   const unit = 2 ** (Math.floor(Math.log2(Math.abs(x))) + 1 - bits), n = x / unit, low = Math.floor(n);
   return (n - low < 0.5 || (n - low === 0.5 && low % 2 === 0) ? low : low + 1) * unit;
 }
-export function merge(t, c) {
-  const bits = { float32: 24, float16: 11, bfloat16: 8 }[c.dtype];
-  const W = tensor(t.W0.shape, Array.from({ length: t.W0.d.length }, (_, i) => { // summed in float64
-    const [o, n] = [Math.floor(i / cols(t.W0)), i % cols(t.W0)];
-    let s = 0;
-    for (let k = 0; k < c.r; k++) s += at(t.B, o, k) * at(t.A, k, n);
-    return rounded(t.W0.d[i] + scale(c) * s, bits);
+export function merged(W0, A, B, r, s, dtype) { // summed in float64
+  const bits = { float32: 24, float16: 11, bfloat16: 8 }[dtype];
+  return tensor(W0.shape, Array.from(W0.d, (w, i) => {
+    const [o, n] = [Math.floor(i / cols(W0)), i % cols(W0)];
+    let sum = 0;
+    for (let k = 0; k < r; k++) sum += at(B, o, k) * at(A, k, n);
+    return rounded(w + s * sum, bits);
   }));
+}
+export function merge(t, c) {
+  const W = merged(t.W0, t.A, t.B, c.r, scale(c), c.dtype);
   return { W, h: linear(t.x, W, t.b) };
+}
+export function segments(t, c) {
+  const y = tensor(t.y.shape, t.y.d), [, out, R] = t.B.shape, inside = cols(t.x);
+  t.index.d.forEach((i, m) => {
+    if (i < 0) return;
+    const { r } = c.adapters[i], B = (o, k) => t.B.d[(i * out + o) * R + k];
+    const A = tensor([r, inside], t.A.d.subarray(i * R * inside, (i * R + r) * inside));
+    const u = mm(tensor([1, inside], row(t.x, m)), T(A));
+    const low = times(mm(u, T(tensor([out, r], Array.from({ length: out * r }, (_, j) => B(Math.floor(j / r), j % r))))), scale(c.adapters[i]));
+    low.d.forEach((v, o) => (row(y, m)[c.start + o] = f(row(y, m)[c.start + o] + v)));
+  });
+  return { y };
 }
 export function per_row(t, c) {
   const parts = c.adapters.map((one, i) => times(mm(mm(t.x, T(t[`A${i}`])), T(t[`B${i}`])), scale(one)));

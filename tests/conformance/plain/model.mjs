@@ -2,7 +2,7 @@
 // result and the way back: { y, back }, where back(dy) adds to the gradients and gives dx.
 
 import { T, add, at, cols, f, flat, linear, map, mm, mul, row, rows, scatter, take, tensor, times, total, zeros } from "./arrays.mjs";
-import { scale } from "./lora.mjs";
+import { merged, scale } from "./lora.mjs";
 import { attention, cross_entropy, gelu, gelu_tanh, layer_norm, relu, rms_norm, rotary, silu } from "./transformer.mjs";
 
 const like = (shape, a) => ({ shape, d: a.d });
@@ -27,6 +27,24 @@ const tanh = ({ x, dy }) => {
   return { y, d: { x: map((d, v) => f(d * f(1 - f(v * v))), dy, y) } };
 };
 
+const weightOf = (t, name) => (t[`${name}.weight`] ? `${name}.weight` : "embed.tokens");
+function pairOf(t, c, name) { // a matrix's A, B and s, if it is adapted: of a fused B its own rows, from the row `before`
+  const [stem, part] = [name.slice(0, -2), "qkv".indexOf(name.at(-1))], W = t[weightOf(t, name)];
+  const fused = name.includes(".attn.") && part >= 0 && t[`${stem}.qkv.A`], pair = fused ? `${stem}.qkv` : name;
+  const A = t[`${pair}.A`], whole = t[`${pair}.B`], r = A && rows(A), s = A && scale({ ...c, r });
+  const before = fused ? [..."qkv"].slice(0, part).reduce((sum, one) => sum + rows(t[`${stem}.${one}.weight`]), 0) : 0;
+  const B = fused ? tensor([rows(W), r], whole.d.subarray(before * r, (before + rows(W)) * r)) : whole;
+  return { pair, A, B, whole, before, r, s };
+}
+export function merge_model(t, c) {
+  const weights = Object.fromEntries(Object.entries(t).filter(([name]) => !/\.[AB]$/.test(name)));
+  for (const name of ["head", ...Object.keys(t).filter((n) => n.endsWith(".weight")).map((n) => n.slice(0, -7))]) {
+    const { A, B, r, s } = pairOf(t, c, name);
+    if (A) weights[`${name}.weight`] = merged(t[weightOf(t, name)], A, B, r, s, c.dtype);
+  }
+  return weights;
+}
+
 function network(t, c) { // logits, and the way back to the gradients by every weight
   const [N, n] = t.tokens.shape, D = c.d_model, K = D / c.n_head, g = {};
   const grad = (name, value) => (g[name] = g[name] ? add(g[name], value) : value);
@@ -35,12 +53,7 @@ function network(t, c) { // logits, and the way back to the gradients by every w
   for (let i = 0; i < N; i++) for (let j = 0, seen = 0; j < n; j++) positions.d.push(Math.max((seen += counts(i, j)) - 1, 0));
 
   const project = (name) => (x) => {
-    const W = t[`${name}.weight`] ? `${name}.weight` : "embed.tokens";
-    const [stem, part] = [name.slice(0, -2), "qkv".indexOf(name.at(-1))];
-    const fused = name.includes(".attn.") && part >= 0 && t[`${stem}.qkv.A`], pair = fused ? `${stem}.qkv` : name;
-    const A = t[`${pair}.A`], whole = t[`${pair}.B`], r = A && rows(A), s = A && scale({ ...c, r });
-    const before = fused ? [..."qkv"].slice(0, part).reduce((sum, one) => sum + rows(t[`${stem}.${one}.weight`]), 0) : 0;
-    const B = fused ? tensor([rows(t[W]), r], whole.d.subarray(before * r, (before + rows(t[W])) * r)) : whole;
+    const W = weightOf(t, name), { pair, A, B, whole, before, r, s } = pairOf(t, c, name);
     let y = linear(x, t[W], t[`${name}.bias`]);
     const u = A && times(mm(x, T(A)), s);
     if (A) y = add(y, mm(u, T(B)));
