@@ -32,7 +32,7 @@ from .vectors.answers import answers, error_ratio
 from .vectors.cases import Case
 from .vectors.definitions import scale
 from .vectors.mistakes import explained
-from .vectors.precision import FORMATS
+from .vectors.precision import FLOAT32, FORMATS, PRECISIONS, rounded
 
 try:
     from hypothesis import HealthCheck, Phase, Verbosity, given, settings
@@ -41,6 +41,7 @@ try:
 except ImportError as error:
     raise missing("lora_np.testing", "hypothesis", "test") from error
 
+DTYPES = ("float64", *PRECISIONS)
 TENSORS = {"h": "out/h", "dx": "grad/x", "dA": "grad/A", "dB": "grad/B", "W": "out/W"}
 SHORT = {long: short for short, long in TENSORS.items()}
 FORWARD = "h, saved = ln.lora_linear(x, W0, b, A, B, s, dropout_mask=mask)"
@@ -69,6 +70,7 @@ class Mismatch(AssertionError):
 class Linear(NamedTuple):
     """An adapted linear with its input and the gradient of its output (L1, L2): NumPy arrays of one dtype.
 
+    In bfloat16 and tf32, which NumPy lacks, they are of float32, and in bfloat16 of numbers that it has.
     mask is the scaled dropout mask, 0 or 1 / (1 - p); b and mask may be None.
     """
 
@@ -112,11 +114,12 @@ def check(
     """P1 on L1, L2, L4 and L5: compares an implementation; a Mismatch shows the smallest case found that differs.
 
     implementation: takes a Linear, gives some of h (N,T,out), dx (N,T,in), dA (r,in), dB (out,r) and the merged weight
-    W (out,in), by name, as anything that NumPy takes; its inputs are its to read. dtype: float32 or float64, of the
-    arrays that it gets, and the precision that its results are held to. examples: how many small cases.
+    W (out,in), by name, as anything that NumPy takes; its inputs are its to read. dtype: float64, float32, tf32,
+    bfloat16 or float16, the precision of the numbers that it gets, and that its results are held to. examples: how many
+    small cases.
     """
-    if dtype not in ("float32", "float64"):
-        raise ValueError(f"testing.check: dtype: expected float32 or float64, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"testing.check: dtype: expected one of {' '.join(DTYPES)}, got {dtype!r}")
 
     def problem(drawn: Drawn) -> str | None:
         return _problem(implementation, drawn, dtype)
@@ -202,13 +205,22 @@ def _filled(
 ) -> Drawn:  # fmt: skip
     """A case of random numbers in [-1, 1) that fill a significand, float32's at the most; as `_drawing` says it."""
     rng = np.random.RandomState(seed)
-    unit = 2 ** (min(FORMATS[dtype][0], FORMATS["float32"][0]) - 1)
+    unit = 2 ** (_bits(dtype) - 1)
     shapes = _shapes(*sizes) | ({"b": (sizes[3],)} if bias else {})
     inputs = {name: rng.randint(-unit, unit, shape, dtype="int64") / unit for name, shape in shapes.items()}
     if p is None:
         return Drawn(_case(scalars, inputs), seed)
     keep = rng.random_sample(shapes["x"]) >= p
     return Drawn(_case({**scalars, "p": p}, {**inputs, "keep": keep}), seed)
+
+
+def _stored(dtype: str) -> str:
+    """What numbers are stored in."""
+    return PRECISIONS[dtype].dtype if dtype in PRECISIONS else dtype
+
+
+def _bits(dtype: str) -> int:
+    return min(FORMATS[_stored(dtype)][0], FORMATS["float32"][0])
 
 
 def _shapes(N: int, T: int, n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:
@@ -222,17 +234,25 @@ def _case(scalars: Mapping[str, Any], inputs: Mapping[str, Array]) -> Case:
 def _merged(case: Case, dtype: str) -> Case:
     """The same matrix, merged."""
     inputs = {name: a for name, a in case.inputs.items() if name in ("x", "W0", "b", "A", "B")}
-    return case._replace(operation="merge", scalars={**case.scalars, "dtype": dtype}, inputs=inputs, gradients=())
+    scalars = {**case.scalars, "dtype": _stored(dtype)}
+    return case._replace(operation="merge", scalars=scalars, inputs=inputs, gradients=())
 
 
 def _linear(case: Case, dtype: str) -> Linear:
     """A case as the implementation gets it: arrays of its own."""
-    c, arrays = case.scalars, {n: a.astype(dtype) for n, a in case.inputs.items()}
-    mask = arrays["keep"] * np.asarray(1 / (1 - c["p"]), dtype=dtype) if "keep" in arrays else None
+    stored = _stored(dtype)
+    held = "float32" if stored == "bfloat16" else stored
+    c, arrays = case.scalars, {n: a.astype(held) for n, a in case.inputs.items()}
+    mask = arrays["keep"] * _kept(c["p"], stored).astype(held) if "keep" in arrays else None
     return Linear(
         arrays["x"], arrays["W0"], arrays.get("b"), arrays["A"], arrays["B"], c["alpha"], c["r"], c["rslora"], mask,
         arrays["dh"],
     )  # fmt: skip
+
+
+def _kept(p: float, stored: str) -> Array:
+    """What an element that dropout keeps is multiplied by."""
+    return rounded(np.asarray(1 / (1 - p)), stored)
 
 
 # --- Results ---------------------------------------------------------------------------------------------------------
@@ -248,7 +268,7 @@ def _problem(implementation: Callable[[Linear], Mapping[str, Any]], drawn: Drawn
     for part, got in results:
         wrong = _wrong(part, got)
         if wrong is not None:
-            return _program(drawn, linear, wrong)
+            return _program(drawn, linear, wrong, dtype)
     return None
 
 
@@ -271,7 +291,9 @@ def _results(case: Case, got: Mapping[str, Any], dtype: str) -> list[tuple[Case,
     unknown = sorted(got.keys() - TENSORS.keys())
     if unknown or not got:
         raise ValueError(f"testing.check: expected some of {' '.join(TENSORS)}, got {unknown or 'nothing'}")
-    arrays = {TENSORS[name]: np.asarray(value).astype(dtype) for name, value in got.items()}
+    precision, held = (FLOAT32.name, "float64") if dtype == "float64" else (dtype, "float32")
+    case = case._replace(precision=precision)
+    arrays = {TENSORS[name]: np.asarray(value).astype(held) for name, value in got.items()}
     merged = {name: a for name, a in arrays.items() if name == TENSORS["W"]}
     parts = [(case, {name: a for name, a in arrays.items() if name not in merged}), (_merged(case, dtype), merged)]
     return [part for part in parts if part[1]]
@@ -297,13 +319,13 @@ def _wrong(case: Case, got: Mapping[str, Array]) -> Wrong | None:
 # --- What is shown ---------------------------------------------------------------------------------------------------
 
 
-def _program(drawn: Drawn, linear: Linear, wrong: Wrong) -> str:
+def _program(drawn: Drawn, linear: Linear, wrong: Wrong, dtype: str) -> str:
     """What is wrong with a tensor, and the lines that compute it here."""
     needed, last = (("W0", "A", "B"), [MERGED]) if wrong.name == "W" else (LINEAR, [FORWARD, BACKWARD])
     lines = [
         f"{wrong.name} {wrong.how}",
         "import numpy as np, lora_np as ln",
-        *(_literals(linear, needed) if drawn.seed is None else _drawing(drawn, linear)),
+        *(_literals(linear, needed) if drawn.seed is None else _drawing(drawn, linear, dtype)),
         f"s = {linear.s!r}  # alpha = {linear.alpha:g}, r = {linear.r}, rslora = {linear.rslora}",
         *last,
     ]
@@ -321,19 +343,20 @@ def _literals(linear: Linear, names: tuple[str, ...]) -> Iterator[str]:
         yield f"{name} = None" if a is None else f'{name} = np.array({a.tolist()}, dtype="{a.dtype}")'
 
 
-def _drawing(drawn: Drawn, linear: Linear) -> Iterator[str]:
+def _drawing(drawn: Drawn, linear: Linear, dtype: str) -> Iterator[str]:
     """What `_filled` does."""
-    case, dtype = drawn.case, linear.x.dtype
+    case, held = drawn.case, linear.x.dtype
     names = [name for name in case.inputs if name != "keep"]
-    unit = f"2**{min(FORMATS[str(dtype)][0], FORMATS['float32'][0]) - 1}"
+    unit = f"2**{_bits(dtype) - 1}"
     shapes = ", ".join(str(case.inputs[name].shape) for name in names)
     yield f"rng, shapes = np.random.RandomState({drawn.seed}), [{shapes}]"
     yield f'numbers = [rng.randint(-{unit}, {unit}, shape, dtype="int64") / {unit} for shape in shapes]'
-    yield f'{", ".join(names)} = (a.astype("{dtype}") for a in numbers)'
+    yield f'{", ".join(names)} = (a.astype("{held}") for a in numbers)'
     if "b" not in case.inputs:
         yield "b = None"
     if "keep" not in case.inputs:
         yield "mask = None"
     else:
         p = case.scalars["p"]
-        yield f'mask = (rng.random_sample(x.shape) >= {p}) * np.asarray(1 / (1 - {p}), dtype="{dtype}")  # p = {p}'
+        kept = _kept(p, "bfloat16").item() if dtype == "bfloat16" else f"1 / (1 - {p})"
+        yield f'mask = (rng.random_sample(x.shape) >= {p}) * np.asarray({kept}, dtype="{held}")  # p = {p}'

@@ -218,8 +218,8 @@ def test_results_that_are_no_dict_are_refused(got):
 
 
 def test_another_dtype_is_refused():
-    with pytest.raises(ValueError, match="expected float32 or float64, got 'float16'"):
-        check(right, dtype="float16")
+    with pytest.raises(ValueError, match="expected one of float64 float32 tf32 bfloat16 float16, got 'float8'"):
+        check(right, dtype="float8")
 
 
 def test_it_says_what_is_not_installed():

@@ -90,7 +90,7 @@ def answers(case: Case) -> dict[str, Answer]:
 
 def _bound(error: Array) -> Array:
     """An error as a bound on a float32 result, rounded up to float32; 0 where nothing was rounded."""
-    bound = np.where(error > 0, error + SMALLEST, 0.0)
+    bound = np.where(error == 0, 0.0, error + SMALLEST)
     near = bound.astype(np.float32)
     return np.where(near < bound, np.nextafter(near, np.float32(np.inf)), near).astype(np.float32)
 

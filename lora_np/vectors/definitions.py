@@ -19,7 +19,7 @@ import numpy as np
 
 from ..backend import Array
 from .buckets import deberta_bucket, t5_bucket
-from .precision import FLOAT32, U, rounded
+from .precision import U, gamma, rounded
 from .tracked import FUNCTION, Tracked, cos, erf, exp, joined, log, sin, sqrt, tanh, tracked
 
 Inputs: TypeAlias = Mapping[str, Any]
@@ -160,7 +160,7 @@ def truncated(dW: Tracked, k: int) -> Tracked:
 def with_norm(t: Inputs, c: Scalars) -> tuple[Tracked, Tracked]:
     """L10: W0 + s B A, and the norm of each of its rows, which no gradient goes back through."""
     V = t["W0"] + (t["B"] @ t["A"]) * scale(c)
-    return V, sqrt((V * V).sum(-1)).detached()
+    return V, sqrt((V.inside * V.inside).sum(-1)).into(V.precision).detached()
 
 
 def dora_linear(t: Inputs, c: Scalars) -> Outputs:
@@ -189,7 +189,7 @@ def pissa(t: Inputs, c: Scalars) -> Outputs:
     """L12: of factors rounded to float32, each of whose rows or columns is no longer than sqrt(sigma_1 / s)."""
     best = truncated(t["W0"], c["r"])
     largest = float(np.linalg.norm(t["W0"].value, 2))
-    update = Tracked(best.value, best.error + FLOAT32.sum(c["r"] + 3) * largest)
+    update = Tracked(best.value, best.error + gamma(c["r"] + 3) * largest)
     return {"update": update, "residual": t["W0"] - update}
 
 

@@ -1,10 +1,10 @@
 """P1: how implementations round, in float32 and in other precisions.
 
-Products of matrices and sums are summed in float32, and results are rounded once, as they are stored. Tensor cores,
-which sum some products and what came before at once, align the significands to the largest and cut off what is left of
-its last bit, and they truncate as they normalise (Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA
-tensor cores, 2021). With 24 bits each number but the largest loses less than 2^-23 of the largest, and so does each
-partial sum: k + 1 such losses for k products, and k is 4 at least. An ordinary sum in float32 loses less.
+Sums are in float32, and results are rounded once, as they are stored. Tensor cores, which sum some products and what
+came before at once, align the significands to the largest, cut off what is right of its last bit, and truncate as they
+normalise (Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021). With 24 bits each
+number but the largest loses less than 2^-23 of the largest, and so does each partial sum: k + 1 such losses for k
+products, and k is 4 at least. An ordinary sum in float32 loses less.
 """
 
 from __future__ import annotations
@@ -30,12 +30,17 @@ def rounded(x: Array, dtype: str) -> Array:
     return np.rint(x / unit) * unit
 
 
+def gamma(n: int, u: float = U) -> float:
+    """What n roundings come to, relative to the number, or to the sum of the sizes of what is summed."""
+    return n * u / (1 - n * u)
+
+
 class Precision(NamedTuple):
     """P1: what there is beside the roundings of float32, which every operation has.
 
     dtype   what results are stored in
     factor  the most by which each factor of a product of matrices is rounded before it, relative to its size
-    term    what each term of a sum costs, relative to the sum of all their sizes
+    term    what each term of such a product costs in its sum, relative to the sum of all their sizes
     """
 
     name: str
@@ -61,11 +66,7 @@ class Precision(NamedTuple):
 
     def product(self, n: int) -> float:
         """What the sum of n products costs, both factors rounded before, relative to the sum of their sizes."""
-        return 2 * self.factor + self.factor**2 + self.sum(n)
-
-    def sum(self, n: int) -> float:
-        """What n roundings in a sum cost, relative to the sum of the sizes."""
-        return n * self.term / (1 - n * self.term)
+        return 2 * self.factor + self.factor**2 + gamma(n, self.term)
 
 
 FLOAT32 = Precision("float32", term=U)

@@ -35,7 +35,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..backend import Array
-from .precision import FLOAT32, Precision, U, rounded
+from .precision import FLOAT32, Precision, U, gamma, rounded
 
 FUNCTION = 8 * U  # the relative error of a library's elementary function
 # The absolute error of its erf. GELU adds 1 to it, so vectorised libraries take Abramowitz and Stegun's 7.1.26, 1 minus
@@ -155,7 +155,7 @@ class Tracked:
         kept = self.value.sum(axis=axis, keepdims=True).shape
         n = self.value.size // total.size
         error = self.error.sum(axis=axis, keepdims=keepdims)
-        rounding = self.precision.sum(n - 1) * self.size.sum(axis=axis, keepdims=keepdims)
+        rounding = gamma(n - 1) * self.size.sum(axis=axis, keepdims=keepdims)
         return Tracked(
             total, error, [(self, lambda g: g.reshape(*kept).spread(self.shape))],
             local=rounding + (self.precision.storing(np.abs(total) + error + rounding) if n > 1 else 0.0),
@@ -185,7 +185,7 @@ class Tracked:
             value, error, size, times = (np.zeros(self.shape) for _ in range(4))
             for total, part in ((value, g.value), (error, g.error), (size, g.size), (times, np.ones(g.shape))):
                 np.add.at(total, index, part)
-            local = g.precision.sum(int(times.max()) - 1) * size
+            local = gamma(int(times.max()) - 1) * size
             local = np.where(times > 1, local + g.precision.storing(size), 0.0)
             return Tracked(value, error, local=local, noise=g.noise, precision=g.precision)
 

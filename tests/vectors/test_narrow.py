@@ -1,0 +1,91 @@
+"""The cases in other precisions: their inputs are such as that has, and what is left out says why."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from lora_np.vectors.answers import defined, errors
+from lora_np.vectors.cases import all_cases
+from lora_np.vectors.narrow import PRODUCTS, in_precision, narrowed
+from lora_np.vectors.operations import OPERATIONS
+from lora_np.vectors.precision import rounded
+
+proves = pytest.mark.proves
+precisions = pytest.mark.parametrize("precision", ["tf32", "float16", "bfloat16"])
+
+
+@cache
+def cases(precision):
+    return narrowed(all_cases(), precision)
+
+
+def floats(some):
+    return [a for case in some for a in case.inputs.values() if a.dtype == np.float64]
+
+
+def test_in_float32_nothing_changes():
+    kept, left_out = narrowed(all_cases(), "float32")
+    assert left_out == {}
+    assert [case[:5] for case in kept] == [case[:5] for case in all_cases()]
+
+
+@precisions
+def test_each_case_is_kept_or_left_out_with_a_reason(precision):
+    kept, left_out = cases(precision)
+    names = [f"{case.id}/{case.name}" for case in kept] + [name for some in left_out.values() for name in some]
+    assert sorted(names) == sorted(f"{case.id}/{case.name}" for case in all_cases())
+    assert {case.precision for case in kept} == {precision}
+    assert all(left_out)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bfloat16", "bfloat16"), ("float16", "float16"), ("tf32", "float32")]
+)
+def test_every_input_is_exact_in_the_format(precision, dtype):
+    assert all((rounded(a, dtype) == a).all() for a in floats(cases(precision)[0]))
+
+
+def test_inputs_of_narrow_formats_are_float32_s_rounded():
+    originals = {(case.id, case.name): case for case in all_cases()}
+    for case in cases("float16")[0]:
+        for name, a in originals[case.id, case.name].inputs.items():
+            as_it_is = a.astype(np.float16) if a.dtype == np.float64 else a
+            np.testing.assert_array_equal(case.inputs[name], as_it_is)
+
+
+def test_inputs_of_tf32_have_bits_that_it_lacks():
+    """A known answer, so that the generator stays what the manifest says it is: 0.75 and the low bits of two bytes."""
+    bits = [a[a != 0] for a in floats(cases("tf32")[0])]
+    lost = [(rounded(a, "float16") != a).mean() for a in bits if a.size > 10]
+    assert min(lost) > 0.8
+    case = all_cases()[0]._replace(id="L1", name="known", inputs={"A": np.array([[0.75, 0.0], [-0.75, 8.0]])})
+    wanted = [[0.75 + 252 * 2.0**-24, 0.0], [-0.75 - 7313 * 2.0**-24, 8 + 5576 * 2.0**-20]]
+    np.testing.assert_array_equal(in_precision(case, "tf32").inputs["A"], wanted)
+
+
+@proves("P1")
+def test_products_are_what_tf32_changes_the_bounds_of():
+    """Of operations of which there is a case in float32."""
+    changed, same = set(), set()
+    for case in all_cases():
+        if OPERATIONS[case.operation].whole or case.operation in changed or case.operation == "generate":
+            continue
+        bounds = [defined(case._replace(precision=precision)) for precision in ("float32", "tf32")]
+        differ = any((bounds[0][n].error != bounds[1][n].error).any() for n in bounds[0])
+        (changed if differ else same).add(case.operation)
+    by_singular_values = {"amplification", "subspace_similarity", "pissa"}
+    assert changed - by_singular_values == {name for name in PRODUCTS if not OPERATIONS[name].whole}
+
+
+@proves("P1")
+@precisions
+def test_no_bound_is_as_large_as_what_it_bounds(precision):
+    """Of whole models, in which much may cancel, it may be larger than a gradient."""
+    for case in cases(precision)[0]:
+        if not OPERATIONS[case.operation].whole:
+            for name, (value, bound) in errors(case).items():
+                assert np.isfinite(bound).all(), (case.id, case.name, name)
+                assert (bound <= 0.6 * np.abs(value).max(initial=0)).all() or np.abs(value).max() < 1e-6, (
+                    case.id, case.name, name,
+                )  # fmt: skip
