@@ -26,9 +26,9 @@ them do not change within a version; a later one has all cases of those before, 
 earlier one, and `conform` reads any.
 
 Beside the ids stand folders of adapters as files, for what reads them, each with a manifest. `files`: tiny bases, with
-adapters as PEFT saves them, and what each adds to which tensor. `refusals`: adapters with one thing wrong, which a loader
-must refuse, with an error before it gives anything. Results of them are files.safetensors and refusals.json, which
-`lora-np conform` judges too.
+adapters as PEFT saves them, and what each adds to which tensor. `refusals`: adapters with one thing wrong, which a
+loader must refuse, with an error before it gives anything. Results of them are files.safetensors and refusals.json,
+which `lora-np conform` judges too.
 
 Scalars are computed in float64 and rounded where they meet an array. The bounds (`tracked`) are derived: an
 implementation in any order of sums, with fused operations or without, stays within them if its elementary functions

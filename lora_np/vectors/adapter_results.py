@@ -15,8 +15,8 @@ from .answers import Answer, error_ratio
 from .cases import Case
 from .conform import Found, Verdict
 from .files import read_tensor
+from .precision import U
 from .refusals import refusals
-from .tracked import U
 
 
 def judge_files(path: Path) -> Verdict:
