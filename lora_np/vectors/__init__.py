@@ -25,9 +25,9 @@ were computed in: `lora-np conform RESULTS_DIR` compares, and says what is missi
 them do not change within a version; a later one has all cases of those before, and its own. `--version v1` writes an
 earlier one, and `conform` reads any.
 
-Beside the ids stand folders of adapters as files, for what reads them, each with a manifest. `files`: tiny bases,
-with adapters as PEFT saves them, and what each adds to which tensor. `refusals`: adapters with one thing wrong, which
-a loader must refuse, with an error before it gives anything. Results of them are files.safetensors and refusals.json,
+Beside the ids stand folders of adapters as files, for what reads them, each with a manifest. `files`: tiny bases, with
+adapters as PEFT saves them, and what each adds to which tensor. `refusals`: adapters with one thing wrong, which a
+loader must refuse, with an error before it gives anything. Results of them are files.safetensors and refusals.json,
 which `lora-np conform` judges too.
 
 Scalars are computed in float64 and rounded where they meet an array. The bounds (`tracked`) are derived: an
