@@ -198,8 +198,13 @@ def _tensor_table(found: Comparison, config: Mapping[str, Any]) -> list[str]:
             [one.tensor, f"{one.differing:,}", f"{one.elements:,}", f"{one.max_ulps:,}", *_sizes(one), times, text]
         )
     more = [f"and {len(wrong) - ROWS} more; --json has all"] if len(wrong) > ROWS else []
-    about = "largest: the largest |difference|; relative: that over the largest |element| of W0 + s B A"
+    about = f"largest: the largest |difference|; relative: that over the largest |element| of {_due(config)}"
     return [f"  {line}" for line in [*table(rows), *more, about]]
+
+
+def _due(config: Mapping[str, Any]) -> str:
+    """What a merged weight is to be (L5, L10)."""
+    return "(m / c) (W0 + s B A)" if config.get("use_dora") is True else "W0 + s B A"
 
 
 def _sizes(one: Difference) -> tuple[str, str]:
@@ -212,11 +217,11 @@ def _merged_lines(found: Comparison, seen: str | None, ulps: int, config: Mappin
     differing, elements = (sum(getattr(one, what) for one in found.changed) for what in ("differing", "elements"))
     furthest = worst(found.changed)
     if found.holds and differing == 0:
-        return [f"merged: yes, exactly: each of {elements:,} elements is W0 + s B A, rounded once"]
+        return [f"merged: yes, exactly: each of {elements:,} elements is {_due(config)}, rounded once"]
     lines = []
     if furthest is not None and differing:
         lines.append(
-            f"  {differing:,} of {elements:,} elements differ from W0 + s B A rounded once; the furthest tensor is "
+            f"  {differing:,} of {elements:,} elements differ from {_due(config)} rounded once; the furthest tensor is "
             f"{furthest.tensor}, by up to {furthest.max_ulps:,} ulps, a difference of "
             + "{}, {} of its largest element".format(*_sizes(furthest))
             + (", near zero, where W0 and dW cancel" if found.holds and furthest.max_ulps > ulps else "")

@@ -21,6 +21,7 @@ from ..models.folder import CONFIG, MODEL_TYPE, read_any_header, read_own
 from ..models.huggingface import is_no_weight, read_config
 from ..models.shards import Stored, stored_tensors
 from .coarse import SAMPLE, Nearness
+from .dora_evidence import Instead, allowed, row_factors
 from .evidence import NEAR, Sums, sums_of
 from .target import Plan, Rows, Target
 from .tied import is_head, is_table
@@ -45,6 +46,8 @@ class Difference(NamedTuple):
     is_off     whether it is another than 1 for certain: many small errors that are no chance
     aligned    whether what was added lies along the update: the square of a cosine
     scale_turned  the multiple of the update's transpose that was added; None: it is not square, or nothing differs
+    instead  what was merged in the place of DoRA, as far as it is known; None: it is not known, or there is no DoRA
+    is_dora  whether it is DoRA's (L10)
     rounded_to    to how many bits, and how, the base was rounded that the merge is nearest to; None: it is this base
     s, r       of the one update; None: there are several, or none
     """
@@ -66,6 +69,8 @@ class Difference(NamedTuple):
     rounded_to: str | None
     s: float | None
     r: int | None
+    is_dora: bool = False
+    instead: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -249,7 +254,7 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
     """A merged tensor of so many elements beside the sum, block by block, in its own dtype."""
     differing = beyond = wrong = not_finite = furthest = 0
     off = size_due = 0.0
-    sums, near = Sums(), Nearness()
+    sums, near, instead = Sums(), Nearness(), Instead()
     updates: Sequence[Update] = ()
     dtype = np.dtype(np.float64)
     for rows in blocks:
@@ -260,13 +265,18 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
         not_finite += int(np.count_nonzero(~finite))
         steps = ulps_apart(merged, due)
         far = steps > ulps
+        if rows.has_dora and steps.any():
+            instead.add(rows, total)
+            factor = row_factors(rows, total, merged.astype(np.float64), _epsilon(dtype) / 2)
+            far &= ulps_apart(merged, rounded(factor * total, dtype)) > ulps
         furthest = max(furthest, int(steps.max(initial=0)))
         differing += int(np.count_nonzero(steps))
         off = max(off, _largest(merged, due, finite & (steps > 0)))
         size_due = max(size_due, _largest(due, np.zeros(1), finite))
         beyond += int(np.count_nonzero(far))
         if far.any():
-            wrong += int(np.count_nonzero(far & ~(abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows))))
+            near_enough = abs(merged.astype(np.float64) - total) <= ulps * _allowed(rows, total)
+            wrong += int(np.count_nonzero(far & ~near_enough))
         if rows.updates:
             updates = rows.updates
             with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite nothing is concluded
@@ -274,10 +284,11 @@ def difference(name: str, size: int, blocks: Iterable[Rows], ulps: int) -> tuple
                 if steps.any() and near.elements < SAMPLE:
                     near.add(rows, total)
     rounded_to, relative = near.rounding(dtype), min(off / size_due, LARGEST) if size_due else None
-    s, r = (updates[0].s, len(updates[0].A)) if len(updates) == 1 else (None, None)
+    is_dora = bool(updates) and updates[0].m is not None
+    s, r = (updates[0].s, len(updates[0].A)) if len(updates) == 1 and not is_dora else (None, None)
     found = Difference(
         name, size, differing, furthest, off, relative, beyond, wrong, not_finite, sums.scale, sums.scale_error,
-        sums.is_off, sums.aligned, sums.scale_turned, rounded_to, s, r,
+        sums.is_off or instead.is_sure, sums.aligned, sums.scale_turned, rounded_to, s, r, is_dora, instead.name,
     )  # fmt: skip
     return found, sums
 
@@ -289,12 +300,14 @@ def _largest(one: Array, other: Array, where: Array) -> float:
     return min(float(gaps.max(initial=0.0, where=where)), LARGEST)
 
 
-def _allowed(rows: Rows) -> Array:
+def _allowed(rows: Rows, total: Array) -> Array:
     """By how much an element may be off that was summed in the file's own dtype.
 
     A sum of r products and W0, in any order, each step of it rounded to that dtype (u = eps / 2), is off by no more
     than (r + 3) u (|W0| + |s| |B| |A|), to first order.
     """
+    if rows.has_dora:
+        return allowed(rows, total, _epsilon(rows.place.dtype) / 2)
     r = sum(len(update.A) for update in rows.updates)
     return (r + 3) * _epsilon(rows.place.dtype) / 2 * rows.size()
 

@@ -84,6 +84,9 @@ def sums_of(rows: Rows, total: Array, due: Array) -> Sums:
         (error, error), (error * update, error * update),
     )  # fmt: skip
     found = Sums(*(float(np.vdot(*pair)) for pair in products))
+    if rows.has_dora:  # whose rows have one error each besides
+        by_row = (error * update).sum(axis=1)
+        found = found._replace(noise=float(np.vdot(by_row, by_row)))
     turned = rows.turned() if found.error > FAR * found.update else None
     if turned is None:
         return found

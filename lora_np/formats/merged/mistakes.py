@@ -70,10 +70,16 @@ def looks_like(one: Difference, config: Mapping[str, Any]) -> list[str]:
     """What a tensor looks like that is not what it should be: all that fits."""
     if one.fits or one.scale is None:
         return []
+    if one.is_dora and abs(one.scale) <= NEAR and one.aligned >= ALIGNED:
+        return [NOT_MERGED]
+    if one.instead is not None:
+        return [one.instead]
     if one.rounded_to is not None:
         return [f"a merge onto the base rounded to {one.rounded_to}"]
     if one.scale_turned is not None and abs(one.scale_turned - 1) <= 2 * NEAR and abs(one.scale) < 0.5:
         return ["the transpose of the update"]
+    if one.is_dora and abs(one.scale - 1) > NEAR:
+        return [ELSE]
     fitting = [
         text
         for value, text in _multiples(one, config)

@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     """Some rows of one weight: their place in a tensor, W0 there (float64, a copy), and its updates.
 
     at, of: which rows of the weight they are, and the updates of all its rows
-    axis: along which DoRA takes norms (`Change`): along 0, of a table, its update has them, c
+    axis: along which DoRA takes norms (`Change`): along 0, of a table, its update has them, c; and norms_W0 are W0's
     """
 
     place: Array
@@ -40,6 +40,7 @@ class Rows(NamedTuple):
     at: slice = slice(None)
     of: Sequence[Update] = ()
     axis: int = 1
+    norms_W0: Array | None = None
 
     @property
     def has_dora(self) -> bool:
@@ -59,7 +60,7 @@ class Rows(NamedTuple):
 
     def turned(self) -> Array | None:
         """These rows of the transpose of sum_i w_i s_i B_i A_i; None if that has another shape."""
-        if any(len(u.B) != u.A.shape[1] for u in self.of):
+        if self.has_dora or any(len(u.B) != u.A.shape[1] for u in self.of):
             return None
         updates = [Update(u.B.T, u.A.T[self.at], u.s) for u in self.of]
         return asnumpy(merge_matrix(xp.zeros(self.W0.shape), *updates))
@@ -68,11 +69,13 @@ class Rows(NamedTuple):
 def summed(merged: Array, start: Array, updates: Sequence[Update], *, axis: int = 1) -> Iterator[Rows]:
     """A merged weight (out, ...) block by block, and what it is to be; `start` is the base's, or `merged` itself."""
     factors = [u._replace(A=_wide(u.A), B=_wide(u.B), m=None if u.m is None else _wide(u.m)) for u in updates]
-    if axis == 0:
-        factors = [u if u.m is None else u._replace(c=_column_norms(start, u)) for u in factors]
+    norms_W0 = None
+    if axis == 0 and any(u.m is not None for u in factors):
+        norms_W0 = _column_norms(start, factors[0]._replace(s=0.0))
+        factors = [factors[0]._replace(c=_column_norms(start, factors[0]))]
     for rows in blocks(len(merged), math.prod(merged.shape[1:])):
         parts = [u._replace(B=u.B[rows], m=u.m if u.m is None or axis == 0 else u.m[rows]) for u in factors]
-        yield Rows(merged[rows], start[rows].astype(np.float64), parts, rows, factors, axis)
+        yield Rows(merged[rows], start[rows].astype(np.float64), parts, rows, factors, axis, norms_W0)
 
 
 def _column_norms(W0: Array, update: Update) -> Array:
