@@ -91,7 +91,9 @@ def test_what_is_missing_fails_where_all_is_asked_for(tmp_path, capsys):
 def test_vectors_of_an_earlier_version_are_written_and_read(tmp_path, capsys, monkeypatch):
     """Those that are committed, where they would be made."""
     earlier, written = VECTORS.with_name("v1"), tmp_path / "v1"
-    monkeypatch.setattr("lora_np.cli.conformance.made", lambda *_, version, precision: read_vectors(VECTORS.with_name(version)))
+    monkeypatch.setattr(
+        "lora_np.cli.conformance.made", lambda *_, version, precision: read_vectors(VECTORS.with_name(version))
+    )
     assert run(capsys, "vectors", "--out", written, "--version", "v1")[0] == 0
     assert read_vectors(written).digest == read_vectors(earlier).digest
     status, out, _ = run(capsys, "conform", expected(tmp_path / "r", "T10"), "--vectors", written)
