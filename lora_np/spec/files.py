@@ -21,6 +21,7 @@ MEANING: Mapping[str, str] = {
     "lora_dropout": "dropout's probability on $x$ in the low-rank branch; no part of the update",
     "bias": "which biases are trained, and stand in the file: `none`, `all`, `lora_only` (those of adapted modules)",
     "use_rslora": "true: $s = \\alpha / \\sqrt r$",
+    "use_dora": "true: DoRA (L10), the magnitudes $m$ beside $A$ and $B$",
     "rank_pattern": "ranks that differ, by patterns of modules' names",
     "alpha_pattern": "$\\alpha$ that differ, likewise",
     "target_modules": "which modules are adapted: a list of names, each the full one or what it ends in behind a dot; "

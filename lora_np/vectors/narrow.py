@@ -13,7 +13,7 @@ from .precision import FORMATS, PRECISIONS, rounded
 
 PRODUCTS = frozenset({
     "lora_update", "lora_linear", "lora_embedding", "lora_start", "merge", "per_row", "combine", "linear", "gated_mlp",
-    "attention", "disentangled", "cross_attention", "model", "dora_linear", "dora_embedding", "dora_merge",
+    "attention", "disentangled", "cross_attention", "model", "dora_linear", "dora_embedding", "dora_merge", "segments",
 })  # fmt: skip
 LOW = 2**13  # what TF32 leaves out of 24 bits
 
@@ -68,7 +68,7 @@ def _why_not(case: Case, precision: str) -> str | None:
         return "singular values are found in float32 or float64"
     if case.operation in ("generate", "sample"):
         return "tokens: which of two near ones is larger may be seen otherwise"
-    if case.operation == "merge" and c["dtype"] != dtype:
+    if case.operation in ("merge", "merge_model") and c["dtype"] != dtype:
         return "its weight is of another dtype"
     if (case.id, case.name) == ("T9", "far"):
         return "scores near 110 are so far off there that exp of them says nothing"

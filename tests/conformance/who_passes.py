@@ -15,10 +15,9 @@ import venv
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_np.spec.statements import STATEMENTS
-
 from lora_np.vectors.conform import compare
 from lora_np.vectors.files import read_vectors
+from lora_np.vectors.statements import STATEMENTS
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
