@@ -273,7 +273,8 @@ _TABLE = (
         "W = round(W0 + s B A) of each adapted matrix, as merge has it; all other weights as they are. A tied head "
         "that is adapted becomes head.weight, beside the token table",
         WEIGHTS, {"WEIGHT": "every weight of the merged model, widened to float32"},
-        {**ARCHITECTURE, "adapted": "the adapted matrices", "dtype": "float32, float16 or bfloat16"},
+        {**ARCHITECTURE, "adapted": "the adapted matrices", "trained_whole": "none",
+         "dtype": "float32, float16 or bfloat16"},
     ),
     Operation(
         "generate", "Greedy generation", "n times: the token of the largest logit at the last place is added",

@@ -36,7 +36,7 @@ def test_every_input_is_exact_in_float32():
         for name, a in case.inputs.items():
             assert a.dtype.name in ("float64", "int64", "bool"), (case.id, case.name, name)
             if a.dtype == np.float64:
-                assert (a.astype(np.float32) == a).all(), (case.id, case.name, name)
+                assert np.array_equal(a.astype(np.float32), a, equal_nan=True), (case.id, case.name, name)
                 assert (a * 1024 == np.rint(a * 1024)).all() or case.since != "v1", (case.id, case.name, name)
 
 
@@ -179,7 +179,7 @@ def test_a_decomposition_as_exact_as_is_asked_stays_within_the_bounds_in_its_wor
 def test_a_merge_that_rounds_once_is_exact_but_at_a_tie():
     """The bound of a float16 element is 0, or one step where float32 cannot tell which way it rounds."""
     for case, expected in of("L5"):
-        if case.scalars["dtype"] == "float16":
+        if case.operation == "merge" and case.scalars["dtype"] == "float16":
             value, bound = expected["out/W"]
             step = np.spacing(np.abs(value).astype(np.float16)).astype(np.float64)
             assert ((bound == 0) | (np.abs(bound - step) <= step * 4 * U + 2.0**-126)).all()

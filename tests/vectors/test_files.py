@@ -58,7 +58,8 @@ def test_what_was_written_is_read_back(folder):
         assert (case.id, case.name, case.operation, case.scalars) == (read.id, read.name, read.operation, read.scalars)
         assert case.gradients == read.gradients
         assert case.inputs.keys() == read.inputs.keys()
-        assert all((a == read.inputs[name]).all() for name, a in case.inputs.items())
+        nan = case.operation == "segments"  # beyond each adapter's rank
+        assert all(np.array_equal(a, read.inputs[name], equal_nan=nan) for name, a in case.inputs.items())
         assert all(
             (value == found[name].value).all() and (bound == found[name].bound).all()
             for name, (value, bound) in wanted.items()

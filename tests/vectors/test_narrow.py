@@ -43,7 +43,7 @@ def test_each_case_is_kept_or_left_out_with_a_reason(precision):
     ("precision", "dtype"), [("bfloat16", "bfloat16"), ("float16", "float16"), ("tf32", "float32")]
 )
 def test_every_input_is_exact_in_the_format(precision, dtype):
-    assert all((rounded(a, dtype) == a).all() for a in floats(cases(precision)[0]))
+    assert all(np.array_equal(rounded(a, dtype), a, equal_nan=True) for a in floats(cases(precision)[0]))
 
 
 def test_inputs_of_narrow_formats_are_float32_s_rounded():
@@ -56,7 +56,7 @@ def test_inputs_of_narrow_formats_are_float32_s_rounded():
 
 def test_inputs_of_tf32_have_bits_that_it_lacks():
     """A known answer, so that the generator stays what the manifest says it is: 0.75 and the low bits of two bytes."""
-    bits = [a[a != 0] for a in floats(cases("tf32")[0])]
+    bits = [a[(a != 0) & np.isfinite(a)] for a in floats(cases("tf32")[0])]
     lost = [(rounded(a, "float16") != a).mean() for a in bits if a.size > 10]
     assert min(lost) > 0.8
     case = all_cases()[0]._replace(id="L1", name="known", inputs={"A": np.array([[0.75, 0.0], [-0.75, 8.0]])})
