@@ -33,6 +33,8 @@ def plain_reader(base, adapter, *, ignores=()):
     result = {}
     for key, A in tensors.items():
         module, found, kind = key.removeprefix("base_model.model.").partition(".lora_")
+        if module.endswith(".lora_magnitude_vector"):
+            continue
         if not found:
             module = module.replace(".base_layer", "")
             if "whole" not in ignores:
@@ -45,6 +47,10 @@ def plain_reader(base, adapter, *, ignores=()):
             if "flag" in ignores and in_conv1d:
                 turned = (len(B), A.shape[1]) != stored.shape or config.get("fan_in_fan_out", False)
             dW = s * B @ A
+            m = tensors.get(f"base_model.model.{module}.lora_magnitude_vector")
+            if m is not None and "use_dora" not in ignores:
+                V = (stored.T if turned else stored) + dW
+                dW = V * (m / np.linalg.norm(V, axis=1))[:, None] - (stored.T if turned else stored)
             result[f"dW/{module}.weight"] = np.ascontiguousarray(dW.T) if turned else dW
             if f"base_model.model.{module}.lora_B.bias" in tensors and "lora_bias" not in ignores:
                 result[f"dW/{module}.bias"] = s * tensors[f"base_model.model.{module}.lora_B.bias"]
@@ -85,7 +91,8 @@ def test_a_plain_reader_is_right(folder, tmp_path):
 
 
 IGNORED = {
-    "use_rslora": ["rslora", "patterns-rslora"],
+    "use_rslora": ["rslora", "patterns-rslora", "dora-rslora"],
+    "use_dora": ["dora", "dora-rslora", "conv1d-dora"],
     "rank_pattern": ["patterns", "patterns-rslora", "pattern-expression"],
     "alpha_pattern": ["patterns", "patterns-rslora", "pattern-expression"],
     "lora_alpha": ["no-alpha"],
