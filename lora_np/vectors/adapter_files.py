@@ -222,6 +222,12 @@ def _cases() -> Iterator[FileCase]:
          "alpha_pattern": {"layers.1.self_attn.q_proj": 7, "v_proj": 5}},
     )  # fmt: skip
     yield _case(
+        "pattern-order", "Of two patterns that fit the first counts, though the second is nearer", "llama",
+        _layers({V: (2, 5)}),
+        {"r": 2, "lora_alpha": 4, "target_modules": ["v_proj"],
+         "alpha_pattern": {"v_proj": 5, "layers.1.self_attn.v_proj": 9}},
+    )  # fmt: skip
+    yield _case(
         "patterns-rslora", "The same with use_rslora: the root is of each module's own rank", "llama",
         _layers({Q: (2, 4), V: (4, 5)}),
         {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True,

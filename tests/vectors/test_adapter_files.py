@@ -65,6 +65,7 @@ def scale(config, module, ignores):
     values = []
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         patterns = {} if pattern in ignores else config.get(pattern, {})
+        patterns = dict(reversed(patterns.items())) if "order" in ignores else patterns
         fitting = (value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", module))
         values.append(next(fitting, config.get(key, 16 if key in ignores else 8)))
     r, alpha = values
@@ -97,7 +98,8 @@ IGNORED = {
     "use_rslora": ["rslora", "patterns-rslora", "dora-rslora"],
     "use_dora": ["dora", "dora-rslora", "conv1d-dora"],
     "rank_pattern": ["patterns", "patterns-rslora", "pattern-expression"],
-    "alpha_pattern": ["patterns", "patterns-rslora", "pattern-expression"],
+    "alpha_pattern": ["patterns", "pattern-order", "patterns-rslora", "pattern-expression"],
+    "order": ["pattern-order"],
     "lora_alpha": ["no-alpha"],
     "flag": ["conv1d-unsaid", "conv1d-denied"],
 }
