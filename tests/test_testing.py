@@ -156,7 +156,7 @@ def test_what_is_right_for_one_probability_alone_is_seen():
 
 @pytest.mark.parametrize(("bits", "text"), [(11, "TF32 or float16"), (8, "bfloat16")])
 def test_factors_of_few_bits_are_named(bits, text):
-    named = f"^it looks like this mistake: no wrong formula: it is as exact as {text}, whose factors have {bits} bits\n"
+    named = f"^it looks like this mistake: the factors of products are rounded to {bits} bits, as if in {text}\n"
     with pytest.raises(Mismatch, match=named):
         check(rounded_to(bits))
 

@@ -18,7 +18,9 @@ from ..formats.files.atomic import write_tensors
 from ..formats.files.json_file import to_json, write_json
 from .answers import Answer, errors
 from .cases import Case
+from .definitions import scale
 from .dyadic import numbers
+from .precision import U
 
 FILES = "files"  # the folder of the cases, and the name of the file of results
 PREFIX = "base_model.model."
@@ -150,12 +152,17 @@ def _case(
         A, B = (numbers(f"files/{name}/{module}/{one}", shape) for one, shape in (("A", (r, n_in)), ("B", (n_out, r))))
         ends = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{module}.{end}": a for end, a in zip(ends, (A, B), strict=True)}
-        dW = _update(A, B, alpha, rslora)
+        if config.get("use_dora"):
+            m = tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = _magnitudes(f"{name}/{module}", n_out)
+            dW = _dora(W.T if turned else W, A, B, m, alpha, rslora)
+        else:
+            dW = _update(A, B, alpha, rslora)
         added[f"{module}.weight"] = Answer(dW.value.T, dW.bound.T) if turned else dW
         if bias:
             b = numbers(f"files/{name}/{module}/bias", (n_out,))
             tensors[f"{PREFIX}{module}.lora_B.bias"] = b
-            value, bound = _update(np.ones((1, 1)), b[:, None], alpha * (1 if rslora else 1 / r), False)
+            s = scale({"alpha": alpha, "r": r, "rslora": rslora})
+            value, bound = _update(np.ones((1, 1)), b[:, None], s, False)
             added[f"{module}.bias"] = Answer(value[:, 0], bound[:, 0])
     whole = {}
     for key, stored in (replaced or {}).items():
@@ -170,6 +177,18 @@ def _update(A: Array, B: Array, alpha: float, rslora: bool) -> Answer:
     scalars = {"alpha": alpha, "r": len(A), "rslora": rslora}
     value, bound = errors(Case("L1", "", "lora_update", "", scalars, {"A": A, "B": B}))["out/dW"]
     return Answer(value, bound)
+
+
+def _magnitudes(name: str, n_out: int) -> Array:
+    return numbers(f"files/{name}/m", (n_out,), 0.5, 2.0)
+
+
+def _dora(W0: Array, A: Array, B: Array, m: Array, alpha: float, rslora: bool) -> Answer:
+    """L10: (m / c) (W0 + s B A) - W0, with its bound."""
+    scalars = {"alpha": alpha, "r": len(A), "rslora": rslora}
+    inputs = {"W0": W0, "A": A, "B": B, "m": m}
+    value, bound = errors(Case("L10", "", "dora_merge", "", scalars, inputs))["out/W"]
+    return Answer(value - W0, bound + U * (np.abs(value - W0) + bound))
 
 
 def _layers(ends: Mapping[str, tuple[int, float]], layers: Sequence[int] = (0, 1)) -> dict[str, tuple[int, float]]:
@@ -203,6 +222,12 @@ def _cases() -> Iterator[FileCase]:
          "alpha_pattern": {"layers.1.self_attn.q_proj": 7, "v_proj": 5}},
     )  # fmt: skip
     yield _case(
+        "pattern-order", "Of two patterns that fit the first counts, though the second is nearer", "llama",
+        _layers({V: (2, 5)}),
+        {"r": 2, "lora_alpha": 4, "target_modules": ["v_proj"],
+         "alpha_pattern": {"v_proj": 5, "layers.1.self_attn.v_proj": 9}},
+    )  # fmt: skip
+    yield _case(
         "patterns-rslora", "The same with use_rslora: the root is of each module's own rank", "llama",
         _layers({Q: (2, 4), V: (4, 5)}),
         {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True,
@@ -228,6 +253,9 @@ def _cases() -> Iterator[FileCase]:
         _layers({K: (2, 6), OUT: (2, 6)}),
         {**qv, "target_modules": r".*\.self_attn\.(k|o)_proj"},
     )
+    yield _case("dora", "use_dora: each row of W0 + s B A has the length m", "llama", plain, {**qv, "use_dora": True})
+    yield _case("dora-rslora", "The same with use_rslora", "llama", three,
+                {**qv, "r": 3, "use_dora": True, "use_rslora": True})  # fmt: skip
     yield _case("fused", "Fused modules, q over k over v, gate over up: one pair each", "phi3",
                 _layers({"self_attn.qkv_proj": (3, 6), "mlp.gate_up_proj": (3, 6)}, [0]),
                 {"r": 3, "lora_alpha": 6, "target_modules": ["qkv_proj", "gate_up_proj"]})  # fmt: skip
@@ -243,6 +271,8 @@ def _cases() -> Iterator[FileCase]:
     yield _case("conv1d-nowhere", "fan_in_fan_out is true of square matrices that are stored (out, in)", "llama",
                 _layers({Q: (2, 6), OUT: (2, 6)}),
                 {**qv, "target_modules": ["q_proj", "o_proj"], "fan_in_fan_out": True})  # fmt: skip
+    yield _case("conv1d-dora", "use_dora: of (in, out) each column has the length m", "gpt2", modules,
+                {**conv, "use_dora": True})  # fmt: skip
     yield _case("conv1d-lora-bias", "lora_bias: s times B's own bias is added to the module's", "gpt2",
                 {f"{h}attn.c_attn": (2, 6)}, {**conv, "target_modules": ["c_attn"], "lora_bias": True},
                 bias=True)  # fmt: skip

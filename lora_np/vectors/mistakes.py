@@ -582,8 +582,8 @@ MISTAKES = (
 
 
 PRECISIONS = {  # the unit roundoff of the factors
-    "no wrong formula: it is as exact as TF32 or float16, whose factors have 11 bits": 2.0**-11,
-    "no wrong formula: it is as exact as bfloat16, whose factors have 8 bits": 2.0**-8,
+    "the factors of products are rounded to 11 bits, as if in TF32 or float16": 2.0**-11,
+    "the factors of products are rounded to 8 bits, as if in bfloat16": 2.0**-8,
 }
 _PRODUCTS = ("lora_update", "lora_linear", "lora_embedding", "merge", "per_row", "combine", "linear")
 ENOUGH = 8  # elements that are off, to say that it is by roundings

@@ -135,7 +135,7 @@ def _cases() -> Iterator[Refusal]:
                 _said(alpha_pattern={"layers.1.self_attn.q_proj": 7, "v_porj": 5}), "patterns")  # fmt: skip
     yield _like("dora-without-magnitudes", "use_dora, and no magnitude is there", _said(use_dora=True))
     yield _like("magnitudes-without-dora", "a magnitude of DoRA's, which plain LoRA would leave out",
-                _added(f"{Q}.lora_magnitude_vector.weight", np.ones(8, "<f4")))  # fmt: skip
+                _added(f"{Q}.lora_magnitude_vector", np.ones(8, "<f4")))  # fmt: skip
     yield _like("another-method", "peft_type is LOHA, whose tensors these are not", _said(peft_type="LOHA"))
     yield _like("alpha-in-words", "lora_alpha is a string", _said(lora_alpha="six"))
     right = next(case for case in file_cases() if case.name == "plain")

@@ -26,11 +26,14 @@ def opened(base, adapter):
 
 
 def updates(model, replaced):
-    """dW of each adapted module, and what has replaced the base's: by the merged model, as they are tied to nothing."""
+    """dW of each adapted module; DoRA's, and what has replaced the base's, by the merged model."""
     found = {}
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            found[f"dW/{name}.weight"] = module.get_delta_weight("default")
+            if module.use_dora["default"]:
+                replaced = [*replaced, f"W/{name}.weight"]
+            else:
+                found[f"dW/{name}.weight"] = module.get_delta_weight("default")
             if module.lora_bias["default"]:
                 found[f"dW/{name}.bias"] = module.lora_B["default"].bias * module.scaling["default"]
     merged = model.merge_and_unload().state_dict()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 from lora_np.formats.merged.plan import plan_merge
 from lora_np.vectors.adapter_files import base_tensor, bases, file_cases, files_digest, write_file_cases
 from lora_np.vectors.adapter_results import judge_files
+from lora_np.vectors.answers import error_ratio
 
+COMMITTED = Path(__file__).parents[1] / "conformance" / "vectors" / "v2" / "files"
 NAMES = [case.name for case in file_cases()]
 
 
@@ -33,6 +36,8 @@ def plain_reader(base, adapter, *, ignores=()):
     result = {}
     for key, A in tensors.items():
         module, found, kind = key.removeprefix("base_model.model.").partition(".lora_")
+        if module.endswith(".lora_magnitude_vector"):
+            continue
         if not found:
             module = module.replace(".base_layer", "")
             if "whole" not in ignores:
@@ -45,6 +50,10 @@ def plain_reader(base, adapter, *, ignores=()):
             if "flag" in ignores and in_conv1d:
                 turned = (len(B), A.shape[1]) != stored.shape or config.get("fan_in_fan_out", False)
             dW = s * B @ A
+            m = tensors.get(f"base_model.model.{module}.lora_magnitude_vector")
+            if m is not None and "use_dora" not in ignores:
+                V = (stored.T if turned else stored) + dW
+                dW = V * (m / np.linalg.norm(V, axis=1))[:, None] - (stored.T if turned else stored)
             result[f"dW/{module}.weight"] = np.ascontiguousarray(dW.T) if turned else dW
             if f"base_model.model.{module}.lora_B.bias" in tensors and "lora_bias" not in ignores:
                 result[f"dW/{module}.bias"] = s * tensors[f"base_model.model.{module}.lora_B.bias"]
@@ -56,6 +65,7 @@ def scale(config, module, ignores):
     values = []
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         patterns = {} if pattern in ignores else config.get(pattern, {})
+        patterns = dict(reversed(patterns.items())) if "order" in ignores else patterns
         fitting = (value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", module))
         values.append(next(fitting, config.get(key, 16 if key in ignores else 8)))
     r, alpha = values
@@ -85,9 +95,11 @@ def test_a_plain_reader_is_right(folder, tmp_path):
 
 
 IGNORED = {
-    "use_rslora": ["rslora", "patterns-rslora"],
+    "use_rslora": ["rslora", "patterns-rslora", "dora-rslora"],
+    "use_dora": ["dora", "dora-rslora", "conv1d-dora"],
     "rank_pattern": ["patterns", "patterns-rslora", "pattern-expression"],
-    "alpha_pattern": ["patterns", "patterns-rslora", "pattern-expression"],
+    "alpha_pattern": ["patterns", "pattern-order", "patterns-rslora", "pattern-expression"],
+    "order": ["pattern-order"],
     "lora_alpha": ["no-alpha"],
     "flag": ["conv1d-unsaid", "conv1d-denied"],
 }
@@ -184,3 +196,17 @@ def test_the_files_say_what_is_expected(folder, name):
 
 def test_the_digest_is_that_of_the_files(folder):
     assert json.loads((folder / "manifest.json").read_text())["digest"] == files_digest()
+
+
+def test_the_committed_files_are_these(folder):
+    """All but the last bits of what is expected, which depend on BLAS."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(COMMITTED) for path in COMMITTED.rglob("*") if path.is_file())
+    for name in names:
+        if name.name != "expected.safetensors":
+            assert (folder / name).read_bytes() == (COMMITTED / name).read_bytes(), name
+    for case in file_cases():
+        found = load_file(COMMITTED / case.name / "expected.safetensors")
+        for key, (value, bound) in case.added.items():
+            assert error_ratio(found[f"dW/{key}"], value, bound) <= 1, (case.name, key)
+            np.testing.assert_allclose(found[f"bound/{key}"], bound, rtol=1e-6)

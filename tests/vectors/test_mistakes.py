@@ -89,7 +89,7 @@ def test_factors_with_few_bits_are_named(bits, text):
             failing.append((case, got))
     found = explained(failing)
     assert found is not None
-    assert found[0] == f"no wrong formula: it is as exact as {text}, whose factors have {bits} bits"
+    assert found[0] == f"the factors of products are rounded to {bits} bits, as if in {text}"
     assert found[1] == len(failing) > 3
 
 

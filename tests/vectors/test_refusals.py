@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,3 +127,10 @@ def test_what_is_no_error_s_words_is_refused(tmp_path, words):
 
 def test_the_digest_of_the_refusals_is_that_of_the_files(folder):
     assert json.loads((folder / "refusals" / "manifest.json").read_text())["digest"] == refusals_digest()
+
+
+def test_the_committed_refusals_are_these(folder):
+    new, committed = folder / "refusals", Path(__file__).parents[1] / "conformance" / "vectors" / "v2" / "refusals"
+    names = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(committed) for path in committed.rglob("*") if path.is_file())
+    assert all((new / name).read_bytes() == (committed / name).read_bytes() for name in names)
