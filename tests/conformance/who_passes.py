@@ -36,8 +36,11 @@ class Implementation(NamedTuple):
 
 IMPLEMENTATIONS = {
     "plain JavaScript": Implementation("plain/run.mjs", (), ()),
-    "PyTorch + PEFT": Implementation("with_peft.py", (TORCH, "peft==0.21.0"), ("peft", "torch")),
+    "PyTorch + PEFT": Implementation("with_peft.py", (TORCH, "peft==0.21.2"), ("peft", "torch")),
     "loralib": Implementation("with_loralib.py", (TORCH, "loralib==0.1.2", "numpy"), ("loralib", "torch")),
+    "transformers": Implementation(
+        "with_transformers.py", (TORCH, "transformers==5.24.0", "peft==0.21.2"), ("transformers", "peft", "torch")
+    ),
     "litgpt": Implementation("with_litgpt.py", (TORCH, "litgpt==0.5.13"), ("litgpt", "torch")),
     "torchtune": Implementation(
         "with_torchtune.py", (TORCH, "torchtune==0.6.1", "torchao==0.13.0"), ("torchtune", "torchao", "torch")
@@ -55,30 +58,52 @@ WRONG, OTHER = "wrong", "otherwise"  # a mistake; a definition of its own, or a 
 SUBTRACTED = (WRONG, "the update is subtracted from the merged weight, whose bits are lost")
 ADDED = (OTHER, "1e-6 is added to the norm that divides")
 AVERAGE = (OTHER, "a query that sees no key gives the mean of all values, not zeros")
+IN_FLOAT32 = "1 - beta^t is computed in float32, of whose bits 0.999 leaves half"
 FROM_ZERO = "warm-up is k / w: the first step has the rate 0"
+RISES = f"{FROM_ZERO}; after the last one the cosine rises again"
+TABLE = (OTHER, "GELU comes from a table of float16")
 FINDINGS = {
     ("PyTorch + PEFT", "L6"): SUBTRACTED,
     ("PyTorch + PEFT", "O3"): ADDED,
     ("loralib", "L6"): SUBTRACTED,
-    ("litgpt", "O2"): (OTHER, f"{FROM_ZERO}; after the last one it rises again; without warm-up it divides by 0"),
+    ("transformers", "T9"): (OTHER, "where all is masked by the least float32, the mean of all values, not zeros"),
+    ("transformers", "T14"): (OTHER, "the pooler reads the first place, be it padding"),
+    ("transformers", "O2"): (OTHER, RISES),
+    ("litgpt", "O2"): (OTHER, f"{RISES}; without warm-up it divides by 0"),
+    ("torchtune", "L10"): (
+        WRONG,
+        "the bias is multiplied by m / c too; with dropout W0 x is of the x that is not dropped, as in the paper",
+    ),
     ("torchtune", "T11"): (OTHER, "neighbours x_2i and x_(2i+1) are turned; it turns the rows of W_q and W_k to suit"),
-    ("torchtune", "O2"): (OTHER, f"{FROM_ZERO}; after the last one it rises again"),
+    ("torchtune", "O2"): (OTHER, RISES),
     ("adapters", "L5"): (WRONG, "the merged weight is float32 whatever W0 was, and is not rounded"),
     ("adapters", "L6"): SUBTRACTED,
+    ("adapters", "L10"): (
+        WRONG,
+        "c is the norm of W0 + B A without s, and the merge leaves s out; the bias is multiplied by m / c too; "
+        "the gradient goes through c",
+    ),
     ("mlx-lm", "L5"): (WRONG, "s B A is rounded to W0's dtype before it is added: two roundings"),
     ("mlx-lm", "T8"): (WRONG, "the gradient of `where` is the cotangent times the mask, so NaN passes what is masked"),
     ("mlx-lm", "T9"): AVERAGE,
+    ("mlx-lm", "O1"): (WRONG, IN_FLOAT32),
     ("mlx-lm", "O2"): (OTHER, f"{FROM_ZERO}; the cosine begins one step later, and the highest rate comes twice"),
     ("mlx-lm", "O3"): ADDED,
     ("Keras", "T9"): AVERAGE,
-    ("Keras", "O1"): (OTHER, "epsilon is Kingma and Ba's epsilon hat: bias correction multiplies it too"),
+    ("Keras", "O1"): (
+        WRONG,
+        f"{IN_FLOAT32}; epsilon is Kingma and Ba's epsilon hat, as documented: bias correction multiplies it too",
+    ),
     ("Keras", "O2"): (OTHER, FROM_ZERO),
-    ("qwix", "T3"): (OTHER, "Flax takes the variance as E(x^2) - mean^2 unless use_fast_variance=False: it cancels"),
+    ("qwix", "T3"): (
+        OTHER,
+        "Flax takes the variance as E(x^2) - mean^2, which cancels; use_fast_variance=False does not",
+    ),
     ("qwix", "T9"): AVERAGE,
-    ("qwix", "O1"): (WRONG, "Optax computes 1 - beta^t in float32, which loses its last 10 bits at t = 1"),
+    ("qwix", "O1"): (WRONG, f"Optax: {IN_FLOAT32}"),
     ("qwix", "O2"): (OTHER, FROM_ZERO),
-    ("llama.cpp", "T13"): (OTHER, "GELU comes from a table of float16"),
-    ("llama.cpp", "T14"): (OTHER, "GELU comes from a table of float16"),
+    ("llama.cpp", "T13"): TABLE,
+    ("llama.cpp", "T14"): TABLE,
 }
 
 

@@ -7,6 +7,7 @@ It has no rank-stabilised scale, and adapts no table.
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import adapters
 import adapters.composition
@@ -36,6 +37,9 @@ def adapted(W0, b, pairs, t=None, p=0.0, **more):
         lora.lora_A, lora.lora_B = A, B
         if t and "keep" in t:
             lora.lora_dropout = Masked(t["keep"], p)
+        if t and "m" in t:
+            del lora.m  # a linear of (out, 1)
+            lora.m = SimpleNamespace(weight=t["m"][:, None])
     net.set_active_adapters("0")
     return net, layer
 
@@ -83,17 +87,14 @@ def per_row(t, c):
     return {"h": layer(t["x"])}
 
 
-def combine(t, c):
-    parts = c["adapters"]
-    if any(one["rslora"] for one in parts) or c["rank"] is None:
-        return None
-    pairs = [(t[f"A{i}"], t[f"B{i}"], one) for i, one in enumerate(parts)]
-    net, layer = adapted(torch.zeros(t["B0"].shape[0], t["A0"].shape[1]), None, pairs)
-    names = [f"{i}" for i in range(len(parts))]
-    how = {"combine_strategy": "lora_delta_w_svd", "svd_rank": c["rank"]}
-    net.average_adapter("sum", names, [one["w"] for one in parts], normalize_weights=False, **how)
-    net.merge_adapter("sum")
-    return {"dW": layer.weight}
+def dora_linear(t, c):
+    return {"h": adapted(t["W0"], t.get("b"), [(t["A"], t["B"], c)], t, c.get("p"), use_dora=True)[1](t["x"])}
+
+
+def dora_merge(t, c):
+    net, layer = adapted(t["W0"], None, [(t["A"], t["B"], c)], t, use_dora=True)
+    net.merge_adapter("0")
+    return {"W": layer.weight}
 
 
 def not_stabilised(f):
@@ -101,8 +102,9 @@ def not_stabilised(f):
 
 
 OPERATIONS = {
-    **{f.__name__: not_stabilised(f) for f in (lora_update, lora_linear, lora_start, merge, unmerge)},
-    "per_row": per_row, "combine": combine,
+    **{f.__name__: not_stabilised(f) for f in (lora_update, lora_linear, lora_start, merge, unmerge, dora_linear,
+                                         dora_merge)},
+    "per_row": per_row,
 }  # fmt: skip
 
 if __name__ == "__main__":

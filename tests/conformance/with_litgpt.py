@@ -14,6 +14,7 @@ import litgpt.utils
 import torch
 from litgpt import lora
 from litgpt.finetune.lora import get_lr_scheduler
+from llamas import is_llama
 from on_torch import Masked, linear_of, run
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -129,13 +130,9 @@ LORA = {"q": "query", "k": "key", "v": "value", "o": "projection", "head": "head
 
 def llama(t, c):
     """The model, and its tensors by its own names. None for other architectures."""
-    kind = (c["norm"], c["norm_first"], c["positions"], c["activation"], c["head"], c["bias"], c["causal"])
+    if not is_llama(t, c, "norm_outputs", "qkv"):
+        return None
     adapted = set(c.get("adapted", ()))
-    whole = adapted & MLP.keys() in (set(), MLP.keys())
-    if kind != ("rms", True, "rotary", "silu_gated", "lm", False, True) or "mask" in t or c.get("prefix") or not whole:
-        return None
-    if c.get("rslora"):
-        return None
     config = lora.Config(
         block_size=c["n_positions"], n_layer=c["n_layer"], n_embd=c["d_model"], padded_vocab_size=c["vocab_size"],
         vocab_size=c["vocab_size"], n_head=c["n_head"], n_query_groups=c["n_kv_head"], intermediate_size=c["d_ff"],
@@ -143,7 +140,7 @@ def llama(t, c):
         rotary_percentage=1.0, rope_base=c["rope_theta"], mlp_class_name="LLaMAMLP",
         post_attention_norm=c.get("norm_outputs", False), post_mlp_norm=c.get("norm_outputs", False),
         lora_r=c.get("r", 0), lora_alpha=c.get("alpha", 1), lora_mlp="gate" in adapted,
-        **{f"lora_{theirs}": ours in adapted for ours, theirs in LORA.items()},
+        **{f"lora_{theirs}": ours in adapted or (ours in "qkv" and "qkv" in adapted) for ours, theirs in LORA.items()},
     )  # fmt: skip
     head = t["embed.tokens"] if c["tie_head"] else t["head.weight"]
     own = {
@@ -162,6 +159,9 @@ def llama(t, c):
             if f"{here}.{ours}.weight" in t
         }
         own[f"{there}.attn.qkv.linear.weight"] = torch.cat([t[f"{here}.attn.{part}.weight"] for part in "qkv"])
+        if "qkv" in adapted:  # one A for all three, of which it has one each
+            A, B = (t[f"{here}.attn.qkv.{X}"] for X in "AB")
+            own |= {f"{there}.attn.qkv.lora_A": torch.cat([A, A, A]), f"{there}.attn.qkv.lora_B": B}
         parts = [part for part in "qkv" if part in adapted]
         if parts:
             own |= {

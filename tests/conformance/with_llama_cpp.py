@@ -16,8 +16,11 @@ sys.path.append(f"{Path(__file__).parents[1] / 'parity'}")
 
 import gguf
 from llama_cpp import Runner, write_model
+from llamas import is_llama
 from on_arrays import run
 
+PLAIN = {"norm": "layer", "norm_first": True, "positions": "learned", "activation": "gelu_tanh", "causal": True,
+         "head": "lm", "position_offset": 0, "prefix": 0, "adapted": [], "adapters": [], "head_scale": 1.0}  # fmt: skip
 END = 2  # the end of the text, which is not said while more is asked for
 LLAMA = {"attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.o": "attn_output", "mlp.gate": "ffn_gate",
          "mlp.up": "ffn_up", "mlp.down": "ffn_down"}  # fmt: skip
@@ -73,12 +76,11 @@ def write_adapter(path, architecture, pairs, alpha):
 
 def runner(folder, t, c):
     """The model with its adapter; None for what it cannot be."""
-    kind = (c["norm"], c["norm_first"], c["positions"], c["activation"], c["head"], c["causal"])
-    known = {("rms", True, "rotary", "silu_gated", "lm", True): "llama",
-             ("layer", True, "learned", "gelu_tanh", "lm", True): "gpt2"}  # fmt: skip
-    architecture, adapted = known.get(kind), c.get("adapted", ())
-    odd = ("prefix", "norm_outputs", "head_scale", "rslora", "position_offset")
-    if not architecture or any(c.get(field) for field in odd) or "mask" in t or (adapted and architecture == "gpt2"):
+    if is_llama(t, c, "rank_pattern", "split"):
+        architecture = "llama"
+    elif all(c.get(name, value) == value for name, value in PLAIN.items()) and "mask" not in t:
+        architecture = "gpt2"
+    else:
         return None
     base, pairs = (llama if architecture == "llama" else gpt2)(t, c)
     K = c.get("d_head", c["d_model"] // c["n_head"])

@@ -2,7 +2,8 @@
 
 python with_mlx.py VECTORS RESULTS
 
-mlx-lm's layers take the scale s itself: here it is computed. They draw dropout's mask themselves; nothing is unfused.
+mlx-lm's layers take the scale s itself: here it is computed. They draw dropout's mask themselves; nothing is
+unfused. Of a table, m has one for each word.
 """
 
 import math
@@ -14,8 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx.utils
+from llamas import is_llama
 from mlx_lm.generate import generate_step
 from mlx_lm.models import llama
+from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 from on_arrays import run
@@ -68,6 +71,20 @@ def merge(t, c):
     W = adapted(LoRALinear, linear_of(t["W0"].astype(DTYPES[c["dtype"]]), t.get("b")), t, c).fuse().weight
     W = W.astype(mx.float32)
     return {"W": W, "h": linear_of(W, t.get("b"))(t["x"])}
+
+
+def dora(t, c):
+    layer = adapted(DoRALinear, linear_of(t["W0"], t.get("b")), t, c)
+    layer.m = t["m"]
+    return layer
+
+
+def dora_linear(t, c):
+    return None if "keep" in t else {"h": dora(t, c)(t["x"])}
+
+
+def dora_merge(t, c):
+    return {"W": dora(t, c).fuse().weight}
 
 
 def count(t, c):
@@ -167,9 +184,7 @@ def llama_of(t, c):
 
     The head is a matrix of its own, so that it can be adapted.
     """
-    kind = (c["norm"], c["norm_first"], c["positions"], c["activation"], c["head"], c["causal"])
-    odd = ("prefix", "norm_outputs", "bias")
-    if kind != ("rms", True, "rotary", "silu_gated", "lm", True) or "mask" in t or any(c.get(one) for one in odd):
+    if not is_llama(t, c, "rslora", "split"):
         return None
     net = llama.Model(llama.ModelArgs(
         "llama", c["d_model"], c["n_layer"], c["d_ff"], c["n_head"], c["eps"], c["vocab_size"],
@@ -234,9 +249,9 @@ def warmup_cosine(t, c):
 
 OPERATIONS = {
     f.__name__: f
-    for f in (lora_update, lora_linear, lora_start, lora_embedding, merge, count, embedding, layer_norm, rms_norm,
-              gated_mlp, softmax, attention, rotary, cross_attention, cross_entropy, model,
-              generate, adamw, clip, warmup_cosine)
+    for f in (lora_update, lora_linear, lora_start, lora_embedding, merge, dora_linear, dora_merge, count,
+              embedding, layer_norm, rms_norm, gated_mlp, softmax, attention, rotary, cross_attention, cross_entropy,
+              model, generate, adamw, clip, warmup_cosine)
 }  # fmt: skip
 OPERATIONS |= {name: lambda t, c, f=f: {"y": f(t["x"])} for name, f in ACTIVATIONS.items()}
 OPERATIONS["linear"] = lambda t, c: {"y": linear_of(t["W"], t.get("b"))(t["x"])}

@@ -9,29 +9,33 @@ import sys
 from pathlib import Path
 
 import torch
+from llamas import is_llama
 from on_torch import Masked, linear_of, run
 from torchtune import modules, training
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.modules.loss import CEWithChunkedOutputLoss
-from torchtune.modules.peft import LoRALinear, get_adapter_params, get_merged_lora_ckpt
+from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, get_merged_lora_ckpt
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def layer_of(t, c):
+def layer_of(t, c, kind=LoRALinear):
     n_out, n_in = t["W0"].shape
-    layer = LoRALinear(n_in, n_out, rank=c["r"], alpha=c["alpha"], use_bias="b" in t)
+    layer = kind(n_in, n_out, rank=c["r"], alpha=c["alpha"], use_bias="b" in t)
     layer.weight, layer.lora_a.weight, layer.lora_b.weight = t["W0"], t["A"], t["B"]
     if "b" in t:
         layer.bias = t["b"]
     if "keep" in t:
         layer.dropout = Masked(t["keep"], c["p"])
+    if "m" in t:
+        layer.magnitude = t["m"]
     return layer
 
 
 def merged(t, c, W0):
     state = {"x.weight": W0, "x.lora_a.weight": t["A"].detach(), "x.lora_b.weight": t["B"].detach()}
+    state |= {"x.magnitude": t["m"]} if "m" in t else {}
     return get_merged_lora_ckpt(state, rank=c["r"], alpha=c["alpha"])["x.weight"]
 
 
@@ -51,6 +55,14 @@ def lora_start(t, c):
 def merge(t, c):
     W = merged(t, c, t["W0"].detach().to(DTYPES[c["dtype"]])).float()
     return {"W": W, "h": torch.nn.functional.linear(t["x"], W, t.get("b"))}
+
+
+def dora_linear(t, c):
+    return {"h": layer_of(t, c, DoRALinear)(t["x"])}
+
+
+def dora_merge(t, c):
+    return {"W": merged(t, c, t["W0"])}
 
 
 def count(t, c):
@@ -147,17 +159,9 @@ MLP = {"gate": "w1", "down": "w2", "up": "w3"}
 
 
 def model(t, c):
-    kind = (c["norm"], c["norm_first"], c["positions"], c["activation"], c["head"], c["bias"], c["causal"])
+    if not is_llama(t, c):
+        return None
     adapted = set(c.get("adapted", ()))
-    whole = adapted & MLP.keys() in (set(), MLP.keys())
-    if kind != ("rms", True, "rotary", "silu_gated", "lm", False, True) or "mask" in t or c.get("prefix") or not whole:
-        return None
-    if (
-        c.get("rslora")
-        or c.get("norm_outputs")
-        or c.get("d_head", c["d_model"] // c["n_head"]) * c["n_head"] != c["d_model"]
-    ):
-        return None
     sizes = {
         "vocab_size": c["vocab_size"], "num_layers": c["n_layer"], "num_heads": c["n_head"], "norm_eps": c["eps"],
         "num_kv_heads": c["n_kv_head"], "embed_dim": c["d_model"], "max_seq_len": c["n_positions"],
@@ -205,7 +209,7 @@ def not_stabilised(f):
 
 
 OPERATIONS = {
-    **{f.__name__: not_stabilised(f) for f in (lora_update, lora_linear, lora_start, merge)},
+    **{f.__name__: not_stabilised(f) for f in (lora_update, lora_linear, lora_start, merge, dora_linear, dora_merge)},
     **{f.__name__: f for f in (count, rms_norm, gated_mlp, rotary, attention, cross_attention, cross_entropy, model,
                                warmup_cosine)},
 }  # fmt: skip
