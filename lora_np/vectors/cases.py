@@ -285,32 +285,30 @@ def _four_bits() -> Iterator[Case]:
     for name, title, n_out, n_in, block, double in (
         ("whole", "Each row is one block; one is of zeros", 4, 64, 64, False),
         ("across", "Blocks go on over the ends of rows, and the last is shorter", 5, 48, 64, False),
-        ("double", "257 maxima, which are quantised too", 257, 32, 32, True),
+        ("double", "Maxima are quantised too", 9, 32, 32, True),
+        ("many", "257 maxima are two groups", 257, 32, 32, True),
     ):
-        draw = _Names("L11", name)
-        w = draw("W", n_out * n_in, low=-0.5, high=0.5)
-        largest = draw.integers("largest", -(-w.size // block), low=5, high=12) * 0.125
-        w[::block] = largest * (2 * draw.integers("sign", len(largest), low=0, high=1) - 1)
-        w[:block] *= double
-        used = {n: a for n, a in tables.items() if double or n != "map"}
+        draw, n_blocks = _Names("L11", name), -(-n_out * n_in // block)
         scalars = {"block": block, "out": n_out, "in": n_in}
+        used = {n: a for n, a in tables.items() if double or n != "map"}
+        largest = draw.integers("largest", n_blocks, low=5, high=12) * 0.125
+        absmax: dict[str, Array] = {"absmax": largest}
+        if double:
+            absmax = {"absmax": draw.integers("absmax", n_blocks, low=0, high=255), "offset": np.array(0.75)}
+            absmax["outer"] = draw("outer", -(-n_blocks // 256), low=0.25, high=0.5)
+        held = {"codes": draw.integers("codes", n_out * n_in // 2, low=0, high=255), **absmax, **used}
+        yield Case("L11", f"dequantise-{name}", "dequantise_nf4", title, scalars, held, since="v2")
+        if name == "many":
+            continue
+        w = draw("W", n_out * n_in, low=-0.5, high=0.5)
+        w[::block] = largest * (2 * draw.integers("sign", n_blocks, low=0, high=1) - 1)
+        w[:block] *= double
         inputs = {"W": w.reshape(n_out, n_in), **used}
         yield Case("L11", f"quantise-{name}", "quantise_nf4", title, scalars, inputs, since="v2")
-        absmax: dict[str, Array] = {"absmax": abs(largest)}
-        if double:
-            absmax = {"absmax": draw.integers("absmax", len(largest), low=0, high=255), "offset": np.array(0.75)}
-            absmax["outer"] = draw("outer", 2, low=0.25, high=0.5)
-        inputs = {"codes": draw.integers("codes", w.size // 2, low=0, high=255), **absmax, **used}
-        yield Case("L11", f"dequantise-{name}", "dequantise_nf4", title, scalars, inputs, since="v2")
-        if double:  # of a few rows
-            n_out, scalars = 4, {**scalars, "out": 4}
-            few = {"codes": inputs["codes"][: 2 * n_in], "absmax": inputs["absmax"][:4], "outer": inputs["outer"][:1]}
-            inputs = {**inputs, **few}
         x, dh, b = draw("x", 2, 3, n_in), draw("dh", 2, 3, n_out), draw("b", n_out)
-        inputs = {"x": x, **inputs, "A": draw("A", 2, n_in), "B": draw("B", n_out, 2), "b": b, "dh": dh}
-        yield Case(
-            "L11", f"linear-{name}", "nf4_linear", title, {**_scalars(2, 3.0), **scalars}, inputs, ("x", "A", "B"), "v2"
-        )
+        inputs = {"x": x, **held, "A": draw("A", 2, n_in), "B": draw("B", n_out, 2), "b": b, "dh": dh}
+        scalars = {**_scalars(2, 3.0), **scalars}
+        yield Case("L11", f"linear-{name}", "nf4_linear", title, scalars, inputs, ("x", "A", "B"), "v2")
 
 
 def _counts() -> Iterator[Case]:

@@ -178,11 +178,13 @@ _TABLE = (
          "with a map", "offset": "(); with a map"}, BLOCK,
     ),
     Operation(
-        "dequantise_nf4", "A matrix of four bits", "W = a levels[k], a = absmax, or outer map[absmax] + offset; each step is rounded to float32",
+        "dequantise_nf4", "A matrix of four bits",
+        "W = a levels[k], a = absmax, or outer map[absmax] + offset; each step is rounded to float32",
         QUANTISED, {"W": "(out, in)"}, BLOCK,
     ),
     Operation(
-        "nf4_linear", "LoRA of a linear on a base in four bits", "W0 as in dequantise_nf4; h = x W0^T + b + s (x A^T) B^T",
+        "nf4_linear", "LoRA of a linear on a base in four bits",
+        "W0 as in dequantise_nf4; h = x W0^T + b + s (x A^T) B^T",
         {"x": "(N, T, in)", **QUANTISED, **PAIR, "b": "(out,)", "dh": "(N, T, out)"}, {"h": "(N, T, out)"},
         {**SCALE, **BLOCK},
     ),
