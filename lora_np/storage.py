@@ -136,8 +136,9 @@ def _between(numbers: Array) -> Array:
     return (numbers[1:] + numbers[:-1]) / 2
 
 
-_DYNAMIC, _LEVELS = xp.asarray(_dynamic_map()), xp.asarray(LEVELS)
-_DYNAMIC_ENDS, _LEVEL_ENDS = xp.asarray(_between(_dynamic_map().astype(np.float64))), _between(LEVELS).tolist()
+DYNAMIC = _dynamic_map()
+_DYNAMIC, _LEVELS = xp.asarray(DYNAMIC), xp.asarray(LEVELS)
+_DYNAMIC_ENDS, _LEVEL_ENDS = xp.asarray(_between(DYNAMIC.astype(np.float64))), _between(LEVELS).tolist()
 _PAIRS = xp.asarray(np.stack([LEVELS.repeat(16), np.tile(LEVELS, 16)], axis=1)).view(xp.uint64)[:, 0]  # of each byte
 
 

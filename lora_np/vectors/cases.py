@@ -14,6 +14,7 @@ from ..batch import IGNORED
 from ..formats.models.presets import PRESETS
 from ..model import Config, Model, init_weights
 from ..ops import llama3_factors
+from ..storage import DYNAMIC, LEVELS
 from .derivatives import architectures
 from .dyadic import UNIT, fine, integers, numbers
 from .precision import FLOAT32
@@ -152,6 +153,7 @@ def _lora() -> Iterator[Case]:
     yield from _many_adapters()
     yield from _segments()
     yield from _variants()
+    yield from _four_bits()
     yield from _counts()
 
 
@@ -275,6 +277,38 @@ def _variants() -> Iterator[Case]:
     inputs = {f"{a}{i}": draw(f"{a}{i}", *shape) for i in (0, 1) for a, shape in (("A", (2, 6)), ("B", (5, 2)))}
     title = "Plain LoRA of the first base: what was trained less the start"
     yield Case("L12", "converted", "combine", title, {"adapters": parts, "rank": None}, inputs, since="v2")
+
+
+def _four_bits() -> Iterator[Case]:
+    """L11. Maxima are few numbers, and others at most half as large, so that no two neighbours are equally near."""
+    tables = {"levels": LEVELS.astype(np.float64), "map": DYNAMIC.astype(np.float64)}
+    for name, title, n_out, n_in, block, double in (
+        ("whole", "Each row is one block; one is of zeros", 4, 64, 64, False),
+        ("across", "Blocks go on over the ends of rows, and the last is shorter", 5, 48, 64, False),
+        ("double", "Maxima are quantised too", 9, 32, 32, True),
+        ("many", "257 maxima are two groups", 257, 32, 32, True),
+    ):
+        draw, n_blocks = _Names("L11", name), -(-n_out * n_in // block)
+        scalars = {"block": block, "out": n_out, "in": n_in}
+        used = {n: a for n, a in tables.items() if double or n != "map"}
+        largest = draw.integers("largest", n_blocks, low=5, high=12) * 0.125
+        absmax: dict[str, Array] = {"absmax": largest}
+        if double:
+            absmax = {"absmax": draw.integers("absmax", n_blocks, low=0, high=255), "offset": np.array(0.75)}
+            absmax["outer"] = draw("outer", -(-n_blocks // 256), low=0.25, high=0.5)
+        held = {"codes": draw.integers("codes", n_out * n_in // 2, low=0, high=255), **absmax, **used}
+        yield Case("L11", f"dequantise-{name}", "dequantise_nf4", title, scalars, held, since="v2")
+        if name == "many":
+            continue
+        w = draw("W", n_out * n_in, low=-0.5, high=0.5)
+        w[::block] = largest * (2 * draw.integers("sign", n_blocks, low=0, high=1) - 1)
+        w[:block] *= double
+        inputs = {"W": w.reshape(n_out, n_in), **used}
+        yield Case("L11", f"quantise-{name}", "quantise_nf4", title, scalars, inputs, since="v2")
+        x, dh, b = draw("x", 2, 3, n_in), draw("dh", 2, 3, n_out), draw("b", n_out)
+        inputs = {"x": x, **held, "A": draw("A", 2, n_in), "B": draw("B", n_out, 2), "b": b, "dh": dh}
+        scalars = {**_scalars(2, 3.0), **scalars}
+        yield Case("L11", f"linear-{name}", "nf4_linear", title, scalars, inputs, ("x", "A", "B"), "v2")
 
 
 def _counts() -> Iterator[Case]:

@@ -193,6 +193,51 @@ def pissa(t: Inputs, c: Scalars) -> Outputs:
     return {"update": update, "residual": t["W0"] - update}
 
 
+# --- L11 ---------------------------------------------------------------------------------------------------------
+
+
+def single(x: Tracked) -> Tracked:
+    """What float32 makes of a number where one way of computing it is laid down: no gradient goes back from it."""
+    return Tracked(rounded(x.value, "float32"), x.error)
+
+
+def nearest(x: Array, numbers: Array) -> Array:
+    """The index of the nearest."""
+    return np.abs(x[..., None] - numbers).argmin(axis=-1)
+
+
+def maxima(x: Array, size: int) -> Array:
+    """The absolute maximum of each `size` numbers; the last may be fewer."""
+    return np.array([np.abs(x[i : i + size]).max() for i in range(0, len(x), size)])
+
+
+def quantise_nf4(t: Inputs, c: Scalars) -> Outputs:
+    w = t["W"].value.ravel()
+    a = maxima(w, c["block"])
+    k = nearest(w / np.where(a, a, 1).repeat(c["block"])[: w.size], t["levels"].value)
+    codes = {"codes": Tracked(16 * k[::2] + k[1::2])}
+    if "map" not in t:
+        return {**codes, "absmax": Tracked(a)}
+    mean = single(Tracked(a).sum() / len(a))
+    left = single(Tracked(a) - mean)
+    outer = maxima(left.value, 256)
+    indices = nearest(left.value / outer.repeat(256)[: len(a)], t["map"].value)
+    most = np.array([left.error[i : i + 256].max() for i in range(0, len(a), 256)])
+    return {**codes, "absmax": Tracked(indices), "outer": Tracked(outer, most), "offset": mean}
+
+
+def dequantise_nf4(t: Inputs, c: Scalars) -> Outputs:
+    a = t["absmax"]
+    if "map" in t:
+        a = single(single(t["map"][a] * t["outer"][np.arange(len(a)) // 256]) + t["offset"])
+    k = np.stack([t["codes"] >> 4, t["codes"] & 15], axis=1).ravel()
+    return {"W": single(t["levels"][k] * a[np.arange(len(k)) // c["block"]]).reshape(c["out"], c["in"])}
+
+
+def nf4_linear(t: Inputs, c: Scalars) -> Outputs:
+    return lora_linear({**t, "W0": dequantise_nf4(t, c)["W"].detached()}, c)
+
+
 # --- T1 to T20 ---------------------------------------------------------------------------------------------------
 
 

@@ -471,6 +471,23 @@ def _weights_directions(t: Inputs, c: Scalars) -> Outputs:
     return {**right, "in_update": right["in_weight"], "factor": right["update"] / right["in_weight"]}
 
 
+def _halves_exchanged(definition: Definition) -> Definition:
+    def wrong(t: Inputs, c: Scalars) -> Outputs:
+        if "codes" in t:
+            return definition({**t, "codes": t["codes"] >> 4 | (t["codes"] & 15) << 4}, c)
+        right = definition(t, c)
+        codes = right["codes"].value.astype(int)
+        return {**right, "codes": Tracked(codes >> 4 | (codes & 15) << 4)}
+
+    return wrong
+
+
+def _without_offset(t: Inputs, c: Scalars) -> tuple[Inputs, Scalars]:
+    _need("offset" in t)
+    return {**t, "offset": tracked(np.zeros(()))}, c
+
+
+_FOUR_BITS = ("quantise_nf4", "dequantise_nf4", "nf4_linear")
 _DORA = ("dora_linear", "dora_merge")
 _SCALED = (
     "lora_update", "lora_linear", "lora_embedding", "merge", "per_row", "combine", "model", "amplification", *_DORA,
@@ -480,6 +497,12 @@ _NORMS = ("layer_norm", "rms_norm")
 _BIASED = ("lora_linear", "lora_start", "merge", "per_row", "linear", "dora_linear")
 
 MISTAKES = (
+    Mistake("the first of two numbers is in the lower half of a byte", _FOUR_BITS, _halves_exchanged),
+    Mistake("sixteen numbers at equal distances take the place of NF4's", _FOUR_BITS,
+            _altered(lambda t, c: ({**t, "levels": tracked(np.linspace(-1, 1, 16))}, c))),
+    Mistake("the mean of the maxima is left out", _FOUR_BITS[1:], _altered(_without_offset)),
+    Mistake("the whole matrix has one absolute maximum", ("quantise_nf4",),
+            _altered(lambda t, c: (t, {**c, "block": t["W"].value.size}))),
     Mistake("the scale s is left out", _SCALED, _scaled(lambda c: 1.0)),
     Mistake("the scale s is applied twice", _SCALED, _scaled(lambda c: scale(c) ** 2)),
     Mistake("s = alpha, not divided by r", _SCALED, _scaled(lambda c: c["alpha"])),

@@ -45,6 +45,12 @@ SCALE = {
     "rslora": "true: s = alpha / sqrt(r); false: s = alpha / r",
 }
 PAIR = {"A": "(r, in)", "B": "(out, r)"}
+BLOCK = {"block": "how many numbers have one absolute maximum", "out, in": "of W's shape"}
+QUANTISED = {
+    "codes": "(out in / 2,) integers: two k, the first in the upper half", "levels": "(16,): NF4's numbers",
+    "absmax": "(blocks,): a; or integers, with a map", "map": "(256,); if absmax are its indices",
+    "outer": "(blocks / 256,); with a map", "offset": "(); with a map",
+}  # fmt: skip
 KEEP = {"keep": "(N, T, in) booleans: the dropout mask, m = keep / (1 - p); if there is one"}
 P = {"p": "dropout probability; only beside keep"}
 NORM = {"x": "(N, T, D)", "w": "(D,)"}
@@ -160,6 +166,27 @@ _TABLE = (
     Operation(
         "pissa", "The base in two parts", "update = s B A, the nearest matrix to W0 of rank r; residual = W0 - update",
         {"W0": "(out, in)"}, {"update": "(out, in)", "residual": "(out, in)"}, SCALE,
+    ),
+    Operation(
+        "quantise_nf4", "A matrix in four bits",
+        "row by row, each block of W has an absolute maximum a; w becomes the k whose a levels[k] is nearest, two to a "
+        "byte, the first in its upper half. With a map, each 256 maxima less offset, the mean of all, have an absolute "
+        "maximum outer, and become the l whose outer map[l] is nearest",
+        {"W": "(out, in)", "levels": "(16,): NF4's numbers", "map": "(256,): the numbers of 8 bits; if maxima are "
+         "quantised too"},
+        {"codes": "(out in / 2,) integers", "absmax": "(blocks,); integers l, with a map", "outer": "(blocks / 256,); "
+         "with a map", "offset": "(); with a map"}, BLOCK,
+    ),
+    Operation(
+        "dequantise_nf4", "A matrix of four bits",
+        "W = a levels[k], a = absmax, or outer map[absmax] + offset; each step is rounded to float32",
+        QUANTISED, {"W": "(out, in)"}, BLOCK,
+    ),
+    Operation(
+        "nf4_linear", "LoRA of a linear on a base in four bits",
+        "W0 as in dequantise_nf4; h = x W0^T + b + s (x A^T) B^T",
+        {"x": "(N, T, in)", **QUANTISED, **PAIR, "b": "(out,)", "dh": "(N, T, out)"}, {"h": "(N, T, out)"},
+        {**SCALE, **BLOCK},
     ),
     Operation(
         "embedding", "Embedding", "x = scale tokens_table[tokens] + positions_table[positions] + types_table[types]",

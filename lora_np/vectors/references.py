@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .. import analysis, dora, lora, ops, optim
+from .. import analysis, dora, lora, ops, optim, storage
 from ..adapter import Adapter, LoRAConfig, count_parameters, init_pissa
 from ..adapter import combine as combined
 from ..adapter import merge as merged
@@ -110,6 +110,29 @@ def pissa(t: Arrays, c: Scalars) -> Answers:
     residual, adapter = init_pissa(model, _head_config(c))
     A, B = adapter.params["head.A"], adapter.params["head.B"]
     return {"update": _scale(c) * B @ A, "residual": residual.weights["head.weight"]}, {}
+
+
+def quantise_nf4(t: Arrays, c: Scalars) -> Answers:
+    q = storage.quantise_nf4(t["W"].astype(xp.float32), block=c["block"], double="map" in t)
+    given = {"codes": q.codes, "absmax": q.absmax}
+    return (given if q.outer is None else {**given, "outer": q.outer, "offset": q.offset}), {}
+
+
+def _nf4(t: Arrays, c: Scalars) -> storage.NF4:
+    codes, outer, offset = t["codes"].astype(xp.uint8), t.get("outer"), t.get("offset")
+    if outer is None or offset is None:
+        return storage.NF4((c["out"], c["in"]), c["block"], codes, t["absmax"].astype(xp.float32))
+    absmax, outer, offset = t["absmax"].astype(xp.uint8), outer.astype(xp.float32), offset.astype(xp.float32)
+    return storage.NF4((c["out"], c["in"]), c["block"], codes, absmax, outer, offset)
+
+
+def dequantise_nf4(t: Arrays, c: Scalars) -> Answers:
+    return {"W": storage.dequantise_nf4(_nf4(t, c))}, {}
+
+
+def nf4_linear(t: Arrays, c: Scalars) -> Answers:
+    h, saved = lora.lora_linear(t["x"], _nf4(t, c), t["b"], t["A"], t["B"], _scale(c))
+    return {"h": h}, dict(zip(("x", "A", "B"), lora.lora_linear_backward(t["dh"], saved), strict=True))
 
 
 def _head_model(W0: Array) -> Model:

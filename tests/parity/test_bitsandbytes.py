@@ -121,7 +121,7 @@ def test_double_quantisation_where_the_mean_is_exact(seed, log_blocks, bits_of):
 @without_avx2
 @proves("L11")
 def test_the_map_of_8_bits():
-    assert bits(storage._DYNAMIC) == bits(functional.create_dynamic_map().numpy())
+    assert bits(storage.DYNAMIC) == bits(functional.create_dynamic_map().numpy())
 
 
 @without_avx2

@@ -7,13 +7,14 @@ import path from "node:path";
 import * as analysis from "./analysis.mjs";
 import * as dora from "./dora.mjs";
 import { readTensors, writeTensors } from "./files.mjs";
+import * as fourBits from "./four_bits.mjs";
 import * as lora from "./lora.mjs";
 import * as model from "./model.mjs";
 import * as optimizer from "./optimizer.mjs";
 import * as transformer from "./transformer.mjs";
 
 const [vectors, results] = process.argv.slice(2);
-const operations = { ...lora, ...dora, ...transformer, ...model, ...optimizer, ...analysis };
+const operations = { ...lora, ...dora, ...fourBits, ...transformer, ...model, ...optimizer, ...analysis };
 const files = {};
 for (const { id, name, operation, scalars, inputs, expected } of
   JSON.parse(fs.readFileSync(path.join(vectors, "manifest.json"))).cases) {
