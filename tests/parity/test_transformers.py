@@ -157,7 +157,7 @@ def test_bert_without_a_head(padding):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapter(name, seed):
-    """Logits, loss, and the gradients of A, B, DoRA's m and what is trained whole, under the same dropout masks if any."""
+    """Logits, loss, and the gradients of A, B, DoRA's m and what is trained whole, under the same masks if any."""
     pair, batch = adapter_case(name, seed)
     peers.compare_logits(pair, batch)
     peers.compare_gradients(pair, batch, dropout_seed=seed if pair.adapter.config.dropout else None)
