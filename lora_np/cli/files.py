@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..formats.files.atomic import expect_new
 from ..formats.files.messages import shown
 from ..formats.merged.any_base import open_any_base
 from ..formats.merged.beside import beside
+from ..formats.merged.dora_evidence import scalings
 from ..formats.merged.folder import merge_folder
 from ..formats.merged.gguf import merge_gguf
 from ..formats.merged.norms import base_norms
+from ..formats.merged.plan import plan_merge
 from ..formats.merged.survey import Module, Survey, survey
 from .base import AddCommand, add_base, base_path, fitting
 from .output import Bar, emit, table
@@ -75,12 +77,16 @@ def run_inspect(args: argparse.Namespace) -> int:
             + [f"{n:.4g}" for n in norms]
         )
     config = {key: found.config.get(key) for key in ("target_modules", "r", "lora_alpha", "lora_dropout", "bias")}
+    has_dora = found.config.get("use_dora") is True
+    plan = plan_merge(args.base, [args.adapter], [1.0]) if has_dora and is_folder else None
+    ratios = None if plan is None else scalings(plan)
     dead = {"dead_layers": found.dead_layers, "dead_modules": found.dead_modules}
     lines = [
         ", ".join(f"{key} {shown(str(value))}" for key, value in config.items() if value is not None),
         _verdict(found.modules),
         *([] if all(m.is_dead for m in found.modules) else _dead_lines(found)),
         *([f"trained whole: {', '.join(found.whole)}"] if found.whole else []),
+        *([_dora_line(ratios)] if has_dora else []),
         *found.remarks,
     ]
     about = [
@@ -89,9 +95,19 @@ def run_inspect(args: argparse.Namespace) -> int:
     ]
     result = {
         **config, "B_is_zero": untrained, **dead, "whole": found.whole, "remarks": found.remarks, "modules": modules,
+        "use_dora": has_dora, "m_over_c": ratios,
     }  # fmt: skip
     emit(args, result, [*lines, "", *table(rows), "", *about])
     return 0
+
+
+def _dora_line(ratios: Mapping[str, tuple[float, float]] | None) -> str:
+    """What is said of magnitudes; ratios: of each tensor, the least and the largest m / c, where there is a base."""
+    line = "DoRA: W' = (m / c) (W0 + s B A), row by row"
+    if ratios is None:
+        return f"{line}; |s B A| is without m"
+    least, largest = (pick(pair[i] for pair in ratios.values()) for i, pick in enumerate((min, max)))
+    return f"{line}; m / c is from {least:.4g} to {largest:.4g}"
 
 
 def _dead_lines(found: Survey) -> list[str]:

@@ -13,7 +13,7 @@ from .targets import targets_of
 
 
 def add_lora(parser: argparse.ArgumentParser) -> None:
-    """The arguments --r, --alpha, --targets and --dropout."""
+    """The arguments --r, --alpha, --targets, --dropout and --dora."""
     new = LoRAConfig()
     parser.add_argument("--r", type=whole, help=f"rank (default: {new.r}, or --adapter's)")
     parser.add_argument("--alpha", type=float, help=f"s = alpha / r (default: {new.alpha:g}, or --adapter's)")
@@ -25,11 +25,17 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dropout", type=float, help=f"on the low-rank branch (default: {new.dropout}, or --adapter's)"
     )
+    parser.add_argument(
+        "--dora",
+        action="store_true",
+        default=None,
+        help="DoRA: train each row's length too (default: --adapter's)",
+    )
 
 
 def _said(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     """The fields of a LoRAConfig that the options say."""
-    fields = {name: getattr(args, name) for name in ("r", "alpha", "dropout")}
+    fields = {name: getattr(args, name) for name in ("r", "alpha", "dropout", "dora")}
     fields["targets"] = None if args.targets is None else targets_of(args.targets, config)
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -59,4 +65,4 @@ def _comparable(value: Any) -> Any:
 
 
 def _words(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else f"{value:g}"
+    return " ".join(value) if isinstance(value, tuple) else str(value) if isinstance(value, bool) else f"{value:g}"

@@ -95,6 +95,40 @@ def test_just_above_a_tie(tmp_path, kind, ulp):
     assert (tensors(tmp_path / "m.gguf")["blk.0.attn_v.weight"][0] == 1 + ulp).all()
 
 
+@pytest.mark.proves("L5", "L10", "T11")
+@pytest.mark.parametrize("suffix", ["", ".npz"])
+@pytest.mark.parametrize("targets", [EVERY, ("qkv", "embed"), ("embed", "head")], ids=str)
+def test_dora_is_the_merge_in_memory(tmp_path, targets, suffix):
+    """m stands in the order of q's and k's rows; in the table norms are of columns. And it is judged right."""
+    write(tmp_path / "base.gguf", replace(SMALL, tie_head=False))
+    model = ln.load_model(tmp_path / "base.gguf")
+    adapter = saved(tmp_path / f"ad{suffix}", model, targets=targets, dora=True)
+    paths = tmp_path / "base.gguf", [tmp_path / f"ad{suffix}"]
+    merge_gguf(*paths, [1.0], tmp_path / "m.gguf")
+    merged, expected = ln.load_model(tmp_path / "m.gguf"), ln.merge(model, adapter)
+    for name, value in expected.weights.items():
+        np.testing.assert_array_equal(ln.asnumpy(merged.weights[name]), ln.asnumpy(value), err_msg=name)
+    assert compare_gguf(*paths, tmp_path / "m.gguf", 1).holds
+    plain = ln.Adapter(replace(adapter.config, dora=False), {n: p for n, p in adapter.params.items() if n[-2:] != ".m"})
+    ln.save_adapter(tmp_path / "plain", plain, model)
+    merge_gguf(paths[0], [tmp_path / "plain"], [1.0], tmp_path / "wrong.gguf")
+    found = compare_gguf(*paths, tmp_path / "wrong.gguf", 1)
+    assert not found.holds
+    assert explained(found, {}) == "the magnitudes are left out"
+
+
+def test_dora_that_gguf_has_no_place_for(tmp_path):
+    write(tmp_path / "base.gguf", SMALL)
+    model = ln.load_model(tmp_path / "base.gguf")
+    adapter = trained(model, targets=("v",), dora=True)
+    with pytest.raises(ValueError, match=r"llama\.cpp's adapters have no place for DoRA's magnitudes"):
+        ln.save_adapter(tmp_path / "ad.gguf", adapter, model)
+    ln.save_adapter(tmp_path / "ad", adapter, model)
+    with pytest.raises(ValueError, match=r"DoRA scales the rows of W0 \+ s B A, which is no sum"):
+        merge_gguf(tmp_path / "base.gguf", [tmp_path / "ad"], [0.5], tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
 @pytest.mark.proves("L5", "T11")
 @pytest.mark.parametrize("suffix", ["", ".npz", ".safetensors", ".gguf"])
 @pytest.mark.parametrize("tie_head", [True, False])

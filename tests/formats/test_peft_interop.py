@@ -52,6 +52,9 @@ OURS = {
     "classify": (CLASSIFY, lora("q", "v", train_head=True)),
     "classify-head": (CLASSIFY, lora("head")),
     "classify-frozen-head": (CLASSIFY, lora("q", "v")),
+    "dora": (peers.GPT2, lora("qkv", "o", "up", dora=True)),
+    "dora-apart": (peers.GPT2, lora("q", "k", "v", "down", dora=True, rslora=True)),
+    "dora-embed": (peers.GPT2, lora("embed", "head", dora=True)),
     "tag": (TAG, lora("q", "v", train_head=True, bias="all")),
     "tag-head": (TAG, lora("head", "o", bias="lora_only")),
 }
@@ -113,6 +116,8 @@ THEIRS = {
     "causal-lm": (peers.GPT2, {"target_modules": ["c_attn"], "task_type": "CAUSAL_LM"}, ("qkv",)),
     "classify": (CLASSIFY, {"target_modules": ["c_attn"], "task_type": "SEQ_CLS"}, ("qkv",)),
     "tag": (TAG, {"target_modules": ["c_fc"], "task_type": "TOKEN_CLS", "bias": "all"}, ("up",)),
+    "dora": (peers.GPT2, {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True}, ("down", "qkv")),
+    "dora-embeddings": (peers.GPT2, {"target_modules": ["wte", "lm_head"], "use_dora": True}, ("embed", "head")),
     "gaussian": (peers.GPT2, {"target_modules": ["c_attn"], "init_lora_weights": "gaussian"}, ("qkv",)),
 }
 

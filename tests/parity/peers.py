@@ -185,6 +185,7 @@ def peft_config(pair: Pair, lora: ln.LoRAConfig) -> Any:
         bias=lora.bias,
         modules_to_save=heads if lora.train_head else None,
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
         rank_pattern={weights.pattern(pair.family, name): r for name, r in lora.rank_pattern.items()},
         alpha_pattern={weights.pattern(pair.family, name): a for name, a in lora.alpha_pattern.items()},
     )
@@ -230,6 +231,7 @@ def install_dropout(pair: Pair, batch: Batch, seed: int) -> None:
         D, p = pair.adapter.params[f"{name}.A"].shape[1], pair.adapter.config.dropout
         n, t = np.divmod(np.arange(N * T), T)
         mask = dropout_mask(xp.asarray(n), xp.asarray(t), D, p, seed=seed, stream=name, dtype="float64")
+        layer.training = pair.adapter.config.dora  # DoRA asks the layer itself whether there is dropout
         layer.lora_dropout["default"] = Masked(ln.asnumpy(mask).reshape(N, T, D))
 
 

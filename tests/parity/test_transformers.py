@@ -82,6 +82,9 @@ ADAPTERS = {
     "gpt2-classify": ("gpt2-classify-right", lora("qkv", train_head=True, **DROPOUT)),
     "gpt2-classify-head": ("gpt2-classify-left", lora("head", "o", **DROPOUT)),
     "gpt2-tag": ("gpt2-tag", lora("qkv", "o", bias="all", train_head=True)),
+    "gpt2-dora": ("gpt2-left", lora("qkv", "down", dora=True)),
+    "gpt2-dora-dropout": ("gpt2", lora("qkv", "o", dora=True, **DROPOUT)),
+    "gpt2-dora-tied-ends": ("gpt2", lora("embed", "head", dora=True)),
     "bert-qv": ("bert-classify", lora("q", "v")),
     "bert-qv-dropout": ("bert-classify-right", lora("q", "v", **DROPOUT)),
     "bert-all": ("bert-tag-left", lora(*ALL, rslora=True, **DROPOUT)),
@@ -90,6 +93,8 @@ ADAPTERS = {
     "bert-bias-all": ("bert-classify-right", lora("q", bias="all", train_head=True)),
     "bert-embed": ("bert-tag-right", lora("embed", "o")),
     "bert-head": ("bert-tag-wide", lora("head", "up", **DROPOUT)),
+    "bert-dora": ("bert-classify-right", lora("q", "v", "up", dora=True, bias="lora_only", train_head=True)),
+    "bert-dora-dropout": ("bert-classify", lora("q", "down", dora=True, rslora=True, **DROPOUT)),
     "roberta-qv": ("roberta-right", lora("q", "v", train_head=True, **DROPOUT)),
     "roberta-bias-all": ("roberta", lora("q", "v", bias="all")),
     "roberta-embed": ("roberta-deep", lora("embed", "down", rslora=True, train_head=True)),
@@ -99,6 +104,9 @@ ADAPTERS = {
     "llama-gate": ("llama-no-groups", lora("gate", rank_pattern={"layers.0.mlp.gate": 2})),
     "llama-ends": ("llama-untied", lora("embed", "head", **DROPOUT)),
     "llama-tied-ends": ("llama-right", lora("embed", "head", "k")),
+    "llama-dora": ("llama-left", lora(*ALL, "gate", dora=True)),
+    "llama-dora-dropout": ("llama-grouped", lora("q", "v", "gate", dora=True, **DROPOUT)),
+    "llama-dora-ends": ("llama-untied", lora("embed", "head", dora=True)),
     "llama-classify": ("llama-classify-right", lora("q", "v", train_head=True, **DROPOUT)),
     "llama-classify-left": ("llama-classify-left", lora("k", "down", train_head=True)),
 }
@@ -145,11 +153,11 @@ def test_bert_without_a_head(padding):
     peers.compare_logits(peers.make("bert", BERT, seed=1), peers.make_batch(BERT, seed=1, padding=padding))
 
 
-@pytest.mark.proves("L1", "L2", "L4", "T12")
+@pytest.mark.proves("L1", "L2", "L4", "L10", "T12")
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapter(name, seed):
-    """Logits, loss, and the gradients of A, B and what is trained whole, under the same dropout masks if any."""
+    """Logits, loss, and the gradients of A, B, DoRA's m and what is trained whole, under the same masks if any."""
     pair, batch = adapter_case(name, seed)
     peers.compare_logits(pair, batch)
     peers.compare_gradients(pair, batch, dropout_seed=seed if pair.adapter.config.dropout else None)

@@ -96,7 +96,7 @@ def flat(family: str, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, value in state.items():
         stem, part = _stem_and_part(bare(name))
         ours = our_name(family, stem)
-        if part in ("A", "B"):
+        if part in ("A", "B", "m"):
             result[f"{ours}.{part}"] = value
         elif ours.startswith("embed.") and ours != "embed.norm":
             result[ours] = value
@@ -110,9 +110,9 @@ def flat(family: str, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _stem_and_part(name: str) -> tuple[str, str]:
-    """("h.0.attn.c_attn", "weight" or "bias", or for an adapter's factors "A" or "B")."""
-    factor = re.fullmatch(r"(.*)\.lora_(?:embedding_)?([AB])\.\w+(?:\.weight)?", name)
+    """("h.0.attn.c_attn", "weight" or "bias", or for an adapter's factors "A" or "B", and for its magnitudes "m")."""
+    factor = re.fullmatch(r"(.*)\.lora_(?:embedding_)?([AB]|magnitude_vector)\.\w+(?:\.weight)?", name)
     if factor:
-        return factor[1], factor[2]
+        return factor[1], factor[2][0]
     stem, _, part = name.rpartition(".")
     return stem, part

@@ -22,6 +22,7 @@ from ..files.messages import shown
 from .survey import Read, read_any, scaled
 
 ABSENT = "absent"
+SCALED = "DoRA: what is compared are s B A and A, without magnitudes"
 MOST_KINDS = 20  # of modules, one of which is looked for under another prefix
 
 
@@ -90,7 +91,8 @@ def beside(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Bes
         [name for name in common if name not in fitting],
         _differing(one.config, other.config),
         prefix,
-        [f"{path}: {line}" for path, read in zip(paths, (one, other), strict=True) for line in read.remarks],
+        [SCALED for read in (one, other) if read.config.get("use_dora") is True][:1]
+        + [f"{path}: {line}" for path, read in zip(paths, (one, other), strict=True) for line in read.remarks],
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...adapter import Adapter
+from ...adapter import Adapter, matrix_updates, norm_of
 from ...backend import Array, asnumpy
 from ...lora import Update
 from ...storage import widened
@@ -23,7 +23,7 @@ from ..models.shards import Stored, stored_tensors
 from .coarse import SAMPLE, Nearness
 from .dora_evidence import Instead, allowed, row_factors
 from .evidence import NEAR, Sums, sums_of
-from .target import Plan, Rows, Target
+from .target import MOVED, Plan, Rows, Target
 from .tied import is_head, is_table
 
 NEWER = {"gamma": "weight", "beta": "bias"}  # names of a norm's parts
@@ -119,6 +119,11 @@ def is_trained(adapter: Adapter, base: Base) -> bool:
     """Whether an adapter changes anything: an s B that is not zero, or a weight trained whole unlike the base's."""
     if any(adapter.config.scale(name) and bool((adapter.params[f"{name}.B"] != 0).any()) for name in adapter.matrices):
         return True
+    for name, update in matrix_updates(base.config, adapter).items():
+        if update.m is not None:
+            c = norm_of(base.config, base.weights, name, update)
+            if bool((abs(update.m - c) > MOVED * c).any()):
+                return True
     wide = {name: widened(base.weights[name if name in base.weights else "embed.tokens"]) for name in adapter.whole}
     return any(not np.array_equal(asnumpy(value), asnumpy(wide[name])) for name, value in adapter.whole.items())
 

@@ -15,7 +15,7 @@ import numpy as np
 from ...backend import Array, asnumpy, xp
 from ...dora import dora_merge_matrix, weight_norm
 from .evidence import FAR, SURE
-from .target import Rows
+from .target import Plan, Rows
 
 WITHOUT, OF_BASE = "the magnitudes are left out", "the norms of W0 in the place of those of W0 + s B A"
 NEAREST = 0.05  # the part of |M - E|^2 that is left, at most, of what is called one of these
@@ -45,6 +45,18 @@ def allowed(rows: Rows, total: Array, u: float) -> Array:
     scale = abs(asnumpy(update.m)) / _norms(rows)
     scale = scale[:, None] if rows.axis == 1 else scale
     return (len(update.A) + 3) * u * scale * rows.size() + row_error(rows, u) * abs(total)
+
+
+def scalings(plan: Plan) -> dict[str, tuple[float, float]]:
+    """The least and the largest m / c in each of a merge's tensors that DoRA adapts, by its key."""
+    found: dict[str, tuple[float, float]] = {}
+    for target in plan.targets:
+        if target.source is None or not any(u.m is not None for c in target.changes.values() for u in c.updates):
+            continue
+        start = target.source.read_raw()
+        ratios = [asnumpy(rows.updates[0].m) / _norms(rows) for rows in target.rows(start, start) if rows.has_dora]
+        found[target.key] = float(min(map(np.min, ratios))), float(max(map(np.max, ratios)))
+    return found
 
 
 def _norms(rows: Rows, *, of_base: bool = False) -> Array:

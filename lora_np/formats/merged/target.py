@@ -26,6 +26,8 @@ from ..files.safetensors_writer import new_header
 from ..models.huggingface import Place
 from ..models.shards import WEIGHTS, Stored
 
+MOVED = 2.0**-8  # relatively: a magnitude in 16 bits, and a norm that was rounded to them
+
 
 class Rows(NamedTuple):
     """Some rows of one weight: their place in a tensor, W0 there (float64, a copy), and its updates.
@@ -114,6 +116,15 @@ class Target:
         """The base's tensor whose bytes it is, if that is so."""
         return None if self.changes else self.source
 
+    @property
+    def rescales(self) -> bool:
+        """Whether DoRA makes some row longer or shorter than it is, by more than 16 bits round its length."""
+        if self.source is None or not any(u.m is not None for c in self.changes.values() for u in c.updates):
+            return False
+        start = self.source.read_raw()
+        blocks = (rows for rows in self.rows(start, start) if rows.has_dora)
+        return any(bool((abs(rows.sum() - rows.W0) > MOVED * abs(rows.W0)).any()) for rows in blocks)
+
     def size(self) -> int:
         """How many bytes it has."""
         if self.kept is None:
@@ -184,7 +195,7 @@ class Plan:
         return any(
             c.whole is not None or any(u.s and (u.B != 0).any() and (u.A != 0).any() for u in c.updates)
             for c in changes
-        )
+        ) or any(target.rescales for target in self.targets)
 
     @property
     def sharded(self) -> bool:
