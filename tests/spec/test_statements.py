@@ -62,7 +62,7 @@ def test_the_bound_of_l5_is_the_one_that_is_computed():
 
 
 def test_the_readme_has_l1_to_l9():
-    assert list(ROWS) == [name for name in STATEMENTS if name.startswith("L")]
+    assert list(ROWS) == [name for name in STATEMENTS if name.startswith("L")][:9]
 
 
 @pytest.mark.parametrize("name", ROWS)
