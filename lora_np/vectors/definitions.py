@@ -586,12 +586,12 @@ def model(t: Inputs, c: Scalars) -> Outputs:
 
 
 def merge_model(t: Inputs, c: Scalars) -> Outputs:
-    """L5 of each adapted matrix; of a tied head that is adapted the token table is a copy, which stays."""
+    """L5 of each adapted matrix, wide inside; of a tied head that is adapted the token table is a copy, which stays."""
     W = {name: Tracked(x.value) for name, x in t.items() if not name.endswith((".A", ".B"))}
     for name in ("head", *(name.removesuffix(".weight") for name in t if name.endswith(".weight"))):
         if (pair := pair_of(t, c, name)) is not None:
             A, B, s = pair
-            W[f"{name}.weight"] = stored(weight_of(t, name) + (B @ A) * s, c["dtype"])
+            W[f"{name}.weight"] = stored(weight_of(t, name).inside + (B.inside @ A.inside) * s, c["dtype"])
     return W
 
 
