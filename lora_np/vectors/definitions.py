@@ -591,7 +591,7 @@ def merge_model(t: Inputs, c: Scalars) -> Outputs:
     for name in ("head", *(name.removesuffix(".weight") for name in t if name.endswith(".weight"))):
         if (pair := pair_of(t, c, name)) is not None:
             A, B, s = pair
-            W[f"{name}.weight"] = stored(weight_of(t, name) + (B @ A) * s, c["dtype"])
+            W[f"{name}.weight"] = stored(weight_of(t, name).inside + (B.inside @ A.inside) * s, c["dtype"])
     return W
 
 
