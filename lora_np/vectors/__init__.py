@@ -25,6 +25,10 @@ were computed in: `lora-np conform RESULTS_DIR` compares, and says what is missi
 them do not change within a version; a later one has all cases of those before, and its own. `--version v1` writes an
 earlier one, and `conform` reads any.
 
+`--precision bfloat16`, float16 or tf32 writes those of that precision (P1, `precision`): inputs that it has, bounds of
+results in it, and in the manifest what it is, how the inputs were made, and which cases are left out, and why. Results
+may be BF16, F16 or F32.
+
 Beside the ids stand folders of adapters as files, for what reads them, each with a manifest. `files`: tiny bases, with
 adapters as PEFT saves them, and what each adds to which tensor. `refusals`: adapters with one thing wrong, which a
 loader must refuse, with an error before it gives anything. Results of them are files.safetensors and refusals.json,

@@ -138,7 +138,7 @@ def test_what_must_be_wide_inside_is_seen_to_be(precision, bits):
     assert seen == narrow
 
 
-WHOLE = ("model-q-v", "pre-norm-rms-padded", "post-norm")
+WHOLE = ("model-q-v", "pre-norm-rms-padded", "post-norm", "tied")
 
 
 @cache
@@ -182,7 +182,7 @@ UNSEEN = {
 
 
 @proves("P1")
-@pytest.mark.parametrize(("precision", "made"), [("float16", 67), ("bfloat16", 67), ("tf32", 41)])
+@pytest.mark.parametrize(("precision", "made"), [("float16", 78), ("bfloat16", 78), ("tf32", 51)])
 def test_known_mistakes_show(precision, made):
     """Exact but for the mistake, and stored: each shows in some case, of those that can be made there."""
     possible, shown = set(), set()
@@ -292,7 +292,7 @@ def test_pytorch_conforms_but_for_these(precision):
 
 
 @proves("P1")
-@pytest.mark.parametrize(("precision", "least"), [("bfloat16", 20), ("float16", 2)])
+@pytest.mark.parametrize(("precision", "least"), [("bfloat16", 70), ("float16", 2.9)])
 def test_pytorch_s_own_loss_and_layer_norm_are_not_wide_inside(precision, least):
     """In a narrow format its log-softmax is stored before the loss is taken, and a layer norm's mean and deviation are,
     for the backward, on the CPU: torch.autocast computes both in float32, as the runner does."""
@@ -313,4 +313,4 @@ def test_pytorch_s_own_loss_and_layer_norm_are_not_wide_inside(precision, least)
     loss = ratios("T15", "cross_entropy", lambda t, c: functional.cross_entropy(t["logits"], t["targets"]), ["logits"])
     norm = ratios("T3", "layer_norm", lambda t, c: functional.layer_norm(t["x"], (6,), t["w"], t["b"], c["eps"]), ["x"])
     assert max(loss) > least
-    assert max(norm) > 1
+    assert max(norm) > 2.5

@@ -8,9 +8,11 @@ pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.files.safetensors_file import open_tensors
-from lora_np.vectors.answers import computed
+from lora_np.vectors.answers import answers, computed
 from lora_np.vectors.conform import compare
 from lora_np.vectors.files import Vectors
+from lora_np.vectors.narrow import in_precision
+from lora_np.vectors.precision import rounded
 
 FEW = Vectors(ours().digest, [*of("L2"), *of("L6"), *of("T5")])
 
@@ -123,3 +125,23 @@ def test_numbers_of_a_kind_that_is_no_result_are_refused(tmp_path):
     folder = results(tmp_path / "r", change=only("bias/out/h", lambda a: a.astype(np.uint8)))
     with pytest.raises(ValueError, match=r"bias/out/h: expected one of F64 .*, got U8"):
         compare(folder, FEW)
+
+
+@pytest.mark.parametrize(("dtype", "tag"), [("bfloat16", "BF16"), ("float16", "F16"), ("float32", "F32")])
+def test_results_are_read_in_the_format_of_their_precision(tmp_path, dtype, tag):
+    """And held to its bounds, in float64 too: 2^-28 of a bound that a narrow format needs is asked of nobody."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy: the extra models")
+    kept = in_precision(next(case for case, _ in of("T2") if case.name == "plain"), "bfloat16")
+    vectors = Vectors("", [(kept, answers(kept))], precision="bfloat16")
+    right = {f"plain/{name}": rounded(value, "bfloat16") for name, (value, _) in answers(kept).items()}
+    for i, kind in enumerate((dtype, "float64")):
+        folder = tmp_path / f"{i}"
+        folder.mkdir()
+        stored = ml_dtypes.bfloat16 if kind == "bfloat16" else kind
+        write_tensors(folder / "T2.safetensors", {name: a.astype(stored) for name, a in right.items()})
+        with open_tensors(folder / "T2.safetensors") as file:
+            assert set(file.dtypes.values()) == {tag if kind == dtype else "F64"}
+        (verdict,) = compare(folder, vectors)
+        assert (verdict.passed, 0.3 < verdict.worst.ratio <= 1) == (True, True)
+    write_tensors(folder / "T2.safetensors", {name: a.astype("float32") * 1.02 for name, a in right.items()})
+    assert compare(folder, vectors)[0].failed

@@ -13,9 +13,10 @@ pytest.importorskip("safetensors", reason="files of vectors: the extra cli")
 
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.files.safetensors_file import open_tensors
-from lora_np.vectors.answers import FLOAT64, error_ratio
+from lora_np.vectors.answers import FLOAT64, answers, error_ratio
 from lora_np.vectors.cases import VERSIONS, all_cases
-from lora_np.vectors.files import LAYOUT, MANIFEST, SCHEMA, made, read_vectors, write_vectors
+from lora_np.vectors.files import LAYOUT, MANIFEST, SCHEMA, Vectors, digest, made, read_vectors, write_vectors
+from lora_np.vectors.narrow import in_precision
 from lora_np.vectors.statements import STATEMENTS
 
 COMMITTED = Path(__file__).parents[1] / "conformance" / "vectors"
@@ -170,6 +171,8 @@ def test_an_existing_folder_is_refused(folder):
         (lambda m: m["cases"][0].update(expected={}), "cases: expected a list of objects"),
         (lambda m: m["cases"][0].update(name="other"), "the tensor other/in/A is missing"),
         (lambda m: m["cases"][0]["scalars"].update(alpha=7), "not those that its digest was taken of"),
+        (lambda m: m.update(precision="int4"), "precision: expected one of float32 tf32 bfloat16 float16, got int4"),
+        (lambda m: m.update(precision="bfloat16"), "not those that its digest was taken of"),
         (lambda m: m.update(digest="0"), "not those that its digest was taken of"),
         (lambda m: m["cases"][0].update(inputs={"A": 5}), "not those that its digest was taken of"),
     ],
@@ -203,3 +206,16 @@ def test_an_input_that_was_changed_is_refused(folder):
     write_tensors(path, tensors)
     with pytest.raises(ValueError, match="not those that its digest was taken of"):
         read_vectors(folder)
+
+
+def test_a_manifest_says_its_precision_and_what_is_left_out(tmp_path):
+    case = next(case for case, _ in ours().cases if case.id == "T2")
+    cases = [(case, answers(case)) for case in [in_precision(case, "tf32")]]
+    write_vectors(tmp_path / "v", Vectors(digest(cases, VERSIONS[-1], "tf32"), cases, precision="tf32"))
+    manifest = json.loads((tmp_path / "v" / MANIFEST).read_text())
+    assert (manifest["precision"], "SHAKE-256 of tf32/ID/CASE/NAME" in manifest["inputs"]) == ("tf32", True)
+    assert "T3/plain" in manifest["left_out"]["no product of matrices is in it: it is as in float32"]
+    assert "computed in tf32" in manifest["layout"]["CASE/bound/out/NAME, CASE/bound/grad/NAME"]
+    read = read_vectors(tmp_path / "v")
+    assert (read.precision, read.cases[0][0].precision) == ("tf32", "tf32")
+    assert read.digest != digest(cases, VERSIONS[-1])
