@@ -22,7 +22,7 @@ from lora_np.vectors.files import read_vectors
 # What each is imported as.
 MODULES = {
     "litgpt": "litgpt", "torchtune": "torchtune", "adapters": "adapters", "mlx-lm": "mlx_lm", "Keras": "keras",
-    "qwix": "qwix", "llama.cpp": "xllamacpp",
+    "qwix": "qwix", "llama.cpp": "xllamacpp", "transformers": "transformers",
 }  # fmt: skip
 
 

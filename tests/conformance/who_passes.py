@@ -1,9 +1,10 @@
 """Which implementation gets what right: installs each in an environment of its own, runs it, and judges its results.
 
-python tests/conformance/who_passes.py FOLDER [--only NAME ...] [--write]
+python tests/conformance/who_passes.py FOLDER [--only NAME ...] [--keep] [--write]
 
-FOLDER keeps the environments and the results. The table is printed; --write puts it into tests/README.md. Every finding
-has been looked into by hand, and stands in FINDINGS: what is wrong and is not there stops the table.
+FOLDER keeps the environments and the results; with --keep what has run is judged as it stands. The table is printed;
+--write puts it into tests/README.md. Every finding has been looked into by hand, and stands in FINDINGS: what is wrong
+and is not there stops the table.
 """
 
 import argparse
@@ -133,12 +134,13 @@ def versions(name: str, program: list[str]) -> str:
     return subprocess.check_output([program[0], "-c", ask, *IMPLEMENTATIONS[name].packages], text=True).strip()
 
 
-def judged(name: str, folder: Path):
-    """Its versions, and the verdict on each id of which it computes something."""
+def judged(name: str, folder: Path, *, keep: bool):
+    """Its versions, and the verdict on each id of which it computes something. keep: what has run is not run again."""
     program, results = command(name, folder), folder / f"{name} results"
-    shutil.rmtree(results, ignore_errors=True)
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    subprocess.run([*program, VECTORS, results], check=True, env=one_thread)
+    if not (keep and any(results.glob("*.safetensors"))):
+        shutil.rmtree(results, ignore_errors=True)
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        subprocess.run([*program, VECTORS, results], check=True, env=one_thread)
     verdicts = compare(results, read_vectors(VECTORS), name_mistakes=False)
     return versions(name, program), {one.id: one for one in verdicts if not all(found.absent for found in one.found)}
 
@@ -194,10 +196,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=[*IMPLEMENTATIONS], metavar="NAME")
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.folder.mkdir(exist_ok=True, parents=True)
-    found = {name: judged(name, args.folder) for name in args.only}
+    found = {name: judged(name, args.folder, keep=args.keep) for name in args.only}
     if strange := unexplained(found):
         raise SystemExit("\n".join(["not looked into:", *strange]))
     text = table(found)
