@@ -59,9 +59,9 @@ WRONG, OTHER = "wrong", "otherwise"  # a mistake; a definition of its own, or a 
 SUBTRACTED = (WRONG, "the update is subtracted from the merged weight, whose bits are lost")
 ADDED = (OTHER, "1e-6 is added to the norm that divides")
 AVERAGE = (OTHER, "a query that sees no key gives the mean of all values, not zeros")
-IN_FLOAT32 = "1 - beta^t is computed in float32, of whose bits 0.999 leaves half"
+IN_FLOAT32 = "1 - beta^t is computed in float32, and keeps 14 of its 24 bits at 0.999"
 FROM_ZERO = "warm-up is k / w: the first step has the rate 0"
-RISES = f"{FROM_ZERO}; after the last one the cosine rises again"
+RISES = f"{FROM_ZERO}; after the last step the cosine rises again"
 TABLE = (OTHER, "GELU comes from a table of float16")
 FINDINGS = {
     ("PyTorch + PEFT", "L6"): SUBTRACTED,
@@ -73,7 +73,7 @@ FINDINGS = {
     ("litgpt", "O2"): (OTHER, f"{RISES}; without warm-up it divides by 0"),
     ("torchtune", "L10"): (
         WRONG,
-        "the bias is multiplied by m / c too; with dropout W0 x is of the x that is not dropped, as in the paper",
+        "the bias is multiplied by m / c too; with dropout W0 x is of the x that is not dropped",
     ),
     ("torchtune", "T11"): (OTHER, "neighbours x_2i and x_(2i+1) are turned; it turns the rows of W_q and W_k to suit"),
     ("torchtune", "O2"): (OTHER, RISES),
