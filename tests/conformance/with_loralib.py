@@ -48,11 +48,10 @@ def lora_embedding(t, c):
 
 
 def merge(t, c):
-    if c["dtype"] != "float32":
-        return None  # an in-place sum of float32 factors and a float16 weight, which PyTorch refuses
-    layer = layer_of(t, c)
+    dtype = getattr(torch, c["dtype"])
+    layer = layer_of({**t, "W0": t["W0"] if c["dtype"] == "float32" else t["W0"].detach().to(dtype)}, c)
     layer.eval()
-    W = layer.weight.detach().to(torch.float32).to(t["x"].dtype)
+    W = layer.weight.detach().to(dtype).to(t["x"].dtype)
     return {"W": W, "h": torch.nn.functional.linear(t["x"], W, t.get("b"))}
 
 

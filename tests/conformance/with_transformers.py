@@ -105,11 +105,11 @@ def a_bert(t, c):
 
 def made(t, c):
     """The model, adapted by PEFT, and its tensors by its own names; None for what it cannot be."""
-    beside = ("prefix", "norm_outputs", "adapters", "position_offset", "rank_pattern")
+    beside = ("prefix", "norm_outputs", "adapters", "position_offset")
     if any(c.get(one) for one in beside) or c.get("head_scale", 1) != 1 or c.get("pooler", "tanh") != "tanh":
         return None
     shape = (c["norm"], c["norm_first"], c["activation"], c["causal"])
-    if is_llama({}, c, "rslora", "split"):
+    if is_llama({}, c, "rslora", "split", "rank_pattern"):
         net, own = a_llama(t, c)
     elif shape == ("layer", True, "gelu_tanh", True) and not {"q", "k", "v"} & set(c.get("adapted", ())):
         net, own = a_gpt2(t, c)
@@ -121,7 +121,9 @@ def made(t, c):
     adapted = [name.removesuffix(".A") for name in own if name.endswith(".A")]
     if adapted:
         how = {"r": c["r"], "lora_alpha": c["alpha"], "use_rslora": c["rslora"], "target_modules": adapted}
-        net = peft.get_peft_model(net, peft.LoraConfig(**how, fan_in_fan_out="transformer.h.0.attn.c_attn" in adapted))
+        ranks = {name: len(own[f"{name}.A"]) for name in adapted}
+        turned = any("c_attn" in name for name in adapted)
+        net = peft.get_peft_model(net, peft.LoraConfig(**how, rank_pattern=ranks, fan_in_fan_out=turned))
         inside = "base_model.model."
         for name in adapted:
             own |= {f"{name}.lora_{X}.default.weight": own.pop(f"{name}.{X}") for X in "AB"}
@@ -156,6 +158,36 @@ def generate(t, c):
     about = {"do_sample": False, "max_new_tokens": c["n"], "output_logits": True, "return_dict_in_generate": True}
     found = net.generate(t["tokens"], attention_mask=mask.long(), **about)
     return {"tokens": found.sequences, "logits": torch.stack(found.logits, 1)}
+
+
+def merge_model(t, c):
+    got = made(t, c)
+    if got is None:
+        return None
+    net, own = got
+    dtype = getattr(torch, c["dtype"])
+    given = {name: (value if "lora_" in name else value.to(dtype)).detach().clone() for name, value in own.items()}
+    net.load_state_dict(given, strict=False, assign=True)
+    state = {name: value.float() for name, value in net.merge_and_unload().state_dict().items()}
+    stem, table, layers, norm, names = (
+        ("model", "embed_tokens", "layers", "norm", NAMES)
+        if c["norm"] == "rms"
+        else ("transformer", "wte", "h", "ln_f", GPT2)
+    )
+    found = {"embed.tokens": state[f"{stem}.{table}.weight"], "head.weight": state["lm_head.weight"]}
+    found |= {"embed.positions": state["transformer.wpe.weight"]} if names is GPT2 else {}
+    for end in ("weight", "bias"):
+        places = {"norm": f"{stem}.{norm}"}
+        for i in range(c["n_layer"]):
+            places |= {f"layers.{i}.{ours}": f"{stem}.{layers}.{i}.{theirs}" for ours, theirs in names.items()}
+        for ours, theirs in places.items():
+            value = state.get(f"{theirs}.{end}")
+            if value is None:
+                continue
+            value = value.T if names is GPT2 and value.ndim == 2 else value
+            parts = zip("qkv", value.chunk(3), strict=True) if ours.endswith("qkv") else [("", value)]
+            found |= {f"{ours.removesuffix('qkv')}{part}.{end}": one for part, one in parts}
+    return found
 
 
 # --- Their parts ------------------------------------------------------------------------------------------------------
@@ -253,8 +285,8 @@ def warmup_cosine(t, c):
 
 OPERATIONS = {
     f.__name__: f
-    for f in (model, generate, rms_norm, gated_mlp, rotary, head_norm, attention, cross_attention, score_bias,
-              cross_entropy, sample, warmup_cosine)
+    for f in (model, generate, merge_model, rms_norm, gated_mlp, rotary, head_norm, attention, cross_attention,
+              score_bias, cross_entropy, sample, warmup_cosine)
 }  # fmt: skip
 OPERATIONS["gelu"] = lambda t, c: {"y": GELUActivation()(t["x"])}
 OPERATIONS["gelu_tanh"] = lambda t, c: {"y": NewGELUActivation()(t["x"])}
