@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..adapter import Adapter, init_adapter
-from ..formats.adapters.peft import save_adapter
+from ..formats.adapters.peft import check_saves, save_adapter
 from ..formats.adapters.peft_config import CONFIG, WEIGHTS
 from ..formats.adapters.task import save_task
 from ..formats.adapters.unfinished import CHECKPOINT
@@ -67,6 +67,7 @@ def finetune(
     adapter = init_adapter(model, job.lora, seed=job.settings.seed) if start is None else start
     if adapter.config != job.lora:
         raise ValueError(f"start: expected an adapter of job.lora, {job.lora}, got one of {adapter.config}")
+    check_saves(adapter, model)  # likewise
     about = identity(model, data, job, start)
     for name, value in about.items():
         ranks.check_same(name, value)

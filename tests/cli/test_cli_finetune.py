@@ -44,6 +44,40 @@ def finetune(home, out, *more, data="text", steps=20):
     ]  # fmt: skip
 
 
+# --- DoRA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("L10")
+def test_dora_trains_magnitudes_and_goes_on_with_them(home, tmp_path, capsys):
+    argv = finetune(home, tmp_path / "dora", "--dora", "--targets", "qkv", "--r", "2")
+    assert run(capsys, *argv)[0] == 0
+    model = ln.load_model(home / "base")
+    found = ln.load_adapter(tmp_path / "dora", model)
+    start = ln.init_adapter(model, found.config, seed=0)
+    assert found.config.dora
+    for name in ("layers.0.attn.qkv.m", "layers.1.attn.qkv.m"):
+        moved = np.abs(asnumpy(found.params[name]) / asnumpy(start.params[name]) - 1)
+        assert moved.max() > 1e-2
+    given = ["--base", home / "base", "--adapter", tmp_path / "dora"]
+    assert run(capsys, "merge", *given, "--out", tmp_path / "merged")[0] == 0
+    status, out, _ = run(capsys, "verify", *given, "--merged", tmp_path / "merged")
+    assert status == 0
+    assert "is (m / c) (W0 + s B A), rounded once" in out
+    assert "DoRA: W' = (m / c) (W0 + s B A), row by row; |s B A| is without m" in run(capsys, "inspect", given[-1])[1]
+    argv = finetune(home, tmp_path / "on", "--adapter", tmp_path / "dora", steps=1)
+    assert run(capsys, *argv)[0] == 0
+    assert ln.load_adapter(tmp_path / "on", model).config == found.config
+
+
+def test_dora_that_no_file_holds_is_refused_before_the_work(home, capsys):
+    """On GPT-2's one matrix of q, k and v, the default targets q and v leave k's rows out."""
+    message = one_line(capsys, *finetune(home, "never", "--dora"))
+    assert "layers.0.attn.qkv is one matrix in PEFT, each of whose rows DoRA scales" in message
+    assert not (home / "never").exists()
+    message = one_line(capsys, *finetune(home, "never", "--dora", "--adapter", home / "lm"))
+    assert "expected --dora False, or none; got --dora True" in message
+
+
 # --- On from an adapter ----------------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,34 @@ def test_what_verify_says(tmp_path, capsys):
     assert {one["looks_like"][0] for one in found["changed"]} == {"the magnitudes are left out"}
 
 
+def test_inspect_says_how_far_magnitudes_are_from_the_norms(tmp_path, capsys):
+    home = DoraHome(tmp_path, "F32", 0.3)
+    argv = ["inspect", f"{tmp_path / 'ad'}", "--base", f"{tmp_path / 'base'}"]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["m_over_c"]
+    assert found.keys() == {f"{name}.weight" for name in MODULES}
+    ratios = {name: home.m[name] / np.linalg.norm(home.sum(name), axis=1) for name in MODULES}
+    for name, ratio in ratios.items():
+        assert found[f"{name}.weight"] == pytest.approx((ratio.min(), ratio.max()), rel=1e-12)
+    assert main(argv) == 0
+    all_of = np.concatenate(list(ratios.values()))
+    assert f"m / c is from {all_of.min():.4g} to {all_of.max():.4g}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [1, 1.01])
+def test_magnitudes_alone_may_be_what_was_trained(tmp_path, capsys, factor):
+    DoraHome(tmp_path, "BF16", 0.3, move=0)
+    path = tmp_path / "ad" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for key in tensors:
+        tensors[key] = tensors[key] * np.float32(0 if "lora_B" in key else factor if "magnitude" in key else 1)
+    path.unlink()
+    write_tensors(path, tensors, {})
+    argv = ["verify", "--base", f"{tmp_path / 'base'}", "--adapter", f"{tmp_path / 'ad'}", "--json"]
+    assert main(argv) == (factor == 1)
+    assert json.loads(capsys.readouterr().out)["trained"] is (factor != 1)
+
+
 def test_merged_tensors_are_the_formula_rounded_once(tmp_path, dtype):
     home = DoraHome(tmp_path, dtype, 0.3)
     for target in plan_merge(tmp_path / "base", [tmp_path / "ad"], [1.0]).targets:

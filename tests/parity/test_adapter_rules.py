@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import lora_np as ln
 from lora_np import cli
 from lora_np.formats.merged.combined import combine_files
 from lora_np.formats.merged.folder import merge_folder
@@ -420,6 +421,47 @@ def test_the_way_out_is_one(tmp_path, start):
     got, before = (logits(opened(tmp_path / name, "llama"), "llama") for name in ("out", "base"))
     assert (got - due).abs().max() <= CLOSE * due.abs().max()
     assert (before - due).abs().max() > 100 * CLOSE * due.abs().max()
+
+
+@pytest.mark.proves("L9", "L12")
+def test_pissa_and_its_conversion_are_pefts(tmp_path):
+    """The residual, s B A at the start, and the plain LoRA of the first base, as `combine` makes it; in float32.
+
+    Singular directions have no sign, so products are compared. PEFT's SVD is float32: both are off by some 2^-24 of W0.
+    """
+    base = families.make("llama", torch.float32, seed=1)
+    base.save_pretrained(str(tmp_path / "base"))
+    model = ln.load_model(tmp_path / "base")
+    W0 = {name: ln.asnumpy(model.weights[f"{name}.weight"]) for name in ("layers.0.attn.q", "layers.1.attn.q")}
+    module = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", **Q))
+    module.peft_config["default"].init_lora_weights = True
+    module.save_pretrained(str(tmp_path / "start"))
+    residual, start = ln.init_pissa(model, ln.LoRAConfig(r=4, alpha=6, targets=("q",)))
+    theirs = ln.load_adapter(tmp_path / "start", model)
+    for i, (name, W) in enumerate(W0.items()):
+        close = 100 * 2.0**-24 * np.linalg.norm(W, 2)
+        left = module.base_model.model.model.layers[i].self_attn.q_proj.base_layer.weight.detach().numpy()
+        assert np.abs(update_of(theirs, name) - update_of(start, name)).max() <= close
+        assert np.abs(left - ln.asnumpy(residual.weights[f"{name}.weight"])).max() <= close
+        assert np.abs(left - W).max() > 100 * close
+    for name, value in module.named_parameters():
+        if "lora_" in name:
+            value.data += 0.1 * torch.randn_like(value)
+    module.save_pretrained(str(tmp_path / "trained"))
+    module.peft_config["default"].init_lora_weights = "pissa"
+    module.save_pretrained(str(tmp_path / "ad"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    trained, converted = (ln.load_adapter(tmp_path / folder, model) for folder in ("trained", "ad"))
+    ours = ln.combine([trained, start], [1, -1])
+    assert ours.config.r == converted.config.r == 8
+    for name, W in W0.items():
+        size = np.linalg.norm(W, 2) + np.abs(update_of(trained, name)).max()
+        assert np.abs(update_of(ours, name) - update_of(converted, name)).max() <= 100 * 2.0**-24 * size
+
+
+def update_of(adapter, name):
+    """s B A of one matrix, in float64."""
+    A, B = (ln.asnumpy(adapter.params[f"{name}.{factor}"]).astype("f8") for factor in "AB")
+    return adapter.config.scale(name) * B @ A
 
 
 def test_a_bias_that_the_layer_does_not_have_is_refused_as_peft_refuses_it(tmp_path):

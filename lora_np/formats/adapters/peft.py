@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from ...adapter import Adapter
 from ...model import Model
@@ -24,7 +25,7 @@ from .fused_qkv import take_apart
 from .header import KEY, check_savable, write_about
 from .of_model import adapter_of, check_supported
 from .peft_config import CONFIG, WEIGHTS, check_keys, check_same, write_config
-from .peft_tensors import slots
+from .peft_tensors import Slot, slots
 from .saved import read_saved
 
 
@@ -36,10 +37,8 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
     ValueError or TypeError if the adapter does not fit the model, trains what PEFT has no place for, or gives q, k, v
     of one c_attn different scales. Where q, k and v are three modules, qkv becomes three updates with the same A.
     """
-    check_savable(adapter, model)
-    apart = take_apart(model.config, adapter)
-    config = write_config(model.config, apart.config, apart.matrices)
-    tensors = {key: slot.write(apart.params, model) for key, slot in slots(model, apart.config, apart.params).items()}
+    apart, config, places = _prepared(adapter, model)
+    tensors = {key: slot.write(apart.params, model) for key, slot in places.items()}
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder, or nothing, got a file")
@@ -47,6 +46,19 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, model: Model) -
     with writing as folder:
         write_tensors(folder / WEIGHTS, tensors, {KEY: write_about(adapter, model)})
         write_json(folder / CONFIG, config)
+
+
+def check_saves(adapter: Adapter, model: Model) -> None:
+    """The errors of `save_adapter` that an adapter has of its own, before it is trained."""
+    _prepared(adapter, model)
+
+
+def _prepared(adapter: Adapter, model: Model) -> tuple[Adapter, dict[str, Any], dict[str, Slot]]:
+    """The adapter as it is stored, its configuration, and the tensors that hold it."""
+    check_savable(adapter, model)
+    apart = take_apart(model.config, adapter)
+    config = write_config(model.config, apart.config, apart.matrices)
+    return apart, config, slots(model, apart.config, apart.params)
 
 
 def load_adapter(path: str | os.PathLike[str], model: Base) -> Adapter:
