@@ -67,6 +67,8 @@ def _why_not(case: Case, precision: str) -> str | None:
         return "not computed of floats"
     if case.operation in ("subspace_similarity", "amplification", "pissa") or c.get("rank") is not None:
         return "singular values are found in float32 or float64"
+    if case.operation in ("quantise_nf4", "dequantise_nf4", "nf4_linear"):
+        return "what stands beside four bits is in float32"
     if case.operation in ("generate", "sample"):
         return "tokens: which of two near ones is larger may be seen otherwise"
     if case.operation in ("merge", "merge_model") and c["dtype"] != dtype:
