@@ -14,7 +14,7 @@ from .precision import FORMATS, PRECISIONS, rounded
 PRODUCTS = frozenset({
     "lora_update", "lora_linear", "lora_embedding", "lora_start", "merge", "per_row", "combine", "linear", "gated_mlp",
     "attention", "disentangled", "cross_attention", "model", "dora_linear", "dora_embedding", "dora_merge", "segments",
-    "merge_model", "nf4_linear",
+    "merge_model",
 })  # fmt: skip
 LOW = 2**13  # what TF32 leaves out of 24 bits
 
