@@ -14,7 +14,7 @@ from .precision import FORMATS, PRECISIONS, rounded
 PRODUCTS = frozenset({
     "lora_update", "lora_linear", "lora_embedding", "lora_start", "merge", "per_row", "combine", "linear", "gated_mlp",
     "attention", "disentangled", "cross_attention", "model", "dora_linear", "dora_embedding", "dora_merge", "segments",
-    "merge_model", "nf4_linear",
+    "merge_model",
 })  # fmt: skip
 LOW = 2**13  # what TF32 leaves out of 24 bits
 
@@ -67,6 +67,8 @@ def _why_not(case: Case, precision: str) -> str | None:
         return "not computed of floats"
     if case.operation in ("subspace_similarity", "amplification", "pissa") or c.get("rank") is not None:
         return "singular values are found in float32 or float64"
+    if case.operation in ("quantise_nf4", "dequantise_nf4", "nf4_linear"):
+        return "what stands beside four bits is in float32"
     if case.operation in ("generate", "sample"):
         return "tokens: which of two near ones is larger may be seen otherwise"
     if case.operation in ("merge", "merge_model") and c["dtype"] != dtype:
