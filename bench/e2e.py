@@ -18,6 +18,7 @@ import numpy as np
 
 import lora_np as ln
 from lora_np.batch import BatchDict
+from lora_np.formats.models.base import STORAGES, Storage
 from lora_np.formats.models.tokenizer import Tokenizer
 from lora_np.training.examples import Example, bucketed, encode_pair, in_order
 from lora_np.training.loop import Score, Settings, evaluate, placed, train
@@ -40,6 +41,7 @@ class Work(NamedTuple):
     N: int
     steps: int
     eos: int | None
+    storage: Storage | None = None  # ours
 
     def batch(self, step: int) -> BatchDict:
         return bucketed(self.data, N=self.N, seed=SEED, step=step)
@@ -47,7 +49,7 @@ class Work(NamedTuple):
 
 def _start(work: Work) -> tuple[ln.Model, ln.Adapter]:
     """The base, and the adapter that both sides start from."""
-    model = ln.load_model(work.path)
+    model = ln.load_model(work.path, storage=work.storage)
     return model, ln.init_adapter(model, ln.LoRAConfig(r=R, alpha=ALPHA), seed=SEED)
 
 
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("-N", type=int, default=8, help="examples a batch (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=20, help="prompts that are held out (default: %(default)s)")
+    parser.add_argument("--storage", choices=STORAGES, help="how ours holds the base's matrices (default: float32)")
     parser.add_argument("--alone", action="store_true", help="without PyTorch + PEFT")
     parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args()
@@ -121,7 +124,7 @@ def main() -> None:
     shown = prompts[:3]
     sides = {"lora_np": ours} if args.alone else {"lora_np": ours, "PyTorch + PEFT": theirs}
     ids = [tokenizer.encode(prompt) for prompt in shown]
-    work = Work(args.base, data, dev, ids, args.N, args.steps, tokenizer.eos)
+    work = Work(args.base, data, dev, ids, args.N, args.steps, tokenizer.eos, args.storage)
     found = {name: side(work) for name, side in sides.items()}
     for side in found.values():
         for kind in ("base", "adapted"):

@@ -49,6 +49,7 @@ def table(*, M: int, D: int, F: int, H: int, V: int, R: int) -> Mapping[str, Op]
     A, B, logits, E = normal(R, D), normal(D, R), normal(M, V), normal(V, D)
     bits = rng.standard_normal((D, D), dtype=np.float32).view(np.uint32)
     halves = storage.BFloat16((D, D), xp.asarray((bits >> 16).astype(np.uint16)))
+    four_bits = storage.quantise_nf4(W)
     q, k, v, dh = (normal(1, H, M, D // H) for _ in range(4))
     tokens, t = xp.asarray(rng.integers(0, V, M)), xp.arange(M)
     cos, sin = ops.rotary_angles(t, D // H, 1e4, "float32")
@@ -67,6 +68,9 @@ def table(*, M: int, D: int, F: int, H: int, V: int, R: int) -> Mapping[str, Op]
         "linear, W in bfloat16": op(lambda: ops.linear(x, halves, b), product + n, 2 * n, D * D / 2),
         "linear, dx, W in bfloat16": op(lambda: ops.linear_backward(dy, halves), product, 2 * n, D * D / 2),
         "widened": op(lambda: storage.widened(halves), 0, 1.5 * D * D),
+        "linear, W in NF4": op(lambda: ops.linear(x, four_bits, b), product + n, 2 * n, D * D / 8),
+        "linear, dx, W in NF4": op(lambda: ops.linear_backward(dy, four_bits), product, 2 * n, D * D / 8),
+        "widened, NF4": op(lambda: storage.widened(four_bits), D * D, 1.125 * D * D),
         "linear, dW": op(lambda: ops.linear_weight_backward(dy, x), product, 2 * n, D * D),
         "linear, db": op(lambda: ops.bias_backward(dy), n, n),
         "lora_linear": op(lambda: lora.lora_linear(x, W, b, A, B, 2.0), product + low, 2 * n, D * D, 2 * R * D),

@@ -248,8 +248,7 @@ def dequantise_nf4(q: NF4) -> Array:
 
 # --- GGUF's blocks of 32 ---------------------------------------------------------------------------------------------
 #
-# A row is blocks of 32 numbers d q: a float16 d, and whole numbers q. Held as a file has them: uint8 (out, bytes of a
-# row).
+# A row is blocks of 32 numbers d q: a float16 d, and whole numbers q. Held as a file has them, uint8 (out, bytes).
 
 
 def _blocks_of_32(raw: Array, size: int) -> tuple[Array, Array]:
@@ -281,5 +280,24 @@ class Q4_0(Held):
 
     def __getitem__(self, rows: slice | Array) -> Array:
         d, q = _blocks_of_32(self.raw[rows], 18)
-        W = d * (xp.concatenate([q & 15, q >> 4], axis=-1).astype(xp.int8) - xp.int8(8))
+        W = d * (_halves(q) - xp.int8(8))
         return W.reshape(*W.shape[:-2], self.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Q4_1(Held):
+    """A matrix in GGUF's Q4_1: d q + m, with a float16 m behind d; q in four bits, in Q4_0's order."""
+
+    raw: Array
+    name = "Q4_1"
+
+    def __getitem__(self, rows: slice | Array) -> Array:
+        d, q = _blocks_of_32(self.raw[rows], 20)
+        W = d * _halves(q[..., 2:])
+        W += xp.ascontiguousarray(q[..., :2]).view(xp.float16).astype(xp.float32)
+        return W.reshape(*W.shape[:-2], self.shape[1])
+
+
+def _halves(q: Array) -> Array:
+    """The lower halves of bytes (..., 16), then the upper. -> int8 (..., 32)"""
+    return xp.concatenate([q & 15, q >> 4], axis=-1).astype(xp.int8)

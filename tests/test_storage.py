@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import device, same_bits, seeds, whole_numbers
 
 from lora_np.backend import asnumpy, backend_name, xp
-from lora_np.storage import LEVELS, Q4_0, Q8_0, dequantise_nf4, narrowed, quantise_nf4, widened
+from lora_np.storage import LEVELS, Q4_0, Q4_1, Q8_0, dequantise_nf4, narrowed, quantise_nf4, widened
 
 proves = pytest.mark.proves
 small = st.integers(1, 5)
@@ -167,10 +167,14 @@ def test_what_is_not_dequantised():
 # --- GGUF's blocks ---------------------------------------------------------------------------------------------------
 
 
+SIZES = {Q8_0: 34, Q4_0: 18, Q4_1: 20}  # bytes of a block
+
+
 def blocks_of_32(rng, n_out, n_blocks, size):
     """Random rows of blocks of so many bytes: a float16, which is small, and what stands behind it."""
     raw = rng.integers(0, 256, (n_out, n_blocks, size), dtype=np.uint8)
-    raw[..., :2] = rng.uniform(-2, 2, (n_out, n_blocks, 1)).astype("<f2").view(np.uint8)
+    numbers = rng.uniform(-2, 2, (n_out, n_blocks, 2)).astype("<f2").view(np.uint8)
+    raw[..., : 4 if size == 20 else 2] = numbers[..., : 4 if size == 20 else 2]
     return device(raw.reshape(n_out, -1))
 
 
@@ -178,13 +182,17 @@ def blocks_of_32(rng, n_out, n_blocks, size):
 def test_gguf_blocks_are_a_scale_times_whole_numbers(seed, n_out, n_blocks):
     """As the format says it, number by number: 32 bytes with a sign; or halves of 16 bytes less 8, all lower first."""
     rng = np.random.default_rng(seed)
-    for kind, size in ((Q8_0, 34), (Q4_0, 18)):
+    for kind, size in SIZES.items():
         raw = blocks_of_32(rng, n_out, n_blocks, size)
         W = np.empty((n_out, n_blocks, 32))
         for o, b in np.ndindex(n_out, n_blocks):
             block = asnumpy(raw)[o].reshape(n_blocks, size)[b].tobytes()
             d = struct.unpack("<e", block[:2])[0]
-            low, high = [byte & 15 for byte in block[2:]], [byte >> 4 for byte in block[2:]]
+            low, high = [byte & 15 for byte in block[-16:]], [byte >> 4 for byte in block[-16:]]
+            if kind is Q4_1:  # two roundings: of the product, and of the sum
+                m = np.float32(struct.unpack("<e", block[2:4])[0])
+                W[o, b] = [np.float32(d) * np.float32(n) + m for n in low + high]
+                continue
             q = struct.unpack("32b", block[2:]) if kind is Q8_0 else [half - 8 for half in low + high]
             W[o, b] = [d * n for n in q]
         assert same_bits(kind((n_out, 32 * n_blocks), raw)[:], device(W.reshape(n_out, -1), "float32"))
@@ -197,8 +205,8 @@ def kinds():
     """A matrix (6, 64) of each kind."""
     rng = np.random.default_rng(0)
     W = device(rng.integers(-8, 9, (6, 64)), "float32")
-    eight, four = (blocks_of_32(rng, 6, 2, size) for size in (34, 18))
-    return [narrowed(W), quantise_nf4(W), quantise_nf4(W, double=False), Q8_0((6, 64), eight), Q4_0((6, 64), four)]
+    blocks = [kind((6, 64), blocks_of_32(rng, 6, 2, size)) for kind, size in SIZES.items()]
+    return [narrowed(W), quantise_nf4(W), quantise_nf4(W, double=False), *blocks]
 
 
 @pytest.mark.parametrize("W", kinds(), ids=lambda W: W.name)

@@ -63,7 +63,7 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage", choices=STORAGES,
         help="how the base's matrices are held (default: float32): bfloat16, where its file has them so; nf4, the "
-        "layers' rounded to four bits; gguf, a .gguf file's in Q8_0 and Q4_0 as they are",
+        "layers' rounded to four bits; gguf, a .gguf file's in Q8_0, Q4_0 and Q4_1 as they are",
     )  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def test_bfloat16_is_held_as_it_is(path):
 
 
 @pytest.mark.proves("L11")
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
 def test_blocks_are_held_as_they_are(path, kind):
     """Whatever the rows' order: the numbers that the gguf package decodes, in the file's own bytes."""
     write(path, SMALL, kind)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rounding import dtype_of
 
-from lora_np.backend import xp
+import lora_np as ln
+from lora_np.backend import asnumpy, xp
 from lora_np.cli import main
 from lora_np.formats.files.atomic import write_tensors
 from lora_np.formats.merged.comparison import compare, difference
@@ -209,6 +210,14 @@ def test_a_multiple_of_the_base_is_none_that_was_rounded(kept):
     found, _ = difference("W", merged.size, summed(merged, W0, [Update(A, B, 0.1)]), 1)
     assert not found.fits
     assert found.rounded_to is None
+
+
+def test_a_base_that_was_held_in_nf4_with_its_maxima_in_8_bits(tmp_path, dtype):
+    """As QLoRA holds it (L11). It is near the rounding without double quantisation, and has that one's name."""
+    home = Home(tmp_path, dtype, 1.0)
+    dequantised = {name: asnumpy(ln.quantise_nf4(xp.asarray(home.W0[name].astype("f4")))[:]) for name in MODULES}
+    wrong = {name: W.astype("f8") + home.update(name) for name, W in dequantised.items()}
+    assert home.judged(wrong) == (False, "a merge onto the base rounded to 4 bits, NF4 in blocks of 64")
 
 
 @pytest.mark.parametrize("size", [10.0, 1.0, 0.01])

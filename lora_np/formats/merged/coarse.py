@@ -19,17 +19,12 @@ from typing import Any
 import numpy as np
 
 from ...backend import Array
+from ...storage import LEVELS
 from .evidence import SURE
 from .target import Rows
 
 BFLOAT16 = "bfloat16"
 SAMPLE = 2**18  # elements of a tensor, of those in blocks where any is off
-# NF4's levels (QLoRA, arXiv:2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
-NF4 = np.array([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
 
 
 def _symmetric(groups: Array, most: int) -> Array:
@@ -62,8 +57,9 @@ def _with_zero(groups: Array) -> Array:
 
 def _nf4(groups: Array) -> Array:
     largest = abs(groups).max(axis=1, keepdims=True)
-    between = (NF4[1:] + NF4[:-1]) / 2
-    return NF4[np.searchsorted(between, groups / np.where(largest, largest, 1))] * largest
+    levels = LEVELS.astype(np.float64)
+    between = (levels[1:] + levels[:-1]) / 2
+    return levels[np.searchsorted(between, groups / np.where(largest, largest, 1))] * largest
 
 
 def _bfloat16(groups: Array) -> Array:

@@ -110,7 +110,7 @@ def load_model(
     storage: how matrices are held, in float32 only; they are widened where they are used, a block of rows at a time.
     "bfloat16": half the memory, where the file's numbers are bfloat16's: the same results, but for the rounding of
     products by blocks. "nf4": the layers' matrices rounded to four bits (L11), a sixth of the memory; tables and the
-    head stay as they are. "gguf": a .gguf file's matrices in Q8_0 and Q4_0 as the file has them.
+    head stay as they are. "gguf": a .gguf file's matrices in Q8_0, Q4_0 and Q4_1 as the file has them.
     A FileNotFoundError or ValueError, in one line, says which file is missing, of another model type, or damaged, and
     which key or tensor is at fault.
     """

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...backend import Array, DType, xp
-from ...storage import Q4_0, Q8_0, Held, wide_blocks
+from ...storage import Q4_0, Q4_1, Q8_0, Held, wide_blocks
 from ..files.extras import missing
 from ..files.stamp import changed, open_unchanged, stamp
 
@@ -77,7 +77,8 @@ TENSOR_TYPES = {
 }
 
 
-HELD: dict[str, type[Q4_0] | type[Q8_0]] = {"Q4_0": Q4_0, "Q8_0": Q8_0}  # those that a model can hold as they are
+# Those that a model can hold as they are.
+HELD: dict[str, type[Q4_0 | Q4_1 | Q8_0]] = {kind.name: kind for kind in (Q4_0, Q4_1, Q8_0)}
 
 
 class ValueList(NamedTuple):
