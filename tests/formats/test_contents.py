@@ -183,6 +183,25 @@ def test_mlx_lms_factors_are_turned(tmp_path_factory, seed, s):
     assert check_merge(home, write_base(home / "base", rng), pairs, dict.fromkeys(pairs, s)) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "m", "said"),
+    [
+        ("dora", None, "fine_tune_type dora: expected m, got none"),
+        ("lora", np.ones(4), "fine_tune_type lora: expected no m, got"),
+        ("dora", np.ones(3), r"a magnitude of each row of B \(4, 2\), \(4,\), got \(3,\)"),
+        ("dora", np.zeros(4), "expected magnitudes other than 0, got 4 of 0"),
+        ("full", None, "expected 'lora' or 'dora', got 'full'"),
+    ],
+)
+def test_mlx_lms_magnitudes_that_are_none(tmp_path, kind, m, said):
+    tensors = {f"{Q}.lora_a": np.ones((3, 2)), f"{Q}.lora_b": np.ones((2, 4)), **({} if m is None else {f"{Q}.m": m})}
+    write_mlx(tmp_path / "ad", tensors)
+    path = tmp_path / "ad" / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fine_tune_type": kind}))
+    with pytest.raises(ValueError, match=said):
+        read_contents(tmp_path / "ad")
+
+
 def write_mlx(folder, tensors, s=2.0):
     folder.mkdir(parents=True)
     save_file(tensors, folder / MLX)

@@ -111,19 +111,23 @@ def test_convert_writes_what_peft_loads(tmp_path, capsys, family, name, settings
     assert run("verify", *right) == 0, capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])
-def test_mlx_lms_adapter_becomes_pefts(tmp_path, family):
+def test_mlx_lms_adapter_becomes_pefts(tmp_path, family, dora):
     model = families.make(family, torch.float32, seed=1)
     model.save_pretrained(str(tmp_path / "base"))
-    module = families.adapted(model, {"target_modules": ["q_proj", "up_proj"]}, torch.float32, seed=2)
+    settings = {"target_modules": ["q_proj", "up_proj"], "use_dora": dora}
+    module = families.adapted(model, settings, torch.float32, seed=2)
     due = logits(module)
     (tmp_path / "mlx").mkdir()
     tensors = {}
     for key, value in peft.get_peft_model_state_dict(module).items():
         stem = key.removeprefix(PREFIX).removesuffix(".weight")
-        tensors[stem.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = value.float().numpy().T.copy()
+        stem = stem.replace("lora_A", "lora_a").replace("lora_B", "lora_b").replace("lora_magnitude_vector", "m")
+        tensors[stem] = value.float().numpy().T.copy()
     save_file(tensors, tmp_path / "mlx" / "adapters.safetensors")
-    about = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 1.5}}  # 6 / 4, as families has them
+    kind = "dora" if dora else "lora"
+    about = {"fine_tune_type": kind, "lora_parameters": {"rank": 4, "scale": 1.5}}  # 6 / 4, as families has them
     (tmp_path / "mlx" / CONFIG).write_text(json.dumps(about))
     folders = ("--base", tmp_path / "base", "--adapter", tmp_path / "mlx", "--out", tmp_path / "right")
     assert run("convert", *folders) == 0

@@ -218,15 +218,20 @@ def _pair(A: Stored, B: Stored, parts: Mapping[str, Stored], s: float, r: int, a
         return Pair(A.read_finite(), B.read_finite(), s, r, alpha, bias and bias.read_finite(), is_look_up)
     if bias is not None or A.shape[0] != r:
         raise ValueError(f"{m}: DoRA with {'lora_bias' if bias else 'experts'} is not supported, in PEFT neither")
-    if m.shape != B.shape[:1]:
-        raise ValueError(f"{m}: expected a magnitude of each row of B {B.shape}, ({B.shape[0]},), got {m.shape}")
+    return Pair(A.read_finite(), B.read_finite(), s, r, alpha, None, is_look_up, _magnitude(m, B.shape))
+
+
+def _magnitude(m: Stored, shape: tuple[int, ...]) -> Array:
+    """DoRA's m (out,); shape: B's (out, r)."""
+    if m.shape != shape[:1]:
+        raise ValueError(f"{m}: expected a magnitude of each row of B {shape}, ({shape[0]},), got {m.shape}")
     values = m.read_finite()
     if not values.all():
         raise ValueError(
             f"{m}: expected magnitudes other than 0, got {np.count_nonzero(values == 0)} of 0: such a row of the "
             "weight would be 0, or in PEFT NaN"
         )
-    return Pair(A.read_finite(), B.read_finite(), s, r, alpha, None, is_look_up, values)
+    return values
 
 
 def _targets(raw: Mapping[str, Any], where: str) -> dict[str, set[str]]:
@@ -329,10 +334,10 @@ def _is_mlx(raw: Mapping[str, Any]) -> bool:
 
 
 def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
-    """mlx-lm's adapter: lora_a (in, r) and lora_b (r, out) of each module, and one scale s."""
+    """mlx-lm's adapter: lora_a (in, r) and lora_b (r, out) of each module, with DoRA m (out,), and one scale s."""
     where, kind = str(folder / CONFIG), raw["fine_tune_type"]
-    if kind != "lora":
-        raise ValueError(f"{where}: fine_tune_type: expected 'lora', got {kind!r:.60}")
+    if kind not in ("lora", "dora"):
+        raise ValueError(f"{where}: fine_tune_type: expected 'lora' or 'dora', got {kind!r:.60}")
     parameters = raw.get("lora_parameters")
     s = parameters.get("scale") if isinstance(parameters, dict) else None
     if not isinstance(s, (int, float)) or isinstance(s, bool):
@@ -345,7 +350,14 @@ def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
             A, B = stored.read_finite().T, tensors[f"{module}.lora_b"].read_finite().T
             if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
                 raise ValueError(f"{stored}: expected lora_a (in, r) and lora_b (r, out), got {A.shape[::-1]}")
-            pairs[module] = [Pair(A, B, float(s), len(A))]
+            m = tensors.get(f"{module}.m")
+            if (m is None) == (kind == "dora"):
+                got = "none" if m is None else shown(m.name)
+                raise ValueError(f"{stored}: fine_tune_type {kind}: expected {'m' if m is None else 'no m'}, got {got}")
+            magnitude = None if m is None else _magnitude(m, B.shape)
+            pairs[module] = [Pair(A, B, float(s), len(A), m=magnitude)]
+        elif part == "m" and f"{module}.lora_a" in tensors:
+            continue
         elif part in ("lora_a", "lora_b"):
             if f"{module}.lora_a" not in tensors or f"{module}.lora_b" not in tensors:
                 raise ValueError(f"{stored}: expected lora_a and lora_b of the module, got one of them")
@@ -353,4 +365,4 @@ def _read_mlx(folder: Path, raw: Mapping[str, Any]) -> Contents:
             whole[key] = stored.read_finite()
     if not pairs:
         raise ValueError(f"{folder / MLX_WEIGHTS}: expected lora_a and lora_b of each module, got none")
-    return Contents(folder, raw, pairs, whole, {}, {})
+    return Contents(folder, {**raw, "use_dora": kind == "dora"}, pairs, whole, {}, {})
