@@ -50,6 +50,9 @@ IMPLEMENTATIONS = {
     "mlx-lm": Implementation("with_mlx.py", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), ("mlx-lm", "mlx")),
     "Keras": Implementation("with_keras.py", ("keras==3.15.1", "jax==0.10.2"), ("keras", "jax")),
     "qwix": Implementation("with_qwix.py", ("qwix==0.1.8", "jax==0.10.2"), ("qwix", "flax", "optax", "jax")),
+    "bitsandbytes": Implementation(
+        "with_bitsandbytes.py", (TORCH, "bitsandbytes==0.50.2", "numpy"), ("bitsandbytes", "torch")
+    ),
     "llama.cpp": Implementation(
         "with_llama_cpp.py", ("xllamacpp==2026.10.11549", "gguf==0.17.1", "pytest"), ("xllamacpp",)
     ),
@@ -103,6 +106,10 @@ FINDINGS = {
     ("qwix", "T9"): AVERAGE,
     ("qwix", "O1"): (WRONG, f"Optax: {IN_FLOAT32}"),
     ("qwix", "O2"): (OTHER, FROM_ZERO),
+    ("bitsandbytes", "L11"): (
+        WRONG,
+        "where a block goes on in the next row, its AVX-512 kernel takes for row i the scales from i (in div block) on",
+    ),
     ("llama.cpp", "T13"): TABLE,
     ("llama.cpp", "T14"): TABLE,
 }
