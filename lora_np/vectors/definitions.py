@@ -464,7 +464,7 @@ def mean_loss(logits: Tracked, targets: Array) -> Tracked:
     """T15: over the targets that count. logits (..., V), targets (...)."""
     targets = targets.reshape(-1)
     counted = np.flatnonzero(targets != IGNORED)
-    rows = logits.inside.reshape(-1, logits.shape[-1])[counted]
+    rows = logits.reshape(-1, logits.shape[-1])[counted]
     return (row_losses(rows, targets[counted]).sum() / len(counted)).into(logits.precision)
 
 
