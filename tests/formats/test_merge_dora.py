@@ -9,7 +9,9 @@ from test_merge_mistakes import DTYPES, KINDS, MODULES, Home
 
 from lora_np.cli import main
 from lora_np.formats.files.atomic import write_tensors
+from lora_np.formats.merged import target
 from lora_np.formats.merged.plan import plan_merge
+from lora_np.lora import Update
 
 
 class DoraHome(Home):
@@ -50,7 +52,7 @@ def in_own_dtype(home, name):
     dW = (B.astype(wide) @ A.astype(wide)).astype(low)
     dW = (wide(home.s[name]) * dW.astype(wide)).astype(low)
     V = (W0.astype(wide) + dW.astype(wide)).astype(low)
-    c = np.linalg.norm(V.astype(wide), axis=1).astype(low)
+    c = np.sqrt(np.cumsum(V.astype(wide) ** 2, axis=1, dtype=wide)[:, -1]).astype(low)  # one square after another
     factor = (home.m[name].astype(low).astype(wide) / c.astype(wide)).astype(low)
     return (factor.astype(wide)[:, None] * V.astype(wide)).astype(low)
 
@@ -116,6 +118,19 @@ def test_what_verify_says(tmp_path, capsys):
     assert {one["looks_like"][0] for one in found["changed"]} == {"the magnitudes are left out"}
 
 
+@pytest.mark.parametrize("rows", [3, 7])
+def test_a_tables_norms_are_of_all_its_rows(monkeypatch, rows):
+    """However few are summed at a time: c of a look-up is the norm of each column of E + s (B A)^T."""
+    monkeypatch.setattr(target, "blocks", lambda n, _: [slice(i, i + rows) for i in range(0, n, rows)])
+    rng = np.random.default_rng(0)
+    E, A, B, m = (rng.standard_normal(shape) for shape in ((20, 5), (2, 5), (20, 2), (5,)))
+    merged = np.empty_like(E)
+    for part in target.summed(merged, E, [Update(A, B, 0.5, m=m)], axis=0):
+        part.place[...] = part.sum()
+    W = E + 0.5 * (B @ A)
+    np.testing.assert_allclose(merged, m * W / np.linalg.norm(W, axis=0), rtol=1e-13)
+
+
 def test_inspect_says_how_far_magnitudes_are_from_the_norms(tmp_path, capsys):
     home = DoraHome(tmp_path, "F32", 0.3)
     argv = ["inspect", f"{tmp_path / 'ad'}", "--base", f"{tmp_path / 'base'}"]
@@ -146,8 +161,8 @@ def test_magnitudes_alone_may_be_what_was_trained(tmp_path, capsys, factor):
 
 def test_merged_tensors_are_the_formula_rounded_once(tmp_path, dtype):
     home = DoraHome(tmp_path, dtype, 0.3)
-    for target in plan_merge(tmp_path / "base", [tmp_path / "ad"], [1.0]).targets:
-        due = home.merged(target.key.removesuffix(".weight")).astype(home.dtype)
-        off = np.abs(target.values().astype("f8") - due.astype("f8"))
+    for one in plan_merge(tmp_path / "base", [tmp_path / "ad"], [1.0]).targets:
+        due = home.merged(one.key.removesuffix(".weight")).astype(home.dtype)
+        off = np.abs(one.values().astype("f8") - due.astype("f8"))
         assert (off > 0).mean() < 1e-3  # near a tie, float64's own rounding may decide
         assert (off <= 2 * np.spacing(np.abs(due))).all()
