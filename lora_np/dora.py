@@ -40,7 +40,7 @@ def weight_norm(W0: Matrix, A: Array, B: Array, s: float, *, axis: int = 1) -> A
     axis 0: of each column, which is a row of an embedding's matrix: its table is stored (V,D). Of complex numbers, as
     complex steps have them, the real parts alone: c is a constant.
     """
-    squares = [(W.real**2).sum(axis=axis) for _, W in merged_blocks(W0, [Update(A, B, s)])]
+    squares = [(W**2).sum(axis=axis) for _, W in merged_blocks(W0, [Update(A, B, s)])]
     return xp.sqrt(xp.concatenate(squares) if axis == 1 else sum(squares)).astype(A.real.dtype)
 
 
@@ -55,13 +55,18 @@ def dora_linear(
     h = (m / c) * ((d * x) (W0 + s B A)^T) + (x - d * x) W0^T + b.
     -> h (..., out). A TypeError or ValueError says what is no array of floats, or does not fit.
     """
-    dropped = x if dropout_mask is None else dropout(x, dropout_mask)[0]
+    x, dropped = as_array("dora_linear: x", x), x
+    if dropout_mask is not None:
+        dropout_mask = as_array("dora_linear: dropout_mask", dropout_mask)
+        if dropout_mask.shape != x.shape:
+            raise ValueError(f"dora_linear: dropout_mask: expected shape {x.shape}, got {dropout_mask.shape}")
+        dropped, _ = dropout(x, dropout_mask)
     z, low = lora_linear(dropped, W0, None, A, B, s)  # (..., in) -> (..., out)
-    m, c = _checked("m", m, z), weight_norm(W0, A, B, s) if norm is None else _checked("norm", norm, z)
-    c, scale = _scale(m, c)
+    m, b = _checked("m", m, z), None if b is None else _checked("b", b, z)
+    c, scale = _scale(m, weight_norm(low.W0, low.A, low.B, s) if norm is None else _checked("norm", norm, z))
     h = z * scale
     if dropout_mask is not None:
-        h += linear(x - dropped, W0)
+        h += linear(x - dropped, low.W0)
     if b is not None:
         h += b
     return h, DoraSaved(low, z, c, scale, dropout_mask)
@@ -126,7 +131,7 @@ def _scale(m: Array, c: Array) -> tuple[Array, Array]:
 
 
 def _checked(name: str, a: Array, z: Array) -> Array:
-    """A magnitude or a norm: (out,), or (N, 1, out) for a different one in each row of the batch."""
+    """A number for each row of W0: (out,), or (N, 1, out) for different ones in each row of the batch."""
     a = as_array(f"dora_linear: {name}", a)
     if a.dtype.kind not in "fc":
         raise TypeError(f"dora_linear: {name}: expected floats, got {a.dtype}")

@@ -173,6 +173,12 @@ def test_a_row_of_zeros_stays_zero():
         ({"m": np.ones(5, dtype=int)}, TypeError, "dora_linear: m: expected floats, got int64"),
         ({"norm": np.ones((5, 1))}, ValueError, r"dora_linear: norm: expected shape \(5,\), got \(5, 1\)"),
         ({"A": np.ones((2, 7))}, ValueError, r"A: expected \(r, 6\)"),
+        ({"b": np.ones(1)}, ValueError, r"dora_linear: b: expected shape \(5,\), got \(1,\)"),
+        (
+            {"dropout_mask": np.ones(6)},
+            ValueError,
+            r"dora_linear: dropout_mask: expected shape \(2, 3, 6\), got \(6,\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(changed, error, message):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import dora, lora, ops
-from ..adapter import Adapter, LoRAConfig, init_adapter
+from ..adapter import Adapter, LoRAConfig, init_adapter, init_pissa
 from ..backend import Array, asnumpy, xp
 from ..batch import IGNORED
 from ..distance import PositionBias, deberta_buckets, t5_buckets
@@ -18,6 +18,7 @@ from ..formats.models.presets import PRESETS
 from ..gradcheck import Arrays, Scalar, central_difference, check, complex_step, relative_error
 from ..loss import loss, loss_and_grads
 from ..model import Config, Model, init_weights
+from ..storage import quantise_nf4
 
 FLOOR = 1e-8  # of a model's largest gradient: what is smaller is held against this
 # What an architecture is there to show, with every weight trained; T13 if not said.
@@ -130,6 +131,7 @@ def primitives(seed: int = 0) -> Iterator[Primitive]:
         yield _lora_linear(name, m, normal)
     for name, m in [("dora_linear", None), ("dora_linear, dropout", drop)]:
         yield _dora_linear(name, m, normal)
+    yield _on_four_bits(normal)
     yield Primitive(
         "L4", "lora_embedding", {"E": normal(5, 3), "A": normal(2, 5), "B": normal(3, 2)},
         lambda E, A, B: lora.lora_embedding(tokens, E, A, B, 0.7)[0],
@@ -225,6 +227,22 @@ def _lora_linear(name: str, mask: Array | None, normal: Callable[..., Array]) ->
     )  # fmt: skip
 
 
+def _on_four_bits(normal: Callable[..., Array]) -> Primitive:
+    """L11: the base is what is dequantised, 60 numbers of one block; it has no gradient."""
+    W0 = quantise_nf4(xp.asarray(normal(5, 12).astype("float32")))
+
+    def forward(**arrays: Array) -> tuple[Array, lora.LinearSaved]:
+        return lora.lora_linear(W0=W0, b=None, s=0.7, **arrays)
+
+    def backward(dh: Array, **arrays: Array) -> Arrays:
+        dx, dA, dB = lora.lora_linear_backward(dh, forward(**arrays)[1])
+        assert dx is not None
+        return {"x": dx, "A": dA, "B": dB}
+
+    inputs = {"x": normal(2, 3, 12), "A": normal(2, 12), "B": normal(5, 2)}
+    return Primitive("L11", "lora_linear, NF4", inputs, lambda **arrays: forward(**arrays)[0], backward)
+
+
 def _dora_linear(name: str, mask: Array | None, normal: Callable[..., Array]) -> Primitive:
     """With its norm given: in backward that is a constant."""
     inputs = {"x": normal(2, 3, 6), "W0": normal(5, 6), "b": normal(5), "A": normal(2, 6), "B": normal(5, 2)}
@@ -304,14 +322,18 @@ def check_model(
     *,
     seed: int = 0,
     gradient: Callable[[Scalar, Array], Array] = complex_step,
+    pissa: bool = False,
 ) -> float:
     """The worst error of the gradient of a whole model of float64 weights: by an adapter, or (None) by every weight.
 
-    The adapter's B is random, not zero, so that every gradient has something to say. Relative to the largest element
+    The adapter's B is random, not zero, so that every gradient has something to say. pissa: by PiSSA's adapter, of its
+    residual. Relative to the largest element
     of each gradient, or to FLOOR of the largest of all.
     """
     model = Model(config, init_weights(config, seed=seed, dtype="float64"))
     adapter = None if lora_config is None else perturbed(init_adapter(model, lora_config, seed=seed), seed=seed)
+    if lora_config is not None and pissa:
+        model, adapter = init_pissa(model, lora_config)
     batch = example_batch(config, seed=seed)
     _, grads = loss_and_grads(model, adapter, **batch, trainable="all" if adapter is None else "adapter")
     complex_model = Model(config, {name: w.astype(complex) for name, w in model.weights.items()})
@@ -368,6 +390,10 @@ def table(*, seed: int = 0) -> Iterator[Row]:
         yield Row(
             SHOWS.get(name, "T13"), f"{name}: every weight", "complex step", check_model(config, None, seed=seed), 1e-11
         )
+
+    name, config = next(iter(architectures().items()))
+    error = check_model(config, LoRAConfig(r=2), seed=seed, pissa=True)
+    yield Row("L12", f"{name}: LoRA from PiSSA's start", "complex step", error, 1e-11)
 
 
 def _erf_derivative_error() -> float:
