@@ -107,12 +107,11 @@ def dora_embedding_backward(dh: Array, saved: DoraSaved) -> tuple[Array, Array, 
 def dora_merge_matrix(W0: Matrix, update: Update, *, axis: int = 1) -> Array:
     """L5, L10: W' = round((m / c) * (W0 + s B A)), in float64, rounded once to W0's dtype. axis as in `weight_norm`.
 
-    c is the update's own where it has one, as rows of a table need it; else it is rounded to A's dtype, as in the
-    forward, so that at the start W' = W0.
+    c is the update's own where it has one, as rows of a table need it. It is not rounded, as m was when it was stored:
+    at the start a row of W' may be W0's times 1 + d, |d| <= u.
     """
-    A, B, m = (xp.asarray(part) for part in (update.A, update.B, update.m))
-    c = weight_norm(W0, A, B, update.s, axis=axis) if update.c is None else update.c
-    _, scale = _scale(m.astype(xp.float64), c.astype(xp.float64))
+    A, B, m = (xp.asarray(part).astype(xp.float64) for part in (update.A, update.B, update.m))
+    _, scale = _scale(m, weight_norm(W0, A, B, update.s, axis=axis) if update.c is None else update.c)
     W = xp.empty(W0.shape, dtype=W0.dtype)
     for rows, total in merged_blocks(W0, [update]):
         W[rows] = total * (scale[rows, None] if axis == 1 else scale)

@@ -19,13 +19,14 @@ PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # the folders that a killed
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file of host arrays. Only an array that is not contiguous is copied."""
+    """A safetensors file of host arrays. Only an array that is not contiguous is copied. Without a tensor there is no
+    metadata either: safetensors 0.4 writes a file then that nobody can read."""
     safetensors = import_safetensors()
     contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     path.touch()
     mode = path.stat().st_mode  # as the umask has it; what save_file puts in its place is its owner's alone
     try:
-        safetensors.numpy.save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
+        safetensors.numpy.save_file(contiguous, path, metadata=dict(metadata) if metadata and tensors else None)
     except safetensors.SafetensorError as error:
         raise OSError(f"{path}: could not be written: {error}") from error
     path.chmod(mode)
