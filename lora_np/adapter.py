@@ -334,7 +334,7 @@ def init_pissa(model: Model, lora_config: LoRAConfig) -> tuple[Model, Adapter]:
     2r: combine([trained, adapter], [1, -1]), which is s B A less that of the start.
     A ValueError with DoRA, or unless s > 0.
     """
-    start = init_adapter(model, lora_config, seed=0)  # with what is trained whole
+    start = init_adapter(model, lora_config, seed=0)  # checked, and with what is trained whole
     if lora_config.dora:
         raise ValueError("init_pissa: expected dora=False: m would be that of the residual")
     factors: dict[str, Array] = {}

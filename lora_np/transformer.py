@@ -121,9 +121,10 @@ def embed(model: AdaptedModel, batch: Batch, at: Layout) -> tuple[Array, Activat
     saved: Activations = {"embed.tokens": at.pack(xp.asarray(batch.tokens))}  # (N,T) -> (...)
     if update is None:
         x = embedding(saved["embed.tokens"], E)
-    elif update.m is None or update.c is None:
+    elif update.m is None:
         x, saved["update"] = lora_embedding(saved["embed.tokens"], E, update.A, update.B, update.s)
     else:
+        assert update.c is not None  # `bind` gives it
         x, saved["update"] = dora_embedding(saved["embed.tokens"], E, update.A, update.B, update.s, update.m, update.c)
     x *= model.config.embed_scale
     if at.positions is not None:

@@ -75,57 +75,17 @@ def test_planted_errors_are_caught(name, mistake, gradient):
 
 
 @proves(
-    "T1",
-    "T2",
-    "T3",
-    "T4",
-    "T5",
-    "T6",
-    "T7",
-    "T8",
-    "T9",
-    "T10",
-    "T11",
-    "T12",
-    "T14",
-    "T15",
-    "T18",
-    "T19",
-    "L4",
-    "L10",
-    "L11",
-)
+    "T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T15", "T18", "T19",
+    "L4", "L10", "L11",
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("gradient", "bound"), [(gradcheck.complex_step, 1e-12), (gradcheck.central_difference, 1e-7)],
+    ids=["complex step", "central difference"],
+)  # fmt: skip
 @pytest.mark.parametrize("name", PRIMITIVES)
-def test_primitive_by_complex_step(name):
+def test_primitive(name, gradient, bound):
     p = PRIMITIVES[name]
-    assert worst(p.forward, p.backward, p.inputs) <= 1e-12
-
-
-@proves(
-    "T1",
-    "T2",
-    "T3",
-    "T4",
-    "T5",
-    "T6",
-    "T7",
-    "T8",
-    "T9",
-    "T10",
-    "T11",
-    "T12",
-    "T14",
-    "T15",
-    "T18",
-    "T19",
-    "L4",
-    "L10",
-    "L11",
-)
-@pytest.mark.parametrize("name", PRIMITIVES)
-def test_primitive_by_central_difference(name):
-    p = PRIMITIVES[name]
-    assert worst(p.forward, p.backward, p.inputs, gradient=gradcheck.central_difference) <= 1e-7
+    assert worst(p.forward, p.backward, p.inputs, gradient=gradient) <= bound
 
 
 def test_every_backward_is_checked():

@@ -25,6 +25,18 @@ def linear_of(W, b=None):
     return module
 
 
+def rates(schedule_of, t, c):
+    """O2 by a schedule of PyTorch's kind."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = schedule_of(optimizer, c["warmup"], c["total"])
+    factors = []
+    for _ in t["steps"]:
+        factors.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return {"factor": torch.tensor(factors)}
+
+
 def computed(operations, case, t):
     """The tensors that a case asks for."""
     outputs = operations[case["operation"]](t, case["scalars"])

@@ -14,6 +14,7 @@ import adapters
 import adapters.composition
 import torch
 import transformers
+from offered import not_stabilised
 from on_torch import Masked, linear_of, run
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -96,10 +97,6 @@ def dora_merge(t, c):
     net, layer = adapted(t["W0"], None, [(t["A"], t["B"], c)], t, use_dora=True)
     net.merge_adapter("0")
     return {"W": layer.weight}
-
-
-def not_stabilised(f):
-    return lambda t, c: None if c["rslora"] else f(t, c)
 
 
 OPERATIONS = {

@@ -14,6 +14,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 import jax.numpy as jnp
 import keras
 from keras import ops
+from offered import not_stabilised
 from on_jax import run
 
 
@@ -189,10 +190,6 @@ def warmup_cosine(t, c):
             0.0, c["total"] - c["warmup"], warmup_target=1.0, warmup_steps=c["warmup"]
         )
     return {"factor": jnp.stack([schedule(step) for step in t["steps"]])}
-
-
-def not_stabilised(f):
-    return lambda t, c: None if c["rslora"] else f(t, c)
 
 
 OPERATIONS = {

@@ -15,7 +15,8 @@ import torch
 from litgpt import lora
 from litgpt.finetune.lora import get_lr_scheduler
 from llamas import is_llama
-from on_torch import Masked, linear_of, run
+from offered import not_stabilised
+from on_torch import Masked, linear_of, rates, run
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MLP = {"gate": "mlp.fc_1", "up": "mlp.fc_2", "down": "mlp.proj"}  # our names and theirs
@@ -200,18 +201,7 @@ def generate(t, c):
 def warmup_cosine(t, c):
     if c["warmup"] == 0:
         return None  # by which it divides
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = get_lr_scheduler(optimizer, c["warmup"], c["total"])
-    factors = []
-    for _ in t["steps"]:
-        factors.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    return {"factor": torch.tensor(factors)}
-
-
-def not_stabilised(f):
-    return lambda t, c: None if c["rslora"] else f(t, c)
+    return rates(get_lr_scheduler, t, c)
 
 
 OPERATIONS = {

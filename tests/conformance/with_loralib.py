@@ -8,6 +8,7 @@ from pathlib import Path
 
 import loralib
 import torch
+from offered import not_stabilised
 from on_torch import Masked, run
 
 
@@ -61,10 +62,6 @@ def unmerge(t, c):
         layer.eval()
         layer.train()
     return {"W0": layer.weight}
-
-
-def not_stabilised(f):
-    return lambda t, c: None if c["rslora"] else f(t, c)
 
 
 OPERATIONS = {

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 import qwix
 from flax import linen as nn
+from offered import not_stabilised
 from on_jax import run
 
 
@@ -138,10 +139,6 @@ def clip(t, c):
 def warmup_cosine(t, c):
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, c["warmup"], c["total"])
     return {"factor": jnp.stack([schedule(step) for step in t["steps"]])}
-
-
-def not_stabilised(f):
-    return lambda t, c: None if c["rslora"] else f(t, c)
 
 
 OPERATIONS = {

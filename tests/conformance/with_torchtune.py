@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from llamas import is_llama
-from on_torch import Masked, linear_of, run
+from offered import not_stabilised
+from on_torch import Masked, linear_of, rates, run
 from torchtune import modules, training
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama3 import llama3, lora_llama3
@@ -194,18 +195,7 @@ def rows_turned(B, K):
 
 
 def warmup_cosine(t, c):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = training.get_cosine_schedule_with_warmup(optimizer, c["warmup"], c["total"])
-    factors = []
-    for _ in t["steps"]:
-        factors.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    return {"factor": torch.tensor(factors)}
-
-
-def not_stabilised(f):
-    return lambda t, c: None if c["rslora"] else f(t, c)
+    return rates(training.get_cosine_schedule_with_warmup, t, c)
 
 
 OPERATIONS = {

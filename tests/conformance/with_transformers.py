@@ -14,7 +14,7 @@ import peft
 import torch
 import transformers
 from llamas import is_llama
-from on_torch import run
+from on_torch import rates, run
 from torch.func import functional_call
 from torch_primitives import sees
 from transformers.activations import GELUActivation, NewGELUActivation
@@ -273,14 +273,7 @@ def sample(t, c):
 
 
 def warmup_cosine(t, c):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, c["warmup"], c["total"])
-    factors = []
-    for _ in t["steps"]:
-        factors.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    return {"factor": torch.tensor(factors)}
+    return rates(transformers.get_cosine_schedule_with_warmup, t, c)
 
 
 OPERATIONS = {
