@@ -288,3 +288,18 @@ def test_magnitudes_without_dora_or_the_reverse_are_refused(dora_):
     wanted = r"expected shape \(8,\), got none" if dora_ else r"expected none, got \(8,\)"
     with pytest.raises(ValueError, match=rf"Adapter: layers.0.attn.q.m: with dora={dora_} {wanted}"):
         ln.Adapter(ln.LoRAConfig(r=2, dora=dora_), params)
+
+
+@proves("L10")
+def test_a_fused_qkv_is_its_three_parts():
+    """q, k and v with the one A, and each its own rows of B and of m."""
+    model, fused, batch, _ = case_of(GPT2, targets=("qkv",), dora=True)
+    D, params = GPT2.d_model, {}
+    for name in fused.matrices:
+        for i, part in enumerate("qkv"):
+            own, rows = f"{name.removesuffix('qkv')}{part}", slice(i * D, (i + 1) * D)
+            params[f"{own}.A"] = fused.params[f"{name}.A"]
+            params |= {f"{own}.{factor}": fused.params[f"{name}.{factor}"][rows] for factor in "Bm"}
+    parts = ln.Adapter(replace(fused.config, targets=("q", "k", "v")), params)
+    expected = asnumpy(ln.forward(model, batch["tokens"], parts))
+    assert np.abs(asnumpy(ln.forward(model, batch["tokens"], fused)) - expected).max() <= 1e-12 * np.abs(expected).max()

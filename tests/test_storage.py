@@ -132,6 +132,15 @@ def test_the_bits_of_a_matrix_by_hand():
 
 
 @proves("L11")
+def test_of_two_nearest_numbers_it_is_the_lower():
+    """The middles of neighbours, as float32 has them, in a block whose maximum is 1."""
+    W = np.zeros((1, 64), "float32")
+    W[0, :15], W[0, 15] = (LEVELS[1:] + LEVELS[:-1]) / np.float32(2), 1
+    got = asnumpy(quantise_nf4(device(W), double=False)[:])
+    assert got[0, :16].tolist() == LEVELS.tolist()
+
+
+@proves("L11")
 def test_a_bit_more_than_four_is_held_of_each_number():
     """QLoRA, section 3: 8 / 64 + 32 / (64 256) bits for the maxima, and the offset."""
     W = xp.ones((256, 64 * 256), "float32")
