@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 from lora_np.backend import backend_name, xp
-from lora_np.parallel import quick_switches
+from lora_np.threads import quick_switches
 
 Cases: TypeAlias = Mapping[str, Callable[[], Any]]  # what is timed, by name
 

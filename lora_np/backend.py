@@ -4,7 +4,8 @@
     LORA_NP_BACKEND=cupy    CuPy, on the GPU; an ImportError says what is missing
     LORA_NP_BACKEND=auto    CuPy where it and a GPU are found, else NumPy
 
-Every other module takes `xp` from here, and none of them imports CuPy.
+Every other module takes `xp` from here, and none of them imports CuPy. How work is cut into parts, `blocks` and
+`pieces`, depends on its shape alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "DType", "asnumpy", "backend_name", "blocks", "read_only", "xp"]
+__all__ = ["Array", "DType", "asnumpy", "backend_name", "blocks", "pieces", "read_only", "row_parts", "xp"]
 
 Array: TypeAlias = npt.NDArray[Any]
 DType: TypeAlias = npt.DTypeLike
@@ -94,3 +95,41 @@ def blocks(rows: int, width: int) -> Iterator[slice]:
     step = rows if backend_name == "cupy" else max(1, CACHE_ELEMENTS // max(1, width))
     for start in range(0, rows, max(1, step)):
         yield slice(start, min(start + step, rows))
+
+
+PART_ROWS = 512
+
+
+def row_parts(M: int) -> Iterator[slice]:
+    """M rows in parts of 512 or so, few enough for large products; of fewer rows than 1024 halves of 256 and more."""
+    parts = 1 if backend_name == "cupy" else max(M // PART_ROWS, min(2, M // (PART_ROWS // 2)), 1)
+    for i in range(parts):
+        yield slice(M * i // parts, M * (i + 1) // parts)
+
+
+# A product is cut where its parts still have so many multiplications, and the parts into ever smaller ones where they
+# have more than the second number.
+LEAST, MOST = 2**25, 2**28
+FEW_ROWS = 32  # with fewer rows a product takes as long as reading W, which costs about as much as so many would
+
+
+def pieces(M: int, N: int, K: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the pieces in which a product (M,K) (K,N) is computed: halves of halves of its longer side.
+
+    Smaller ones would be slower, since each reads its part of both factors. On a GPU there is one.
+    """
+    work = max(M, FEW_ROWS) * N * K
+    parts = max(min(4, work // LEAST), work // MOST, 1)
+    cuts = [(slice(0, M), slice(0, N))]
+    for _ in range(0 if backend_name == "cupy" else parts.bit_length() - 1):
+        cuts = [half for cut in cuts for half in _halves(*cut)]
+    yield from cuts
+
+
+def _halves(rows: slice, columns: slice) -> list[tuple[slice, slice]]:
+    """Two pieces, from the middle of the longer side."""
+    if rows.stop - rows.start > columns.stop - columns.start:
+        middle = (rows.start + rows.stop) // 2
+        return [(slice(rows.start, middle), columns), (slice(middle, rows.stop), columns)]
+    middle = (columns.start + columns.stop) // 2
+    return [(rows, slice(columns.start, middle)), (rows, slice(middle, columns.stop))]

@@ -15,6 +15,7 @@ from .checks import check_count, is_number
 from .layout import Cache
 from .loss import encode, features, layouts
 from .model import Config, Model, check_model
+from .threads import in_threads
 from .transformer import keys_values, project, states
 
 
@@ -125,14 +126,16 @@ def generate(
     if mask is not None and not mask[:, -1].all():
         raise ValueError("generate: mask: pad on the left: the last token of each sequence must count")
     rng = np.random.default_rng(seed) if temperature > 0 else None
-    adapted = keep_source(frozen(bind(model, adapter, rows=N)), batch)
+    with in_threads():
+        adapted = keep_source(frozen(bind(model, adapter, rows=N)), batch)
     cache = new_cache(config, N=N, longest=T + n, dtype=model.dtype)
     result = batch.tokens
     new, stopped = result, np.zeros(N, dtype=bool)
     for _ in range(n):
         if stopped.all():
             break
-        logits = asnumpy(next_logits(adapted, cache, new, mask))
+        with in_threads():
+            logits = asnumpy(next_logits(adapted, cache, new, mask))
         if not np.isfinite(logits).all():
             raise ValueError(
                 f"generate: logits are NaN or infinite: the weights, or the adapter's, overflow in {model.dtype}"

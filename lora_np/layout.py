@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .backend import Array, DType, xp
+from .backend import Array, DType, row_parts, xp
 from .batch import Batch
 from .model import Config
 from .ops import pick, pick_backward, rotary, rotary_angles, rotary_backward
@@ -100,10 +100,15 @@ class Layout:
         """The row that stands at each place n*T + t. (M,) -> (M,)."""
         return places if self.index is None else xp.searchsorted(self.index, places)
 
-    def part(self, rows: Array) -> Layout:
+    def part(self, rows: Array | slice) -> Layout:
         """Of some rows (m,) of the state."""
-        index, t = rows if self.index is None else self.index[rows], None if self.t is None else self.t[rows]
-        return replace(self, index=index, t=t)
+        index = xp.arange(self.N * self.T) if self.index is None else self.index
+        return replace(self, index=index[rows], t=None if self.t is None else self.t[rows])
+
+    def row_parts(self) -> list[slice]:
+        """Parts of the rows, from their number alone: large enough for products to run at full speed."""
+        M = self.N * self.T if self.index is None else len(self.index)
+        return list(row_parts(M))
 
     def sequence_and_place(self) -> tuple[Array, Array]:
         """The sequence of each row in the whole step, and its place there: by these dropout numbers it. -> two (M,)."""

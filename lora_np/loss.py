@@ -27,6 +27,7 @@ from .checks import check_count
 from .layout import Cache, Layout, lay_out
 from .model import DTYPE_OF, ENCODER, Model, check_model
 from .ops import activation_backward, cross_entropy, cross_entropy_backward, pick
+from .threads import in_threads
 from .transformer import ACTIVATIONS, Activations, Grads, add, project, project_backward, states, states_backward
 
 HEAD_ROWS = 256  # rows of logits that a loss holds at a time: (N*T, V) never is
@@ -188,11 +189,12 @@ def forward(
     check_model(model)
     tokens, adapter = data_first(tokens, adapter)
     batch = check_inputs(model.config, tokens, mask, token_types, source, source_mask)
-    adapted, _ = encode(frozen(bind(model, adapter, rows=len(batch.tokens))), batch)
-    at, last = layouts(adapted, batch)
-    y, _ = states(adapted, batch, at, last)
-    if model.config.head != "none":
-        y = project(adapted, "head", features(adapted, y, last, {}), last, {})  # (..., D) -> (..., V)
+    with in_threads():
+        adapted, _ = encode(frozen(bind(model, adapter, rows=len(batch.tokens))), batch)
+        at, last = layouts(adapted, batch)
+        y, _ = states(adapted, batch, at, last)
+        if model.config.head != "none":
+            y = project(adapted, "head", features(adapted, y, last, {}), last, {})  # (..., D) -> (..., V)
     return y[:, 0] if model.config.head == "classify" else last.unpack(y)
 
 
@@ -220,7 +222,8 @@ def loss(
         # Counted rows are picked from all sequences together, which no head of each one's own could read.
         check_rows(adapter, len(batch.tokens))
         parts = [(one, batch.rows(slice(n, n + 1))) for n, one in enumerate(adapter)]
-    scores = [batch_score(frozen(bind(model, one, rows=len(part.tokens))), part) for one, part in parts]
+    with in_threads():
+        scores = [batch_score(frozen(bind(model, one, rows=len(part.tokens))), part) for one, part in parts]
     return sum(score.item() for score, _ in scores) / len(batch.counted)
 
 
@@ -249,7 +252,8 @@ def loss_and_grads(
         model, adapter, tokens, targets, mask=mask, token_types=token_types, source=source, source_mask=source_mask,
         dropout_seed=dropout_seed, trainable=trainable, recompute=recompute,
     )  # fmt: skip
-    total, grads = batch_loss_and_grads(adapted, batch, count=len(batch.counted))
+    with in_threads():
+        total, grads = batch_loss_and_grads(adapted, batch, count=len(batch.counted))
     return total.item(), grads
 
 

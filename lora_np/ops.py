@@ -18,9 +18,10 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
-from .backend import Array, DType, backend_name, blocks, xp
+from .backend import Array, DType, backend_name, blocks, pieces, xp
 from .distance import PositionBias
 from .storage import Held, Matrix, wide_blocks
+from .threads import for_each, map_parts
 
 Saved: TypeAlias = tuple[Array, ...]
 
@@ -72,10 +73,25 @@ def _times_transposed(x: Array, W: Matrix) -> Array:
     """x W^T. x (M,in), W (out,in) -> (M,out)."""
     if isinstance(W, Held):
         y = xp.empty((len(x), len(W)), dtype=x.dtype)
-        for rows in wide_blocks(W):
+
+        @for_each(zip(wide_blocks(W)))
+        def _(rows: slice) -> None:
             y[:, rows] = _times_transposed(x, W[rows])
+
         return y
-    return xp.ascontiguousarray((W @ x.T).T) if len(x) <= FEW_ROWS else x @ W.T
+    return xp.ascontiguousarray(_product(W, x.T).T) if len(x) <= FEW_ROWS else _product(x, W.T)
+
+
+def _product(x: Array, y: Array) -> Array:
+    """x y, in pieces. x (M,K), y (K,N) -> (M,N)."""
+    (M, K), N = x.shape, y.shape[1]
+    z = xp.empty((M, N), dtype=xp.result_type(x, y))
+
+    @for_each(pieces(M, N, K))
+    def _(rows: slice, columns: slice) -> None:
+        xp.matmul(x[rows], y[:, columns], out=z[rows, columns])
+
+    return z
 
 
 def linear_backward(dy: Array, W: Matrix) -> Array:
@@ -86,16 +102,16 @@ def linear_backward(dy: Array, W: Matrix) -> Array:
 def _times(dy: Array, W: Matrix) -> Array:
     """dy W. dy (M,out), W (out,in) -> (M,in)."""
     if not isinstance(W, Held):
-        return dy @ W
+        return _product(dy, W)
     dx = xp.zeros((len(dy), W.shape[1]), dtype=dy.dtype)
-    for rows in wide_blocks(W):
-        dx += dy[:, rows] @ W[rows]
+    for part in map_parts(lambda rows: dy[:, rows] @ W[rows], wide_blocks(W)):
+        dx += part
     return dx
 
 
 def linear_weight_backward(dy: Array, x: Array) -> Array:
     """T2: dW = dy^T x, summed over all rows. dy (..., out), x (..., in) -> dW (out, in)."""
-    return _rows(dy).T @ _rows(x)
+    return _product(_rows(dy).T, _rows(x))
 
 
 def bias_backward(dy: Array) -> Array:
@@ -147,11 +163,14 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Saved]:
     x (..., D), w, b (D,) -> (..., D). b (N,1,D) holds a bias for each row of the batch.
     """
     y, xhat, rstd = _like(x), _like(x), _like(x[..., :1])
-    for x_, y_, xhat_, rstd_ in _in_blocks(x, y, xhat, rstd):
+
+    @for_each(_in_blocks(x, y, xhat, rstd))
+    def _(x_: Array, y_: Array, xhat_: Array, rstd_: Array) -> None:
         xp.subtract(x_, x_.mean(axis=-1, keepdims=True), out=xhat_)
         rstd_[...] = 1 / xp.sqrt((xhat_ * xhat_).mean(axis=-1, keepdims=True) + eps)  # (m,D) -> (m,1)
         xhat_ *= rstd_
         xp.multiply(xhat_, w, out=y_)
+
     y += b
     return y, (xhat, rstd, w)
 
@@ -160,22 +179,28 @@ def layer_norm_backward(dy: Array, saved: Saved) -> Array:
     """T3: with g = w * dy, dx = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(var + eps)."""
     xhat, rstd, w = saved
     dx = _like(xhat)
-    for dy_, xhat_, rstd_, dx_ in _in_blocks(dy, xhat, rstd, dx):
+
+    @for_each(_in_blocks(dy, xhat, rstd, dx))
+    def _(dy_: Array, xhat_: Array, rstd_: Array, dx_: Array) -> None:
         g = xp.multiply(dy_, w, out=dx_)
         along = (g * xhat_).mean(axis=-1, keepdims=True)
         g -= g.mean(axis=-1, keepdims=True)
         g -= xhat_ * along
         g *= rstd_
+
     return dx
 
 
 def rms_norm(x: Array, w: Array, eps: float) -> tuple[Array, Saved]:
     """T4: y = w * xhat, xhat = x / sqrt(mean(x^2) + eps), over the last axis. x (..., D), w (D,) -> (..., D)."""
     y, xhat, rstd = _like(x), _like(x), _like(x[..., :1])
-    for x_, y_, xhat_, rstd_ in _in_blocks(x, y, xhat, rstd):
+
+    @for_each(_in_blocks(x, y, xhat, rstd))
+    def _(x_: Array, y_: Array, xhat_: Array, rstd_: Array) -> None:
         rstd_[...] = 1 / xp.sqrt((x_ * x_).mean(axis=-1, keepdims=True) + eps)  # (m,D) -> (m,1)
         xp.multiply(x_, rstd_, out=xhat_)
         xp.multiply(xhat_, w, out=y_)
+
     return y, (xhat, rstd, w)
 
 
@@ -183,10 +208,13 @@ def rms_norm_backward(dy: Array, saved: Saved) -> Array:
     """T4: with g = w * dy, dx = (g - xhat * mean(g * xhat)) / sqrt(mean(x^2) + eps)."""
     xhat, rstd, w = saved
     dx = _like(xhat)
-    for dy_, xhat_, rstd_, dx_ in _in_blocks(dy, xhat, rstd, dx):
+
+    @for_each(_in_blocks(dy, xhat, rstd, dx))
+    def _(dy_: Array, xhat_: Array, rstd_: Array, dx_: Array) -> None:
         g = xp.multiply(dy_, w, out=dx_)
         g -= xhat_ * (g * xhat_).mean(axis=-1, keepdims=True)
         g *= rstd_
+
     return dx
 
 
@@ -243,7 +271,9 @@ def erf(x: Array) -> Array:
 def gelu(x: Array) -> tuple[Array, Array]:
     """T5: y = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2, elementwise. Saves dy/dx = Phi(x) + x phi(x)."""
     y, dydx = _like(x), _like(x)
-    for x_, y_, dydx_ in _in_blocks(x, y, dydx):
+
+    @for_each(_in_blocks(x, y, dydx))
+    def _(x_: Array, y_: Array, dydx_: Array) -> None:
         Phi = erf(x_ * math.sqrt(0.5))
         Phi += 1
         Phi *= 0.5
@@ -251,6 +281,7 @@ def gelu(x: Array) -> tuple[Array, Array]:
         xp.multiply(x_, Phi, out=y_)
         xp.multiply(x_, phi, out=dydx_)
         dydx_ += Phi
+
     return y, dydx
 
 
@@ -258,7 +289,9 @@ def gelu_tanh(x: Array) -> tuple[Array, Array]:
     """T6: y = x P, P = (1 + tanh u) / 2, u = sqrt(2/pi) (x + 0.044715 x^3), elementwise. Saves dy/dx = P + x P'."""
     c = math.sqrt(2 / math.pi)
     y, dydx = _like(x), _like(x)
-    for x_, y_, dydx_ in _in_blocks(x, y, dydx):
+
+    @for_each(_in_blocks(x, y, dydx))
+    def _(x_: Array, y_: Array, dydx_: Array) -> None:
         x2 = x_ * x_
         P = xp.tanh(x_ * (c + (c * 0.044715) * x2))
         P += 1
@@ -267,19 +300,23 @@ def gelu_tanh(x: Array) -> tuple[Array, Array]:
         xp.multiply(y_, 1 - P, out=dydx_)  # tanh' = 1 - tanh^2 = 4 P (1 - P), so x P' = 2 x P (1 - P) u'
         dydx_ *= (2 * c) + (6 * c * 0.044715) * x2
         dydx_ += P
+
     return y, dydx
 
 
 def silu(x: Array) -> tuple[Array, Array]:
     """T7: y = x S, S = 1 / (1 + exp(-x)) = (1 + tanh(x/2)) / 2, elementwise. Saves dy/dx = S + x S (1 - S)."""
     y, dydx = _like(x), _like(x)
-    for x_, y_, dydx_ in _in_blocks(x, y, dydx):
+
+    @for_each(_in_blocks(x, y, dydx))
+    def _(x_: Array, y_: Array, dydx_: Array) -> None:
         S = xp.tanh(x_ * 0.5)  # tanh overflows for no x
         S += 1
         S *= 0.5
         xp.multiply(x_, S, out=y_)
         xp.multiply(y_, 1 - S, out=dydx_)
         dydx_ += S
+
     return y, dydx
 
 
@@ -321,6 +358,7 @@ def softmax_backward(dp: Array, p: Array) -> Array:
 
 
 QUERY_ROWS = 64  # queries of a tile: of causal attention's masked half, all but a triangle of so many is left out
+TILE_LISTS = 4  # of a long sequence's tiles: a head's can run in so many threads
 
 
 class Tile(NamedTuple):
@@ -336,54 +374,65 @@ class Tile(NamedTuple):
         return bias.tile(self.n, slice(self.g.start * R, self.g.stop * R), self.t, self.s)
 
 
-def _tiles(N: int, G: int, R: int, T: int, S: int, *, causal: bool, window: int | None) -> Iterator[Tile]:
-    """Scores (N,G,R,T,S) cut into tiles that stay in cache; on a GPU there is one."""
-    rows = T if backend_name == "cupy" else QUERY_ROWS
-    for start in range(0, T, rows):
-        t = slice(start, min(start + rows, T))
-        first = 0 if window is None else max(0, S - T + start - window + 1)  # query t stands at place S - T + t
-        s = slice(first, S - T + t.stop if causal else S)
-        size = R * (t.stop - start) * (s.stop - first)
-        for n in blocks(N, G * size):
-            for g in blocks(G, size):
-                yield Tile(n, g, t, s)
-
-
 class AttentionSaved(NamedTuple):
     """What attention's backward needs: its inputs. The probabilities, (T,S) for each head, are computed again."""
 
     q: Array  # (N,G,R,T,K)
-    k: Array  # (N,G,1,S,K)
-    v: Array  # (N,G,1,S,K)
+    k: Array  # (N,G,S,K)
+    v: Array  # (N,G,S,K)
     hidden: Array | None  # (N,1,1,1,S): -inf at keys that do not count, else 0
     causal: bool
     window: int | None
     scale: float
     bias: PositionBias | None
 
-    def parts(self) -> Iterator[tuple[Tile, Array, Array, Array, Array]]:
-        """Each tile with its q (n,g,R,t,K), k and v (n,g,1,s,K), and probabilities p (n,g,R,t,s)."""
-        N, G, R, T, _ = self.q.shape
-        for tile in _tiles(N, G, R, T, self.k.shape[3], causal=self.causal, window=self.window):
-            n, g, t, s = tile
-            q, k, v = self.q[n, g, :, t], self.k[n, g, :, s], self.v[n, g, :, s]
-            yield tile, q, k, v, self._probabilities(tile, q, k)
+    def tiles(self) -> Iterator[list[Tile]]:
+        """The scores cut into tiles that stay in cache, in lists: those of one list see the same keys, in one thread.
+
+        Later queries see more keys, so a list of a long sequence has every fourth tile. On a GPU there is one tile.
+        """
+        (N, G, R, T, _), S = self.q.shape, self.k.shape[2]
+        rows = T if backend_name == "cupy" else QUERY_ROWS
+        starts = range(0, T, rows)
+        lists = TILE_LISTS if len(starts) >= TILE_LISTS**2 and self.bias is None else 1
+        for n in blocks(N, G * R * rows * S):
+            for g in blocks(G, R * rows * S):
+                for first in range(lists):
+                    yield [Tile(n, g, *self._sees(slice(t, min(t + rows, T)))) for t in starts[first::lists]]
+
+    def _sees(self, t: slice) -> tuple[slice, slice]:
+        """Some queries, and the keys that they may see: query t stands at place S - T + t."""
+        S, past = self.k.shape[2], self.k.shape[2] - self.q.shape[3]
+        first = 0 if self.window is None else max(0, past + t.start - self.window + 1)
+        return t, slice(first, past + t.stop if self.causal else S)
+
+    def of(self, tile: Tile) -> tuple[Array, Array, Array, Array]:
+        """A tile's scale q (n,g,R*t,K), k and v (n,g,s,K), and probabilities p (n,g,R*t,s): R heads share k and v."""
+        n, g, t, s = tile
+        q, k, v = joined_heads(self.q[n, g, :, t]) * self.scale, self.k[n, g, s], self.v[n, g, s]
+        return q, k, v, self._probabilities(tile, q, k)
 
     def _probabilities(self, tile: Tile, q: Array, k: Array) -> Array:
-        """T8, T9: softmax of a tile's scale q k^T, and what is added: q (n,g,R,t,K), k (n,g,1,s,K) -> (n,g,R,t,s)."""
-        t, s = q.shape[-2], k.shape[-2]
-        scores = (q * self.scale) @ k.swapaxes(-1, -2)  # (n,g,R,t,K) (n,g,1,K,s) -> (n,g,R,t,s)
+        """T8, T9: softmax of q k^T, and what is added, of a tile. q (n,g,R*t,K), k (n,g,s,K) -> (n,g,R*t,s)."""
+        t, s, R = tile.t.stop - tile.t.start, k.shape[2], self.q.shape[2]
+        scores = q @ k.swapaxes(-1, -2)  # (n,g,R*t,K) (n,g,K,s) -> (n,g,R*t,s)
+        of_heads = scores.reshape(*scores.shape[:2], R, t, s)  # a view
         if self.bias is not None:
-            scores += tile.of(self.bias, q.shape[2]).scores().reshape(scores.shape)
+            of_heads += tile.of(self.bias, R).scores().reshape(of_heads.shape)
         minus_inf = xp.full((t, t), -math.inf, dtype=scores.real.dtype)
         if self.causal and t > 1:
-            scores[..., s - t :] += xp.triu(minus_inf, 1)  # the keys after each query
+            of_heads[..., s - t :] += xp.triu(minus_inf, 1)  # the keys after each query
         if self.window is not None:  # the keys that its first query sees the last of, and so on
-            passed = self.k.shape[3] - self.q.shape[3] + tile.t.start - self.window - tile.s.start
-            scores[..., :t] += xp.tril(minus_inf, passed)
+            passed = self.k.shape[2] - self.q.shape[3] + tile.t.start - self.window - tile.s.start
+            of_heads[..., :t] += xp.tril(minus_inf, passed)
         if self.hidden is not None:
-            scores += self.hidden[tile.n, ..., tile.s]
+            of_heads += self.hidden[tile.n, ..., tile.s]
         return softmax(scores)[0]
+
+
+def joined_heads(x: Array) -> Array:
+    """The queries of a group's heads, one head's behind the other's: (n,g,R,t,K) -> (n,g,R*t,K)."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def attention(
@@ -408,37 +457,48 @@ def attention(
     (N, H, T, K), G = q.shape, k.shape[1]
     R, scale = H // G, 1 / math.sqrt(K) if scale is None else scale
     hidden = None if mask is None else xp.where(mask, 0, -math.inf).astype(q.real.dtype)[:, None, None, None]
-    # (N,H,T,K) -> (N,G,R,T,K); (N,G,S,K) -> (N,G,1,S,K)
-    q, k, v = q.reshape(N, G, R, T, K), k[:, :, None], v[:, :, None]
-    saved = AttentionSaved(q, k, v, hidden, causal, window, scale, bias)
+    saved = AttentionSaved(q.reshape(N, G, R, T, K), k, v, hidden, causal, window, scale, bias)
     out = xp.empty((N, T, H, K), dtype=q.dtype)
     heads = out.reshape(N, T, G, R, K).transpose(0, 2, 3, 1, 4)  # a view (N,G,R,T,K)
-    for (n, g, t, _), _, _, v_, p in saved.parts():
-        heads[n, g, :, t] = p @ v_  # (n,g,R,t,s) (n,g,1,s,K) -> (n,g,R,t,K)
+
+    @for_each((tile,) for tiles in saved.tiles() for tile in tiles)
+    def _(tile: Tile) -> None:
+        _, _, v_, p = saved.of(tile)
+        y = p @ v_  # (n,g,R*t,s) (n,g,s,K) -> (n,g,R*t,K)
+        part = heads[tile.n, tile.g, :, tile.t]
+        part[...] = y.reshape(part.shape)
+
     return out.transpose(0, 2, 1, 3), saved
 
 
 def attention_backward(dy: Array, saved: AttentionSaved) -> tuple[Array, Array, Array, PositionBias | None]:
     """T9, T10: dy (N,H,T,K) -> dq (N,H,T,K), dk and dv (N,G,S,K), which sum over the heads that share them; and the
     gradient of bias, where it is trained, else None."""
-    N, G, R, T, K = saved.q.shape
-    S = saved.k.shape[3]
+    (N, G, R, T, K), S = saved.q.shape, saved.k.shape[2]
     dy = dy.reshape(N, G, R, T, K)
     dq = xp.empty((N, T, G, R, K), dtype=dy.dtype).transpose(0, 2, 3, 1, 4)  # laid out as the projections want them
-    dk = xp.zeros((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
-    dv = xp.zeros((N, S, G, K), dtype=dy.dtype).transpose(0, 2, 1, 3)
+    dkv = xp.zeros((2, N, S, G, K), dtype=dy.dtype).transpose(0, 1, 3, 2, 4)
     dbias = saved.bias.zeros() if saved.bias is not None and saved.bias.trained else None
-    for tile, q_, k_, v_, p in saved.parts():
-        n, g, t, s = tile
-        dy_ = dy[n, g, :, t]
-        dv[n, g, s] += (p.swapaxes(-1, -2) @ dy_).sum(axis=2)  # (n,g,R,s,t) (n,g,R,t,K) -> (n,g,s,K)
-        dscores = softmax_backward(dy_ @ v_.swapaxes(-1, -2), p)  # (n,g,R,t,s)
-        if dbias is not None:
-            tile.of(dbias, R).add(dscores.reshape(len(dscores), -1, *dscores.shape[-2:]))  # (n,h,t,s)
-        dscores *= saved.scale
-        dq[n, g, :, t] = dscores @ k_
-        dk[n, g, s] += (dscores.swapaxes(-1, -2) @ q_).sum(axis=2)
-    return dq.reshape(N, G * R, T, K), dk, dv, dbias
+
+    def of_keys(tiles: list[Tile]) -> Array:
+        """dk and dv of the keys that these tiles see. -> (2,n,g,S,K)"""
+        n, g = tiles[0].n, tiles[0].g
+        sums = xp.zeros_like(dkv[:, n, g])
+        for tile in tiles:
+            dy_, (q_, k_, v_, p) = joined_heads(dy[n, g, :, tile.t]), saved.of(tile)
+            sums[1, :, :, tile.s] += p.swapaxes(-1, -2) @ dy_  # (n,g,s,R*t) (n,g,R*t,K) -> (n,g,s,K)
+            dscores = softmax_backward(dy_ @ v_.swapaxes(-1, -2), p)  # (n,g,R*t,s)
+            if dbias is not None:
+                tile.of(dbias, R).add(dscores.reshape(len(dscores), -1, tile.t.stop - tile.t.start, dscores.shape[-1]))
+            sums[0, :, :, tile.s] += dscores.swapaxes(-1, -2) @ q_
+            dq_ = (dscores @ k_) * saved.scale  # (n,g,R*t,s) (n,g,s,K) -> (n,g,R*t,K)
+            dq[n, g, :, tile.t] = dq_.reshape(dq[n, g, :, tile.t].shape)
+        return sums
+
+    lists = list(saved.tiles())
+    for tiles, sums in zip(lists, map_parts(of_keys, lists), strict=True):
+        dkv[:, tiles[0].n, tiles[0].g] += sums
+    return dq.reshape(N, G * R, T, K), dkv[0], dkv[1], dbias
 
 
 # --- T11: rotary positions -----------------------------------------------------------------------------------------
@@ -511,8 +571,11 @@ def dropout_mask(n: Array, t: Array, D: int, p: float, *, seed: int, stream: str
     tokens = _mix(_mix(n.astype(xp.uint32) ^ key) ^ t.astype(xp.uint32))  # (M,)
     columns = _mix(xp.arange(D, dtype=xp.uint32) ^ (key ^ 0x9E3779B9))  # (D,)
     mask = xp.empty((len(n), D), dtype=dtype)
-    for m in blocks(len(n), D):
+
+    @for_each(zip(blocks(len(n), D)))
+    def _(m: slice) -> None:
         mask[m] = _mix(tokens[m, None] ^ columns) >= min(round(p * 2**32), 2**32 - 1)
+
     mask *= 1 / (1 - p)
     return mask
 
@@ -537,7 +600,9 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, tuple[Array, Ar
     The softmax takes the memory of logits, the largest array of a step: their values are lost.
     """
     losses = xp.empty(len(logits), dtype=logits.dtype)
-    for m in blocks(*logits.shape):
+
+    @for_each(zip(blocks(*logits.shape)))
+    def _(m: slice) -> None:
         x = logits[m]
         x -= x.real.max(axis=-1, keepdims=True)
         at_target = x[xp.arange(len(x)), targets[m]]
@@ -545,6 +610,7 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, tuple[Array, Ar
         total = x.sum(axis=-1)  # (m,V) -> (m,)
         losses[m] = xp.log(total) - at_target
         x *= (1 / total)[:, None]
+
     return losses, (logits, targets)
 
 

@@ -11,16 +11,11 @@ processes computed which runs, and however these were joined, the sum has the sa
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
-from functools import cache, reduce
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from functools import reduce
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from .adapter import Adapter
 from .backend import Array, backend_name
@@ -28,10 +23,8 @@ from .batch import Batch
 from .binding import AdaptedModel, Trainable
 from .loss import batch_loss_and_grads, step_of
 from .model import Model
+from .threads import in_threads, map_parts
 from .transformer import Grads
-
-S = TypeVar("S")
-R = TypeVar("R")
 
 SHARD_TOKENS = 256  # a shard has at least so many tokens: smaller products are slower
 
@@ -70,15 +63,16 @@ def sharded_loss_and_grads(
         dropout_seed=dropout_seed, trainable=trainable, recompute=recompute,
     )  # fmt: skip
     shards = default_shards(*batch.tokens.shape) if shards is None else shards
-    with closing(nodes(adapted, batch, shards)) as found:
+    with in_threads(), closing(nodes(adapted, batch, shards)) as found:
         sums = root(reduce(joined, ([node] for node in found), list[Node]()))
     return sums.loss.item(), sums.grads
 
 
-def nodes(
-    model: AdaptedModel, batch: Batch, shards: int, *, mine: slice = slice(None), threads: int | None = None
-) -> Generator[Node, None, None]:
-    """O4: the loss (a 0-d array) and the gradients of each shard of a batch, or of a rank's own shards, in order."""
+def nodes(model: AdaptedModel, batch: Batch, shards: int, *, mine: slice = slice(None)) -> Generator[Node, None, None]:
+    """O4: the loss (a 0-d array) and the gradients of each shard of a batch, or of a rank's own shards, in order.
+
+    Close what is not read to its end.
+    """
     N = len(batch.tokens)
     if not (isinstance(shards, int) and 1 <= shards <= N):
         raise ValueError(f"shards: expected 1 to {N}, the rows of the batch, got {shards!r}")
@@ -87,7 +81,7 @@ def nodes(
     def one(shard: int) -> Node:
         return Node(shard, 1, *batch_loss_and_grads(model, batch.rows(rows[shard]), count=count))
 
-    return threaded(one, range(shards)[mine], threads=threads, of=shards)
+    return map_parts(one, range(shards)[mine])
 
 
 # --- O4: the order of the sums ---------------------------------------------------------------------------------------
@@ -145,109 +139,3 @@ def _added(one: Node, other: Node) -> Node:
     """The sums over both nodes' shards; the other's are behind the one's."""
     grads = {name: g + other.grads[name] for name, g in one.grads.items()}
     return Node(one.first, one.width + other.width, one.loss + other.loss, grads)
-
-
-# --- Threads ---------------------------------------------------------------------------------------------------------
-
-
-SLOW = (
-    "threadpoolctl is not installed: each shard's products start as many threads as there are cores, and steps take "
-    "many times as long; pip install threadpoolctl, or set OPENBLAS_NUM_THREADS=1 before Python starts"
-)
-
-
-@cache
-def _blas() -> Any:
-    """threadpoolctl's hold on NumPy's BLAS, which takes a while to find; None, with a warning, where it is missing."""
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ImportError:
-        limited = any(os.environ.get(f"{name}_NUM_THREADS") == "1" for name in ("OPENBLAS", "MKL", "OMP"))
-        if not limited and os.cpu_count() != 1:
-            warnings.warn(SLOW, stacklevel=1)
-        return None
-    return ThreadpoolController().select(user_api="blas")
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """One BLAS thread for each product meanwhile, where threadpoolctl is installed: the shards are the parallelism."""
-    blas = _blas()
-    if blas is None:
-        yield
-        return
-    _unclaim(blas)
-    limit = blas.limit(limits=1)
-    try:
-        yield
-    finally:
-        _unclaim(blas)
-        limit.restore_original_limits()
-        _unclaim(blas)
-
-
-def _unclaim(blas: Any) -> None:
-    """Lets this thread change the limit: newer versions of threadpoolctl ignore all but the one that did so first."""
-    for library in blas.lib_controllers:
-        if hasattr(library, "clear_controlling_thread"):
-            library.clear_controlling_thread(force=True)
-
-
-@contextmanager
-def quick_switches() -> Iterator[None]:
-    """Threads that come back from NumPy wait for the interpreter's lock 10 microseconds at most, not 5 ms."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-_turn, _changed = threading.Lock(), threading.Condition()
-_users = {True: 0, False: 0}  # the threads of this process that are within `process_settings`, by what they asked for
-_set = ExitStack()
-
-
-@contextmanager
-def process_settings(shards: bool) -> Iterator[None]:
-    """What shards need of the process meanwhile, one BLAS thread and quick switches; or all as it is, if not `shards`.
-
-    Both are the whole process's, and bits depend on them. So the first of the threads that want shards sets them and
-    the last gives them back; those that want the other wait for these, and these for them, in the order they came.
-    """
-    with _turn, _changed:  # who waits keeps the turn: nobody overtakes it
-        _changed.wait_for(lambda: not _users[not shards])
-        if shards and not _users[shards]:
-            _set.enter_context(one_blas_thread())
-            _set.enter_context(quick_switches())
-        _users[shards] += 1
-    try:
-        yield
-    finally:
-        with _changed:
-            _users[shards] -= 1
-            if not _users[shards]:
-                _set.close()
-                _changed.notify_all()
-
-
-def threaded(
-    f: Callable[[S], R], parts: Iterable[S], *, threads: int | None = None, of: int | None = None
-) -> Generator[R, None, None]:
-    """f of each of the parts, in order, as they are done: each in a thread, with one BLAS thread.
-
-    threads: at most so many at once; None: as many as the machine has cores. of: how many parts there are on all ranks;
-    where there is one in all, it runs as it is, on BLAS's own threads. On a GPU, in turn. Close what is not read to its
-    end: until then it holds `process_settings`.
-    """
-    parts = list(parts)
-    if backend_name == "cupy":
-        yield from map(f, parts)
-    elif (len(parts) if of is None else of) <= 1:
-        with process_settings(shards=False):
-            yield from map(f, parts)
-    else:
-        threads = max(1, min(len(parts), threads or os.cpu_count() or 1))
-        with process_settings(shards=True), ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(f, parts)

@@ -44,6 +44,7 @@ from .ops import (
     tanh,
 )
 from .storage import widened
+from .threads import map_parts
 
 Activations: TypeAlias = dict[str, Any]  # what forward saves for backward
 Grads: TypeAlias = dict[str, Array]
@@ -270,7 +271,8 @@ def feed_forward(model: AdaptedModel, i: int, x: Array, at: Layout, saved: Activ
     gate = project(model, f"{name}.gate", x, at, saved) if model.config.gated else up
     act, saved[f"{name}.act"] = activation(gate)
     if model.config.gated:
-        saved[name], act = (act, up), act * up
+        saved[f"{name}.act"] *= up  # d(act * up)/d gate, and act is d(act * up)/d up
+        saved[name], act = act, act * up
     return project(model, f"{name}.down", act, at, saved)
 
 
@@ -280,13 +282,11 @@ def feed_forward_backward(model: AdaptedModel, i: int, dh: Array, saved: Activat
     d_down = project_backward(model, f"{name}.down", dh, saved, grads)  # (..., D) -> (..., F)
     if d_down is None:  # nothing below W_down is trained
         return None
+    d_act = activation_backward(d_down, saved.pop(f"{name}.act"))
     if not model.config.gated:
-        d_up = activation_backward(d_down, saved.pop(f"{name}.act"))
-        return project_backward(model, f"{name}.up", d_up, saved, grads)
-    act, up = saved.pop(name)
-    d_gate = activation_backward(d_down * up, saved.pop(f"{name}.act"))
-    dx_gate = project_backward(model, f"{name}.gate", d_gate, saved, grads)
-    dx_up = project_backward(model, f"{name}.up", d_down * act, saved, grads)
+        return project_backward(model, f"{name}.up", d_act, saved, grads)
+    dx_gate = project_backward(model, f"{name}.gate", d_act, saved, grads)
+    dx_up = project_backward(model, f"{name}.up", d_down * saved.pop(name), saved, grads)
     return None if dx_gate is None or dx_up is None else dx_gate + dx_up
 
 
@@ -416,6 +416,43 @@ def sublayer_backward(
     return before.select_backward(dy, after) + dx  # the residual's, and f's
 
 
+def by_rows(model: AdaptedModel, depth: int, x: Array, before: Layout, after: Layout) -> tuple[Array, Activations]:
+    """T13: a sublayer; the feed-forward half, which works row by row, in parts of the rows that need not wait for each
+    other. x (..., D) -> (..., D)."""
+    parts = before.row_parts() if before is after and not model.by_row else []
+    if len(parts) <= 1 or place_of(model, depth)[1] != "mlp":
+        return sublayer(model, depth, x, before, after)
+    all_rows = x.reshape(-1, x.shape[-1])  # (..., D) -> (M,D)
+
+    def part(rows: slice) -> tuple[Array, Activations]:
+        at = before.part(rows)
+        return sublayer(model, depth, all_rows[rows], at, at)
+
+    ys, saved = zip(*map_parts(part, parts), strict=True)
+    return xp.concatenate(ys).reshape(x.shape), {"parts": saved}
+
+
+def by_rows_backward(
+    model: AdaptedModel, depth: int, dy: Array, before: Layout, after: Layout, saved: Activations, grads: Grads
+) -> Array | None:
+    """T13: dy (..., D) -> dx (..., D), or None where nothing below is trained; the parts' gradients meet in order."""
+    if "parts" not in saved:
+        return sublayer_backward(model, depth, dy, before, after, saved, grads)
+    all_rows = dy.reshape(-1, dy.shape[-1])  # (..., D) -> (M,D)
+
+    def part(rows: slice, kept: Activations) -> tuple[Array | None, Grads]:
+        at, inner = before.part(rows), Grads()
+        return sublayer_backward(model, depth, all_rows[rows], at, at, kept, inner), inner
+
+    dxs = []
+    for dx, inner in map_parts(lambda one: part(*one), zip(before.row_parts(), saved.pop("parts"), strict=True)):
+        if dx is not None:
+            dxs.append(dx)
+        for name, value in inner.items():
+            add(grads, name, value)
+    return xp.concatenate(dxs).reshape(dy.shape) if dxs else None
+
+
 def place_of(model: AdaptedModel, depth: int) -> tuple[int, str, str]:
     """The layer, the part and the norm of the sublayer at a depth."""
     i, which = divmod(depth, len(model.config.sublayers))
@@ -436,7 +473,7 @@ def states(model: AdaptedModel, batch: Batch, at: Layout, last: Layout) -> tuple
     stack = [saved if model.lowest < (0, 0) else {}]
     for depth, before, after in sublayers(model, at, last):
         below = x
-        x, saved = sublayer(model, depth, below, before, after)
+        x, saved = by_rows(model, depth, below, before, after)
         kept = {"x": below} if model.recompute else saved
         stack.append(kept if model.lowest < (depth + 1, 0) else {})
     if model.config.norm_first:
@@ -455,8 +492,8 @@ def states_backward(
         saved = stack.pop()
         if model.lowest < (depth + 1, 0):  # something in this sublayer, or below it, is trained
             if model.recompute:
-                _, saved = sublayer(model, depth, saved["x"], before, after)
-            dx = sublayer_backward(model, depth, dx, before, after, saved, grads)  # type: ignore[assignment]
+                _, saved = by_rows(model, depth, saved["x"], before, after)
+            dx = by_rows_backward(model, depth, dx, before, after, saved, grads)  # type: ignore[assignment]
     if model.lowest < (0, 0):
         embed_backward(model, dx, stack.pop(), grads)
 

@@ -758,14 +758,19 @@ def test_attention_by_place_holds_memory_in_proportion_to_its_length(kind):
     assert peaks[1] < min(2.2 * peaks[0], 2048 * 2048 * 8)
 
 
+def tiles_of(saved):
+    """All tiles of attention's scores."""
+    return [tile for tiles in saved.tiles() for tile in tiles]
+
+
 @proves("T9")
 @pytest.mark.skipif(xp is not np, reason="on a GPU there is one tile")
 def test_a_window_s_scores_are_computed_about_it_alone():
     """Of each tile's queries the first sees the earliest key: no score stands further back."""
-    for start, stop, keys in (
-        (tile.t.start, tile.t.stop, tile.s) for tile in ops._tiles(1, 1, 1, 1024, 1024, causal=True, window=100)
-    ):
-        assert keys == slice(max(0, start - 99), stop)
+    q = np.zeros((1, 1, 1024, 1))
+    _, saved = ops.attention(q, q, q, causal=True, window=100)
+    for tile in tiles_of(saved):
+        assert tile.s == slice(max(0, tile.t.start - 99), tile.t.stop)
 
 
 # --- T11: rotary ---------------------------------------------------------------------------------------------------
@@ -1122,7 +1127,7 @@ def test_tiles_of_attention_change_nothing_beyond_rounding(case, rows, cache):
 
     def everything():
         y, saved = run_attention(*case)
-        return [asnumpy(a) for a in (y, *ops.attention_backward(device(dy), saved)[:3])], len(list(saved.parts()))
+        return [asnumpy(a) for a in (y, *ops.attention_backward(device(dy), saved)[:3])], len(tiles_of(saved))
 
     whole, one = everything()
     with tiles(rows, cache):
@@ -1135,13 +1140,32 @@ def test_tiles_of_attention_change_nothing_beyond_rounding(case, rows, cache):
     assert all(np.abs(one - other).max() <= 1e-13 * scale for one, other in zip(whole, cut, strict=True))
 
 
+@proves("T9", "T10")
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_long_sequence_s_tiles_in_lists_change_nothing_beyond_rounding(window):
+    """What each list adds to dk and dv meets in the end."""
+    rng = np.random.default_rng(0)
+    q, dy, k, v = (device(rng.standard_normal((2, heads, 40, 3))) for heads in (4, 4, 2, 2))
+
+    def everything():
+        y, saved = ops.attention(q, k, v, causal=True, window=window)
+        return [asnumpy(a) for a in (y, *ops.attention_backward(dy, saved)[:3])], len(list(saved.tiles()))
+
+    whole, one = everything()
+    with tiles(1, 1):
+        cut, lists = everything()
+    assert (one, lists) == (1, 2 * 2 * 4 if xp is np else 1)
+    assert all(np.abs(one - other).max() <= 1e-13 * np.abs(one).max() for one, other in zip(whole, cut, strict=True))
+
+
 @proves("T9")
 @pytest.mark.skipif(xp is not np, reason="on a GPU there is one tile")
 @given(attentions(), st.integers(1, 3), st.integers(1, 60))
 def test_a_tile_stays_in_cache(case, rows, cache):
     """Where it holds more scores than that, it is of the query heads of one text that share their keys."""
     with tiles(rows, cache):
-        for _, _, _, _, p in run_attention(*case)[1].parts():
+        _, saved = run_attention(*case)
+        for p in (saved.of(tile)[-1] for tile in tiles_of(saved)):
             assert p.size <= cache or p.shape[:2] == (1, 1)
 
 
@@ -1152,7 +1176,8 @@ def test_causal_attention_computes_no_score_that_it_hides(case, cache):
     q, k, _, causal, _ = case
     (N, H, T, _), S = q.shape, k.shape[2]
     with tiles(1, cache):
-        computed = sum(p.size for _, _, _, _, p in run_attention(*case)[1].parts())
+        _, saved = run_attention(*case)
+        computed = sum(saved.of(tile)[-1].size for tile in tiles_of(saved))
     visible_pairs = sum(len(visible(0, t, T, S, causal, None)) for t in range(T))
     assert computed == N * H * (visible_pairs if xp is np else T * S)
 

@@ -1,12 +1,10 @@
 """One step over many shards: the same bits for any number of threads, the same result as without shards."""
 
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,19 +26,18 @@ from strategies import (
 )
 
 import lora_np as ln
-from lora_np import parallel, transformer
+from lora_np import parallel, threads, transformer
 from lora_np.backend import backend_name
-from lora_np.cli.early import BLAS_THREADS
 from lora_np.parallel import Node, cut, joined, root, spans
 
 proves = pytest.mark.proves
 
 
-def sharded(case, *, threads=None, **options):
+def sharded(case, *, cores=None, **options):
     """sharded_loss_and_grads of a Case, on a machine of so many cores."""
     with pytest.MonkeyPatch.context() as patch:
-        if threads is not None:
-            patch.setattr("lora_np.parallel.os.cpu_count", lambda: threads)
+        if cores is not None:
+            patch.setattr("lora_np.threads.os.cpu_count", lambda: cores)
         return ln.sharded_loss_and_grads(case.model, case.adapter, **case.batch, **options)
 
 
@@ -48,7 +45,7 @@ def sharded(case, *, threads=None, **options):
 @given(cases(min_rows=2, dropout=True), seeds, st.data())
 def test_the_number_of_threads_changes_no_bit(case, dropout_seed, data):
     shards = data.draw(st.integers(2, len(case.batch["tokens"])))
-    one, two, many = (sharded(case, threads=n, shards=shards, dropout_seed=dropout_seed) for n in (1, 2, 5))
+    one, two, many = (sharded(case, cores=n, shards=shards, dropout_seed=dropout_seed) for n in (1, 2, 5))
     assert one[0] == two[0] == many[0]
     assert same_bits(one[1], two[1])
     assert same_bits(one[1], many[1])
@@ -112,53 +109,8 @@ def test_a_shard_without_a_counted_target():
 def test_the_default_number_of_shards_comes_from_the_shape(N, T, shards, monkeypatch):
     """A power of two that leaves each 256 tokens and a row, on any machine; on a GPU the batch stays whole."""
     for cores in (1, 96):
-        monkeypatch.setattr("lora_np.parallel.os.cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr("lora_np.threads.os.cpu_count", lambda cores=cores: cores)
         assert parallel.default_shards(N, T) == (1 if backend_name == "cupy" else shards)
-
-
-@proves("O4")
-def test_the_interpreter_switches_threads_as_before_when_a_step_is_done():
-    """And meanwhile within 10 microseconds, not the 5 ms that are the default."""
-    before = sys.getswitchinterval()
-    if backend_name != "cupy":
-        assert before > 1e-4
-        assert list(parallel.threaded(lambda part: sys.getswitchinterval(), [1, 2, 3])) == pytest.approx([1e-5] * 3)
-    assert list(parallel.threaded(lambda part: part + 1, [1, 2, 3])) == [2, 3, 4]
-    with pytest.raises(ZeroDivisionError):
-        list(parallel.threaded(lambda part: 1 / part, [1, 0]))
-    assert sys.getswitchinterval() == before
-
-
-@proves("O4")
-@pytest.mark.skipif(backend_name == "cupy", reason="on a GPU parts are computed in turn")
-def test_a_rank_computes_its_parts_as_one_process_would(monkeypatch):
-    """A part of several has one BLAS thread, also where it is a rank's only one; a rank has its threads, not all."""
-    limited, pools = [], []
-
-    def pool(threads):
-        pools.append(threads)
-        return ThreadPoolExecutor(threads)
-
-    monkeypatch.setattr(parallel, "one_blas_thread", lambda: limited.append(1) or nullcontext())
-    monkeypatch.setattr(parallel, "ThreadPoolExecutor", pool)
-    assert list(parallel.threaded(str, [1], threads=3, of=2)) == ["1"]
-    assert list(parallel.threaded(str, range(5, 10), threads=3, of=10)) == list("56789")
-    assert (len(limited), pools) == (2, [1, 3])
-    assert list(parallel.threaded(str, [7])) == ["7"]
-    assert len(limited) == 2
-
-
-@proves("O4")
-@pytest.mark.parametrize(("limit", "warned"), [(None, True), ("4", True), ("1", False)])
-def test_without_threadpoolctl_a_warning_says_what_it_costs(monkeypatch, limit, warned):
-    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
-    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 8)
-    for name in BLAS_THREADS:
-        monkeypatch.delenv(name, raising=False)
-    if limit:
-        monkeypatch.setenv(BLAS_THREADS[0], limit)
-    with pytest.warns(match="threadpoolctl is not installed: .* OPENBLAS_NUM_THREADS=1") if warned else nullcontext():
-        assert parallel._blas.__wrapped__() is None
 
 
 @pytest.fixture
@@ -173,7 +125,7 @@ def two_blas_threads():
 @proves("O4")
 @pytest.mark.skipif(backend_name == "cupy", reason="on a GPU parts are computed in turn")
 def test_many_callers_at_once_get_the_bits_of_one_alone(two_blas_threads):
-    """Batches of one shard, on BLAS's own threads, among batches of several, on one each; then all is as it was."""
+    """Batches of one shard, whose loops have the threads, among batches of several; then all is as it was."""
     model = random_model(ln.Config(50, 96, 1, 2, 192, 192), seed=0, dtype="float32")
     adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
     tokens = np.random.default_rng(0).integers(0, 50, (16, 96))
@@ -193,52 +145,6 @@ def test_many_callers_at_once_get_the_bits_of_one_alone(two_blas_threads):
 
 
 @proves("O4")
-@pytest.mark.skipif(backend_name == "cupy", reason="on a GPU parts are computed in turn")
-def test_the_last_that_shards_gives_the_settings_back(two_blas_threads):
-    def now():
-        return (two_blas_threads(), sys.getswitchinterval())
-
-    before = now()
-    first, second = (parallel.threaded(str, "ab") for _ in range(2))
-    assert (next(first), next(second)) == ("a", "a")
-    held = now()
-    assert held[0] == [1] * len(before[0])
-    assert held[1] == pytest.approx(1e-5)
-    first.close()
-    assert now() == held
-    assert list(second) == ["b"]
-    assert now() == before
-
-
-@proves("O4")
-@pytest.mark.parametrize("shards", [True, False])
-def test_those_that_want_the_settings_wait_for_those_that_want_none_and_these_for_them(shards, monkeypatch):
-    """Also one that comes while another waits: it does not overtake, though what it wants is there."""
-    inside, waiting = [], threading.Semaphore(0)
-    wait = parallel._changed.wait
-
-    def noting(timeout=None):
-        waiting.release()
-        return wait(timeout)
-
-    monkeypatch.setattr(parallel._changed, "wait", noting)
-
-    def enter(shards, name):
-        with parallel.process_settings(shards):
-            inside.append(name)
-
-    with ThreadPoolExecutor(2) as pool:
-        with parallel.process_settings(shards):
-            other = pool.submit(enter, not shards, "other")
-            waiting.acquire()
-            late = pool.submit(enter, shards, "late")
-            assert inside == []
-        other.result()
-        late.result()
-    assert inside == ["other", "late"]
-
-
-@proves("O4")
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_step_that_fails_gives_the_settings_back(rows, monkeypatch):
     """In a shard, and in the sum of what the shards gave; the error, and with it its frames, is kept."""
@@ -255,26 +161,7 @@ def test_a_step_that_fails_gives_the_settings_back(rows, monkeypatch):
         patch.setattr(parallel, "joined", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError) as error:
             ln.sharded_loss_and_grads(model, adapter, tokens, tokens[:, ::-1], shards=rows)
-    assert parallel._users == {True: 0, False: 0}
-
-
-@proves("O4")
-def test_a_product_has_one_blas_thread_meanwhile(monkeypatch):
-    """What threadpoolctl is asked for, and for how long."""
-    happened = []
-
-    def blas():
-        return SimpleNamespace(
-            lib_controllers=[SimpleNamespace(clear_controlling_thread=lambda *, force: happened.append("unclaimed"))],
-            limit=lambda *, limits: (
-                happened.append(limits) or SimpleNamespace(restore_original_limits=lambda: happened.append("as before"))
-            ),
-        )
-
-    monkeypatch.setattr(parallel, "_blas", blas)
-    with parallel.one_blas_thread():
-        happened.append("products")
-    assert happened == ["unclaimed", 1, "products", "unclaimed", "as before", "unclaimed"]
+    assert threads._users == 0
 
 
 @proves("O4")
@@ -293,15 +180,16 @@ def test_the_default_is_used():
 
 @proves("O4")
 def test_shards_need_no_threadpoolctl(monkeypatch):
-    """Without it BLAS keeps its own threads; the sums differ by rounding at the most."""
+    """Without it all runs on BLAS's own threads; the sums differ by rounding at the most."""
     config = ln.Config(7, 8, 1, 1, 4, 4)
     model = random_model(config, seed=0)
     adapter = trained_adapter(model, ln.LoRAConfig(r=2), seed=0)
     tokens = np.random.default_rng(0).integers(0, 7, (4, 5))
     _, grads = ln.sharded_loss_and_grads(model, adapter, tokens, tokens[:, ::-1], shards=2)
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)
-    monkeypatch.setattr(parallel, "_blas", parallel._blas.__wrapped__)  # asks anew
-    _, others = ln.sharded_loss_and_grads(model, adapter, tokens, tokens[:, ::-1], shards=2)
+    monkeypatch.setattr(threads, "_blas", threads._blas.__wrapped__)  # asks anew
+    with pytest.warns(match="threadpoolctl is not installed") if not threads._has_one_blas_thread() else nullcontext():
+        _, others = ln.sharded_loss_and_grads(model, adapter, tokens, tokens[:, ::-1], shards=2)
     assert farthest(grads, others) <= 1e-14
 
 

@@ -16,7 +16,8 @@ from ..checks import expect
 from ..loss import batch_score, step_of
 from ..model import Model, check_model
 from ..optim import AdamWState, adamw, clip, learning_rates, warmup_cosine
-from ..parallel import default_shards, nodes, threaded
+from ..parallel import default_shards, nodes
+from ..threads import in_threads, map_parts
 from .ranks import ALONE, Ranks
 
 
@@ -157,7 +158,7 @@ def _step(
     )  # fmt: skip
     N, T = batch.tokens.shape
     shards = default_shards(N, T) if settings.shards is None else min(settings.shards, N)
-    with closing(nodes(adapted, batch, shards, mine=ranks.share(shards), threads=ranks.threads)) as mine:
+    with in_threads(ranks.threads), closing(nodes(adapted, batch, shards, mine=ranks.share(shards))) as mine:
         total, sums = ranks.sum(mine, shards, state.params)
     grads, norm_before = clip(sums, settings.clip)
     loss, norm = float(total), float(norm_before)
@@ -199,7 +200,7 @@ def evaluate(model: Model, adapter: Adapter | None, batches: Iterable[BatchDict]
     check_model(model)
     batches = list(batches)
     part = batches[ranks.share(len(batches))]
-    with closing(threaded(one, part, threads=ranks.threads, of=len(batches))) as mine:
+    with in_threads(ranks.threads), closing(map_parts(one, part)) as mine:
         scores = ranks.gather(mine)
     count = sum(counted for _, _, counted in scores)
     if count == 0:

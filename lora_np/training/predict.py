@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from ..batch import IGNORED, BatchDict
 from ..loss import forward
 from ..model import Model
 from ..ops import softmax
-from ..parallel import threaded
+from ..threads import in_threads, map_parts
 from .examples import Example, Tokens, by_length, encode_labelled, encode_tagged, in_order
 
 BATCH = 32  # texts in a batch
@@ -54,7 +53,7 @@ def _in_turn(examples: Sequence[Example], rows: Iterator[Array]) -> list[Array]:
     return [found[n] for n in range(len(examples))]
 
 
-def _probabilities(model: Model, adapter: Adapter | None, examples: Sequence[Example]) -> Iterator[Array]:
+def _probabilities(model: Model, adapter: Adapter | None, examples: Sequence[Example]) -> list[Array]:
     """The probabilities of batches of examples, the shortest first, each batch in a thread.
 
     -> (N,labels) of a classifier's, (N,T,labels) of a tagger's. A ValueError if one is no number.
@@ -67,5 +66,5 @@ def _probabilities(model: Model, adapter: Adapter | None, examples: Sequence[Exa
             raise ValueError(f"probabilities are NaN: the weights, or the adapter's, overflow in {model.dtype}")
         return p
 
-    with closing(threaded(one, in_order(examples, N=BATCH))) as found:
-        yield from found
+    with in_threads():
+        return list(map_parts(one, in_order(examples, N=BATCH)))

@@ -26,7 +26,7 @@ from test_loop import batches, make
 from test_parallel import halves, leaves
 
 import lora_np as ln
-from lora_np import parallel
+from lora_np import parallel, threads
 from lora_np.cli import main
 from lora_np.cli.output import one_end
 from lora_np.formats.adapters.task import Task
@@ -98,7 +98,7 @@ def on_ranks(size, f):
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(size) as pool:
         # A process's own, which ranks do not share.
-        patch.setattr(parallel, "process_settings", lambda shards: nullcontext())
+        patch.setattr(threads, "process_settings", nullcontext)
         return list(pool.map(one, range(size)))
 
 
@@ -147,8 +147,7 @@ def test_training_on_ranks_ends_in_the_bits_of_one_process(size, shards, dropout
 @proves("O4")
 def test_a_rank_computes_its_own_rows_alone(monkeypatch):
     model, adapter = make()
-    # In turn, in the rank's own thread.
-    monkeypatch.setattr(parallel, "ThreadPoolExecutor", lambda _: nullcontext(type("Turn", (), {"map": map})))
+    monkeypatch.setattr(threads, "_hire", lambda _: None)  # all in the rank's own thread
     plan, by_rank = Settings(steps=1, lr=1e-2, shards=5), {}
     compute = parallel.batch_loss_and_grads
 
