@@ -95,7 +95,7 @@ def test_from_1_plus_w_the_same_is_computed(path):
     write(path, SMALL, tensors={"w": (stored, KINDS["F32"])})
     with open_gguf(path) as file:
         for dtype in ("float32", "float64"):
-            read = Source("w", slice(None), 0, plus_one=True).read(file, dtype)
+            read = Source("w", stored.shape, slice(None), 0, plus_one=True).read(file, dtype)
             assert read.dtype == dtype
             np.testing.assert_array_equal(1 + read, stored)
 
