@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import Array, DType, xp
-from ...storage import Q4_0, Q4_1, Q8_0, Held, wide_blocks
+from ...backend import Array, DType, blocks, xp
+from ...storage import Q4_0, Q4_1, Q8_0, Held
 from ..files.blocks import Block, gathered, row_blocks
 from ..files.extras import missing
 from ..files.stamp import changed, open_unchanged, stamp
@@ -185,7 +185,7 @@ class GGUFFile:
         shape = (self._count_of(name, rows), tensor.row_bytes)
         raw = gathered(shape, np.uint8, self._raw_blocks(name, heads, rows))
         W = kind((len(raw), tensor.shape[-1]), xp.asarray(raw))
-        if not all(bool(xp.isfinite(W[block]).all()) for block in wide_blocks(W)):
+        if not all(bool(xp.isfinite(W[block]).all()) for block in blocks(*W.shape)):
             raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
         return W
 
