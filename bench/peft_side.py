@@ -29,6 +29,7 @@ with warnings.catch_warnings():
     import peft
     import transformers
 transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers so
 
 DEVICE = "cuda" if backend_name == "cupy" else "cpu"

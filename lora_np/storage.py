@@ -221,7 +221,7 @@ def quantise_nf4(W: Any, *, block: int = 64, double: bool = True) -> NF4:
 
 def _packed(codes: Array) -> Array:
     """Two to a byte, the first in its upper half; an odd last one with a zero's."""
-    even = codes if codes.size % 2 == 0 else xp.append(codes, xp.uint8(7))
+    even = codes if codes.size % 2 == 0 else xp.concatenate([codes, xp.full(1, 7, xp.uint8)])
     return even[::2] << 4 | even[1::2]
 
 
