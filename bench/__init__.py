@@ -1,6 +1,6 @@
 """Benchmarks: python -m bench.
 
-ops, step, memory, decode, merge, switch, scaling, peers
+ops, step, memory, decode, merge, switch, load, scaling, peers
                          a subject each: the cases that a process times, and `figures`, which asks for them
 measure, worker, timing  sides of a comparison in processes that take turns; one such process; the clock
 models, peft_side        what is measured; the same in PyTorch + PEFT, transformers and loralib

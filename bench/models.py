@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lora_np as ln
-from lora_np.backend import Array, xp
+from lora_np.backend import Array, asnumpy, xp
+from lora_np.formats.models.huggingface import Place
 
 TINY: dict[str, Any] = {"vocab_size": 64, "n_positions": 64, "n_layer": 2, "d_model": 36, "d_ff": 48}
 
@@ -31,6 +32,11 @@ class Work(NamedTuple):
     def weights(self, names: Collection[str] | None = None) -> dict[str, Array]:
         """Those of `model`, or some of them."""
         return ln.init_weights(self.config, seed=0, names=names)
+
+    def stored(self, place: Place) -> Array:
+        """A tensor as Hugging Face's files have it."""
+        value = np.concatenate([asnumpy(weight) for weight in self.weights(place.parts).values()])
+        return np.ascontiguousarray(value.T) if place.transposed else value
 
     def model(self) -> ln.Model:
         return ln.Model(self.config, self.weights())

@@ -19,14 +19,17 @@ from lora_np.backend import backend_name
 from lora_np.formats.models.huggingface import places
 from lora_np.optim import warmup_cosine
 
+from .load import peak_and_kept
 from .models import Work, work
 from .timing import Cases
+from .worker import peak_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what they say about themselves at import
     import peft
     import transformers
 transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers so
 
 DEVICE = "cuda" if backend_name == "cupy" else "cpu"
@@ -89,9 +92,7 @@ def twin(w: Work) -> Any:
     net = getattr(transformers, CLASSES[name, w.config.head])(their_config(name, w.config, pad=0))
     state = net.state_dict()
     for key, place in places(w.config, in_trunk=True).items():
-        weights = w.weights(place.parts)
-        value = np.concatenate([weights[part] for part in place.parts])
-        state[key].copy_(torch.from_numpy(value.T if place.transposed else value))
+        state[key].copy_(torch.from_numpy(w.stored(place)))
     return net.to(DEVICE)
 
 
@@ -160,6 +161,21 @@ def decode(name: str, n: int, *, prompt: int, **sizes: Any) -> Cases:
         return ids[0, prompt:].tolist()
 
     return {"greedy": run}
+
+
+def load(path: str, dtype: str) -> Cases:
+    """`bench.load:ours`, by from_pretrained."""
+    folder, file = (Path(path).parent, Path(path).name) if path.endswith(".gguf") else (Path(path), None)
+    _ = transformers.GPT2LMHeadModel, transformers.LlamaForCausalLM  # imports them
+    before = peak_bytes()
+
+    def run() -> list[int]:
+        net = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=getattr(torch, dtype))
+        for p in net.parameters():
+            p.sum()  # a safetensors file is mapped: its pages come when they are read
+        return peak_and_kept(sum(p.nbytes for p in net.parameters()), before)
+
+    return {"load": run}
 
 
 def switch(name: str, **sizes: Any) -> Cases:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import decode, merge, peers, step, switch
+from . import decode, load, merge, peers, step, switch
 from .figures import Run, shown
 from .models import work
 from .roofline import EACH_CORE
@@ -72,6 +72,17 @@ def _groups() -> list[Group]:
                 ("decoding", decode.rows_case(GPT2), "2.2x"),
                 ("logits", GPT2._replace(N=decode.ROWS, T=decode.ROWS_T).case, "1.00x"),
             )
+        ),
+        *(
+            Group(
+                load.case(base), "load", load.case(base),
+                [
+                    (f"{step.OURS}: {load.PEAK}", f"{step.OURS}: {load.KEPT}", "at most 1.10x"),
+                    (f"{step.OURS}: {load.PEAK}", f"{load.PEER}: {load.PEAK}", ""),
+                    (step.OURS, load.PEER, ""),
+                ],
+            )
+            for base in load.BASES
         ),
         Group("import", "peers", "import", [(step.OURS, peers.TORCH_PEFT, "20x")]),
         Group("installed with what it requires", "peers", "installed size", [(step.OURS, peers.TORCH_PEFT, "10x")]),

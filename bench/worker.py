@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TextIO
 
 from lora_np.backend import backend_name, xp
@@ -23,6 +24,9 @@ def peak_bytes() -> int:
     """The most memory that this process has held: of the GPU's, or else of the host's."""
     if backend_name == "cupy":
         return int(xp.get_default_memory_pool().total_bytes())  # type: ignore[attr-defined]  # the pool never shrinks
+    status = Path("/proc/self/status")
+    if status.exists():  # of this program; resource counts what the process was before it, too
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     import resource  # not on Windows
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -95,11 +95,16 @@ def narrowed(W: Array) -> BFloat16:
     """float32 numbers (out, in) that bfloat16 holds, held so. A ValueError if one would be rounded."""
     halves = xp.empty_like(W, dtype=xp.uint16)
     for rows in blocks(*W.shape):
-        bits = W[rows].view(xp.uint32) if W.dtype == xp.float32 else None
-        if bits is None or (bits & 0xFFFF).any():
-            raise ValueError(f"expected float32 numbers that bfloat16 holds, got others ({W.dtype})")
-        halves[rows] = bits >> 16
+        halves[rows] = upper_halves(W[rows])
     return BFloat16(W.shape, halves)
+
+
+def upper_halves(W: Array) -> Array:
+    """What `BFloat16` holds of some rows, on the host or on the device: uint16, of their shape."""
+    bits = W.view(xp.uint32) if W.dtype == xp.float32 else None
+    if bits is None or (bits & 0xFFFF).any():
+        raise ValueError(f"expected float32 numbers that bfloat16 holds, got others ({W.dtype})")
+    return (bits >> 16).astype(xp.uint16)
 
 
 # --- L11: four bits --------------------------------------------------------------------------------------------------
@@ -189,7 +194,7 @@ def quantise_nf4(W: Any, *, block: int = 64, double: bool = True) -> NF4:
     W = widened(as_matrix("quantise_nf4: W", W))
     if W.dtype not in (xp.float32, xp.float16):
         raise TypeError(f"quantise_nf4: W: expected float32 or float16, got {W.dtype}")
-    if W.ndim != 2 or not W.size or not bool(xp.isfinite(W).all()):
+    if W.ndim != 2 or not W.size or not all(bool(xp.isfinite(W[rows]).all()) for rows in blocks(*W.shape)):
         raise ValueError(f"quantise_nf4: W: expected a matrix (out, in) of finite numbers, got shape {W.shape}")
     if block not in BLOCKS:
         raise ValueError(f"quantise_nf4: block: expected one of {' '.join(map(str, BLOCKS))}, got {block!r}")
@@ -197,22 +202,27 @@ def quantise_nf4(W: Any, *, block: int = 64, double: bool = True) -> NF4:
     numbers = W.reshape(-1)
     full, rest = divmod(numbers.size, block)
     absmax = xp.empty(full + (rest > 0), xp.float32)
-    codes = xp.full(-(-numbers.size // 2) * 2, 7, xp.uint8)  # an odd last one is packed with a zero
+    codes = xp.empty(-(-numbers.size // 2), xp.uint8)
     for part in blocks(full, block):
         of = slice(part.start * block, part.stop * block)
         A = numbers[of].astype(xp.float32).reshape(-1, block)
         absmax[part] = abs(A).max(axis=1)
         scaled = A * (1 / xp.maximum(absmax[part], xp.float32(TINY)))[:, None]
-        codes[of] = _nearest_level(scaled.reshape(-1))
+        codes[of.start // 2 : of.stop // 2] = _packed(_nearest_level(scaled.reshape(-1)))
     if rest:  # a last block that is not full: there, bitsandbytes divides
         A = numbers[full * block :].astype(xp.float32)
         absmax[full] = xp.maximum(abs(A).max(), xp.float32(TINY))
-        codes[full * block : numbers.size] = _nearest_level(A / absmax[full])
-    packed = codes[::2] << 4 | codes[1::2]
+        codes[full * block // 2 :] = _packed(_nearest_level(A / absmax[full]))
     if not double:
-        return NF4(W.shape, block, packed, absmax)
+        return NF4(W.shape, block, codes, absmax)
     offset = xp.asarray(absmax.mean(dtype=xp.float64), dtype=xp.float32)
-    return NF4(W.shape, block, packed, *_in_8_bits(absmax - offset), offset)
+    return NF4(W.shape, block, codes, *_in_8_bits(absmax - offset), offset)
+
+
+def _packed(codes: Array) -> Array:
+    """Two to a byte, the first in its upper half; an odd last one with a zero's."""
+    even = codes if codes.size % 2 == 0 else xp.concatenate([codes, xp.full(1, 7, xp.uint8)])
+    return even[::2] << 4 | even[1::2]
 
 
 def _nearest_level(scaled: Array) -> Array:

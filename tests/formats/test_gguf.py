@@ -95,7 +95,7 @@ def test_from_1_plus_w_the_same_is_computed(path):
     write(path, SMALL, tensors={"w": (stored, KINDS["F32"])})
     with open_gguf(path) as file:
         for dtype in ("float32", "float64"):
-            read = Source("w", slice(None), 0, plus_one=True).read(file, dtype)
+            read = Source("w", stored.shape, slice(None), 0, plus_one=True).read(file, dtype)
             assert read.dtype == dtype
             np.testing.assert_array_equal(1 + read, stored)
 
@@ -174,19 +174,6 @@ def test_norms_beside_an_adapters(path, tmp_path):
     expected = np.linalg.norm(ln.asnumpy(model.weights["layers.0.attn.o.weight"]).astype(np.float64))
     (found,) = base_norms(path, tmp_path / "ad", survey(tmp_path / "ad").modules)
     assert found == pytest.approx(expected, rel=1e-12)
-
-
-def test_memory_is_the_weights_and_one_tensor(path):
-    config = replace(WIDE, vocab_size=4000, n_layer=1)
-    write(path, config, "Q8_0")
-    ln.load_model(path)  # imports
-    tracemalloc.start()
-    model = ln.load_model(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    weights = sum(value.nbytes for value in model.weights.values())
-    copies = 1 if ln.backend_name == "numpy" else 2  # the stand-in's device is the same memory
-    assert peak < copies * weights + model.weights["embed.tokens"].nbytes + 4 * 2**20
 
 
 def test_without_the_package(path, monkeypatch):

@@ -618,19 +618,16 @@ def write_large(folder, dtype):
      ("float32", {"head": "tag", "n_labels": 3, "seed": 0}), (ml_dtypes.bfloat16, {"storage": "bfloat16"})],
     ids=["float32", "bfloat16", "widened", "head", "held in bfloat16"],
 )  # fmt: skip
-def test_peak_memory_is_the_weights_and_one_tensor(tmp_path, dtype, options):
+def test_peak_memory_of_the_process_is_at_most_a_tenth_more_than_the_weights(tmp_path, dtype, options):
     write_large(tmp_path / "m", dtype)
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "m"), json.dumps(options)],
         capture_output=True, text=True, check=True, env=os.environ,
     ).stdout  # fmt: skip
     grown, weights = map(int, out.split())
-    largest = LARGE.vocab_size * 512 * (8 if options.get("dtype") == "float64" else 4)
-    if "storage" in options:  # the tensor as the file has it, and widened, are more than what is held of it
-        largest += LARGE.vocab_size * 512 * 2
-    print(f"{grown / 2**20:.0f} MiB for {weights / 2**20:.0f} MiB of weights, the largest {largest / 2**20:.0f}")
+    print(f"{grown / 2**20:.0f} MiB for {weights / 2**20:.0f} MiB of weights")
     assert weights > (90e6 if "storage" in options else 180e6)
-    assert weights * 0.9 < grown < weights + largest + 8 * 2**20
+    assert weights * 0.9 < grown < weights * 1.1
 
 
 # --- A pretrained model ----------------------------------------------------------------------------------------------

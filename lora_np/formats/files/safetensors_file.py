@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 
 from ...backend import Array
+from .blocks import Block, row_blocks
 from .extras import missing
 from .json_file import each_once
 from .messages import shown
@@ -192,10 +193,21 @@ class TensorFile:
     def read(self, name: str) -> Array:
         """The tensor, in host memory. Check its name and dtype first."""
         entry = self.header.tensors[name]
+        self._seek(entry)
+        return self._next(entry, entry.shape)
+
+    def blocks(self, name: str) -> Iterator[Block]:
+        """The same, some rows at a time."""
+        entry = self.header.tensors[name]
+        self._seek(entry)
+        for rows in row_blocks(entry.shape):
+            yield rows, self._next(entry, (rows.stop - rows.start, *entry.shape[-1:]))
+
+    def _next(self, entry: Entry, shape: tuple[int, ...]) -> Array:
+        """What stands next in the file, of a tensor's dtype."""
         if entry.dtype == "BF16":
             import_bfloat16()
-        values = np.empty(entry.shape, STORED[entry.dtype][0])
-        self._seek(entry)
+        values = np.empty(shape, STORED[entry.dtype][0])
         if self._file.readinto(values.reshape(-1).view(np.uint8).data) < values.nbytes:
             raise changed(self.path)
         return values

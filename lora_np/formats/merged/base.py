@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 
 from ...adapter import Adapter
-from ...backend import Array, asnumpy
+from ...backend import Array
 from ...model import Config, init_weights
+from ...storage import widened
 from ..adapters.head import Brought, brought_by
 from ..files.messages import named
-from ..files.safetensors_file import open_tensors
 from ..models.base import LazyWeights
-from ..models.folder import CONFIG, MODEL_TYPE, WEIGHTS, check_own, read_header, read_own, weights_hash
-from ..models.heads import taken, with_head
+from ..models.folder import CONFIG, MODEL_TYPE, open_own, own_places, read_header
 from ..models.huggingface import Files, Place, open_huggingface, places, with_old_names
-from ..models.shards import Stored, stored_tensors
+from ..models.shards import Stored
 
 SEED = 0  # of what neither the file nor the adapter has, until the adapter is read and has it
 
@@ -73,7 +72,7 @@ def open_base(path: str | os.PathLike[str], adapters: Sequence[Path] = ()) -> Op
     raw = read_header(folder)
     is_own = raw["model_type"] == MODEL_TYPE
     brought = [brought_by(adapter) for adapter in adapters]
-    files = (_open_own if is_own else open_huggingface)(folder, raw, **_one_head(brought, adapters))
+    files = (open_own if is_own else open_huggingface)(folder, raw, **_one_head(brought, adapters))
     dtype = "float64" if any(one.is_double for one in brought) else files.dtype
     readers: dict[str, Callable[[], Array]] = {}
     for key, place in files.places.items():
@@ -82,7 +81,7 @@ def open_base(path: str | os.PathLike[str], adapters: Sequence[Path] = ()) -> Op
     readers |= {name: partial(_made, files.config, dtype, name) for name in lacking}
     weights = LazyWeights(readers)
     if files.tied:
-        files.check_tied(asnumpy(weights["embed.tokens"]), dtype, str(folder / CONFIG))
+        files.check_tied(weights["embed.tokens"], dtype, str(folder / CONFIG))
     return Opened(folder, raw, files, np.dtype(dtype), weights, lacking)
 
 
@@ -101,28 +100,8 @@ def check_complete(base: Opened, adapters: list[Adapter]) -> None:
             raise ValueError(f"{base.folder}: {name} is missing, and no adapter brings it")
 
 
-def own_places(config: Config) -> dict[str, Place]:
-    """The tensors of a folder of `save_model`'s."""
-    return {name: Place(shape, False, {name: slice(None)}) for name, shape in config.weight_shapes().items()}
-
-
-def _open_own(folder: Path, raw: Mapping[str, Any], *, head: str | None, n_labels: int | None) -> Files:
-    saved, expected_hash = read_own(raw, str(folder / CONFIG))
-    with open_tensors(folder / WEIGHTS) as file:
-        check_own(file, saved)
-    tensors, own = stored_tensors(folder), own_places(saved)
-    dtype = "float64" if tensors["embed.tokens"].dtype == "F64" else "float32"
-    found = weights_hash(LazyWeights({key: partial(tensors[key].read, dtype) for key in own}))
-    if found != expected_hash:
-        raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
-    config = with_head(saved, head, n_labels)
-    usable = set(taken(saved, config)) & own.keys()
-    kept = {name: place for name, place in own_places(config).items() if name in usable}
-    return Files(saved, config, tensors, kept, own, {}, in_trunk=True)
-
-
 def _read(stored: Stored, place: Place, dtype: str, name: str) -> Array:
-    return place.split(stored.read(dtype))[name]
+    return widened(place.read(stored, dtype)[name])
 
 
 def _made(config: Config, dtype: str, name: str) -> Array:

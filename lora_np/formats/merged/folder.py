@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +14,9 @@ from ..files.atomic import new_folder
 from ..files.json_file import read_json, write_json
 from ..files.safetensors_writer import write_stream
 from ..files.stamp import changed
-from ..models.base import LazyWeights
-from ..models.folder import CONFIG, own_header, weights_hash
+from ..models.folder import CONFIG, own_header, stored_hash
 from ..models.shards import INDEX, stored_tensors
 from ..models.tokenizer_files import TOKENIZER_FILES
-from .base import own_places
 from .plan import plan_merge
 from .target import Plan
 
@@ -160,10 +157,7 @@ def _write_config(plan: Plan, new: Path) -> None:
     """config.json: the base's bytes, unless the model is another."""
     if plan.about is None:
         assert plan.config is not None
-        tensors, own = stored_tensors(new), own_places(plan.config)
-        dtype = "float64" if any(stored.dtype == "F64" for stored in tensors.values()) else "float32"
-        readers = {key: partial(tensors[key].read, dtype) for key in own}
-        write_json(new / CONFIG, own_header(plan.config, weights_hash(LazyWeights(readers))))
+        write_json(new / CONFIG, own_header(plan.config, stored_hash(stored_tensors(new))))
     elif plan.about == plan.raw:
         _copy_as_read(plan.folder / CONFIG, new / CONFIG, **plan.about)
     else:

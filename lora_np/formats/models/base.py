@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from ...backend import Array, xp
 from ...model import Config
-from ...storage import Matrix, narrowed, quantise_nf4
+from ...storage import BFloat16, Matrix, quantise_nf4, upper_halves
+from ..files.blocks import Block, gathered
 
 Storage: TypeAlias = Literal["bfloat16", "nf4", "gguf"]
 STORAGES = ("bfloat16", "nf4", "gguf")
+HALVES = "uint16"  # what bfloat16 is held in
 LAYER_TENSORS = 6  # of each layer of any file, at least: two norms; q, k and v in one, o, gate and up in one, and down
 
 
@@ -67,14 +70,47 @@ def check_layers(n_layer: int, n_tensors: int, where: str) -> None:
         )
 
 
-def held(name: str, value: Array, storage: Storage | None, where: str) -> Matrix:
-    """A weight as a model is to hold it: narrowed to bfloat16, if it is a matrix; in NF4, if it is one of a layer's.
+def read_held(
+    parts: Mapping[str, slice],
+    shape: tuple[int, ...],
+    dtype: str,
+    blocks: Iterable[Block],
+    storage: Storage | None,
+    where: str,
+    *,
+    transposed: bool = False,
+) -> dict[str, Matrix]:
+    """The weights in a tensor as a model is to hold them: a matrix in bfloat16; in NF4, if it is one of a layer's.
 
-    `where` names it in errors.
+    parts: the rows of each, of the tensor as (out, in); transposed: whether it comes as (in, out). `where` names it in
+    errors. What is wanted in bfloat16 is never held wider.
     """
-    if storage is None or value.ndim != 2 or (storage == "nf4" and "layers." not in name):
-        return value
+    if storage == "bfloat16" and len(shape) == 2:
+        dtype, blocks = HALVES, _narrowed(blocks, where)
+    whole = gathered(shape, dtype, blocks, "F").T if transposed else gathered(shape, dtype, blocks)
+    return {name: _held(name, xp.asarray(whole[rows]), storage, where) for name, rows in parts.items()}
+
+
+def _narrowed(blocks: Iterable[Block], where: str) -> Iterator[Block]:
+    for rows, values in blocks:
+        with _storing("bfloat16", where):
+            halves = upper_halves(values)
+        yield rows, halves
+
+
+def _held(name: str, value: Array, storage: Storage | None, where: str) -> Matrix:
+    if value.dtype == HALVES:
+        return BFloat16(value.shape, value)
+    if storage == "nf4" and value.ndim == 2 and "layers." in name:
+        with _storing("nf4", where):
+            return quantise_nf4(value)
+    return value
+
+
+@contextmanager
+def _storing(storage: Storage, where: str) -> Iterator[None]:
+    """An error within says which tensor cannot be held so."""
     try:
-        return narrowed(xp.asarray(value)) if storage == "bfloat16" else quantise_nf4(xp.asarray(value))
+        yield
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: storage {storage}: {error}") from None

@@ -13,16 +13,17 @@ import numpy as np
 from ...backend import Array, asnumpy
 from ...checks import expect
 from ...model import Config, Model, check_model
-from ...storage import Matrix, widened
+from ...storage import widened
 from ..files.atomic import new_folder, write_tensors
 from ..files.json_file import from_fields, read_json, to_fields, write_json
 from ..files.messages import named
 from ..files.safetensors_file import DTYPES, TensorFile, open_tensors, refuse_pickle
-from .base import STORAGES, Base, Storage, Wanted, check_layers, held
+from .base import STORAGES, Base, Storage, Wanted, check_layers
 from .families import MODEL_TYPES
 from .gguf import load_gguf
-from .heads import completed, taken, with_head
-from .huggingface import load_huggingface, read_config
+from .heads import taken, with_head
+from .huggingface import Files, Place, load_files, load_huggingface, read_config
+from .shards import Stored
 from .tokenizer import Tokenizer
 from .tokenizer_files import write_tokenizer
 
@@ -48,9 +49,24 @@ def weights_hash(weights: Mapping[str, Array], dtype: str | None = None) -> str:
         value = np.ascontiguousarray(asnumpy(widened(weights[name])))
         if dtype is not None:
             value = _unwidened(value, dtype)
-        digest.update(f"{name} {value.dtype.name} {'x'.join(map(str, value.shape))}\n".encode())
+        digest.update(_heading(name, value.dtype.name, value.shape))
         digest.update(value.astype(value.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def stored_hash(tensors: Mapping[str, Stored]) -> str:
+    """`model_hash` of the tensors in a file of our own, read a part at a time: it has their very bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(_heading(name, DTYPES[tensors[name].dtype], tensors[name].shape))
+        for part in tensors[name].parts():
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _heading(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What stands before a weight's bytes in the hash."""
+    return f"{name} {dtype} {'x'.join(map(str, shape))}\n".encode()
 
 
 def _unwidened(value: Array, dtype: str) -> Array:
@@ -129,21 +145,7 @@ def load_model(
     header = read_header(folder)
     if header["model_type"] in MODEL_TYPES:
         return load_huggingface(folder, header, wanted)
-    saved, expected_hash = read_own(header, str(folder / CONFIG))
-    refuse_pickle(folder, WEIGHTS)
-    with open_tensors(folder / WEIGHTS) as file:
-        check_own(file, saved)
-        weights = {name: file.read_finite(name) for name in saved.weight_shapes()}
-    if weights_hash(weights) != expected_hash:
-        raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
-    config = with_head(saved, head, n_labels)
-    weights = {name: weights[name] for name in taken(saved, config) if name in weights}
-    kept: dict[str, Matrix] = {}
-    for name in list(weights):  # one by one, so that both copies of one weight alone are held
-        value = weights.pop(name)
-        value = value.astype(dtype or value.dtype, copy=False)
-        kept[name] = held(name, value, storage, f"{folder / WEIGHTS}: {name}")
-    return Model(config, completed(config, kept, seed, str(folder)))
+    return load_files(folder, open_own(folder, header, head=head, n_labels=n_labels), wanted)
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -195,7 +197,27 @@ def read_own(header: Mapping[str, Any], where: str) -> tuple[Config, str]:
     return from_fields(Config, header.get("config"), where), header["base_sha256"]
 
 
-def check_own(file: TensorFile, config: Config) -> None:
+def own_places(config: Config) -> dict[str, Place]:
+    """The tensors of a folder of our own."""
+    return {name: Place(shape, False, {name: slice(None)}) for name, shape in config.weight_shapes().items()}
+
+
+def open_own(folder: Path, header: Mapping[str, Any], *, head: str | None, n_labels: int | None) -> Files:
+    """The tensors in a folder of our own with this config.json, checked against its hash; head and n_labels as
+    load_model has them."""
+    saved, expected_hash = read_own(header, str(folder / CONFIG))
+    with open_tensors(folder / WEIGHTS) as file:
+        _check_own(file, saved)
+    tensors, own = {name: Stored(file, name) for name in file.shapes}, own_places(saved)
+    if stored_hash(tensors) != expected_hash:
+        raise ValueError(f"{folder / WEIGHTS}: damaged: the weights are not those that were saved (SHA-256 differs)")
+    config = with_head(saved, head, n_labels)
+    usable = set(taken(saved, config)) & own.keys()
+    kept = {name: place for name, place in own_places(config).items() if name in usable}
+    return Files(saved, config, tensors, kept, own, {}, in_trunk=True)
+
+
+def _check_own(file: TensorFile, config: Config) -> None:
     """A ValueError unless the tensors are exactly the configuration's weights, all of one dtype."""
     check_layers(config.n_layer + config.n_encoder, len(file.shapes), str(file.path))
     file.check_names(config.weight_shapes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from typing import NamedTuple
 from ...backend import Array
 from ...model import Config, Model
 from ...storage import Matrix
-from .base import LazyWeights, Wanted, held
+from ..files.blocks import Block, gathered
+from .base import LazyWeights, Wanted, read_held
 from .gguf_architectures import FREQUENCIES, LAYER_NAMES, Architecture, NotRun, architecture_of, read_config
 from .gguf_file import ALL, GGUFFile, open_gguf
 from .heads import completed, taken, with_head
@@ -24,27 +25,35 @@ NAMES = {
 
 
 class Source(NamedTuple):
-    """Where a weight stands: the tensor, its rows there, and in how many heads they are paired; 0: in none.
+    """Where a weight of a shape stands: the tensor, its rows there, and in how many heads they are paired; 0: in none.
 
     plus_one: whether the tensor is 1 + w
     """
 
     tensor: str
+    shape: tuple[int, ...]
     rows: slice
     heads: int
     plus_one: bool
 
     def read(self, file: GGUFFile, dtype: str) -> Array:
-        """The weight. From 1 + w, as float32 has it, w comes back so that 1 + w is the tensor's number again."""
-        values = file.read(self.tensor, dtype, heads=self.heads, rows=self.rows)
-        return values - 1 if self.plus_one else values
+        """The weight."""
+        return gathered(self.shape, dtype, self.blocks(file, dtype))
+
+    def blocks(self, file: GGUFFile, dtype: str) -> Iterator[Block]:
+        """The weight, some rows at a time.
+
+        From 1 + w, as float32 has it, w comes back so that 1 + w is the tensor's number again.
+        """
+        for place, values in file.blocks(self.tensor, dtype, heads=self.heads, rows=self.rows):
+            yield place, values - 1 if self.plus_one else values
 
 
 def load_gguf(path: Path, wanted: Wanted) -> Model:
     """The model in a .gguf file of an architecture that is run here, as load_model is asked for it.
 
-    Tensors of every type that the gguf package decodes; the head is tied where the file has none. They are read one by
-    one: no more is held than the weights in their dtype, float32 if none is wanted, and one tensor as the file has it.
+    Tensors of every type that the gguf package decodes; the head is tied where the file has none. No more is
+    held than the weights in their dtype, float32 if none is wanted, and some rows of one tensor as the file has them.
     A ValueError, in one line, names what is damaged or not supported: the file, and the key or the tensor.
     """
     with open_gguf(path) as file:
@@ -61,8 +70,9 @@ def _read_held(file: GGUFFile, name: str, source: Source, wanted: Wanted) -> Mat
     if wanted.storage == "gguf":
         blocks = file.read_held(source.tensor, heads=source.heads, rows=source.rows)
         return source.read(file, "float32") if blocks is None else blocks
-    value = source.read(file, wanted.dtype or "float32")
-    return held(name, value, wanted.storage, f"{file.path}: {source.tensor}")
+    dtype = wanted.dtype or "float32"
+    where = f"{file.path}: {source.tensor}"
+    return read_held({name: ALL}, source.shape, dtype, source.blocks(file, dtype), wanted.storage, where)[name]
 
 
 def lazy_weights(file: GGUFFile, sources: Mapping[str, Source], dtype: str) -> LazyWeights:
@@ -128,7 +138,7 @@ def _sources(config: Config, architecture: Architecture) -> dict[str, Source]:
             rows = slice(start, ends[tensor])
         heads = paired_heads(name, config) if architecture.in_pairs else 0
         plus_one = config.norm == "rms_1p" and len(shapes[name]) == 1
-        sources[name] = Source(tensor, rows, heads, plus_one)
+        sources[name] = Source(tensor, shapes[name], rows, heads, plus_one)
     return sources
 
 
@@ -136,7 +146,7 @@ def _check_tensors(file: GGUFFile, config: Config, sources: Mapping[str, Source]
     """A ValueError that names a tensor: one that is missing, belongs nowhere, has another shape, or cannot be read."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in config.weight_shapes().items():
-        tensor, rows, *_ = sources[name]
+        tensor, rows = sources[name].tensor, sources[name].rows
         shapes[tensor] = shape if rows == ALL else (rows.stop, *shape[1:])
     for tensor in sorted(shapes.keys() - file.tensors.keys()):
         raise ValueError(f"{file.path}: the tensor {tensor} is missing")

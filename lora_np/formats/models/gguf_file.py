@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import Array, DType, xp
-from ...storage import Q4_0, Q4_1, Q8_0, Held, wide_blocks
+from ...backend import Array, DType, blocks, xp
+from ...storage import Q4_0, Q4_1, Q8_0, Held
+from ..files.blocks import Block, gathered, row_blocks
 from ..files.extras import missing
 from ..files.stamp import changed, open_unchanged, stamp
 
@@ -30,7 +31,6 @@ MAX_TEXT_BYTES = 2**20
 MAX_ENTRIES = 2**16  # keys, and tensors
 MAX_STRINGS = 2**21  # in all arrays together
 MAX_DIMS = 4  # the format's own limit
-BLOCK_ELEMENTS = 2**18  # that are decoded at once
 ALL = slice(None)
 
 # How struct reads each type of value; STRING and ARRAY are read by hand.
@@ -157,21 +157,24 @@ class GGUFFile:
         return value
 
     def read(self, name: str, dtype: DType, *, heads: int = 0, rows: slice = ALL) -> Array:
-        """A tensor's values, in host memory, decoded by the gguf package a few rows at a time.
+        """A tensor's values as `blocks` has them, in host memory."""
+        tensor = self.tensors[name]
+        shape = tensor.shape if rows == ALL else (self._count_of(name, rows), tensor.shape[-1])
+        return gathered(shape, dtype, self.blocks(name, dtype, heads=heads, rows=rows))
+
+    def blocks(self, name: str, dtype: DType, *, heads: int = 0, rows: slice = ALL) -> Iterator[Block]:
+        """A tensor's values, decoded by the gguf package some rows at a time.
 
         heads: if not 0, the rows of each of so many heads come in pairs (2j, 2j+1), and are put back (j, j + K/2).
         rows: which of them. A ValueError if an element is NaN or infinite; an ImportError if the package is too old.
         """
-        tensor, raw, decode = self.tensors[name], self._in_order(name, heads, rows), self._decoder(name)
-        values = np.empty((len(raw), tensor.shape[-1]), dtype)
-        step = max(1, BLOCK_ELEMENTS // tensor.shape[-1])
-        for start in range(0, len(raw), step):
-            block = slice(start, start + step)
+        decode = self._decoder(name)
+        for place, raw in self._raw_blocks(name, heads, rows):
             with np.errstate(all="ignore"):  # what overflows is found below
-                values[block] = decode(raw[block])
-            if not np.isfinite(values[block]).all():
+                values = decode(raw)
+            if not np.isfinite(values).all():
                 raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
-        return values.reshape(tensor.shape if rows == ALL else values.shape)
+            yield place, values.astype(dtype, copy=False)
 
     def read_held(self, name: str, *, heads: int = 0, rows: slice = ALL) -> Held | None:
         """A matrix in its blocks, as `read` takes its rows; None if it is stored in none that can be held so."""
@@ -179,16 +182,24 @@ class GGUFFile:
         kind = HELD.get(TENSOR_TYPES[tensor.kind].name)
         if kind is None or len(tensor.shape) != 2:
             return None
-        raw = np.ascontiguousarray(self._in_order(name, heads, rows))
+        shape = (self._count_of(name, rows), tensor.row_bytes)
+        raw = gathered(shape, np.uint8, self._raw_blocks(name, heads, rows))
         W = kind((len(raw), tensor.shape[-1]), xp.asarray(raw))
-        if not all(bool(xp.isfinite(W[block]).all()) for block in wide_blocks(W)):
+        if not all(bool(xp.isfinite(W[block]).all()) for block in blocks(*W.shape)):
             raise ValueError(f"{self.path}: {name}: holds NaN or infinite numbers")
         return W
 
-    def _in_order(self, name: str, heads: int, rows: slice) -> Array:
-        """The bytes of a tensor's rows, those of each head with its halves one below the other."""
-        raw = self.read_raw(name, rows)
-        return raw.reshape(heads, -1, 2, raw.shape[-1]).swapaxes(1, 2).reshape(raw.shape) if heads else raw
+    def _raw_blocks(self, name: str, heads: int, rows: slice) -> Iterator[Block]:
+        """The bytes of a tensor's rows, and where these go: those of each head's halves one below the other."""
+        start, n = rows.start or 0, self._count_of(name, rows)
+        order = np.arange(n).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1) if heads else None
+        for block in row_blocks((n, self.tensors[name].shape[-1])):
+            raw = self.read_raw(name, slice(start + block.start, start + block.stop))
+            yield (block if order is None else order[block]), raw
+
+    def _count_of(self, name: str, rows: slice) -> int:
+        """How many rows of a tensor these are."""
+        return len(range(self.tensors[name].rows)[rows])
 
     def _decoder(self, name: str) -> Callable[[Array], Array]:
         """What makes float32 numbers of a tensor's bytes."""

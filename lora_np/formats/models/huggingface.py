@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import Array, asnumpy, xp
+from ...backend import asnumpy
 from ...model import Config, Model
-from ...storage import Matrix, widened
+from ...storage import Matrix
 from ..files.json_file import from_fields
 from ..files.safetensors_file import WIDENED
-from .base import Wanted, check_layers, held
+from .base import Storage, Wanted, check_layers, read_held
 from .families import MODEL_TYPES, family_in
 from .family import Family, check_values, value_of
 from .heads import completed, taken, with_head
@@ -49,10 +49,11 @@ class Files(NamedTuple):
         """What is computed in, if nothing else is asked for."""
         return "float64" if any(self.tensors[key].dtype == "F64" for key in self.own) else "float32"
 
-    def check_tied(self, table: Array, dtype: str, where: str) -> None:
-        """A ValueError unless each copy is the token table (V,D), a host array."""
+    def check_tied(self, table: Matrix, dtype: str, where: str) -> None:
+        """A ValueError unless each copy is the token table (V,D)."""
         for key in self.tied:
-            if not np.array_equal(self.tensors[key].read(dtype), table):
+            blocks = self.tensors[key].blocks(dtype)
+            if not all(np.array_equal(values, asnumpy(table[rows])) for rows, values in blocks):
                 raise ValueError(
                     f"{self.tensors[key]}: {where} says that it is tied to the token table, but it differs"
                 )
@@ -85,17 +86,21 @@ def open_huggingface(folder: Path, raw: Mapping[str, Any], *, head: str | None, 
 
 
 def load_huggingface(folder: Path, raw: Mapping[str, Any], wanted: Wanted) -> Model:
-    """The model in a folder whose config.json says `raw`, as load_model is asked for it.
-
-    Tensors are read one by one: no more is held than the weights in their dtype, and one tensor.
-    """
+    """The model in a folder whose config.json says `raw`, as load_model is asked for it."""
     files = open_huggingface(folder, raw, head=wanted.head, n_labels=wanted.n_labels)
+    return load_files(folder, files, wanted)
+
+
+def load_files(folder: Path, files: Files, wanted: Wanted) -> Model:
+    """The model in files, as load_model is asked for it.
+
+    No more is held than the weights as they are kept, and some rows of one tensor as the files have them.
+    """
     dtype = wanted.dtype or files.dtype
     weights: dict[str, Matrix] = {}
     for key, place in files.places.items():
-        parts = place.split(files.tensors[key].read(dtype))
-        weights |= {name: held(name, part, wanted.storage, str(files.tensors[key])) for name, part in parts.items()}
-    files.check_tied(asnumpy(widened(weights["embed.tokens"])), dtype, str(folder / CONFIG))
+        weights |= place.read(files.tensors[key], dtype, wanted.storage)
+    files.check_tied(weights["embed.tokens"], dtype, str(folder / CONFIG))
     return Model(files.config, completed(files.config, weights, wanted.seed, str(folder)))
 
 
@@ -163,11 +168,10 @@ class Place(NamedTuple):
     transposed: bool
     parts: dict[str, slice]
 
-    def split(self, tensor: Array) -> dict[str, Array]:
-        """Our weights in the tensor, (out, in), each in an array of its own."""
-        if self.transposed:
-            tensor = tensor.T
-        return {name: xp.asarray(np.ascontiguousarray(tensor[rows])) for name, rows in self.parts.items()}
+    def read(self, tensor: Stored, dtype: str, storage: Storage | None = None) -> dict[str, Matrix]:
+        """Our weights in the tensor, (out, in)."""
+        blocks = tensor.blocks(dtype)
+        return read_held(self.parts, self.shape, dtype, blocks, storage, str(tensor), transposed=self.transposed)
 
 
 def places(config: Config, *, in_trunk: bool) -> dict[str, Place]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...backend import Array
+from ..files.blocks import Block, gathered
 from ..files.json_file import read_json
 from ..files.messages import shown
 from ..files.safetensors_file import TensorFile, open_tensors, refuse_pickle
@@ -60,14 +61,20 @@ class Stored(NamedTuple):
             return False
         return all(one == two for one, two in zip(self.parts(), other.parts(), strict=True))
 
+    def blocks(self, dtype: str) -> Iterator[Block]:
+        """The tensor as float32 or float64, some rows at a time; a ValueError if a number is NaN, infinite or too
+        large."""
+        with self.file.again() as file:
+            for rows, values in file.blocks(self.name):
+                with np.errstate(over="ignore"):  # float64 beyond float32's range is refused below
+                    values = values.astype(dtype, copy=False)
+                if not np.isfinite(values).all():
+                    raise ValueError(f"{self}: holds numbers that are NaN, infinite, or too large for {dtype}")
+                yield rows, values
+
     def read(self, dtype: str) -> Array:
-        """The tensor as float32 or float64, in host memory; a ValueError if a number is NaN, infinite or too large."""
-        values = self.read_raw()
-        with np.errstate(over="ignore"):  # float64 beyond float32's range is refused below
-            values = values.astype(dtype, copy=False)
-        if not np.isfinite(values).all():
-            raise ValueError(f"{self}: holds numbers that are NaN, infinite, or too large for {dtype}")
-        return values
+        """The tensor as `blocks` has it, in host memory."""
+        return gathered(self.shape, dtype, self.blocks(dtype))
 
 
 def stored_tensors(folder: Path, weights: str = WEIGHTS) -> dict[str, Stored]:
