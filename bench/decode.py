@@ -17,12 +17,13 @@ from .figures import Figure
 from .measure import Side, measure
 from .models import Work, work
 from .options import Options
-from .step import OURS
+from .step import OURS, in_each_precision
 from .timing import Cases
 
 PROMPT, NEW = 8, 48
 ROWS, ROWS_NEW, ROWS_T = 8, 16, 256
 PEER, LIMIT = "transformers", "the memory's limit"
+PEERS = in_each_precision({PEER: {}})
 EACH, APART, ONE = "8 rows, 8 adapters", "8 calls of one row", "8 rows, one adapter"
 
 
@@ -88,19 +89,20 @@ def _greedy(name: str, o: Options) -> Iterator[Figure]:
     given = {"name": name, "quick": o.quick, "n": n, "prompt": prompt}
     sides = [Side(OURS, "bench.decode:ours", given), *roofline.sides(o.quick)]
     if not o.alone:
-        sides.append(Side(PEER, "bench.peft_side:decode", given))
+        sides += [Side(peer, "bench.peft_side:decode", {**given, **more}) for peer, more in PEERS.items()]
     measured = measure(sides, o)
     case = greedy_case(w)
     speeds = {
         side: Figure("decode", case, side, "s", measured[side]["greedy"].seconds).rate(n, side, "tokens/s")
-        for side in (OURS, PEER)
+        for side in (OURS, *PEERS)
         if side in measured
     }
-    yield from speeds.values()
-    if PEER in measured:
-        yield speeds[OURS].over(speeds[PEER])
-        pairs = zip(measured[OURS]["greedy"].value, measured[PEER]["greedy"].value, strict=True)
-        yield Figure("decode", case, "tokens that agree", "share", [sum(a == b for a, b in pairs) / n])
+    yield from (*speeds.values(), *measured[OURS]["greedy"].asked(speeds[OURS]))
+    for peer in [side for side in speeds if side != OURS]:
+        yield speeds[OURS].over(speeds[peer])
+        pairs = zip(measured[OURS]["greedy"].value, measured[peer]["greedy"].value, strict=True)
+        what = f"tokens that agree with {peer}"
+        yield Figure("decode", case, what, "share", [sum(a == b for a, b in pairs) / n])
     memory = roofline.best_memory(roofline.figures("decode", measured, o.quick))
     limit = memory._replace(case=case, what=LIMIT, unit="tokens/s")
     limit = limit._replace(values=[speed * 1e9 / bytes_a_token(w.config) for speed in limit.values])
@@ -116,6 +118,7 @@ def _rows(o: Options) -> Iterator[Figure]:
         seconds = {
             kind: Figure("decode", case, kind, "s", timings[f"{what}, {kind}"].seconds) for kind in (EACH, APART, ONE)
         }
-        yield from seconds.values()
+        for kind, figure in seconds.items():
+            yield from (figure, *timings[f"{what}, {kind}"].asked(figure))
         yield seconds[APART].over(seconds[EACH])
         yield seconds[EACH].over(seconds[ONE])

@@ -14,7 +14,10 @@ from lora_np.backend import backend_name, xp
 from lora_np.reproduce.report import processor
 
 PACKAGES = ("cupy", "torch", "peft", "transformers", "loralib")
-SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_NUM_THREADS")
+SETTINGS = (
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_NUM_THREADS", "CUPY_TF32",
+    "CUPY_ACCELERATORS",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
@@ -28,7 +31,7 @@ def environment() -> dict[str, Any]:
         "memory": _memory(),
         "system": f"{platform.system()} {platform.machine()}",
         "backend": backend_name,
-        "device": _device(),
+        **_device(),
         **_blas(),
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -53,12 +56,13 @@ def _memory() -> str | None:
         return None
 
 
-def _device() -> str | None:
-    """The GPU's name."""
+def _device() -> dict[str, str]:
+    """The GPU's name, and CUDA's version."""
     if backend_name != "cupy":
-        return None
-    properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)  # type: ignore[attr-defined]
-    return properties["name"].decode()
+        return {}
+    cuda = xp.cuda  # type: ignore[attr-defined]
+    properties, version = cuda.runtime.getDeviceProperties(cuda.Device().id), cuda.runtime.runtimeGetVersion()
+    return {"device": properties["name"].decode(), "cuda": f"{version // 1000}.{version % 1000 // 10}"}
 
 
 def _blas() -> dict[str, Any]:

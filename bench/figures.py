@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 class Figure(NamedTuple):
     """One thing measured: in which benchmark, on what, of whom or what, in which unit, and its values, one a round.
 
-    Units: s, B, GFLOP/s, GB/s, tokens/s; share, of a limit, and x, a ratio, have none.
+    Units: s, B, GFLOP/s, GB/s, tokens/s, launches, copies; share, of a limit, and x, a ratio, have none.
     """
 
     bench: str
@@ -107,6 +107,8 @@ def shown(value: float, unit: str) -> str:
         return f"{value:.1%}"
     if unit == "x":
         return f"{value:.2f}x" if value >= 0.1 else f"{value:.2g}x"
+    if unit in ("launches", "copies"):
+        return f"{value:,.0f} {unit}"
     return f"{value:.1f} {unit}"
 
 

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import lora_np as ln
 from lora_np.formats.models.huggingface import places
 
+from .device import HOST
 from .figures import Figure
 from .measure import Side, measure
 from .models import Work, work
 from .options import Options
 from .step import OURS
 from .timing import Cases
-from .worker import peak_bytes
 
 PEER = "transformers"
 PEAK, KEPT = "peak", "what is kept"
@@ -43,7 +43,7 @@ def ours(path: str, storage: str | None) -> Cases:
     with suppress(ImportError):
         import gguf.quants  # noqa: F401
         import ml_dtypes  # noqa: F401
-    before = peak_bytes()
+    before = HOST.peak()
 
     def run() -> list[int]:
         model = load_model(path, storage=storage)  # type: ignore[arg-type]  # a Storage
@@ -54,7 +54,7 @@ def ours(path: str, storage: str | None) -> Cases:
 
 def peak_and_kept(kept: int, before: int) -> list[int]:
     """Of a process that had `before` bytes at most before; a tiny model finds room in these."""
-    return [max(kept, peak_bytes() - before), kept]
+    return [max(kept, HOST.peak() - before), kept]
 
 
 def case(base: str) -> str:

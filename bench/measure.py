@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from .counting import Counts
+from .figures import Figure
 from .options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,11 +39,21 @@ class Side(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """One case: the seconds of each round, what the last call gave, and the most bytes that its process has held."""
+    """One case: the seconds of each round, what the last call gave, and the most bytes held; see bench.device.
+
+    counts: on a GPU, what a call asked of it, by name; see bench.counting.
+    """
 
     seconds: list[float]
     value: Any
     peak: int
+    counts: Counts
+
+    def asked(self, of: Figure) -> Iterator[Figure]:
+        """The counts of a call as figures beside that of its time; what it did not ask for is left out."""
+        for what, count in self.counts.items():
+            if count:
+                yield of._replace(what=f"{of.what}, {what}", unit=what.split()[0], values=[count])
 
 
 Measured = Mapping[str, Mapping[str, Timing]]  # by side and case
@@ -102,7 +114,7 @@ def measure(sides: Iterable[Side], o: Options) -> Measured:
         answers = [[_after_a_pause(worker, cases) for worker, cases in asked] for _ in range(o.rounds)]
     return {
         worker.side.name: {
-            case: Timing([one[i][case]["seconds"] for one in answers], last["value"], last["peak"])
+            case: Timing([one[i][case]["seconds"] for one in answers], last["value"], last["peak"], last["counts"])
             for case, last in answers[-1][i].items()
         }
         for i, (worker, cases) in enumerate(asked)

@@ -1,7 +1,8 @@
 """The most memory that a whole process holds in training, each in one of its own; the optimizer's bytes; against B.
 
 Two steps and more with AdamW: LoRA here, every weight here, PyTorch + PEFT eager and compiled. Then the peak of a LoRA
-step against the batch: it holds the shards in flight, one a thread, and does not grow with the batch.
+step against the batch: it holds the shards in flight, one a thread, and does not grow with the batch. On a GPU, where
+there is one shard, it is the device's memory (see bench.device), and grows; what a step asks for stands beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from .figures import Figure
 from .measure import Side, measure
 from .models import work
 from .options import Options
-from .step import EAGER, FULL, LORA, OURS, RECOMPUTED, Training, peers
+from .step import FULL, LORA, OURS, PEERS, RECOMPUTED, Training, peers
 from .timing import Cases
 
 BATCHES, T = (2, 4, 8, 16, 32), 128
@@ -39,12 +40,14 @@ def figures(o: Options) -> Iterator[Figure]:
     sides += peers("gpt2", o, optimizer=True)
     peaks: dict[str, Figure] = {}
     kept: list[Figure] = []
+    asked: list[Figure] = []
     for side in sides:
         for timing in _alone(side, o):
             peaks[side.name] = Figure("memory", w.case, side.name, "B", [timing.peak])
+            asked += timing.asked(peaks[side.name])
             if side.name in (LORA, FULL):
                 kept.append(Figure("memory", w.case, f"{side.name}, the optimizer's", "B", [timing.value]))
-    yield from (*peaks.values(), *kept)
+    yield from (*peaks.values(), *kept, *asked)
     yield from (peaks[LORA].over(peak) for kind, peak in peaks.items() if kind not in (LORA, RECOMPUTED))
     yield peaks[RECOMPUTED].over(peaks[LORA])
     yield kept[0].over(kept[1])
@@ -58,12 +61,15 @@ def _alone(side: Side, o: Options) -> list[Any]:
 
 def _against_batch(o: Options) -> Iterator[Figure]:
     """The peak of a LoRA step for growing batches."""
-    length, batches = (8, BATCHES[:3]) if o.quick else (T, BATCHES)
+    length, batches = (20, BATCHES[:3]) if o.quick else (T, BATCHES)
     given = {"name": "gpt2", "quick": o.quick, "T": length}
     sides = [Side(OURS, "bench.memory:ours", {**given, "kind": LORA, "N": N}) for N in batches]
     if not o.alone:  # not the largest batches: its peak grows with them
-        sides += [Side(EAGER, "bench.peft_side:step", {**given, "optimizer": True, "N": N}) for N in batches[:3]]
+        way, more = next(iter(PEERS.items()))
+        more = {**given, **more, "optimizer": True}
+        sides += [Side(way, "bench.peft_side:step", {**more, "N": N}) for N in batches[:3]]
     for side in sides:
         for timing in _alone(side, o):
             case = f"against the batch, T={length}, {side.name}"
-            yield Figure("memory", case, f"N={side.arguments['N']}", "B", [timing.peak])
+            peak = Figure("memory", case, f"N={side.arguments['N']}", "B", [timing.peak])
+            yield from (peak, *timing.asked(peak))

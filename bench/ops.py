@@ -1,9 +1,10 @@
 """Each primitive, forward and backward: time, GFLOP/s, GB/s, and the share of the roofline, on all cores at once.
 
-At the sizes of one shard of GPT-2 small (256 tokens), float32, as training runs them: a shard on each core, one BLAS
-thread each. Operations: 2 for each multiplication and addition of a product; elementwise, one for each arithmetic
-step, function or comparison in the formula; attention over all T x T scores, masked or not. Bytes: what comes in and
-goes out, once. A share above 1 says that it was in the cache, as it often is in a step. The figures are for all cores.
+At the sizes of one shard of GPT-2 small (256 tokens; on a GPU a batch, 1,024), float32, as training runs them: a shard
+on each core, one BLAS thread each. Operations: 2 for each multiplication and addition of a product; elementwise, one
+for each arithmetic step, function or comparison in the formula; attention over all T x T scores, masked or not. Bytes:
+what comes in and goes out, once. A share above 1 says that it was in the cache, as it often is in a step. The figures
+are for all cores.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_np import lora, ops, storage
-from lora_np.backend import Array, xp
+from lora_np.backend import Array, backend_name, xp
 
 from . import roofline
 from .figures import Figure
@@ -31,7 +32,7 @@ class Op(NamedTuple):
     moved: float
 
 
-SIZES = {"M": 256, "D": 768, "F": 3072, "H": 12, "V": 50257, "R": 8}
+SIZES = {"M": 1024 if backend_name == "cupy" else 256, "D": 768, "F": 3072, "H": 12, "V": 50257, "R": 8}
 TINY = {"M": 8, "D": 12, "F": 16, "H": 2, "V": 32, "R": 2}
 
 
@@ -125,8 +126,9 @@ def figures(o: Options) -> Iterator[Figure]:
     yield from found.values()
     products, memory = found[roofline.EACH_CORE].median, roofline.best_memory(found).median
     for name, op in table(**sizes).items():
-        seconds = Figure("ops", name, "time", "s", measured["ops"][name].seconds)
-        yield seconds
+        timing = measured["ops"][name]
+        seconds = Figure("ops", name, "time", "s", timing.seconds)
+        yield from (seconds, *timing.asked(seconds))
         yield seconds.rate(at_once * op.moved / 1e9, "memory", "GB/s")
         if op.flops:
             speed = seconds.rate(at_once * op.flops / 1e9, "operations", "GFLOP/s")

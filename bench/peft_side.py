@@ -19,10 +19,10 @@ from lora_np.backend import backend_name
 from lora_np.formats.models.huggingface import places
 from lora_np.optim import warmup_cosine
 
+from .device import HOST
 from .load import peak_and_kept
 from .models import Work, work
 from .timing import Cases
-from .worker import peak_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what they say about themselves at import
@@ -33,6 +33,8 @@ transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers so
 
 DEVICE = "cuda" if backend_name == "cupy" else "cpu"
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    raise ImportError(f"PyTorch {torch.__version__} finds no GPU: install its build for your version of CUDA")
 CLASSES = {
     ("gpt2", "lm"): "GPT2LMHeadModel",
     ("gpt2", "classify"): "GPT2ForSequenceClassification",
@@ -107,9 +109,15 @@ def adapted(net: Any, lora: ln.LoRAConfig, config: ln.Config) -> Any:
     return peft.get_peft_model(net, settings)
 
 
-def step(name: str, *, compiled: bool = False, optimizer: bool = False, **sizes: Any) -> Cases:
-    """A LoRA step: the loss and its gradients by A and B; compiled: by torch.compile; optimizer: and AdamW's step."""
+def settle(*, tf32: bool = False) -> None:
+    """All cores; float32 products on a GPU as they are, or from factors rounded to TF32, as many people set it."""
     torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def step(name: str, *, compiled: bool = False, optimizer: bool = False, tf32: bool = False, **sizes: Any) -> Cases:
+    """A LoRA step: the loss and its gradients by A and B; compiled: by torch.compile; optimizer: and AdamW's step."""
+    settle(tf32=tf32)
     w = work(name, **sizes)
     net = adapted(twin(w), w.lora, w.config).train()
     tokens, targets = (torch.tensor(a, device=DEVICE) for a in w.batch())
@@ -145,9 +153,9 @@ def _compiled(loss: Callable[[], Any]) -> Callable[[], Any]:
     return compiled
 
 
-def decode(name: str, n: int, *, prompt: int, **sizes: Any) -> Cases:
+def decode(name: str, n: int, *, prompt: int, tf32: bool = False, **sizes: Any) -> Cases:
     """Greedy decoding of n tokens after a prompt, with their cache."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    settle(tf32=tf32)
     w = work(name, **sizes)
     net = twin(w).eval()
     tokens = torch.tensor(w.batch()[0][:1, :prompt], device=DEVICE)
@@ -167,7 +175,7 @@ def load(path: str, dtype: str) -> Cases:
     """`bench.load:ours`, by from_pretrained."""
     folder, file = (Path(path).parent, Path(path).name) if path.endswith(".gguf") else (Path(path), None)
     _ = transformers.GPT2LMHeadModel, transformers.LlamaForCausalLM  # imports them
-    before = peak_bytes()
+    before = HOST.peak()
 
     def run() -> list[int]:
         net = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=getattr(torch, dtype))
@@ -180,7 +188,7 @@ def load(path: str, dtype: str) -> Cases:
 
 def switch(name: str, **sizes: Any) -> Cases:
     """From one adapter, merged, to the other, and back."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    settle()
     net, turns = with_two_adapters(work(name, **sizes)), cycle("10")
     return {"switch": lambda: go_over(net, next(turns))}
 
@@ -206,7 +214,7 @@ def go_over(net: Any, name: str) -> None:
 
 def layer(M: int, D: int, r: int) -> Cases:
     """One adapted matrix (D,D), forward and backward, for M rows."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    settle()
     net = torch.nn.Sequential(torch.nn.Linear(D, D))
     net = peft.get_peft_model(net, peft.LoraConfig(r=r, lora_alpha=16, target_modules=["0"])).to(DEVICE)
     return {"layer": forward_and_backward(net.base_model.model[0], M, D)}
@@ -216,7 +224,7 @@ def loralib_layer(M: int, D: int, r: int) -> Cases:
     """loralib's, likewise."""
     import loralib
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    settle()
     module = loralib.Linear(D, D, r=r, lora_alpha=16).to(DEVICE)
     loralib.mark_only_lora_as_trainable(module)
     return {"layer": forward_and_backward(module, M, D)}

@@ -140,7 +140,7 @@ def peers(run: Run) -> Any:
 def _peer(ratio: Figure) -> str | None:
     """The peer that a quotient is taken with, if it is one."""
     sides = [side.split(":")[0] for side in ratio.what.split(" / ")]
-    return next((side for side in sides if side in PEERS), None)
+    return next((side for side in sides if side.partition(", TF32")[0] in PEERS), None)
 
 
 def _work(ratio: Figure) -> str:
@@ -174,7 +174,7 @@ def scaling(run: Run) -> Any:
 
 def memory(run: Run) -> Any:
     """The peak of a LoRA step's process against the batch."""
-    curves = {f.case.rsplit(", ", 1)[-1]: f.case for f in run.of("memory") if f.case.startswith("against the batch")}
+    curves = {f.case.split(", ", 2)[-1]: f.case for f in run.of("memory") if f.case.startswith("against the batch")}
     if not curves:
         return None
     picture, (axes,) = _figure(7, 4.2)

@@ -1,4 +1,4 @@
-"""The table in bench/README.md, written from a run: what was measured, beside what, and what it was to reach."""
+"""The tables in bench/README.md, each written from a run: one on a CPU, with what it was to reach, and one on a GPU."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import decode, load, merge, peers, step, switch
+from .counting import FETCHED, LAUNCHES, SENT
 from .figures import Run, shown
 from .models import work
 from .roofline import EACH_CORE
 
 BEGIN, END = "<!-- written by python -m bench table -->", "<!-- end of what it wrote -->"
+GPU_BEGIN, GPU_END = "<!-- written by python -m bench table, on a GPU -->", "<!-- end of what it wrote on a GPU -->"
 GPT2, MINILM, SMOLLM2 = work("gpt2"), work("minilm"), work("smollm2")
 
 
@@ -89,22 +91,81 @@ def _groups() -> list[Group]:
     ]  # fmt: skip
 
 
+def _gpu_groups() -> list[Group]:
+    """The lines on a GPU; their last cell is not an aim, but what our side asks of it."""
+    ways = step.in_each_precision({step.EAGER: {}, step.COMPILED: {}}, "cupy")
+    peers = step.in_each_precision({decode.PEER: {}}, "cupy")
+    roof = f"products, {EACH_CORE}"
+    whole = Group(f"LoRA beside full fine-tuning, {GPT2.title}", "step", GPT2.case, [(step.LORA, step.FULL, "")])
+    trained = Group("with AdamW", "step", GPT2.case, [(step.LORA_ADAMW, step.FULL_ADAMW, "")])
+    return [
+        *(
+            Group(f"LoRA step, {w.case}", "step", w.case, [(step.LORA, way, "") for way in ways])
+            for w in (GPT2, MINILM, SMOLLM2)
+        ),
+        Group("its products", "step", GPT2.case, [(step.PRODUCTS, roof, "")]),
+        whole,
+        trained,
+        Group(
+            "the device's peak memory, with AdamW", "memory", GPT2.case,
+            [(step.LORA, beside, "") for beside in (*ways, step.FULL)],
+        ),
+        *(
+            Group(case, "decode", case, [(step.OURS, beside, "") for beside in (*peers, decode.LIMIT)])
+            for case in map(decode.greedy_case, (GPT2, SMOLLM2))
+        ),
+        Group(
+            f"decoding, {decode.rows_case(GPT2)}", "decode", decode.rows_case(GPT2),
+            [(decode.EACH, decode.APART, ""), (decode.EACH, decode.ONE, "")],
+        ),
+    ]  # fmt: skip
+
+
 def table(run: Run) -> str:
     """The table in Markdown: a line for each pair of which both were measured; then the machine and the date.
 
-    A ValueError if there is none.
+    On a GPU the primitives follow. A ValueError if there is no such pair.
     """
-    lines = ["| work | here | beside | ratio (least to most) | aim |", "| --- | --- | --- | --- | --- |"]
-    for group in _groups():
+    gpu = on_gpu(run)
+    last = "launches and copies here" if gpu else "aim"
+    lines = [f"| work | here | beside | ratio (least to most) | {last} |", "| --- | --- | --- | --- | --- |"]
+    for group in _gpu_groups() if gpu else _groups():
         label = group.work
         for ours, beside, aim in group.pairs:
             cells = _cells(run, group, ours, beside)
             if cells is not None:
-                lines.append(f"| {label} | {cells} | {aim} |")
+                asked = _asked(run, group, ours) if gpu and label else aim
+                lines.append(f"| {label} | {cells} | {asked} |")
                 label = ""
     if len(lines) == 2:
         raise ValueError("expected a run with some pair of the table's figures, got none")
-    return "\n".join([*lines, "", machine(run)])
+    return "\n".join([*lines, "", *(_primitives(run) if gpu else []), machine(run)])
+
+
+def on_gpu(run: Run) -> bool:
+    """Whether it was one through CuPy."""
+    return run.environment.get("backend") == "cupy"
+
+
+def _asked(run: Run, group: Group, ours: str) -> str:
+    """What a call of ours asks of the GPU."""
+    found = {what: run.find(group.bench, group.case, f"{ours}, {what}") for what in (LAUNCHES, SENT, FETCHED)}
+    return ", ".join(f"{what} {figure.median:,.0f}" for what, figure in found.items() if figure is not None)
+
+
+_OF_A_PRIMITIVE = ("time", f"time, {LAUNCHES}", "share of the roofline")
+
+
+def _primitives(run: Run) -> list[str]:
+    """The lines of a table of them, if they were measured."""
+    whats = {what: {f.case: f for f in run.of("ops") if f.what == what} for what in _OF_A_PRIMITIVE}
+    if not whats["time"]:
+        return []
+    lines = ["| primitive | time | launches | share of the roofline |", "| --- | --- | --- | --- |"]
+    for case in whats["time"]:
+        cells = [shown(found[case].median, found[case].unit) if case in found else "" for found in whats.values()]
+        lines.append(f"| {' | '.join([case, *cells])} |")
+    return [*lines, ""]
 
 
 def _cells(run: Run, group: Group, *names: str) -> str | None:
@@ -127,6 +188,7 @@ def machine(run: Run) -> str:
     rounds = max((len(figure.values) for figure in run.figures), default=0)
     parts = [
         f"{found.get('date')}, {found.get('processor')}, {found.get('cores')} cores, {found.get('memory')}",
+        f"{found['device']}, CUDA {found.get('cuda')}, cupy {found.get('cupy')}" if "device" in found else "",
         f"{found.get('blas')}, kernel {found.get('kernel')}" if "blas" in found else "",
         ", ".join(versions),
         f"medians of {rounds} rounds",
@@ -135,12 +197,13 @@ def machine(run: Run) -> str:
 
 
 def write(path: Path, run: Run) -> None:
-    """Puts the table between the two marks in the file; a ValueError if they are not there, or the run was quick."""
+    """Puts the table between its two marks in the file; a ValueError if they are not there, or the run was quick."""
     if "sizes" in run.environment:
         raise ValueError(f"expected a run of the real sizes, got one of {run.environment['sizes']} ones")
+    first, last = (GPU_BEGIN, GPU_END) if on_gpu(run) else (BEGIN, END)
     text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"{path}: expected the lines {BEGIN} and {END}, between which the table goes")
+        raise ValueError(f"{path}: expected the lines {first} and {last}, between which the table goes")
     path.write_text(f"{before}{begin}\n\n{table(run)}\n\n{end}{after}", encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_np.backend import xp
+from lora_np.backend import backend_name, xp
 
 from .figures import Figure
 from .measure import Measured, Side
@@ -33,7 +33,9 @@ def peaks(n: int, length: int) -> Cases:
 
 
 def _sizes(quick: bool) -> dict[str, int]:
-    return {"n": 64, "length": 4096} if quick else {"n": 2048, "length": 2**25}
+    if quick:
+        return {"n": 64, "length": 4096}
+    return {"n": 8192 if backend_name == "cupy" else 2048, "length": 2**25}
 
 
 def sides(quick: bool) -> list[Side]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
-from lora_np.backend import backend_name, xp
+from lora_np.backend import backend_name
 from lora_np.threads import quick_switches
+
+from .device import HOST, Clock
 
 Cases: TypeAlias = Mapping[str, Callable[[], Any]]  # what is timed, by name
 
@@ -21,29 +22,22 @@ def cores() -> int:
     return 1 if backend_name == "cupy" else os.cpu_count() or 1
 
 
-def synchronise() -> None:
-    """Waits until the device has done what it was given."""
-    if backend_name == "cupy":
-        xp.cuda.Device().synchronize()  # type: ignore[attr-defined]
-
-
-def timed(functions: Sequence[Callable[[], Any]], calls: int = 1) -> tuple[float, Any]:
+def timed(functions: Sequence[Callable[[], Any]], calls: int = 1, clock: Clock = HOST.clock) -> tuple[float, Any]:
     """Seconds of one call, each function called `calls` times in a thread of its own, and what the first one gave."""
     with ThreadPoolExecutor(len(functions)) as pool, quick_switches():
-        synchronise()
-        start = time.perf_counter()
+        stop = clock()
         if len(functions) == 1:
             values = [_repeat(functions[0], calls)]
         else:
             values = list(pool.map(lambda f: _repeat(f, calls), functions))
-        synchronise()
-        return (time.perf_counter() - start) / calls, values[0]
+        return stop() / calls, values[0]
 
 
-def warmed_up(functions: Sequence[Callable[[], Any]], at_least: float) -> int:
+def warmed_up(functions: Sequence[Callable[[], Any]], at_least: float, clock: Clock = HOST.clock) -> int:
     """Calls them until the next call is an ordinary one. -> how many calls fill `at_least` seconds."""
-    first, _ = timed(functions)
-    seconds = first if first > SLOW else timed(functions)[0]
+    first, _ = timed(functions, clock=clock)
+    slow = first > SLOW and backend_name != "cupy"  # on a GPU the first call compiles kernels
+    seconds = first if slow else timed(functions, clock=clock)[0]
     return max(1, round(at_least / max(seconds, 1e-9)))
 
 

@@ -303,7 +303,7 @@ def offered():
             found[name] = [*inputs, "out"], list(inspect.signature(value).parameters)[1:]
         elif inspect.isfunction(value):
             found[name] = cupy_names._parameters(value)
-    for folder in ("linalg", "cuda", "cuda.runtime", "ndarray"):
+    for folder in ("linalg", "cuda", "cuda.runtime", "cuda.Event", "ndarray"):
         for name, value in public(operator.attrgetter(folder)(xp)).items():
             found[f"{folder}.{name}"] = cupy_names._parameters(value) if inspect.isfunction(value) else ([], [])
     found["add.at"] = cupy_names._parameters(xp.ufunc.at)

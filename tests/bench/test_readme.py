@@ -37,4 +37,5 @@ def test_the_table_is_written_between_its_marks(tmp_path):
 
 def test_the_file_that_table_writes_has_its_marks_once_and_in_their_order():
     lines = README.read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line in (readme.BEGIN, readme.END)] == [readme.BEGIN, readme.END]
+    marks = [readme.BEGIN, readme.END, readme.GPU_BEGIN, readme.GPU_END]
+    assert [line for line in lines if line in marks] == marks

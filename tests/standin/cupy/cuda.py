@@ -1,5 +1,7 @@
 """cupy.cuda, in part: one device, always there, never busy."""
 
+import time
+
 
 class runtime:
     class CUDARuntimeError(RuntimeError):
@@ -12,6 +14,10 @@ class runtime:
     @staticmethod
     def getDeviceProperties(device):
         return {"name": b"stand-in"}
+
+    @staticmethod
+    def runtimeGetVersion():
+        return 13000
 
 
 class Device:
@@ -28,6 +34,26 @@ class Stream:
 
 
 Stream.null = Stream()
+
+
+class Event:
+    """A moment on the device. Like CuPy's it can be asked for once it was recorded and waited for."""
+
+    def __init__(self):
+        self._recorded, self._over = None, False
+
+    def record(self):
+        self._recorded, self._over = time.perf_counter(), False
+
+    def synchronize(self):
+        self._over = True
+
+
+def get_elapsed_time(start_event, end_event):
+    """Milliseconds."""
+    if start_event._recorded is None or not end_event._over:
+        raise runtime.CUDARuntimeError("cudaErrorNotReady: device not ready")
+    return 1e3 * (end_event._recorded - start_event._recorded)
 
 
 def is_available():
