@@ -162,8 +162,9 @@ def test_held_weights_are_measured_as_the_file_has_them(quick, tmp_path):
     found = {f.case for f in figures.read(quick).of("held") if f.what == "lora_np"}
     assert found == {held.case(w, kind) for kind in held.KINDS}
     for kind, (stored, storage) in held.KINDS.items():
-        held.write_gguf(tmp_path / kind, w, stored)
-        n_bytes = held.ours(str(tmp_path / kind), [1], 1, storage)["bytes"]()
+        path = tmp_path / f"{kind}.gguf"
+        held.write_gguf(path, w, stored)
+        n_bytes = held.ours(str(path), [1], 1, storage)["bytes"]()
         if kind == "NF4":  # of a matrix an offset more, and its last 256 maxima may be fewer
             least = sum(size * (4 if name == "embed.tokens" else 33 / 64) for name, size in sizes.items())
             assert 0 <= n_bytes - vectors - least <= 8 * len(sizes)
