@@ -14,7 +14,7 @@ import lora_np as ln
 
 from . import roofline
 from .figures import Figure
-from .measure import Side, measure
+from .measure import Measured, Side, measure
 from .models import Work, work
 from .options import Options
 from .step import OURS, in_each_precision
@@ -103,10 +103,15 @@ def _greedy(name: str, o: Options) -> Iterator[Figure]:
         pairs = zip(measured[OURS]["greedy"].value, measured[peer]["greedy"].value, strict=True)
         what = f"tokens that agree with {peer}"
         yield Figure("decode", case, what, "share", [sum(a == b for a, b in pairs) / n])
-    memory = roofline.best_memory(roofline.figures("decode", measured, o.quick))
-    limit = memory._replace(case=case, what=LIMIT, unit="tokens/s")
-    limit = limit._replace(values=[speed * 1e9 / bytes_a_token(w.config) for speed in limit.values])
-    yield from (memory._replace(case=case), limit, speeds[OURS].over(limit, "share"))
+    yield from beside_the_limit(speeds[OURS], measured, bytes_a_token(w.config), o.quick)
+
+
+def beside_the_limit(speed: Figure, measured: Measured, n_bytes: float, quick: bool) -> Iterator[Figure]:
+    """How fast the machine reads, the tokens a second which that allows at so many bytes a token, and this one's share
+    of them."""
+    memory = roofline.best_memory(roofline.figures(speed.bench, measured, quick))._replace(case=speed.case)
+    limit = memory._replace(what=LIMIT, unit="tokens/s", values=[rate * 1e9 / n_bytes for rate in memory.values])
+    yield from (memory, limit, speed.over(limit, "share"))
 
 
 def _rows(o: Options) -> Iterator[Figure]:

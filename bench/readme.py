@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import decode, load, merge, peers, step, switch
+from . import decode, held, load, merge, peers, step, switch
 from .counting import FETCHED, LAUNCHES, SENT
 from .figures import Run, shown
 from .models import work
@@ -53,6 +53,10 @@ def _groups() -> list[Group]:
         *(
             Group(case, "decode", case, [(step.OURS, decode.PEER, aim), (step.OURS, decode.LIMIT, "")])
             for case, aim in ((decode.greedy_case(GPT2), "1.3x"), (decode.greedy_case(SMOLLM2), "1.5x"))
+        ),
+        *(
+            Group(case, "held", case, [(step.OURS, held.PEER, ""), (step.OURS, decode.LIMIT, "")])
+            for case in (held.case(SMOLLM2, kind) for kind in held.KINDS)
         ),
         *(
             Group(

@@ -166,21 +166,23 @@ class NF4(Held):
 
     def __getitem__(self, rows: slice | Array) -> Array:
         n_out, n_in = self.shape
+        row = xp.arange(n_out)[rows][..., None]
         if n_in % self.block:  # blocks go on over the ends of rows
-            at = xp.arange(n_out)[rows][..., None] * n_in + xp.arange(n_in)  # (..., in)
+            at = row * n_in + xp.arange(n_in)  # (..., in)
             codes = self.codes[at >> 1] >> xp.where(at & 1, 0, 4).astype(xp.uint8) & 15
             return _LEVELS[codes] * self._scales(at // self.block)
         codes = self.codes.reshape(n_out, -1)[rows]  # (..., in / 2)
-        scales = self._scales(xp.arange(self.absmax.size).reshape(n_out, -1)[rows])  # (..., in / block)
-        W = _PAIRS[codes].view(xp.float32).reshape(*scales.shape, self.block)
+        n = n_in // self.block
+        scales = self._scales(row * n + xp.arange(n))  # (..., in / block)
+        W = _PAIRS.take(codes).view(xp.float32).reshape(*scales.shape, self.block)
         W *= scales[..., None]
         return W.reshape(*scales.shape[:-1], n_in)
 
     def _scales(self, at: Array) -> Array:
         """The absolute maxima of blocks."""
         if self.outer is None:
-            return self.absmax[at]
-        return _DYNAMIC[self.absmax[at]] * self.outer[at // OUTER] + self.offset
+            return self.absmax.take(at)
+        return _DYNAMIC.take(self.absmax.take(at)) * self.outer.take(at // OUTER) + self.offset
 
 
 def quantise_nf4(W: Any, *, block: int = 64, double: bool = True) -> NF4:
@@ -261,11 +263,12 @@ def dequantise_nf4(q: NF4) -> Array:
 # A row is blocks of 32 numbers d q: a float16 d, and whole numbers q. Held as a file has them, uint8 (out, bytes).
 
 
-def _blocks_of_32(raw: Array, size: int) -> tuple[Array, Array]:
-    """The blocks of rows (..., bytes), each of `size` bytes: d, float32 (..., blocks, 1); the bytes behind it."""
-    block = raw.reshape(*raw.shape[:-1], raw.shape[-1] // size, size)
-    d = xp.ascontiguousarray(block[..., :2]).view(xp.float16)
-    return d.astype(xp.float32), block[..., 2:]
+def _blocks_of_32(raw: Array, size: int, floats: int = 1) -> tuple[Array, Array]:
+    """Of rows (..., bytes) in blocks of `size` bytes: the float16 numbers that each starts with, as float32
+    (..., blocks, floats); the bytes behind them."""
+    shape = *raw.shape[:-1], raw.shape[-1] // size
+    numbers = raw.view(xp.float16).reshape(*shape, size // 2)[..., :floats].astype(xp.float32)
+    return numbers, raw.reshape(*shape, size)[..., 2 * floats :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +280,8 @@ class Q8_0(Held):
 
     def __getitem__(self, rows: slice | Array) -> Array:
         d, q = _blocks_of_32(self.raw[rows], 34)
-        W = d * xp.ascontiguousarray(q).view(xp.int8)
+        W = q.view(xp.int8).astype(xp.float32)
+        W *= d
         return W.reshape(*W.shape[:-2], self.shape[1])
 
 
@@ -290,7 +294,8 @@ class Q4_0(Held):
 
     def __getitem__(self, rows: slice | Array) -> Array:
         d, q = _blocks_of_32(self.raw[rows], 18)
-        W = d * (_halves(q) - xp.int8(8))
+        W = (_halves(q).view(xp.int8) - xp.int8(8)).astype(xp.float32)
+        W *= d
         return W.reshape(*W.shape[:-2], self.shape[1])
 
 
@@ -302,12 +307,15 @@ class Q4_1(Held):
     name = "Q4_1"
 
     def __getitem__(self, rows: slice | Array) -> Array:
-        d, q = _blocks_of_32(self.raw[rows], 20)
-        W = d * _halves(q[..., 2:])
-        W += xp.ascontiguousarray(q[..., :2]).view(xp.float16).astype(xp.float32)
+        d_m, q = _blocks_of_32(self.raw[rows], 20, floats=2)
+        W = _halves(q).astype(xp.float32)
+        W *= d_m[..., :1]
+        W += d_m[..., 1:]
         return W.reshape(*W.shape[:-2], self.shape[1])
 
 
 def _halves(q: Array) -> Array:
-    """The lower halves of bytes (..., 16), then the upper. -> int8 (..., 32)"""
-    return xp.concatenate([q & 15, q >> 4], axis=-1).astype(xp.int8)
+    """The lower halves of bytes (..., 16), then the upper. -> uint8 (..., 32)"""
+    q = xp.ascontiguousarray(q)
+    halves = [half.view(xp.complex128) for half in (q & 15, q >> 4)]  # so that 16 bytes are copied at once
+    return xp.concatenate(halves, axis=-1).view(xp.uint8)

@@ -1,12 +1,14 @@
 """Every benchmark runs, on tiny sizes and without peers, and what it finds is kept, drawn and compared."""
 
 import json
+import sys
+from importlib.util import find_spec
 from inspect import isfunction
 
 import numpy as np
 import pytest
 
-from bench import figures, readme
+from bench import figures, held, readme
 from bench.__main__ import BENCHES, main
 from bench.decode import bytes_a_token
 from bench.measure import Side, measure
@@ -15,6 +17,7 @@ from bench.options import Options
 from bench.timing import timed
 from lora_np import ops
 
+needs_gguf = pytest.mark.skipif(not find_spec("gguf"), reason="writes GGUF files: the extra models")
 UNITS = {"s", "B", "GFLOP/s", "GB/s", "GFLOP", "FLOP/B", "tokens/s", "share", "x"}
 
 
@@ -48,6 +51,7 @@ def test_a_run_is_written_with_its_environment_and_every_round(quick):
         ("step", "s", {"lora_np: LoRA", "lora_np: every weight"}),
         ("memory", "B", {"lora_np: LoRA", "lora_np: every weight", "N=2", "N=8"}),
         ("decode", "tokens/s", {"lora_np", "the memory's limit"}),
+        pytest.param("held", "tokens/s", {"lora_np", "the memory's limit"}, marks=needs_gguf),
         ("merge", "x", {"merged / base", "unmerged / base"}),
         ("switch", "s", {"lora_np: unmerge, merge"}),
         ("load", "x", {"lora_np: peak / lora_np: what is kept"}),
@@ -146,6 +150,33 @@ def test_compare_on_the_command_line(quick, capsys):
 def test_a_quick_run_is_no_table(quick, tmp_path):
     with pytest.raises(ValueError, match="tiny"):
         readme.write(tmp_path / "README.md", figures.read(quick))
+
+
+@needs_gguf
+def test_held_weights_are_measured_as_the_file_has_them(quick, tmp_path):
+    """Bytes of a number: 4; 2; those of a block by 32; in NF4 1/2 + 1/64, and 4 of the table, which stays wide."""
+    w = held.of_work(quick=True)
+    shapes = w.config.weight_shapes()
+    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items() if len(shape) == 2}
+    vectors = 4 * sum(shape[0] for shape in shapes.values() if len(shape) == 1)
+    each = {"float32": 4, "bfloat16": 2, "Q8_0": 34 / 32, "Q4_0": 18 / 32, "Q4_1": 20 / 32}
+    found = {f.case for f in figures.read(quick).of("held") if f.what == "lora_np"}
+    assert found == {held.case(w, kind) for kind in held.KINDS}
+    for kind, (stored, storage) in held.KINDS.items():
+        path = tmp_path / f"{kind}.gguf"
+        held.write_gguf(path, w, stored)
+        n_bytes = held.ours(str(path), [1], 1, storage)["bytes"]()
+        if kind == "NF4":  # of a matrix an offset more, and its last 256 maxima may be fewer
+            least = sum(size * (4 if name == "embed.tokens" else 33 / 64) for name, size in sizes.items())
+            assert 0 <= n_bytes - vectors - least <= 8 * len(sizes)
+        else:
+            assert n_bytes == vectors + each[kind] * sum(sizes.values())
+
+
+def test_without_the_package_that_writes_files_held_weights_are_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf.quants", None)
+    assert not [*held.figures(Options(quick=True))]
+    assert "held: left out: " in capsys.readouterr().err
 
 
 def test_decoding_reads_every_weight_but_those_looked_up():

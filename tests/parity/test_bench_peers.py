@@ -1,12 +1,14 @@
 """The other sides of the benchmarks do the same work: the same weights, so the same loss and the same tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import peers
 import pytest
 from peers import torch
 
 import lora_np as ln
-from bench import decode, step
+from bench import decode, held, step
 from bench.models import WORKS, work
 
 peft_side = peers.peft_side
@@ -42,6 +44,20 @@ def test_lora_trains_as_many_parameters(name):
 def test_decoding_gives_the_same_tokens(name):
     given = {"name": name, "n": 6, "prompt": 3, "quick": True}
     assert peft_side.decode(**given)["greedy"]() == decode.ours(**given)["greedy"]()
+
+
+def test_llama_cpp_says_the_same_tokens_of_the_same_file(tmp_path):
+    """Of the float32 file: of others it rounds a product's inputs too. With its table for a head, a random model says
+    its last token again and again."""
+    llama_cpp_side = pytest.importorskip("bench.llama_cpp_side", reason="a peer: the extra peers", exc_type=ImportError)
+    pytest.importorskip("gguf", reason="writes GGUF files: the extra models")
+    path = tmp_path / "model.gguf"
+    w = held.of_work(quick=True)
+    held.write_gguf(path, w._replace(config=replace(w.config, tie_head=False)), "F32")
+    given = {"path": str(path), "tokens": [1, 5, 17], "n": 8}
+    expected = held.ours(**given, storage=None)["greedy"]()
+    assert llama_cpp_side.decode(**given)["greedy"]() == expected
+    assert len(set(expected)) > 1
 
 
 def test_switching_goes_over_to_the_other_adapter():
