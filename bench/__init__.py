@@ -3,7 +3,8 @@
 ops, step, memory, decode, merge, switch, scaling, peers
                          a subject each: the cases that a process times, and `figures`, which asks for them
 measure, worker, timing  sides of a comparison in processes that take turns; one such process; the clock
-models, peft_side        what is measured; the same in PyTorch + PEFT, transformers and loralib
+models                   what is measured
+peft_side, jax_side      the same in PyTorch + PEFT, transformers and loralib; the step in JAX
 flops, roofline          the products of a step, counted; what the machine can do
 figures, environment     what was found, as text and JSON, and beside another run; what it depends on
 plots, readme            pictures; the table in README.md

@@ -1,4 +1,4 @@
-"""One training step: LoRA here and in PyTorch + PEFT, eager and compiled; full fine-tuning here; the roofline's share.
+"""One training step: LoRA here, in PyTorch + PEFT, eager and compiled, and JAX; full fine-tuning; the roofline's share.
 
 A LoRA step is the loss and its gradients by A and B, float32, no dropout; both sides have the same weights and batch,
 and their losses must agree. The share: the step's products at the speed of large products, over the step's time.
@@ -6,7 +6,7 @@ and their losses must agree. The share: the step's products at the speed of larg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,15 +16,23 @@ from . import roofline
 from .figures import Figure
 from .flops import step_flops
 from .measure import Measured, Side, measure
-from .models import Work, work
+from .models import WORKS, Work, work
 from .options import Options
 from .timing import Cases
 
-OURS, EAGER, COMPILED = "lora_np", "PyTorch + PEFT", "PyTorch + PEFT, compiled"
+OURS, EAGER, COMPILED, JAX = "lora_np", "PyTorch + PEFT", "PyTorch + PEFT, compiled", "JAX, compiled"
+PEERS = (EAGER, COMPILED, JAX)
 LORA, FULL = "lora_np: LoRA", "lora_np: every weight"
 LORA_ADAMW, FULL_ADAMW = f"{LORA}, with AdamW", f"{FULL}, with AdamW"
 RECOMPUTED = f"{LORA}, blocks computed again"
 PRODUCTS = "the step's products"
+COMPILATION = f"{JAX}: seconds to compile"
+LONG = (("gpt2", 1024), ("smollm2", 1024), ("smollm2", 2048))  # models and T of a step with one long sequence
+
+
+def long_work(name: str, T: int, *, quick: bool = False) -> Work:
+    """One sequence of T tokens, or of few."""
+    return work(name, quick=quick, N=1, T=T // 64 if quick else T)
 
 
 def ours(name: str, full: bool, **sizes: Any) -> Cases:
@@ -66,44 +74,58 @@ class Training:
 
 
 def peers(name: str, o: Options, **arguments: Any) -> list[Side]:
-    """The other sides' processes; torch.compile on GPT-2 alone: it takes a minute."""
+    """The other sides' processes; torch.compile on GPT-2 alone: it takes a minute. JAX's side has decoders alone."""
     if o.alone:
         return []
-    ways = {EAGER: False, COMPILED: True} if o.compile and name == "gpt2" else {EAGER: False}
     given = {"name": name, "quick": o.quick, **arguments}
-    return [Side(way, "bench.peft_side:step", {**given, "compiled": compiled}) for way, compiled in ways.items()]
+    sides = [eager(name, o, **arguments)]
+    if o.compile and name == "gpt2":
+        sides.append(Side(COMPILED, "bench.peft_side:step", {**given, "compiled": True}))
+    if WORKS[name].config.causal:
+        sides.append(Side(JAX, "bench.jax_side:step", given))
+    return sides
+
+
+def eager(name: str, o: Options, **arguments: Any) -> Side:
+    """PyTorch + PEFT's process."""
+    return Side(EAGER, "bench.peft_side:step", {"name": name, "quick": o.quick, **arguments})
 
 
 def check_losses(measured: Measured) -> None:
     """A ValueError unless all sides found the same loss: then they did the same work."""
     losses = {OURS: measured[OURS][LORA].value}
-    losses |= {side: measured[side]["step"].value for side in (EAGER, COMPILED) if side in measured}
+    losses |= {side: measured[side]["step"].value for side in PEERS if side in measured}
     for side, loss in losses.items():
         if abs(loss - losses[OURS]) > 1e-4 * abs(losses[OURS]):
             raise ValueError(f"step: the sides differ: loss {losses[OURS]} here, {loss} with {side}")
 
 
 def figures(o: Options) -> Iterator[Figure]:
-    """The times of each model's step, the ratios to the peers and to full fine-tuning, and the roofline's share."""
+    """The times of each model's step, and of those with one long sequence."""
     for name in ("gpt2", "minilm", "smollm2"):
-        w = work(name, quick=o.quick)
-        full = name == "gpt2"
-        sides = [
-            Side(OURS, "bench.step:ours", {"name": name, "quick": o.quick, "full": full}),
-            *roofline.sides(o.quick),
-        ]
-        measured = measure([*sides, *peers(name, o)], o)
-        check_losses(measured)
-        mine = {case: Figure("step", w.case, case, "s", timing.seconds) for case, timing in measured[OURS].items()}
-        yield from mine.values()
-        for side in (EAGER, COMPILED):
-            if side in measured:
-                theirs = Figure("step", w.case, side, "s", measured[side]["step"].seconds)
-                yield from (theirs, theirs.over(mine[LORA]))
-        if full:
-            yield from (mine[kind].over(mine[LORA]) for kind in (FULL, RECOMPUTED))
-            yield mine[FULL_ADAMW].over(mine[LORA_ADAMW])
-        yield from _shares(w, mine[LORA], roofline.figures("step", measured, o.quick))
+        yield from _beside(name, work(name, quick=o.quick), peers(name, o), o, full=name == "gpt2")
+    for name, T in LONG:
+        w = long_work(name, T, quick=o.quick)
+        yield from _beside(name, w, [] if o.alone else [eager(name, o, N=w.N, T=w.T)], o, full=False)
+
+
+def _beside(name: str, w: Work, others: Sequence[Side], o: Options, *, full: bool) -> Iterator[Figure]:
+    """A step's times, the ratios to the peers and to full fine-tuning, and the roofline's share."""
+    given = {"name": name, "quick": o.quick, "full": full, "N": w.N, "T": w.T}
+    measured = measure([Side(OURS, "bench.step:ours", given), *roofline.sides(o.quick), *others], o)
+    check_losses(measured)
+    mine = {case: Figure("step", w.case, case, "s", timing.seconds) for case, timing in measured[OURS].items()}
+    yield from mine.values()
+    for side in PEERS:
+        if side in measured:
+            theirs = Figure("step", w.case, side, "s", measured[side]["step"].seconds)
+            yield from (theirs, theirs.over(mine[LORA]))
+    if JAX in measured:
+        yield Figure("step", w.case, COMPILATION, "s", [measured[JAX]["compile"].value])
+    if full:
+        yield from (mine[kind].over(mine[LORA]) for kind in (FULL, RECOMPUTED))
+        yield mine[FULL_ADAMW].over(mine[LORA_ADAMW])
+    yield from _shares(w, mine[LORA], roofline.figures("step", measured, o.quick))
 
 
 def _shares(w: Work, lora: Figure, found: dict[str, Figure]) -> Iterator[Figure]:
