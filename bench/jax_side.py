@@ -79,7 +79,8 @@ def rotate(x: Any, theta: float) -> Any:
 
 def adamw(params: Any, grads: Any, state: Any, lr: float = 1e-4) -> tuple[Any, Any]:
     """AdamW without decay; state: the step t, and both moments."""
-    t, m, v = state[0] + 1, *state[1:]
+    t, m, v = state
+    t = t + 1
     m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
     v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, grads)
     rate = lr / (1 - 0.9**t)
