@@ -65,8 +65,8 @@ def figures(o: Options) -> Iterator[Figure]:
         point, w = f"{name}={value}", work("gpt2", quick=o.quick, **sizes)
         yield Figure("scaling", f"against {name}", point, "s", timings[point].seconds)
         yield _products(f"against {name}", point, w)
-    for T in TINY_LENGTHS if o.quick else LENGTHS:
-        yield from _of_length(work("smollm2", quick=o.quick, N=1, T=T), o)
+    works = (work("smollm2", quick=o.quick, N=1, T=T) for T in (TINY_LENGTHS if o.quick else LENGTHS))
+    yield from sorted((f for w in works for f in _of_length(w, o)), key=lambda f: f.case)  # a side after the other
 
 
 def _of_length(w: Work, o: Options) -> Iterator[Figure]:
