@@ -13,7 +13,7 @@ import numpy as np
 from lora_np.backend import backend_name, xp
 from lora_np.reproduce.report import processor
 
-PACKAGES = ("cupy", "torch", "peft", "transformers", "loralib", "xllamacpp")
+PACKAGES = ("cupy", "torch", "peft", "transformers", "loralib", "xllamacpp", "jax")
 SETTINGS = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_NUM_THREADS", "CUPY_TF32",
     "CUPY_ACCELERATORS",

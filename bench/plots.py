@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from lora_np.training.plot import check_matplotlib
 
 from .figures import Figure, Run
 from .roofline import EACH_CORE, READ, STREAM
-from .step import COMPILED, EAGER, OURS
+from .step import EAGER, OURS
+from .step import PEERS as STEP_PEERS
 
 BLUE, ORANGE, GREEN, GREY = "#0b6e99", "#c2541b", "#4a7c2c", "#777777"
 _OFFSET: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": "#333333"}
-PEERS = (EAGER, COMPILED, "transformers", "PEFT", "loralib")
+PEERS = (*STEP_PEERS, "transformers", "PEFT", "loralib")
 
 
 def draw(folder: Path, run: Run) -> None:
@@ -150,26 +151,42 @@ def _work(ratio: Figure) -> str:
 def scaling(run: Run) -> Any:
     """A step's time against batch, length, layers and rank; dashed: in proportion to its products, through the last."""
     panels = {
-        "against N": "texts in the batch, N", "against T": "tokens in each, T", "against layers": "layers",
-        "against r": "rank, r",
+        "against N": "texts in the batch, N", "against T": "tokens of one text, T (SmolLM2)",
+        "against layers": "layers", "against r": "rank, r",
     }  # fmt: skip
     if not run.of("scaling"):
         return None
     picture, all_axes = _figure(9, 6.5, 2, 2)
     for axes, (case, label) in zip(all_axes, panels.items(), strict=True):
         times, products = _curve(run, "scaling", case, "s"), _curve(run, "scaling", case, "GFLOP")
-        x = list(times)
-        y = [f.median for f in times.values()]
-        spreads = [list(side) for side in zip(*map(_spread, times.values()), strict=True)]
-        rate = y[-1] / products[x[-1]].median
-        axes.errorbar(x, y, spreads, fmt="o-", color=BLUE, markersize=4, label="measured")
-        axes.plot(x, [rate * products[n].median for n in x], "--", color=GREY, label="in proportion to the products")
+        (last, time), theirs = list(times.items())[-1], _curve(run, "scaling", f"{case}, {EAGER}", "s")
+        rate = time.median / products[last].median
+        _draw_times(axes, times, BLUE, OURS)
+        if theirs:
+            _draw_times(axes, theirs, ORANGE, EAGER)
+        axes.plot(
+            list(times), [rate * products[n].median for n in times], "--", color=GREY,
+            label="in proportion to the products",
+        )  # fmt: skip
         axes.set_xlabel(label)
         axes.set_ylabel("a LoRA step (s)")
-        axes.set_xlim(0)
-        axes.set_ylim(0, 1.15 * max(y))
+        if case == "against T":  # from powers of two to ones sixty times as large
+            axes.loglog(base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_xlim(0)
+            axes.set_ylim(0, 1.15 * max(f.median for f in times.values()))
         axes.legend(frameon=False, fontsize=8)
     return picture
+
+
+def _draw_times(axes: Any, times: Mapping[int, Figure], colour: str, label: str) -> None:
+    """A curve of times with the spread of their rounds."""
+    spreads = [list(side) for side in zip(*map(_spread, times.values()), strict=True)]
+    axes.errorbar(
+        list(times), [f.median for f in times.values()], spreads, fmt="o-", color=colour, markersize=4, label=label
+    )
 
 
 def memory(run: Run) -> Any:

@@ -15,6 +15,7 @@ from .roofline import EACH_CORE
 BEGIN, END = "<!-- written by python -m bench table -->", "<!-- end of what it wrote -->"
 GPU_BEGIN, GPU_END = "<!-- written by python -m bench table, on a GPU -->", "<!-- end of what it wrote on a GPU -->"
 GPT2, MINILM, SMOLLM2 = work("gpt2"), work("minilm"), work("smollm2")
+LONG = [step.long_work(name, T).case for name, T in step.LONG]
 
 
 class Group(NamedTuple):
@@ -32,16 +33,29 @@ def _groups() -> list[Group]:
     return [
         Group(
             f"LoRA step, {GPT2.case}", "step", GPT2.case,
-            [(step.LORA, step.EAGER, "1.4x"), (step.LORA, step.COMPILED, "1.22x"), (step.PRODUCTS, roof, "88 %")],
+            [
+                (step.LORA, step.EAGER, "1.4x"), (step.LORA, step.COMPILED, "1.22x"), (step.LORA, step.JAX, ""),
+                (step.PRODUCTS, roof, "88 %"),
+            ],
         ),
         Group(
             "peak memory of its process", "memory", GPT2.case,
-            [(step.LORA, step.EAGER, "at most 0.30x"), (step.LORA, step.COMPILED, "")],
+            [(step.LORA, step.EAGER, "at most 0.30x"), (step.LORA, step.COMPILED, ""), (step.LORA, step.JAX, "")],
         ),
         Group("that step, with activation checkpointing", "step", GPT2.case, [(step.RECOMPUTED, step.LORA, "")]),
         Group("its peak memory", "memory", GPT2.case, [(step.RECOMPUTED, step.LORA, "")]),
         Group(f"LoRA step, {MINILM.case}", "step", MINILM.case, [(step.LORA, step.EAGER, "1.2x")]),
-        Group(f"LoRA step, {SMOLLM2.case}", "step", SMOLLM2.case, [(step.LORA, step.EAGER, "1.35x")]),
+        Group(
+            f"LoRA step, {SMOLLM2.case}", "step", SMOLLM2.case,
+            [(step.LORA, step.EAGER, "1.35x"), (step.LORA, step.JAX, "")],
+        ),
+        *(
+            Group(what, bench, case, [(step.LORA, step.EAGER, aim)])
+            for case in LONG
+            for what, bench, aim in (
+                (f"LoRA step, {case}", "step", "1.4x"), ("its peak memory", "memory", "at most 0.45x"),
+            )
+        ),
         Group(
             f"LoRA beside full fine-tuning, {GPT2.title}", "step", GPT2.case,
             [(step.LORA, step.FULL, "1.5x"), (step.LORA_ADAMW, step.FULL_ADAMW, "")],
@@ -187,7 +201,7 @@ def machine(run: Run) -> str:
     """A sentence of what the figures depend on."""
     found = dict(run.environment)
     versions = [
-        f"{name} {found[name]}" for name in ("python", "numpy", "torch", "peft", "transformers") if name in found
+        f"{name} {found[name]}" for name in ("python", "numpy", "torch", "peft", "transformers", "jax") if name in found
     ]
     rounds = max((len(figure.values) for figure in run.figures), default=0)
     parts = [

@@ -1,6 +1,7 @@
 """Every benchmark runs, on tiny sizes and without peers, and what it finds is kept, drawn and compared."""
 
 import json
+import re
 import sys
 from importlib.util import find_spec
 from inspect import isfunction
@@ -8,10 +9,10 @@ from inspect import isfunction
 import numpy as np
 import pytest
 
-from bench import figures, held, readme
+from bench import figures, held, readme, scaling, step
 from bench.__main__ import BENCHES, main
 from bench.decode import bytes_a_token
-from bench.measure import Side, measure
+from bench.measure import Side, Timing, measure
 from bench.models import work
 from bench.options import Options
 from bench.timing import timed
@@ -132,6 +133,58 @@ def test_a_missing_package_is_said_and_the_side_left_out(capfd):
     sides = [Side("here", "bench.peers:ours", {"M": 2, "D": 4, "r": 1}), Side("absent", "bench.no_such_module:f")]
     assert measure(sides, Options(rounds=1, quick=True)).keys() == {"here"}
     assert "absent: left out: No module named 'bench.no_such_module'" in capfd.readouterr().err
+
+
+def test_without_jax_its_side_is_left_out_by_name(tmp_path, monkeypatch, capfd):
+    (tmp_path / "jax.py").write_text("raise ImportError('no jax here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    sides = [side for side in step.peers("gpt2", Options(quick=True)) if side.name == step.JAX]
+    assert len(sides) == 1
+    assert measure(sides, Options(rounds=1, quick=True)) == {}
+    assert "JAX, compiled: left out: no jax here" in capfd.readouterr().err
+
+
+def test_jax_has_a_side_where_its_text_has_the_model():
+    """A decoder, not a classifier; and none without peers."""
+    names = {name: [side.name for side in step.peers(name, Options())] for name in ("gpt2", "minilm", "smollm2")}
+    assert [step.JAX in found for found in names.values()] == [True, False, True]
+    assert step.peers("gpt2", Options(alone=True)) == []
+
+
+@pytest.mark.parametrize("bench", ["step", "memory"])
+def test_one_long_sequence_is_measured(quick, bench):
+    cases = {f.case for f in figures.read(quick).of(bench) if f.what == step.LORA}
+    assert {f"{title}, N=1, T={T}, r=8" for title, T in (("GPT-2 small", 16), ("SmolLM2-135M", 32))} <= cases
+
+
+@pytest.mark.parametrize("wrong", [step.EAGER, step.JAX])
+def test_sides_whose_losses_differ_are_named(wrong):
+    """By one part in a thousand."""
+    losses = {side: 1.001 if side == wrong else 1.0 for side in (step.EAGER, step.JAX)}
+    measured = {side: {"step": Timing([1.0], value, 0)} for side, value in losses.items()}
+    measured[step.OURS] = {step.LORA: Timing([1.0], 1.0, 0)}
+    with pytest.raises(ValueError, match=re.escape(f"1.001 with {wrong}")):
+        step.check_losses(measured)
+
+
+def test_pytorch_is_measured_to_the_longest_sequence_that_fits():
+    """SmolLM2's peak was 3.18 GB at T=1024 and 5.46 at 2048: 2.22 MB a token, which the count meets within a tenth."""
+    at = {T: scaling.both_bytes(work("smollm2", N=1, T=T)) for T in (1024, 2048, 4096, 8192)}
+    assert (at[2048] - at[1024]) / 1.5 == pytest.approx(5.46e9 - 3.18e9, rel=0.1)
+    assert at[4096] < scaling.MOST_BYTES < at[8192]
+
+
+def test_the_panel_of_lengths_shows_both_sides(quick):
+    pytest.importorskip("matplotlib", reason="pictures: the extra plot")
+    from bench import plots
+
+    run = figures.read(quick)
+    theirs = [
+        f._replace(case=f"against T, {step.EAGER}") for f in run.of("scaling") if f.case == "against T" if f.unit == "s"
+    ]
+    axes = plots.scaling(run._replace(figures=[*run.figures, *theirs[:1]])).axes[1]
+    assert {step.OURS, step.EAGER} <= {text.get_text() for text in axes.get_legend().get_texts()}
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
 
 
 def test_each_thread_has_cases_of_its_own():
