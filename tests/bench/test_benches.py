@@ -51,6 +51,7 @@ def test_a_run_is_written_with_its_environment_and_every_round(quick):
         ("merge", "x", {"merged / base", "unmerged / base"}),
         ("switch", "s", {"lora_np: unmerge, merge"}),
         ("scaling", "s", {"N=1", "T=8", "layers=1", "r=2"}),
+        ("large", "s", {"NF4, step", "Q4_0, step"}),
         ("peers", "B", {"lora_np"}),
     ],
 )
