@@ -13,7 +13,7 @@ from .environment import environment
 from .options import Options
 
 README = Path(__file__).with_name("README.md")
-BENCHES = ("ops", "step", "memory", "decode", "held", "merge", "switch", "load", "scaling", "peers")
+BENCHES = ("ops", "step", "memory", "decode", "held", "merge", "switch", "load", "scaling", "large", "peers")
 
 
 def run(names: Sequence[str], o: Options) -> Iterator[figures.Run]:

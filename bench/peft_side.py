@@ -120,6 +120,11 @@ def step(name: str, *, compiled: bool = False, optimizer: bool = False, tf32: bo
     settle(tf32=tf32)
     w = work(name, **sizes)
     net = adapted(twin(w), w.lora, w.config).train()
+    return step_of(net, w, compiled=compiled, optimizer=optimizer)
+
+
+def step_of(net: Any, w: Work, *, compiled: bool = False, optimizer: bool = False) -> Cases:
+    """The loss of a batch and its gradients by what is trained; compiled, optimizer: as for `step`."""
     tokens, targets = (torch.tensor(a, device=DEVICE) for a in w.batch())
     trained = [p for p in net.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=1e-4) if optimizer else None

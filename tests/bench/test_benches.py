@@ -57,6 +57,7 @@ def test_a_run_is_written_with_its_environment_and_every_round(quick):
         ("switch", "s", {"lora_np: unmerge, merge"}),
         ("load", "x", {"lora_np: peak / lora_np: what is kept"}),
         ("scaling", "s", {"N=1", "T=8", "layers=1", "r=2"}),
+        ("large", "s", {"NF4, step", "Q4_0, step"}),
         ("peers", "B", {"lora_np"}),
     ],
 )
