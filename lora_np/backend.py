@@ -110,7 +110,7 @@ def row_parts(M: int) -> Iterator[slice]:
 # A product is cut where its parts still have so many multiplications, and the parts into ever smaller ones where they
 # have more than the second number.
 LEAST, MOST = 2**25, 2**28
-FEW_ROWS = 32  # with fewer rows a product takes as long as reading W, which costs about as much as so many would
+FEW_ROWS = 32  # with fewer rows, as in decoding, a product takes as long as reading its other factor: as so many would
 
 
 def pieces(M: int, N: int, K: int) -> Iterator[tuple[slice, slice]]:
@@ -118,7 +118,7 @@ def pieces(M: int, N: int, K: int) -> Iterator[tuple[slice, slice]]:
 
     Smaller ones would be slower, since each reads its part of both factors. On a GPU there is one.
     """
-    work = max(M, FEW_ROWS) * N * K
+    work = max(M, FEW_ROWS) * max(N, FEW_ROWS) * K
     parts = max(min(4, work // LEAST), work // MOST, 1)
     cuts = [(slice(0, M), slice(0, N))]
     for _ in range(0 if backend_name == "cupy" else parts.bit_length() - 1):

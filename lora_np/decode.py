@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -126,7 +127,9 @@ def generate(
     if mask is not None and not mask[:, -1].all():
         raise ValueError("generate: mask: pad on the left: the last token of each sequence must count")
     rng = np.random.default_rng(seed) if temperature > 0 else None
-    with in_threads():
+    # One row's products are too small to go from thread to thread: BLAS's own are quicker.
+    threads = in_threads if N > 1 else nullcontext
+    with threads():
         adapted = keep_source(frozen(bind(model, adapter, rows=N)), batch)
     cache = new_cache(config, N=N, longest=T + n, dtype=model.dtype)
     result = batch.tokens
@@ -134,7 +137,7 @@ def generate(
     for _ in range(n):
         if stopped.all():
             break
-        with in_threads():
+        with threads():
             logits = asnumpy(next_logits(adapted, cache, new, mask))
         if not np.isfinite(logits).all():
             raise ValueError(

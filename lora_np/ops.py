@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
-from .backend import Array, DType, backend_name, blocks, pieces, xp
+from .backend import FEW_ROWS, Array, DType, backend_name, blocks, pieces, xp
 from .distance import PositionBias
 from .storage import Held, Matrix, wide_blocks
 from .threads import for_each, map_parts
@@ -50,8 +50,6 @@ def _in_blocks(*arrays: Array) -> Iterator[Saved]:
 #
 # A frozen matrix may be held in fewer bits (`storage`). It is widened a block at a time, where it is used.
 
-FEW_ROWS = 32  # as in decoding: BLAS goes through W faster as the left factor, and the result is cheap to transpose
-
 
 def linear(x: Array, W: Matrix, b: Array | None = None) -> Array:
     """T2: y = x W^T + b. x (..., in), W (out, in), b (out,) or None -> y (..., out).
@@ -74,12 +72,14 @@ def _times_transposed(x: Array, W: Matrix) -> Array:
     if isinstance(W, Held):
         y = xp.empty((len(x), len(W)), dtype=x.dtype)
 
-        @for_each(zip(wide_blocks(W)))
+        @for_each(zip(wide_blocks(W, len(x))))
         def _(rows: slice) -> None:
             y[:, rows] = _times_transposed(x, W[rows])
 
         return y
-    return xp.ascontiguousarray(_product(W, x.T).T) if len(x) <= FEW_ROWS else _product(x, W.T)
+    if len(x) > FEW_ROWS:
+        return _product(x, W.T)
+    return xp.ascontiguousarray(_product(W, x.T).T)  # BLAS goes through W faster as the left factor
 
 
 def _product(x: Array, y: Array) -> Array:
@@ -104,7 +104,7 @@ def _times(dy: Array, W: Matrix) -> Array:
     if not isinstance(W, Held):
         return _product(dy, W)
     dx = xp.zeros((len(dy), W.shape[1]), dtype=dy.dtype)
-    for part in map_parts(lambda rows: dy[:, rows] @ W[rows], wide_blocks(W)):
+    for part in map_parts(lambda rows: _product(dy[:, rows], W[rows]), wide_blocks(W, len(dy))):
         dx += part
     return dx
 

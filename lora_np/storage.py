@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from .backend import Array, blocks, read_only, xp
+from .backend import FEW_ROWS, Array, blocks, read_only, xp
 from .checks import as_array, expect
 
 
@@ -65,9 +65,10 @@ def widened(W: Matrix) -> Array:
     return W[:] if isinstance(W, Held) else W
 
 
-def wide_blocks(W: Held) -> Iterator[slice]:
-    """Rows of W (out, in) that are widened together: enough of them for products to run at full speed."""
-    return blocks(len(W), W.shape[1] // 4)
+def wide_blocks(W: Held, M: int) -> Iterator[slice]:
+    """Rows of W (out, in) that are widened together, for a product with M rows: enough of them for it to run at full
+    speed; with few rows, which take as long as reading W, so many as stay in cache."""
+    return blocks(len(W), W.shape[1] // (16 if M > FEW_ROWS else 4))
 
 
 def as_matrix(what: str, W: Any) -> Any:

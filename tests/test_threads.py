@@ -51,9 +51,9 @@ def test_the_number_of_threads_changes_no_bit_of_one_shard(case, dropout_seed):
             patch.setattr("lora_np.threads.os.cpu_count", lambda cores=cores: cores)
             loss, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=dropout_seed)
             results = {"logits": ln.forward(model, batch["tokens"], adapter, **inputs), **grads}
-            if model.config.head == "lm" and model.config.causal and not inputs.get("mask") is not None:
-                few = batch["tokens"][:, :2]
-                results["text"] = ln.generate(model, few, adapter, n=2, **inputs)
+            if model.config.head == "lm" and model.config.causal and not any(v is not None for v in inputs.values()):
+                few = np.repeat(batch["tokens"][:1, :2], 2, axis=0)  # one row alone runs on BLAS's own threads
+                results["text"] = ln.generate(model, few, adapter, n=2)
             found.append((loss, ln.loss(model, batch["tokens"], batch["targets"], adapter, **inputs), results))
     for other in found[1:]:
         assert other[:2] == found[0][:2]
@@ -260,9 +260,10 @@ def test_pieces_cover_a_product_once_and_are_not_too_small(M, N, K):
     """At least LEAST multiplications each where there are several: products that share it are no faster."""
     covered = np.zeros((M, N), dtype=np.int8)
     pieces = list(backend.pieces(M, N, K))
+    large = len(pieces) > 1 and min(M, N) >= backend.FEW_ROWS
     for rows, columns in pieces:
         covered[rows, columns] += 1
-        assert len(pieces) == 1 or covered[rows, columns].size * K >= backend.LEAST * 0.9 or M < backend.FEW_ROWS
+        assert not large or covered[rows, columns].size * K >= 0.9 * backend.LEAST
     assert (covered == 1).all()
     assert len(pieces) & (len(pieces) - 1) == 0
 
