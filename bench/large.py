@@ -10,7 +10,7 @@ wide base's.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -32,6 +32,10 @@ WIDE = "float32"
 PEFT = "PyTorch + PEFT, bitsandbytes' NF4"
 STEP, TOKENS, PEAK, WEIGHTS, SHARE = "step", "tokens", "peak", "weights", "share of the roofline"
 SPARE = 2e9  # bytes that a step and the rest of the machine need beside the weights
+# What is measured of each shape, so that a run takes minutes.
+WAYS: Mapping[str, Sequence[str]] = {
+    "Llama-3.2-1B": ("bfloat16", "NF4", PEFT), "Llama-3.2-3B": ("bfloat16", "NF4"), "Llama-2-7B": ("NF4",),
+}  # fmt: skip
 
 _LLAMA = ln.PRESETS["smollm2-135m"]
 SHAPES: Mapping[str, ln.Config] = {
@@ -163,11 +167,12 @@ def _of_shape(shape: str, roof: Figure, o: Options) -> Iterator[Figure]:
     """
     w = large_work(shape, o.quick)
     losses: dict[str, float] = {}
-    for how in ("bfloat16", "NF4"):
+    for how in (WIDE, "bfloat16", "NF4"):
         yield Figure("large", w.case, f"{how}, {WEIGHTS}", "B", [weights_bytes(w.config, how)])
     given = {"shape": shape, "quick": o.quick}
-    sides = [Side(how, "bench.large:ours", {**given, "how": how}) for how in ("bfloat16", "NF4") if fits(w.config, how)]
-    sides += [] if o.alone else [Side(PEFT, "bench.bitsandbytes_side:step", given)]
+    ways = [how for how in WAYS[shape] if how != PEFT and fits(w.config, how)]
+    sides = [Side(how, "bench.large:ours", {**given, "how": how}) for how in ways]
+    sides += [Side(PEFT, "bench.bitsandbytes_side:step", given)] if PEFT in WAYS[shape] and not o.alone else []
     for side in sides:
         for cases in measure([side], o._replace(rounds=1)).values():
             timing = cases[STEP]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import decode, held, load, merge, peers, step, switch
+from . import decode, held, large, load, merge, peers, step, switch
 from .counting import FETCHED, LAUNCHES, SENT
 from .figures import Run, shown
 from .models import work
@@ -104,6 +104,19 @@ def _groups() -> list[Group]:
             )
             for base in load.BASES
         ),
+        *(
+            Group(
+                f"{what}, {GPT2.case}", "large", GPT2.case,
+                [(f"{how}, {figure}", f"{large.WIDE}, {figure}", aim) for how, aim in aims.items()],
+            )
+            for what, figure, aims in (
+                (
+                    "LoRA step on a held base", large.STEP,
+                    {"bfloat16": "at most 1.15x"} | dict.fromkeys(("NF4", "Q8_0", "Q4_0"), "at most 1.35x"),
+                ),
+                ("memory of its weights", large.WEIGHTS, {"bfloat16": "0.50x", "NF4": "", "Q8_0": "", "Q4_0": ""}),
+            )
+        ),
         Group("import", "peers", "import", [(step.OURS, peers.TORCH_PEFT, "20x")]),
         Group("installed with what it requires", "peers", "installed size", [(step.OURS, peers.TORCH_PEFT, "10x")]),
     ]  # fmt: skip
@@ -157,7 +170,24 @@ def table(run: Run) -> str:
                 label = ""
     if len(lines) == 2:
         raise ValueError("expected a run with some pair of the table's figures, got none")
-    return "\n".join([*lines, "", *(_primitives(run) if gpu else []), machine(run)])
+    return "\n".join([*lines, "", *(_primitives(run) if gpu else _large(run)), machine(run)])
+
+
+def _large(run: Run) -> list[str]:
+    """The lines of a table of large bases, if they were measured: what fits where."""
+    lines = [
+        "| base | held in | weights | peak memory of its process | a step | speed | share of the roofline |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for shape in large.SHAPES:
+        case = large.large_work(shape, quick=False).case
+        for how in (large.WIDE, "bfloat16", "NF4", large.PEFT):
+            whats = (large.WEIGHTS, large.PEAK, large.STEP, large.TOKENS, large.SHARE)
+            found = [run.find("large", case, f"{how}, {what}") for what in whats]
+            if any(found):
+                cells = ["" if f is None else shown(f.median, f.unit) for f in found]
+                lines.append(f"| {' | '.join([case, how, *cells])} |")
+    return [*lines, ""] if len(lines) > 2 else []
 
 
 def on_gpu(run: Run) -> bool:

@@ -409,7 +409,7 @@ class AttentionSaved(NamedTuple):
     def of(self, tile: Tile) -> tuple[Array, Array, Array, Array]:
         """A tile's scale q (n,g,R*t,K), k and v (n,g,s,K), and probabilities p (n,g,R*t,s): R heads share k and v."""
         n, g, t, s = tile
-        q, k, v = joined_heads(self.q[n, g, :, t]) * self.scale, self.k[n, g, s], self.v[n, g, s]
+        q, k, v = _joined_heads(self.q[n, g, :, t]) * self.scale, self.k[n, g, s], self.v[n, g, s]
         return q, k, v, self._probabilities(tile, q, k)
 
     def _probabilities(self, tile: Tile, q: Array, k: Array) -> Array:
@@ -430,7 +430,7 @@ class AttentionSaved(NamedTuple):
         return softmax(scores)[0]
 
 
-def joined_heads(x: Array) -> Array:
+def _joined_heads(x: Array) -> Array:
     """The queries of a group's heads, one head's behind the other's: (n,g,R,t,K) -> (n,g,R*t,K)."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
@@ -485,7 +485,7 @@ def attention_backward(dy: Array, saved: AttentionSaved) -> tuple[Array, Array, 
         n, g = tiles[0].n, tiles[0].g
         sums = xp.zeros_like(dkv[:, n, g])
         for tile in tiles:
-            dy_, (q_, k_, v_, p) = joined_heads(dy[n, g, :, tile.t]), saved.of(tile)
+            dy_, (q_, k_, v_, p) = _joined_heads(dy[n, g, :, tile.t]), saved.of(tile)
             sums[1, :, :, tile.s] += p.swapaxes(-1, -2) @ dy_  # (n,g,s,R*t) (n,g,R*t,K) -> (n,g,s,K)
             dscores = softmax_backward(dy_ @ v_.swapaxes(-1, -2), p)  # (n,g,R*t,s)
             if dbias is not None:

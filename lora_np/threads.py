@@ -52,7 +52,7 @@ def map_parts(f: Callable[[S], R], parts: Iterable[S]) -> Generator[R, None, Non
             _threads.reset(token)
 
     loop = _Loop(one, parts)
-    _hire(used - 1)
+    _hire(threads - 1)
     for _ in range(used - 1):
         _jobs.put((copy_context(), loop.help))
     yield from loop.results()
@@ -82,11 +82,16 @@ _jobs: SimpleQueue[Any] = SimpleQueue()
 _helpers: list[threading.Thread] = []
 
 
+_hiring = threading.Lock()
+
+
 def _hire(n: int) -> None:
     """Sees to it that there are so many threads that wait for loops to help with."""
-    while len(_helpers) < n:
-        _helpers.append(threading.Thread(target=_help, name="lora_np", daemon=True))
-        _helpers[-1].start()
+    with _hiring:
+        while len(_helpers) < n:
+            helper = threading.Thread(target=_help, name="lora_np", daemon=True)
+            _helpers.append(helper)
+            helper.start()
 
 
 def _help() -> None:
@@ -96,8 +101,15 @@ def _help() -> None:
         del context, job  # or the loop's arrays are held until the next
 
 
+def _begin_anew() -> None:
+    """A forked process has none of the threads, and helps with nothing that was begun before."""
+    global _jobs, _hiring
+    _helpers.clear()
+    _jobs, _hiring = SimpleQueue(), threading.Lock()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_helpers.clear)  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 class _Loop(Generic[S, R]):

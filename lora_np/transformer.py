@@ -269,10 +269,10 @@ def feed_forward(model: AdaptedModel, i: int, x: Array, at: Layout, saved: Activ
     name, activation = f"layers.{i}.mlp", ACTIVATIONS[model.config.activation.removesuffix("_gated")]
     up = project(model, f"{name}.up", x, at, saved)
     gate = project(model, f"{name}.gate", x, at, saved) if model.config.gated else up
-    act, saved[f"{name}.act"] = activation(gate)
+    act, d_gate = activation(gate)  # d act / d gate
     if model.config.gated:
-        saved[f"{name}.act"] *= up  # d(act * up)/d gate, and act is d(act * up)/d up
-        saved[name], act = act, act * up
+        saved[name], act, d_gate = act, act * up, xp.multiply(d_gate, up, out=d_gate)  # d(act * up) / d up, / d gate
+    saved[f"{name}.act"] = d_gate
     return project(model, f"{name}.down", act, at, saved)
 
 
@@ -416,7 +416,7 @@ def sublayer_backward(
     return before.select_backward(dy, after) + dx  # the residual's, and f's
 
 
-def by_rows(model: AdaptedModel, depth: int, x: Array, before: Layout, after: Layout) -> tuple[Array, Activations]:
+def in_parts(model: AdaptedModel, depth: int, x: Array, before: Layout, after: Layout) -> tuple[Array, Activations]:
     """T13: a sublayer; the feed-forward half, which works row by row, in parts of the rows that need not wait for each
     other. x (..., D) -> (..., D)."""
     parts = before.row_parts() if before is after and not model.by_row else []
@@ -432,7 +432,7 @@ def by_rows(model: AdaptedModel, depth: int, x: Array, before: Layout, after: La
     return xp.concatenate(ys).reshape(x.shape), {"parts": saved}
 
 
-def by_rows_backward(
+def in_parts_backward(
     model: AdaptedModel, depth: int, dy: Array, before: Layout, after: Layout, saved: Activations, grads: Grads
 ) -> Array | None:
     """T13: dy (..., D) -> dx (..., D), or None where nothing below is trained; the parts' gradients meet in order."""
@@ -473,7 +473,7 @@ def states(model: AdaptedModel, batch: Batch, at: Layout, last: Layout) -> tuple
     stack = [saved if model.lowest < (0, 0) else {}]
     for depth, before, after in sublayers(model, at, last):
         below = x
-        x, saved = by_rows(model, depth, below, before, after)
+        x, saved = in_parts(model, depth, below, before, after)
         kept = {"x": below} if model.recompute else saved
         stack.append(kept if model.lowest < (depth + 1, 0) else {})
     if model.config.norm_first:
@@ -492,8 +492,8 @@ def states_backward(
         saved = stack.pop()
         if model.lowest < (depth + 1, 0):  # something in this sublayer, or below it, is trained
             if model.recompute:
-                _, saved = by_rows(model, depth, saved["x"], before, after)
-            dx = by_rows_backward(model, depth, dx, before, after, saved, grads)  # type: ignore[assignment]
+                _, saved = in_parts(model, depth, saved["x"], before, after)
+            dx = in_parts_backward(model, depth, dx, before, after, saved, grads)  # type: ignore[assignment]
     if model.lowest < (0, 0):
         embed_backward(model, dx, stack.pop(), grads)
 

@@ -46,10 +46,7 @@ BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def limit_blas() -> None:
-    """One BLAS thread, where nobody says how many and threadpoolctl cannot: shards in threads have one each.
-
-    Each thread's products would start as many as there are cores, and a step would take many times as long.
-    """
+    """One BLAS thread, where nobody says how many and threadpoolctl cannot: then loops can run in threads."""
     if importlib.util.find_spec("threadpoolctl") is None and not any(os.environ.get(name) for name in BLAS_THREADS):
         os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
 

@@ -162,8 +162,8 @@ def test_one_long_sequence_is_measured(quick, bench):
 def test_sides_whose_losses_differ_are_named(wrong):
     """By one part in a thousand."""
     losses = {side: 1.001 if side == wrong else 1.0 for side in (step.EAGER, step.JAX)}
-    measured = {side: {"step": Timing([1.0], value, 0)} for side, value in losses.items()}
-    measured[step.OURS] = {step.LORA: Timing([1.0], 1.0, 0)}
+    measured = {side: {"step": Timing([1.0], value, 0, {})} for side, value in losses.items()}
+    measured[step.OURS] = {step.LORA: Timing([1.0], 1.0, 0, {})}
     with pytest.raises(ValueError, match=re.escape(f"1.001 with {wrong}")):
         step.check_losses(measured)
 

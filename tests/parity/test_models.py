@@ -294,7 +294,8 @@ def under_our_names(config, tensors):
     family, found = family_of(config), {}
     stored = {stored_name(family, name): value for name, value in tensors.items()}
     for key, place in places(config, in_trunk=True).items():
-        found |= {name: ln.asnumpy(part) for name, part in place.split(stored[key]).items()}
+        whole = stored[key].T if place.transposed else stored[key]
+        found |= {name: whole[rows] for name, rows in place.parts.items()}
     return found
 
 

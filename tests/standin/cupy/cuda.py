@@ -1,6 +1,6 @@
 """cupy.cuda, in part: one device, always there, never busy."""
 
-import time
+import time as _time
 
 
 class runtime:
@@ -43,7 +43,7 @@ class Event:
         self._recorded, self._over = None, False
 
     def record(self):
-        self._recorded, self._over = time.perf_counter(), False
+        self._recorded, self._over = _time.perf_counter(), False
 
     def synchronize(self):
         self._over = True
