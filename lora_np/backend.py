@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "DType", "asnumpy", "backend_name", "blocks", "pieces", "read_only", "row_parts", "xp"]
+__all__ = [
+    "Array", "DType", "asnumpy", "backend_name", "blocks", "pieces", "read_only", "row_parts", "whole_products", "xp",
+]  # fmt: skip
 
 Array: TypeAlias = npt.NDArray[Any]
 DType: TypeAlias = npt.DTypeLike
@@ -107,23 +111,35 @@ def row_parts(M: int) -> Iterator[slice]:
         yield slice(M * i // parts, M * (i + 1) // parts)
 
 
-# A product is cut where its parts still have so many multiplications, and the parts into ever smaller ones where they
-# have more than the second number.
-LEAST, MOST = 2**25, 2**28
+# A product is cut in two where each half still has LEAST multiplications; pieces of more than MOST are cut further.
+LEAST, MOST = 2**25, 2**29
 FEW_ROWS = 32  # with fewer rows, as in decoding, a product takes as long as reading its other factor: as so many would
 
 
 def pieces(M: int, N: int, K: int) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of the pieces in which a product (M,K) (K,N) is computed: halves of halves of its longer side.
 
-    Smaller ones would be slower, since each reads its part of both factors. On a GPU there is one.
+    Smaller ones are slower, since each reads its part of both factors. There is one on a GPU, and in `whole_products`.
     """
     work = max(M, FEW_ROWS) * max(N, FEW_ROWS) * K
-    parts = max(min(4, work // LEAST), work // MOST, 1)
+    parts = 1 if backend_name == "cupy" or _whole.get() else max(min(2, work // LEAST), work // MOST, 1)
     cuts = [(slice(0, M), slice(0, N))]
-    for _ in range(0 if backend_name == "cupy" else parts.bit_length() - 1):
+    for _ in range(parts.bit_length() - 1):
         cuts = [half for cut in cuts for half in _halves(*cut)]
     yield from cuts
+
+
+_whole: ContextVar[bool] = ContextVar("whole", default=False)
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """Products are not cut meanwhile: for what is one of several things that threads do."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 def _halves(rows: slice, columns: slice) -> list[tuple[slice, slice]]:

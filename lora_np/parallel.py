@@ -12,13 +12,13 @@ processes computed which runs, and however these were joined, the sum has the sa
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from .adapter import Adapter
-from .backend import Array, backend_name
+from .backend import Array, backend_name, whole_products
 from .batch import Batch
 from .binding import AdaptedModel, Trainable
 from .loss import batch_loss_and_grads, step_of
@@ -79,7 +79,8 @@ def nodes(model: AdaptedModel, batch: Batch, shards: int, *, mine: slice = slice
     rows, count = cut(N, shards), len(batch.counted)
 
     def one(shard: int) -> Node:
-        return Node(shard, 1, *batch_loss_and_grads(model, batch.rows(rows[shard]), count=count))
+        with whole_products() if shards > 1 else nullcontext():
+            return Node(shard, 1, *batch_loss_and_grads(model, batch.rows(rows[shard]), count=count))
 
     return map_parts(one, range(shards)[mine])
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from strategies import cases, same_bits, seeds
 
 import lora_np as ln
-from lora_np import backend, threads
+from lora_np import backend, ops, threads
 from lora_np.backend import asnumpy, backend_name
 from lora_np.cli.early import BLAS_THREADS
 from lora_np.threads import for_each, in_threads, map_parts
@@ -268,6 +268,21 @@ def test_pieces_cover_a_product_once_and_are_not_too_small(M, N, K):
     assert len(pieces) & (len(pieces) - 1) == 0
 
 
+def test_a_shard_of_several_has_whole_products():
+    """They are for the threads that other shards have; the shard of a batch that has one is cut."""
+    config = ln.Config(7, 8, 1, 1, 4, 4)
+    model = ln.Model(config, ln.init_weights(config, seed=0))
+    tokens, found = np.ones((2, 3), dtype=int), {}
+    for shards in (1, 2):
+        seen = found[shards] = []
+        with everything_cut() as patch:
+            cut = ops.pieces
+            patch.setattr(ops, "pieces", lambda *sizes, cut=cut, seen=seen: seen.append([*cut(*sizes)]) or seen[-1])
+            ln.sharded_loss_and_grads(model, None, tokens, tokens * 0, trainable="all", shards=shards)
+    assert max(map(len, found[1])) == (1 if backend_name == "cupy" else 2)
+    assert max(map(len, found[2])) == 1
+
+
 @given(st.integers(1, 5000))
 def test_parts_of_rows_cover_them_and_are_of_like_size(M):
     parts = list(backend.row_parts(M))
@@ -286,5 +301,5 @@ def test_a_product_in_pieces_is_the_product(M, N, K, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_np.backend.LEAST", 8)
         patch.setattr("lora_np.backend.MOST", 64)
-        y = asnumpy(ln.ops.linear(backend.xp.asarray(x), backend.xp.asarray(W)))
+        y = asnumpy(ops.linear(backend.xp.asarray(x), backend.xp.asarray(W)))
     assert (y == x.astype("int64") @ W.T.astype("int64")).all()
