@@ -387,9 +387,10 @@ class AttentionSaved(NamedTuple):
     bias: PositionBias | None
 
     def tiles(self) -> Iterator[list[Tile]]:
-        """The scores cut into tiles that stay in cache, in lists: those of one list see the same keys, in one thread.
+        """The scores cut into tiles that stay in cache, in lists: a list's tiles add to the gradients of the same keys.
 
-        Later queries see more keys, so a list of a long sequence has every fourth tile. On a GPU there is one tile.
+        A long sequence has some lists; later queries see more keys, so each has every fourth tile or so, and about as
+        much to do. On a GPU there is one tile.
         """
         (N, G, R, T, _), S = self.q.shape, self.k.shape[2]
         rows = T if backend_name == "cupy" else QUERY_ROWS
@@ -481,16 +482,17 @@ def attention_backward(dy: Array, saved: AttentionSaved) -> tuple[Array, Array, 
     dbias = saved.bias.zeros() if saved.bias is not None and saved.bias.trained else None
 
     def of_keys(tiles: list[Tile]) -> Array:
-        """dk and dv of the keys that these tiles see. -> (2,n,g,S,K)"""
+        """What these tiles add to dk and dv. -> (2,n,g,S,K)"""
         n, g = tiles[0].n, tiles[0].g
         sums = xp.zeros_like(dkv[:, n, g])
+        dk_, dv_ = sums
         for tile in tiles:
             dy_, (q_, k_, v_, p) = _joined_heads(dy[n, g, :, tile.t]), saved.of(tile)
-            sums[1, :, :, tile.s] += p.swapaxes(-1, -2) @ dy_  # (n,g,s,R*t) (n,g,R*t,K) -> (n,g,s,K)
+            dv_[:, :, tile.s] += p.swapaxes(-1, -2) @ dy_  # (n,g,s,R*t) (n,g,R*t,K) -> (n,g,s,K)
             dscores = softmax_backward(dy_ @ v_.swapaxes(-1, -2), p)  # (n,g,R*t,s)
             if dbias is not None:
                 tile.of(dbias, R).add(dscores.reshape(len(dscores), -1, tile.t.stop - tile.t.start, dscores.shape[-1]))
-            sums[0, :, :, tile.s] += dscores.swapaxes(-1, -2) @ q_
+            dk_[:, :, tile.s] += dscores.swapaxes(-1, -2) @ q_
             dq_ = (dscores @ k_) * saved.scale  # (n,g,R*t,s) (n,g,s,K) -> (n,g,R*t,K)
             dq[n, g, :, tile.t] = dq_.reshape(dq[n, g, :, tile.t].shape)
         return sums
@@ -498,7 +500,8 @@ def attention_backward(dy: Array, saved: AttentionSaved) -> tuple[Array, Array, 
     lists = list(saved.tiles())
     for tiles, sums in zip(lists, map_parts(of_keys, lists), strict=True):
         dkv[:, tiles[0].n, tiles[0].g] += sums
-    return dq.reshape(N, G * R, T, K), dkv[0], dkv[1], dbias
+    dk, dv = dkv
+    return dq.reshape(N, G * R, T, K), dk, dv, dbias
 
 
 # --- T11: rotary positions -----------------------------------------------------------------------------------------
