@@ -2,6 +2,8 @@
 
 import gc
 import os
+import platform
+import subprocess
 import sys
 import threading
 import time
@@ -249,6 +251,33 @@ def test_a_product_has_one_blas_thread_meanwhile(monkeypatch):
     with threads.one_blas_thread():
         happened.append("products")
     assert happened == ["unclaimed", 1, "products", "unclaimed", "as before", "unclaimed"]
+
+
+FAULTS = """
+import resource
+import numpy as np
+from lora_np.threads import in_threads
+
+def step():
+    arrays = [np.ones(2**20) for _ in range(20)]  # 8 MB each
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+with in_threads():
+    step()
+before = faults()
+step()
+print(faults() - before)
+"""
+
+
+@on_the_host
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_a_step_takes_the_memory_that_the_last_one_freed():
+    """It would be cleared page by page: 160 MB are 40,960 pages of 4 KB."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 400
 
 
 # --- How work is cut ------------------------------------------------------------------------------------------------
