@@ -30,3 +30,12 @@ def pytest_terminal_summary(terminalreporter):
     if "SKIPPED_TESTS" in os.environ:
         names = dict.fromkeys(report.nodeid for report in terminalreporter.stats.get("skipped", []))
         Path(os.environ["SKIPPED_TESTS"]).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+@pytest.fixture
+def two_blas_threads():
+    """BLAS with two threads, whatever the environment says; gives a function that says how many it has."""
+    threadpoolctl = pytest.importorskip("threadpoolctl", reason="limits of BLAS: the extra cli")
+    blas = threadpoolctl.ThreadpoolController()
+    with blas.limit(limits=2, user_api="blas"):
+        yield lambda: [library["num_threads"] for library in blas.select(user_api="blas").info()]

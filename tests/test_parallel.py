@@ -113,15 +113,6 @@ def test_the_default_number_of_shards_comes_from_the_shape(N, T, shards, monkeyp
         assert parallel.default_shards(N, T) == (1 if backend_name == "cupy" else shards)
 
 
-@pytest.fixture
-def two_blas_threads():
-    """BLAS with two threads, whatever the environment says; gives a function that says how many it has."""
-    threadpoolctl = pytest.importorskip("threadpoolctl", reason="limits of BLAS: the extra cli")
-    blas = threadpoolctl.ThreadpoolController()
-    with blas.limit(limits=2, user_api="blas"):
-        yield lambda: [library["num_threads"] for library in blas.select(user_api="blas").info()]
-
-
 @proves("O4")
 @pytest.mark.skipif(backend_name == "cupy", reason="on a GPU parts are computed in turn")
 def test_many_callers_at_once_get_the_bits_of_one_alone(two_blas_threads):

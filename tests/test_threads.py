@@ -183,15 +183,6 @@ def test_a_forked_process_has_threads_of_its_own():
 # --- What they need of the process ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def two_blas_threads():
-    """BLAS with two threads, whatever the environment says; gives a function that says how many it has."""
-    threadpoolctl = pytest.importorskip("threadpoolctl", reason="limits of BLAS: the extra cli")
-    blas = threadpoolctl.ThreadpoolController()
-    with blas.limit(limits=2, user_api="blas"):
-        yield lambda: [library["num_threads"] for library in blas.select(user_api="blas").info()]
-
-
 @on_the_host
 def test_the_last_gives_the_settings_back(two_blas_threads):
     """One BLAS thread, and switches of threads within 10 microseconds, not the 5 ms that are the default."""
