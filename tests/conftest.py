@@ -1,4 +1,4 @@
-"""How many examples a property is tried on, and which tests were skipped.
+"""How many examples a property is tried on, which tests were skipped, and what several files share.
 
 `pytest --hypothesis-profile=thorough` tries many more examples.
 """
@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 import lora_np
