@@ -4,24 +4,19 @@
     LORA_NP_BACKEND=cupy    CuPy, on the GPU; an ImportError says what is missing
     LORA_NP_BACKEND=auto    CuPy where it and a GPU are found, else NumPy
 
-Every other module takes `xp` from here, and none of them imports CuPy. How work is cut into parts, `blocks` and
-`pieces`, depends on its shape alone.
+Every other module takes `xp` from here, and none of them imports CuPy.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "Array", "DType", "asnumpy", "backend_name", "blocks", "pieces", "read_only", "row_parts", "whole_products", "xp",
-]  # fmt: skip
+__all__ = ["FEW_ROWS", "Array", "DType", "asnumpy", "backend_name", "blocks", "read_only", "xp"]
 
 Array: TypeAlias = npt.NDArray[Any]
 DType: TypeAlias = npt.DTypeLike
@@ -29,6 +24,7 @@ DType: TypeAlias = npt.DTypeLike
 # Elements of one temporary: few enough that some of them stay in a core's second-level cache, and so many that threads
 # seldom meet at the interpreter's lock, which each step of a block takes once.
 CACHE_ELEMENTS = 131072
+FEW_ROWS = 32  # with fewer rows, as in decoding, a product takes as long as reading its other factor: as so many would
 
 
 def _import_cupy() -> Any:
@@ -99,53 +95,3 @@ def blocks(rows: int, width: int) -> Iterator[slice]:
     step = rows if backend_name == "cupy" else max(1, CACHE_ELEMENTS // max(1, width))
     for start in range(0, rows, max(1, step)):
         yield slice(start, min(start + step, rows))
-
-
-PART_ROWS = 512
-
-
-def row_parts(M: int) -> Iterator[slice]:
-    """M rows in parts of 512 or so, few enough for large products; of fewer rows than 1024 halves of 256 and more."""
-    parts = 1 if backend_name == "cupy" else max(M // PART_ROWS, min(2, M // (PART_ROWS // 2)), 1)
-    for i in range(parts):
-        yield slice(M * i // parts, M * (i + 1) // parts)
-
-
-# A product is cut in two where each half still has LEAST multiplications; pieces of more than MOST are cut further.
-LEAST, MOST = 2**25, 2**29
-FEW_ROWS = 32  # with fewer rows, as in decoding, a product takes as long as reading its other factor: as so many would
-
-
-def pieces(M: int, N: int, K: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the pieces in which a product (M,K) (K,N) is computed: halves of halves of its longer side.
-
-    Smaller ones are slower, since each reads its part of both factors. There is one on a GPU, and in `whole_products`.
-    """
-    work = max(M, FEW_ROWS) * max(N, FEW_ROWS) * K
-    parts = 1 if backend_name == "cupy" or _whole.get() else max(min(2, work // LEAST), work // MOST, 1)
-    cuts = [(slice(0, M), slice(0, N))]
-    for _ in range(parts.bit_length() - 1):
-        cuts = [half for cut in cuts for half in _halves(*cut)]
-    yield from cuts
-
-
-_whole: ContextVar[bool] = ContextVar("whole", default=False)
-
-
-@contextmanager
-def whole_products() -> Iterator[None]:
-    """Products are not cut meanwhile: for what is one of several things that threads do."""
-    token = _whole.set(True)
-    try:
-        yield
-    finally:
-        _whole.reset(token)
-
-
-def _halves(rows: slice, columns: slice) -> list[tuple[slice, slice]]:
-    """Two pieces, from the middle of the longer side."""
-    if rows.stop - rows.start > columns.stop - columns.start:
-        middle = (rows.start + rows.stop) // 2
-        return [(slice(rows.start, middle), columns), (slice(middle, rows.stop), columns)]
-    middle = (columns.start + columns.stop) // 2
-    return [(rows, slice(columns.start, middle)), (rows, slice(middle, columns.stop))]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .backend import Array, DType, row_parts, xp
+from .backend import Array, DType, xp
 from .batch import Batch
 from .model import Config
 from .ops import pick, pick_backward, rotary, rotary_angles, rotary_backward
+from .threads import row_parts
 
 
 @dataclass(eq=False)

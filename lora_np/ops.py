@@ -18,10 +18,10 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
-from .backend import FEW_ROWS, Array, DType, backend_name, blocks, pieces, xp
+from .backend import FEW_ROWS, Array, DType, backend_name, blocks, xp
 from .distance import PositionBias
 from .storage import Held, Matrix, wide_blocks
-from .threads import for_each, map_parts
+from .threads import for_each, map_parts, pieces
 
 Saved: TypeAlias = tuple[Array, ...]
 

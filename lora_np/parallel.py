@@ -18,12 +18,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from .adapter import Adapter
-from .backend import Array, backend_name, whole_products
+from .backend import Array, backend_name
 from .batch import Batch
 from .binding import AdaptedModel, Trainable
 from .loss import batch_loss_and_grads, step_of
 from .model import Model
-from .threads import in_threads, map_parts
+from .threads import in_threads, map_parts, whole_products
 from .transformer import Grads
 
 SHARD_TOKENS = 256  # a shard has at least so many tokens: smaller products are slower

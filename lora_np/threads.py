@@ -1,7 +1,8 @@
-"""Loops whose parts run in threads.
+"""How work is cut, and the threads that its parts run in.
 
-Work is cut by its shape alone (`backend.blocks`, `backend.pieces`), and any part may run in any thread: the same work
-has the same bits on any number of cores. NumPy lets go of the interpreter's lock in products and elementwise steps.
+Work is cut by its shape alone (`backend.blocks`, `pieces`, `row_parts`), and any part may run in any thread: the same
+work has the same bits on any number of cores. NumPy lets go of the interpreter's lock in products and elementwise
+steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import cache
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from .backend import backend_name
+from .backend import FEW_ROWS, backend_name
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -73,6 +74,57 @@ def in_threads(threads: int | None = None) -> Iterator[None]:
             yield
     finally:
         _threads.reset(token)
+
+
+# --- How work is cut -------------------------------------------------------------------------------------------------
+
+PART_ROWS = 512
+
+
+def row_parts(M: int) -> Iterator[slice]:
+    """M rows in parts of 512 or so, few enough for large products; of fewer rows than 1024 halves of 256 and more."""
+    parts = 1 if backend_name == "cupy" else max(M // PART_ROWS, min(2, M // (PART_ROWS // 2)), 1)
+    for i in range(parts):
+        yield slice(M * i // parts, M * (i + 1) // parts)
+
+
+# A product is cut in two where each half still has LEAST multiplications; pieces of more than MOST are cut further.
+LEAST, MOST = 2**25, 2**29
+
+
+def pieces(M: int, N: int, K: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the pieces in which a product (M,K) (K,N) is computed: halves of halves of its longer side.
+
+    Smaller ones are slower, since each reads its part of both factors. There is one on a GPU, and in `whole_products`.
+    """
+    work = max(M, FEW_ROWS) * max(N, FEW_ROWS) * K
+    parts = 1 if backend_name == "cupy" or _whole.get() else max(min(2, work // LEAST), work // MOST, 1)
+    cuts = [(slice(0, M), slice(0, N))]
+    for _ in range(parts.bit_length() - 1):
+        cuts = [half for cut in cuts for half in _halves(*cut)]
+    yield from cuts
+
+
+_whole: ContextVar[bool] = ContextVar("whole", default=False)
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """Products are not cut meanwhile: for what is one of several things that threads do."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def _halves(rows: slice, columns: slice) -> list[tuple[slice, slice]]:
+    """Two pieces, from the middle of the longer side."""
+    if rows.stop - rows.start > columns.stop - columns.start:
+        middle = (rows.start + rows.stop) // 2
+        return [(slice(rows.start, middle), columns), (slice(middle, rows.stop), columns)]
+    middle = (columns.start + columns.stop) // 2
+    return [(rows, slice(columns.start, middle)), (rows, slice(middle, columns.stop))]
 
 
 # --- The threads -----------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ on_the_host = pytest.mark.skipif(backend_name == "cupy", reason="on a GPU parts 
 def everything_cut():
     """Blocks, pieces, tiles and parts of a few elements: a tiny model's loops have many parts."""
     tiny = {
-        "backend.CACHE_ELEMENTS": 16, "backend.LEAST": 8, "backend.MOST": 256, "backend.FEW_ROWS": 1,
-        "backend.PART_ROWS": 4, "ops.QUERY_ROWS": 1, "ops.TILE_LISTS": 2,
+        "backend.CACHE_ELEMENTS": 16, "threads.LEAST": 8, "threads.MOST": 256, "threads.FEW_ROWS": 1,
+        "threads.PART_ROWS": 4, "ops.QUERY_ROWS": 1, "ops.TILE_LISTS": 2,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, value in tiny.items():
@@ -279,11 +279,11 @@ def test_a_step_takes_the_memory_that_the_last_one_freed():
 def test_pieces_cover_a_product_once_and_are_not_too_small(M, N, K):
     """At least LEAST multiplications each where there are several: products that share it are no faster."""
     covered = np.zeros((M, N), dtype=np.int8)
-    pieces = list(backend.pieces(M, N, K))
-    large = len(pieces) > 1 and min(M, N) >= backend.FEW_ROWS
+    pieces = list(threads.pieces(M, N, K))
+    large = len(pieces) > 1 and min(M, N) >= threads.FEW_ROWS
     for rows, columns in pieces:
         covered[rows, columns] += 1
-        assert not large or covered[rows, columns].size * K >= 0.9 * backend.LEAST
+        assert not large or covered[rows, columns].size * K >= 0.9 * threads.LEAST
     assert (covered == 1).all()
     assert len(pieces) & (len(pieces) - 1) == 0
 
@@ -305,11 +305,11 @@ def test_a_shard_of_several_has_whole_products():
 
 @given(st.integers(1, 5000))
 def test_parts_of_rows_cover_them_and_are_of_like_size(M):
-    parts = list(backend.row_parts(M))
+    parts = list(threads.row_parts(M))
     assert [i for part in parts for i in range(M)[part]] == list(range(M))
     sizes = [part.stop - part.start for part in parts]
     assert max(sizes) - min(sizes) <= 1
-    assert len(parts) == 1 or min(sizes) >= backend.PART_ROWS // 2
+    assert len(parts) == 1 or min(sizes) >= threads.PART_ROWS // 2
 
 
 @proves("T2")
@@ -319,7 +319,7 @@ def test_a_product_in_pieces_is_the_product(M, N, K, seed):
     rng = np.random.default_rng(seed)
     x, W = (rng.integers(-8, 8, shape).astype("float32") for shape in ((M, K), (N, K)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_np.backend.LEAST", 8)
-        patch.setattr("lora_np.backend.MOST", 64)
+        patch.setattr("lora_np.threads.LEAST", 8)
+        patch.setattr("lora_np.threads.MOST", 64)
         y = asnumpy(ops.linear(backend.xp.asarray(x), backend.xp.asarray(W)))
     assert (y == x.astype("int64") @ W.T.astype("int64")).all()
