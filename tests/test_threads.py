@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cases, same_bits, seeds
+from strategies import FLOAT64, cases, farthest, gradient_scale, largest, same_bits, seeds
 
 import lora_np as ln
 from lora_np import backend, ops, threads
@@ -60,6 +60,19 @@ def test_the_number_of_threads_changes_no_bit_of_one_shard(case, dropout_seed):
     for other in found[1:]:
         assert other[:2] == found[0][:2]
         assert same_bits(other[2], found[0][2])
+
+
+@proves("O4", "T12", "T13")
+@given(case=cases(dropout=True, **FLOAT64), dropout_seed=seeds)
+def test_cuts_change_nothing_beyond_rounding(case, dropout_seed):
+    """In parts of the rows, too, each row has its own dropout mask."""
+    model, adapter, batch, _ = case
+    loss, grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=dropout_seed)
+    with everything_cut():
+        cut_loss, cut_grads = ln.loss_and_grads(model, adapter, **batch, dropout_seed=dropout_seed)
+    assert abs(loss - cut_loss) <= 1e-13 * (1 + abs(loss))
+    # The base's gradients are not those of the adapted model, whose own may be larger by far.
+    assert farthest(grads, cut_grads) <= 1e-12 * max(gradient_scale(model, batch), largest(grads))
 
 
 @given(st.integers(0, 9), st.integers(1, 4))
