@@ -88,8 +88,9 @@ def row_parts(M: int) -> Iterator[slice]:
         yield slice(M * i // parts, M * (i + 1) // parts)
 
 
-# A product is cut in two where each half still has LEAST multiplications; pieces of more than MOST are cut further.
-LEAST, MOST = 2**25, 2**29
+# A product is cut in two where each half still has LEAST multiplications; pieces of more than MOST are cut further, but
+# where its sums are long (a head's backward) into none of fewer than SMALLEST elements, which take longer.
+LEAST, MOST, SMALLEST = 2**25, 2**29, 3 * 2**14
 
 
 def pieces(M: int, N: int, K: int) -> Iterator[tuple[slice, slice]]:
@@ -98,7 +99,9 @@ def pieces(M: int, N: int, K: int) -> Iterator[tuple[slice, slice]]:
     Smaller ones are slower, since each reads its part of both factors. There is one on a GPU, and in `whole_products`.
     """
     work = max(M, FEW_ROWS) * max(N, FEW_ROWS) * K
-    parts = 1 if backend_name == "cupy" or _whole.get() else max(min(2, work // LEAST), work // MOST, 1)
+    parts = max(min(2, work // LEAST), min(work // MOST, M * N // SMALLEST), 1)
+    if backend_name == "cupy" or _whole.get():
+        parts = 1
     cuts = [(slice(0, M), slice(0, N))]
     for _ in range(parts.bit_length() - 1):
         cuts = [half for cut in cuts for half in _halves(*cut)]

@@ -32,8 +32,8 @@ on_the_host = pytest.mark.skipif(backend_name == "cupy", reason="on a GPU parts 
 def everything_cut():
     """Blocks, pieces, tiles and parts of a few elements: a tiny model's loops have many parts."""
     tiny = {
-        "backend.CACHE_ELEMENTS": 16, "threads.LEAST": 8, "threads.MOST": 256, "threads.FEW_ROWS": 1,
-        "threads.PART_ROWS": 4, "ops.QUERY_ROWS": 1, "ops.TILE_LISTS": 2,
+        "backend.CACHE_ELEMENTS": 16, "threads.LEAST": 8, "threads.MOST": 256, "threads.SMALLEST": 1,
+        "threads.FEW_ROWS": 1, "threads.PART_ROWS": 4, "ops.QUERY_ROWS": 1, "ops.TILE_LISTS": 2,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, value in tiny.items():
@@ -288,15 +288,17 @@ def test_a_step_takes_the_memory_that_the_last_one_freed():
 
 
 @pytest.mark.skipif(backend_name == "cupy", reason="on a GPU there is one piece")
-@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 3000))
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 60000))
 def test_pieces_cover_a_product_once_and_are_not_too_small(M, N, K):
-    """At least LEAST multiplications each where there are several: products that share it are no faster."""
+    """At least LEAST multiplications each where there are several: products that share it are no faster. Of more than
+    two, each has SMALLEST elements of the result: with long sums, too, a piece reads its rows of both factors."""
     covered = np.zeros((M, N), dtype=np.int8)
     pieces = list(threads.pieces(M, N, K))
     large = len(pieces) > 1 and min(M, N) >= threads.FEW_ROWS
     for rows, columns in pieces:
         covered[rows, columns] += 1
         assert not large or covered[rows, columns].size * K >= 0.9 * threads.LEAST
+        assert len(pieces) <= 2 or covered[rows, columns].size >= 0.9 * threads.SMALLEST
     assert (covered == 1).all()
     assert len(pieces) & (len(pieces) - 1) == 0
 
@@ -332,7 +334,7 @@ def test_a_product_in_pieces_is_the_product(M, N, K, seed):
     rng = np.random.default_rng(seed)
     x, W = (rng.integers(-8, 8, shape).astype("float32") for shape in ((M, K), (N, K)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_np.threads.LEAST", 8)
-        patch.setattr("lora_np.threads.MOST", 64)
+        for name, value in (("LEAST", 8), ("MOST", 64), ("SMALLEST", 1)):
+            patch.setattr(f"lora_np.threads.{name}", value)
         y = asnumpy(ops.linear(backend.xp.asarray(x), backend.xp.asarray(W)))
     assert (y == x.astype("int64") @ W.T.astype("int64")).all()
