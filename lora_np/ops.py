@@ -539,9 +539,16 @@ def rotary(x: Array, cos: Array, sin: Array) -> tuple[Array, Saved]:
 
     x (N,H,T,K); cos, sin (T,p/2) or (N,1,T,p/2) -> (N,H,T,K).
     """
-    half = cos.shape[-1]
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return xp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1), (cos, sin)
+    y, half = _like(x), cos.shape[-1]
+    one, other, rest = slice(half), slice(half, 2 * half), slice(2 * half, None)
+
+    @for_each((x[:, h], y[:, h]) for h in blocks(x.shape[1], x[:, 0].size))
+    def _(x_: Array, y_: Array) -> None:
+        y_[..., one] = x_[..., one] * cos - x_[..., other] * sin
+        y_[..., other] = x_[..., other] * cos + x_[..., one] * sin
+        y_[..., rest] = x_[..., rest]
+
+    return y, (cos, sin)
 
 
 def rotary_backward(dy: Array, saved: Saved) -> Array:
