@@ -30,7 +30,7 @@ from .ops import activation_backward, cross_entropy, cross_entropy_backward, pic
 from .threads import in_threads
 from .transformer import ACTIVATIONS, Activations, Grads, add, project, project_backward, states, states_backward
 
-HEAD_ROWS = 256  # rows of logits that a loss holds at a time: (N*T, V) never is
+HEAD_ROWS = 128  # rows of logits that a loss holds at a time: (N*T, V) never is
 
 
 def layouts(
@@ -63,13 +63,6 @@ def features_backward(model: AdaptedModel, dh: Array, saved: Activations, grads:
     return project_backward(model, "pooler", activation_backward(dh, saved.pop("pooler.act")), saved, grads)
 
 
-def logits_of(model: AdaptedModel, h: Array, at: Layout, rows: Array) -> Iterator[tuple[slice, Array, Activations]]:
-    """T14: the logits of some rows (M,) of h (..., D), HEAD_ROWS at a time: which of the M, logits (m,V), saved."""
-    for start in range(0, max(len(rows), 1), HEAD_ROWS):  # one chunk at least, for a shard with no counted target
-        m, saved = slice(start, start + HEAD_ROWS), Activations()
-        yield m, project(model, "head", pick(h, rows[m]), at.part(rows[m]), saved), saved
-
-
 def head_loss(
     model: AdaptedModel, h: Array, at: Layout, rows: Array, targets: Array, count: int, grads: Grads
 ) -> tuple[Array, Array | None]:
@@ -79,23 +72,47 @@ def head_loss(
     -> loss (a 0-d array), dh (..., D) or None where nothing below is trained.
     """
     total, dh = xp.zeros((), dtype=h.dtype), xp.zeros_like(h) if model.trained_below("head") else None
-    for m, logits, saved in logits_of(model, h, at, rows):
-        losses, softmax = cross_entropy(logits, targets[m])
-        total = total + losses.sum() / count
-        dlogits = cross_entropy_backward(xp.full_like(losses, 1 / count), softmax)
-        dh_m = project_backward(model, "head", dlogits, saved, grads)
+    for m in chunks(rows):
+        loss, dh_m = chunk_loss(model, pick(h, rows[m]), at.part(rows[m]), targets[m], count, grads)
+        total = total + loss
         if dh is not None:
             dh.reshape(-1, dh.shape[-1])[rows[m]] = dh_m  # (m,D); each row is picked once
     return total, dh
 
 
+def chunks(rows: Array) -> Iterator[slice]:
+    """The rows (M,), HEAD_ROWS at a time: which of the M. One chunk at least, for a shard with no counted target.
+
+    What takes one in is a function of its own, so that its logits are gone before the next one's come.
+    """
+    for start in range(0, max(len(rows), 1), HEAD_ROWS):
+        yield slice(start, start + HEAD_ROWS)
+
+
+def chunk_loss(
+    model: AdaptedModel, h: Array, at: Layout, targets: Array, count: int, grads: Grads
+) -> tuple[Array, Array | None]:
+    """T14, T15: of rows h (m,D), the sum of the losses over `count`, and dh (m,D). Logits are (m,V)."""
+    saved = Activations()
+    losses, softmax = cross_entropy(project(model, "head", h, at, saved), targets)
+    dlogits = cross_entropy_backward(xp.full_like(losses, 1 / count), softmax)
+    return losses.sum() / count, project_backward(model, "head", dlogits, saved, grads)
+
+
 def head_score(model: AdaptedModel, h: Array, at: Layout, rows: Array, targets: Array) -> tuple[Array, Array]:
     """T14, T15: of the counted rows, the sum of the losses, and how many targets have the largest logit. -> two 0-d."""
     loss, hits = xp.zeros((), dtype=h.dtype), xp.zeros((), dtype="int64")
-    for m, logits, _ in logits_of(model, h, at, rows):
-        hits = hits + (logits.argmax(axis=-1) == targets[m]).sum()
-        loss = loss + cross_entropy(logits, targets[m])[0].sum()
+    for m in chunks(rows):
+        loss_m, hits_m = chunk_score(model, pick(h, rows[m]), at.part(rows[m]), targets[m])
+        loss, hits = loss + loss_m, hits + hits_m
     return loss, hits
+
+
+def chunk_score(model: AdaptedModel, h: Array, at: Layout, targets: Array) -> tuple[Array, Array]:
+    """T14, T15: the same of rows h (m,D)."""
+    logits = project(model, "head", h, at, {})
+    hits = (logits.argmax(axis=-1) == targets).sum()
+    return cross_entropy(logits, targets)[0].sum(), hits
 
 
 # --- T20: an encoder -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What others call: logits, the loss and its gradients, of a batch, with one adapter or one for each row."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 from importlib import import_module
 
@@ -34,7 +35,7 @@ from strategies import (
 
 import lora_np as ln
 from lora_np import ops
-from lora_np.backend import asnumpy
+from lora_np.backend import asnumpy, backend_name
 from lora_np.binding import bind, frozen
 from lora_np.gradcheck import complex_step, relative_error
 from lora_np.vectors.derivatives import FLOOR
@@ -144,6 +145,24 @@ def test_what_a_step_is_cut_into_changes_nothing_beyond_rounding(case):
         cut_loss, cut = ln.loss_and_grads(model, adapter, **batch)
     assert abs(loss - cut_loss) <= 1e-13 * (1 + abs(loss))
     assert farthest(grads, cut) <= 1e-12 * max(gradient_scale(model, batch), largest(grads))
+
+
+@proves("T14", "T15")
+@pytest.mark.skipif(backend_name == "cupy", reason="tracemalloc sees the host's memory alone")
+@pytest.mark.parametrize("of", [ln.loss, ln.loss_and_grads])
+def test_one_chunk_of_logits_is_held_at_a_time(of, monkeypatch):
+    """Of four, where logits are all but the whole of the memory: a chunk's are gone when the next one's come."""
+    monkeypatch.setattr(LOSS, "HEAD_ROWS", 64)
+    config = ln.Config(2**14, 128, 1, 1, 4, 4)
+    model, adapter, batch, _ = case_of(config, N=2, T=128, dtype="float32")
+    tracemalloc.start()
+    try:
+        of(model, adapter=adapter, **batch)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    chunk = 64 * config.vocab_size * 4
+    assert chunk <= peak < 1.5 * chunk
 
 
 # --- L4: which gradients there are ------------------------------------------------------------------------------------

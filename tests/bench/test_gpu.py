@@ -64,9 +64,9 @@ def test_decoding_sends_the_new_token_and_its_place_and_fetches_logits(quick, na
 def test_more_sequences_take_no_more_launches(quick):
     """While the head reads all their rows in one chunk, and there are more than a product laid out for few rows has."""
     (case,) = {f.case for f in quick.of("memory") if f.what == "N=2"}
-    small, *others = (counts(quick, "memory", case, f"N={N}") for N in (2, 4, 8))
+    small, large = (counts(quick, "memory", case, f"N={N}") for N in (2, 4))
     assert small[0] > 100
-    assert others == [small, small]
+    assert large == small
 
 
 def test_more_work_takes_more_launches(quick):
