@@ -16,6 +16,7 @@ from .checks import check_count, is_number
 from .layout import Cache
 from .loss import encode, features, layouts
 from .model import Config, Model, check_model
+from .storage import Held
 from .threads import in_threads
 from .transformer import keys_values, project, states
 
@@ -127,8 +128,8 @@ def generate(
     if mask is not None and not mask[:, -1].all():
         raise ValueError("generate: mask: pad on the left: the last token of each sequence must count")
     rng = np.random.default_rng(seed) if temperature > 0 else None
-    # One row's products are too small to go from thread to thread: BLAS's own are quicker.
-    threads = in_threads if N > 1 else nullcontext
+    # One row's products are too small to go from thread to thread: BLAS's own are quicker, where nothing is widened.
+    threads = in_threads if N > 1 or any(isinstance(W, Held) for W in model.weights.values()) else nullcontext
     with threads():
         adapted = keep_source(frozen(bind(model, adapter, rows=N)), batch)
     cache = new_cache(config, N=N, longest=T + n, dtype=model.dtype)
