@@ -44,6 +44,7 @@ def serve(target: str, arguments: str, threads: int, at_least: float, out: TextI
         counts = measured.begin(functions[0])
         seconds, value = timed(functions, calls[line], measured.clock)
         kept = value if isinstance(value, (int, float, list)) else None
+        del value  # or the next call would need other memory, which the system has to clear first
         say({"seconds": seconds, "value": kept, "peak": measured.peak(), "counts": counts})
 
 

@@ -1,5 +1,6 @@
 """Every benchmark runs, on tiny sizes and without peers, and what it finds is kept, drawn and compared."""
 
+import io
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from bench.measure import Side, Timing, measure
 from bench.models import work
 from bench.options import Options
 from bench.timing import timed
+from bench.worker import serve
 from lora_np import ops
 
 needs_gguf = pytest.mark.skipif(not find_spec("gguf"), reason="writes GGUF files: the extra models")
@@ -192,6 +194,34 @@ def test_each_thread_has_cases_of_its_own():
     seen = []
     _, value = timed([lambda: seen.append("a") or 1, lambda: seen.append("b") or 2], calls=3)
     assert (sorted(seen), value) == (["a"] * 3 + ["b"] * 3, 1)
+
+
+RESULTS = """
+import weakref
+
+class Result:
+    pass
+
+def cases():
+    alive = weakref.WeakSet()
+
+    def give():
+        result = Result()
+        alive.add(result)
+        return result
+
+    return {"give": give, "count": lambda: len(alive)}
+"""
+
+
+def test_what_a_call_gave_is_gone_before_the_next_one(tmp_path, monkeypatch):
+    """Else the next one works in other memory: a case's place in the round would show in its time."""
+    (tmp_path / "results.py").write_text(RESULTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("give\ncount\n" * 2))  # the first time of each warms up
+    out = io.StringIO()
+    serve("results:cases", "{}", 1, 0.0, out)
+    assert json.loads(out.getvalue().splitlines()[-1])["value"] == 0
 
 
 def test_compare_on_the_command_line(quick, capsys):
