@@ -540,13 +540,13 @@ def rotary(x: Array, cos: Array, sin: Array) -> tuple[Array, Saved]:
     x (N,H,T,K); cos, sin (T,p/2) or (N,1,T,p/2) -> (N,H,T,K).
     """
     y, half = _like(x), cos.shape[-1]
-    one, other, rest = slice(half), slice(half, 2 * half), slice(2 * half, None)
 
-    @for_each((x[:, h], y[:, h]) for h in blocks(x.shape[1], x[:, 0].size))
+    @for_each((x[:, h], y[:, h]) for h in blocks(x.shape[1], x[:, 0].size))  # some of the heads
     def _(x_: Array, y_: Array) -> None:
-        y_[..., one] = x_[..., one] * cos - x_[..., other] * sin
-        y_[..., other] = x_[..., other] * cos + x_[..., one] * sin
-        y_[..., rest] = x_[..., rest]
+        x1, x2 = x_[..., :half], x_[..., half : 2 * half]
+        y_[..., :half] = x1 * cos - x2 * sin
+        y_[..., half : 2 * half] = x2 * cos + x1 * sin
+        y_[..., 2 * half :] = x_[..., 2 * half :]
 
     return y, (cos, sin)
 

@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FLOAT64, cases, farthest, gradient_scale, largest, same_bits, seeds
+from strategies import (
+    FLOAT64,
+    cases,
+    farthest,
+    gradient_scale,
+    in_bfloat16,
+    in_fewer_bits,
+    largest,
+    random_model,
+    same_bits,
+    seeds,
+)
 
 import lora_np as ln
 from lora_np import backend, ops, threads
@@ -282,6 +293,18 @@ def test_a_step_takes_the_memory_that_the_last_one_freed():
     """It would be cleared page by page: 160 MB are 40,960 pages of 4 KB."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 400
+
+
+@pytest.mark.parametrize(("rows", "held", "expected"), [(1, False, False), (1, True, True), (2, False, True)])
+def test_one_row_has_our_threads_where_its_weights_are_widened(rows, held, expected, monkeypatch):
+    """Widening is cut by the shape alone, as everything is in our threads; BLAS's own are quicker for one wide row."""
+    entered = []
+    monkeypatch.setattr("lora_np.decode.in_threads", lambda: nullcontext(entered.append(1)))
+    model = random_model(ln.Config(7, 10, 2, 2, 8, 6), seed=0, dtype="float32")
+    if held:
+        _, model = in_fewer_bits(model, in_bfloat16)
+    ln.generate(model, np.ones((rows, 2), dtype=int), n=1)
+    assert bool(entered) is expected
 
 
 # --- How work is cut ------------------------------------------------------------------------------------------------
